@@ -1,0 +1,476 @@
+"""What a competition and an entry may say: frozen models, read once at the edge, trusted inside.
+
+`load_competition` and `load_entry` turn YAML into these models or raise `BadInput` with one line that
+names file, key, value and fix. Every field's meaning stands in config/README.md, in the same order.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from palio.errors import BadInput
+from palio.provenance import fingerprint
+
+ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+REVISION_PATTERN = re.compile(r"[0-9a-f]{40}")
+STAGES = ("open", "closed")
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)")
+_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+def _seconds(value: object) -> object:
+    """`90s`, `10m`, `24h` or `1d` as seconds; a bare number is refused, its unit would be a guess."""
+    if isinstance(value, str) and (match := _DURATION.fullmatch(value.strip())):
+        return round(float(match[1]) * _SECONDS[match[2]])
+    raise ValueError("give a duration with its unit, such as 90s, 10m or 24h")
+
+
+def _fraction(value: object) -> object:
+    """`1/3` is written as the rule states it, not as 0.3333."""
+    return float(Fraction(value)) if isinstance(value, str) else value
+
+
+Seconds = Annotated[int, BeforeValidator(_seconds), Field(gt=0)]
+Weight = Annotated[float, BeforeValidator(_fraction), Field(gt=0, le=1)]
+
+
+class Strict(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# --- base models -----------------------------------------------------------------------------------
+
+
+class BaseModelSource(Strict):
+    """Where an entry's base model comes from: exactly one of `hub`, `path`, `gguf`."""
+
+    hub: str | None = None
+    """`org/name@revision` on the Hugging Face hub; the revision is a 40-character commit id."""
+    path: str | None = None
+    """A folder in Hugging Face format, readable from every node."""
+    gguf: str | None = None
+    """`package/file.gguf` inside an installed Python package; converted once to safetensors."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> BaseModelSource:
+        given = [name for name in ("hub", "path", "gguf") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError("give exactly one of hub, path, gguf")
+        if self.hub and not re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", self.hub):
+            raise ValueError("write hub as org/name@revision")
+        if self.gguf and "/" not in self.gguf:
+            raise ValueError("write gguf as package/file.gguf")
+        return self
+
+    @property
+    def kind(self) -> str:
+        return "hub" if self.hub else "path" if self.path else "gguf"
+
+    @property
+    def address(self) -> str:
+        """`kind:value` without the revision: what the competition's approved patterns are held against."""
+        value = self.hub or self.path or self.gguf or ""
+        return f"{self.kind}:{value.partition('@')[0] if self.hub else value}"
+
+    @property
+    def revision(self) -> str | None:
+        return self.hub.partition("@")[2] or None if self.hub else None
+
+    @property
+    def id(self) -> str:
+        """A folder name: readable, and different for every source and revision."""
+        stem = Path(self.address.partition(":")[2]).with_suffix("").as_posix() if self.gguf else self.address
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", stem.partition(":")[2] or stem).strip("-.")
+        return f"{name}-{fingerprint(self.model_dump())[:8]}"
+
+
+# --- entry -------------------------------------------------------------------------------------------
+
+
+class DataSource(Strict):
+    """One file of training data."""
+
+    path: str
+    """JSONL with one object a line: `prompt`, `completion`, and any other fields, kept as metadata."""
+    name: str | None = None
+    """Shown in the data card; default: the file's stem."""
+    licence: str
+    """SPDX id, checked against the competition's approved licences."""
+    generator: str | None = None
+    """The model or program that wrote the data; omit for human-written data."""
+
+    @property
+    def label(self) -> str:
+        return self.name or Path(self.path).name.partition(".")[0]
+
+
+class CleanMarkup(Strict):
+    """Strip HTML tags and Markdown emphasis, unescape entities, collapse runs of blanks in a line."""
+
+    op: Literal["clean_markup"]
+
+
+class DropRefusals(Strict):
+    """Drop rows whose completion matches one of the patterns (case-insensitive)."""
+
+    op: Literal["drop_refusals"]
+    patterns: tuple[str, ...] = (r"as an ai\b", r"\bi (cannot|can't|am unable to)\b", r"^i don't know")
+
+
+class DropDisagreement(Strict):
+    """Where one prompt has several answers keep the most frequent; drop the prompt on a tie."""
+
+    op: Literal["drop_disagreement"]
+
+
+class DropExactDuplicates(Strict):
+    """Keep the first of rows equal in prompt and completion after case and white space are normalised."""
+
+    op: Literal["drop_exact_duplicates"]
+
+
+class LengthFilter(Strict):
+    """Keep rows whose prompt and completion have this many characters."""
+
+    op: Literal["length_filter"]
+    min_prompt: NonNegativeInt = 1
+    max_prompt: PositiveInt = 8000
+    min_completion: NonNegativeInt = 1
+    max_completion: PositiveInt = 4000
+
+
+class SampleRows(Strict):
+    """Keep at most `rows` rows, the same number of every source as far as it has them."""
+
+    op: Literal["sample_rows"]
+    rows: PositiveInt
+
+
+Operation = Annotated[
+    CleanMarkup | DropRefusals | DropDisagreement | DropExactDuplicates | LengthFilter | SampleRows,
+    Field(discriminator="op"),
+]
+
+
+class DatasetRecipe(Strict):
+    """Sources, and the operations on them in the order written."""
+
+    sources: tuple[DataSource, ...] = Field(min_length=1)
+    operations: tuple[Operation, ...] = ()
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> DatasetRecipe:
+        labels = [source.label for source in self.sources]
+        if len(set(labels)) < len(labels):
+            raise ValueError("two sources share a name; give each its own name")
+        return self
+
+
+class FinetuneRecipe(Strict):
+    """How Palio's trainer fine-tunes. Defaults are those of the QLoRA paper's recipes, scaled to one GPU."""
+
+    method: Literal["lora", "qlora", "full"] = "lora"
+    learning_rate: PositiveFloat = 2e-4
+    epochs: PositiveFloat = 1.0
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimizer steps; omit to train `epochs`."""
+    batch_size: PositiveInt = 8
+    """Rows per forward pass."""
+    gradient_accumulation: PositiveInt = 1
+    max_length: PositiveInt = 2048
+    """Tokens of prompt and completion together; longer rows are dropped and counted, never cut."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    optimizer: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
+    lora_r: PositiveInt = 16
+    lora_alpha: PositiveInt = 32
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    gradient_checkpointing: bool = False
+    save_steps: PositiveInt = 50
+    """Optimizer steps between checkpoints: what a crash can cost."""
+    seed: int = 0
+
+
+class Entry(Strict):
+    """One submission of one team to one track. Its id is the name of its file."""
+
+    team: str = Field(min_length=1)
+    track: str
+    kind: Literal["recipe"] = "recipe"
+    title: str = ""
+    base_model: BaseModelSource
+    dataset: DatasetRecipe | None = None
+    finetune: FinetuneRecipe | None = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Entry:
+        if (self.dataset is None) != (self.finetune is None):
+            raise ValueError("give both dataset and finetune, or neither for an untuned base model")
+        return self
+
+
+# --- competition -----------------------------------------------------------------------------------
+
+
+class Track(Strict):
+    """One class of hardware with its own leaderboard."""
+
+    title: str
+    gpu_model: str | None = None
+    """SLURM's GPU type; omit where any will do."""
+    gpu_memory_gb: PositiveFloat | None = None
+    """Cap on GPU memory, enforced on a larger GPU too; omit on a CPU track."""
+    ram_gb: PositiveInt
+    cpus: PositiveInt = 2
+    training_budget: Seconds
+    training_margin: Seconds = Field(default=7200, validate_default=False)
+    """Added to the budget for the job's time limit: loading, saving, final checks."""
+
+
+class Metric(Strict):
+    """One column of a scenario's table: a HELM metric, averaged over the scenario's HELM runs."""
+
+    metric: str
+    """HELM's name, e.g. exact_match."""
+    split: Literal["test", "valid"] = "test"
+    perturbation: str | None = None
+    """HELM's perturbation name, e.g. robustness or fairness (worst case); omit for the plain value."""
+    run: str | None = None
+    """Only HELM runs whose name contains this; omit for all of the scenario's."""
+    higher_is_better: bool = True
+
+
+class Scenario(Strict):
+    """A named group of HELM runs that is scored as one."""
+
+    run_entries: str
+    """Path of a file in HELM's run-entries format; `~` and `$VARIABLES` are expanded."""
+    max_eval_instances: PositiveInt
+    """Instances of each run entry: every scenario has a budget of its own."""
+    metrics: dict[str, Metric] = Field(min_length=1)
+
+
+class Stage(Strict):
+    title: str
+    weight: Weight
+    """Share of the final score; the stages' weights add up to 1."""
+    time_limit: Seconds
+    """Wall clock of the whole stage for one entry; what is unanswered then is missing."""
+    margin: Seconds = Field(default=1800, validate_default=False)
+    """Added to the limit for the job's time limit: loading the model, summarising."""
+    threads: PositiveInt = 8
+    """Requests in flight at once."""
+    scenarios: dict[str, Scenario] = Field(min_length=1)
+
+
+class Stages(Strict):
+    open: Stage
+    closed: Stage
+
+    @model_validator(mode="after")
+    def _weights(self) -> Stages:
+        total = self.open.weight + self.closed.weight
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"the stages' weights add up to {total:g}; make them add up to 1")
+        return self
+
+
+class Scoring(Strict):
+    convention: Literal["midrank"] = "midrank"
+    """How a column of values becomes win rates."""
+    missing: Literal["worst", "exclude", "block"] = "worst"
+    """A missing value: loses to every other, is left out of its column, or stops the leaderboard."""
+
+
+class ApprovedModel(Strict):
+    family: str
+    sources: tuple[str, ...] = Field(min_length=1)
+    """Patterns with `*` for `kind:address`, e.g. hub:mistralai/Mistral-7B-v0.1."""
+    licence: str
+
+
+class RuleSet(Strict):
+    """The competition's rules as data; `palio.rules` checks entries against it."""
+
+    version: str
+    base_models: tuple[ApprovedModel, ...] = Field(min_length=1)
+    refused_names: tuple[str, ...] = ()
+    """Patterns in a base model's address that are refused even inside an approved family."""
+    data_licences: tuple[str, ...] = Field(min_length=1)
+    refused_generators: tuple[str, ...] = ()
+    """Patterns of models and programs whose output must not be trained on."""
+    require_revision: bool = True
+    max_length: PositiveInt = 2048
+    """Tokens of prompt and completion together."""
+    max_entries_per_team: PositiveInt = 3
+
+
+class Competition(Strict):
+    competition: str
+    """Id, used in file names."""
+    title: str
+    demo: bool = False
+    """True only for a competition without secrets: its closed store may lie inside the repository."""
+    entries: tuple[str, ...] = Field(min_length=1)
+    """Folders of entry files; each `<id>.yaml` in them is an entry."""
+    rules: str
+    """Path of the rule set."""
+    closed_store: str
+    """Folder for everything of the closed stage that shows a prompt; `~` and `$VARIABLES` are expanded."""
+    withdrawn: dict[str, str] = {}
+    """Entry id: why it was withdrawn. Shown in the leaderboard, not run."""
+    scoring: Scoring = Scoring()
+    tracks: dict[str, Track] = Field(min_length=1)
+    stages: Stages
+
+    def stage(self, name: str) -> Stage:
+        return self.stages.open if name == "open" else self.stages.closed
+
+
+# --- reading ---------------------------------------------------------------------------------------
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def expand(path: str) -> Path:
+    return Path(os.path.expandvars(path)).expanduser()
+
+
+def parse(model: type[Model], data: object, file: str | Path) -> Model:
+    """Validate `data` as `model`; the first fault becomes one `BadInput` line."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        value = fault.get("input")
+        shown = value if isinstance(value, str | int | float | bool) else None
+        raise BadInput(file, key, shown, _fix(model, fault)) from None
+
+
+def _fix(model: type[BaseModel], fault: Mapping[str, Any]) -> str:
+    if fault["type"] == "extra_forbidden":
+        wrong = str(fault["loc"][-1])
+        known = sorted(_field_names(model))
+        near = difflib.get_close_matches(wrong, known, n=1)
+        return f"unknown key; did you mean {near[0]}?" if near else "unknown key; remove it"
+    if fault["type"] == "missing":
+        return "is missing; add it"
+    if fault["type"] == "union_tag_invalid":
+        return f"unknown operation; use one of {fault['ctx']['expected_tags']}"
+    return str(fault["msg"]).removeprefix("Value error, ")
+
+
+def _field_names(model: type[BaseModel]) -> set[str]:
+    """Names of all fields of `model` and of the models inside it."""
+    definitions = model.model_json_schema()
+    names = set(definitions.get("properties", {}))
+    for definition in definitions.get("$defs", {}).values():
+        names |= set(definition.get("properties", {}))
+    return names
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's own rule, that keys of a mapping differ, which PyYAML does not check."""
+
+
+def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} stands twice", node.start_mark)
+    loader.flatten_mapping(node)
+    return dict(loader.construct_pairs(node, deep=True))  # type: ignore[no-untyped-call]
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_yaml(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadInput(path, "", None, "no such file; check the path") from None
+    except UnicodeDecodeError:
+        raise BadInput(path, "", None, "is not UTF-8 text; save it as UTF-8") from None
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}" if mark else ""
+        raise BadInput(path, line, None, f"is not YAML: {getattr(error, 'problem', error)}") from None
+
+
+def load_entry(path: Path) -> Entry:
+    return parse(Entry, read_yaml(path), path)
+
+
+def load_rules(path: Path) -> RuleSet:
+    return parse(RuleSet, read_yaml(path), path)
+
+
+def load_competition(data: Path | Mapping[str, Any], file: str | Path = "config") -> Competition:
+    """A competition from its file, or from the mapping Snakemake made of it (`file` names it then)."""
+    if isinstance(data, Path):
+        data, file = read_yaml(data), data
+    competition = parse(Competition, data, file)
+    if not ID_PATTERN.fullmatch(competition.competition):
+        raise BadInput(file, "competition", competition.competition, "use letters, digits, - and _ only")
+    for kind in ("tracks", *(f"stages.{name}.scenarios" for name in STAGES)):
+        stage = kind.split(".")[1] if "." in kind else None
+        names = competition.stage(stage).scenarios if stage else competition.tracks
+        for name in names:
+            if not ID_PATTERN.fullmatch(name):
+                raise BadInput(file, f"{kind}.{name}", name, "use letters, digits, - and _ only")
+    inside = expand(competition.closed_store).resolve().is_relative_to(Path.cwd().resolve())
+    if inside and not competition.demo:
+        raise BadInput(
+            file, "closed_store", competition.closed_store, "give a folder outside the repository"
+        )
+    return competition
+
+
+def entry_files(competition: Competition, file: str | Path = "config") -> dict[str, Path]:
+    """Path of every entry file by entry id, sorted by id."""
+    found: dict[str, Path] = {}
+    for folder in competition.entries:
+        if not Path(folder).is_dir():
+            raise BadInput(file, "entries", folder, "no such folder; create it or correct the path")
+        for path in sorted(Path(folder).glob("*.y*ml")):
+            if not ID_PATTERN.fullmatch(path.stem) or path.suffix != ".yaml":
+                raise BadInput(path, "", None, "rename it to <id>.yaml, the id of letters, digits, - and _")
+            if path.stem in found:
+                raise BadInput(path, "id", path.stem, f"is taken by {found[path.stem]}; rename one of them")
+            found[path.stem] = path
+    for entry in competition.withdrawn:
+        if entry not in found:
+            raise BadInput(file, f"withdrawn.{entry}", None, "no entry has this id; correct or remove it")
+    if not found:
+        raise BadInput(file, "entries", None, "no entry file in these folders; add <id>.yaml")
+    return dict(sorted(found.items()))

@@ -1,0 +1,69 @@
+"""Everything Palio raises on purpose, and the exit code each ends the command line with.
+
+    PalioError            1   something went wrong; the message is one line for the user
+    ├── BadInput          2   a file, key or value is wrong: names it and the fix
+    ├── RuleViolation     3   the entry breaks a rule of the competition
+    ├── TimeLimit         4   a budget or limit ran out
+    ├── OutOfMemory       5   the memory of the track was not enough
+    └── Crashed           6   a program of the entry, or one we started for it, died
+
+Each class carries the `State` that the standings show for it. Anything else that is raised is a bug
+of ours: it keeps its traceback, exits with 70 and counts as `crashed`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+
+
+class State(StrEnum):
+    """How a step, a HELM run or an entry ended. Missing is one of these, never a zero."""
+
+    FINISHED = "finished"
+    TIME_LIMIT = "time_limit"
+    OUT_OF_MEMORY = "out_of_memory"
+    CRASHED = "crashed"
+    RULE_VIOLATION = "rule_violation"
+    NOT_RUN = "not_run"
+    NO_MENTION = "no_mention"  # a bias metric whose groups no completion mentions
+    WITHDRAWN = "withdrawn"
+
+
+class PalioError(Exception):
+    """Base of every error with a one-line message for the user."""
+
+    exit_code = 1
+    state = State.CRASHED
+
+
+class BadInput(PalioError):
+    """A wrong value at the edge. The message names file, key, value and fix on one line."""
+
+    exit_code = 2
+    state = State.RULE_VIOLATION
+
+    def __init__(self, file: str | Path, key: str, value: object, fix: str) -> None:
+        where = f"{file}: {key}" if key else f"{file}"
+        shown = "" if value is None else f" is {value!r}"
+        super().__init__(f"{where}{shown}: {fix}")
+
+
+class RuleViolation(PalioError):
+    exit_code = 3
+    state = State.RULE_VIOLATION
+
+
+class TimeLimit(PalioError):
+    exit_code = 4
+    state = State.TIME_LIMIT
+
+
+class OutOfMemory(PalioError):
+    exit_code = 5
+    state = State.OUT_OF_MEMORY
+
+
+class Crashed(PalioError):
+    exit_code = 6
+    state = State.CRASHED

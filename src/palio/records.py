@@ -1,0 +1,350 @@
+"""What crosses a step's border: small typed JSON records and two tidy Parquet tables.
+
+A record holds content only: no dates, hosts or durations (those go to `run.json` sidecars), so equal
+content gives an equal file. `schema_version` changes when a field's meaning does.
+
+results/<track>/<entry>/
+    check.json                    Check
+    dataset/manifest.json         DatasetManifest     dataset/train.parquet, dataset/card.md
+    contamination.json            Contamination
+    adapter.json                  AdapterManifest     adapter/, train.parquet
+    package.json                  PackageManifest     package/
+    open.json, closed.json        StageRecord         helm/<stage>/{metrics,instances}.parquet
+    work/                         what must survive a retry; never a declared output
+    work/failures/<step>.json     StepFailure
+results/leaderboard/<track>.json  Leaderboard
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from palio.config import BaseModelSource
+from palio.errors import BadInput, State
+from palio.provenance import write_json
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+
+    def write(self, path: Path) -> None:
+        write_json(path, self.model_dump(mode="json"))
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def read_record(model: type[AnyRecord], path: Path) -> AnyRecord:
+    """Read a record of a finished step. Raises `BadInput` if it is absent or of another schema."""
+    try:
+        return model.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(path, "", None, "no such record; run the step that makes it") from None
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        raise BadInput(path, key, None, f"{fault['msg']}; run the step again") from None
+
+
+class Violation(BaseModel):
+    """One broken rule: which, where, why, and how to fix it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rule: str
+    key: str
+    why: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.why}; {self.fix} [{self.rule}]"
+
+
+class Check(Record):
+    competition: str
+    track: str
+    entry: str
+    rules_version: str
+    base_model_family: str
+
+
+class BaseModelManifest(Record):
+    id: str
+    source: BaseModelSource
+    files: dict[str, str]
+    """sha256 by relative path."""
+
+    @property
+    def fingerprint(self) -> str:
+        from palio.provenance import fingerprint
+
+        return fingerprint(self.files)
+
+
+class SourceReport(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    sha256: str
+    licence: str
+    generator: str | None
+    rows: int
+    """Well-formed rows read."""
+    quarantined: int
+    """Malformed lines set aside."""
+
+
+class OperationReport(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    op: str
+    settings: dict[str, Any]
+    rows_in: int
+    rows_out: int
+    changed: int = 0
+    """Rows rewritten but kept."""
+    dropped_by_source: dict[str, int] = {}
+    examples: list[str] = []
+    """At most three dropped or changed rows, shortened."""
+
+
+class DatasetManifest(Record):
+    """The curated dataset; `sha256` of train.parquet is its identity for the trainer."""
+
+    competition: str
+    track: str
+    entry: str
+    recipe_version: str
+    seed: int
+    rows: int
+    sha256: str
+    sources: list[SourceReport]
+    operations: list[OperationReport]
+    rows_by_source: dict[str, int]
+    characters: dict[str, list[int]]
+    """Histograms of prompt and completion lengths: counts in bins of powers of two characters."""
+
+
+class StageInstances(Record):
+    """What is public of a stage's evaluation instances: counts and a digest, never a text."""
+
+    competition: str
+    stage: str
+    helm_version: str
+    scenarios: dict[str, int]
+    """Evaluation instances by scenario."""
+    sha256: str
+    """Of the table of normalised texts, kept in the stage's store."""
+
+
+class Contamination(Record):
+    """Overlap of one training dataset with the evaluation instances of both stages: counts only."""
+
+    competition: str
+    track: str
+    entry: str
+    ngram: int
+    dataset_sha256: str
+    instances: dict[str, dict[str, int]]
+    """Evaluation instances by stage and scenario."""
+    contaminated: dict[str, dict[str, int]]
+    """Of these, how many share their whole text or an n-gram of words with a training row."""
+
+
+class AdapterManifest(Record):
+    """The result of fine-tuning. `fingerprint` covers all that decides it."""
+
+    competition: str
+    track: str
+    entry: str
+    fingerprint: str
+    recipe_version: str
+    base_model: str
+    base_model_fingerprint: str
+    dataset_sha256: str
+    recipe: dict[str, Any]
+    state: Literal["finished", "budget_reached"]
+    steps: int
+    planned_steps: int
+    rows: int
+    rows_too_long: int
+    final_loss: float
+    files: dict[str, str]
+
+
+class PackageManifest(Record):
+    """A folder that `AutoModelForCausalLM.from_pretrained` loads with no code of ours."""
+
+    competition: str
+    track: str
+    entry: str
+    base_model: str
+    base_model_fingerprint: str
+    adapter_fingerprint: str | None
+    dtype: str
+    parameters: int
+    max_logit_difference: float | None
+    """Merged model against base plus adapter on probe prompts, fp32 on CPU; None without an adapter."""
+    files: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        from palio.provenance import fingerprint
+
+        return fingerprint(self.files)
+
+
+class HelmRun(BaseModel):
+    """One HELM run (one run spec) and how it ended."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scenario: str
+    run: str
+    state: State
+    reason: str = ""
+    instances: int
+    """Evaluation instances planned, over all splits and perturbations."""
+    answered: int
+
+
+class StageRecord(Record):
+    """One entry's evaluation in one stage. Tables: helm/<stage>/{metrics,instances}.parquet."""
+
+    competition: str
+    track: str
+    entry: str
+    stage: str
+    package_fingerprint: str
+    instances_sha256: str
+    helm_version: str
+    state: State
+    """finished: every run is; time_limit: some are missing, the stage's limit ran out."""
+    reason: str = ""
+    runs: list[HelmRun]
+    metrics_sha256: str
+    instances_table_sha256: str
+
+
+class StepFailure(Record):
+    """Why a step of an entry did not finish; written beside the outputs, removed when it does."""
+
+    step: str
+    state: State
+    reason: str
+    log: str | None = None
+
+
+METRICS_SCHEMA = pa.schema(
+    [
+        pa.field("competition", pa.string(), nullable=False),
+        pa.field("track", pa.string(), nullable=False),
+        pa.field("entry", pa.string(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("scenario", pa.string(), nullable=False),
+        pa.field("run", pa.string(), nullable=False),
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("perturbation", pa.string()),
+        pa.field("value", pa.float64()),
+        pa.field("n", pa.int64(), nullable=False),
+    ]
+)
+"""One row per HELM statistic: its mean over `n` instances; `value` is null where n is 0."""
+
+INSTANCES_SCHEMA = pa.schema(
+    [
+        pa.field("competition", pa.string(), nullable=False),
+        pa.field("track", pa.string(), nullable=False),
+        pa.field("entry", pa.string(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("scenario", pa.string(), nullable=False),
+        pa.field("run", pa.string(), nullable=False),
+        pa.field("instance", pa.string(), nullable=False),
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("perturbation", pa.string()),
+        pa.field("value", pa.float64()),
+    ]
+)
+"""One row per instance and metric; `instance` is HELM's id, never a text."""
+
+
+# --- scores ----------------------------------------------------------------------------------------
+
+
+class Column(BaseModel):
+    """One scored column: a metric of a scenario of a stage."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: str
+    scenario: str
+    metric: str
+    """Name in the competition's config."""
+    higher_is_better: bool = True
+
+
+class Cell(BaseModel):
+    """One entry's value in one column, or the state that explains why there is none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float | None
+    state: State = State.FINISHED
+    reason: str = ""
+    n: int = 0
+    """Instances behind the value."""
+    win_rate: float | None = None
+    """None where the value is missing and the policy excludes it."""
+
+
+class ScoredEntry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    entry: str
+    team: str
+    rank: int
+    final_score: float
+    stage_scores: dict[str, float]
+    scenario_win_rates: dict[str, dict[str, float]]
+    """stage -> scenario -> mean win rate over the scenario's columns."""
+    cells: list[Cell]
+    """In the order of the leaderboard's columns."""
+    notes: list[str] = []
+    """Footnotes: missing values and what they cost, a stage score of 0 and why."""
+
+
+class DidNotFinish(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    entry: str
+    team: str
+    step: str
+    """The step that has no result."""
+    state: State
+    reason: str
+    log: str | None = None
+
+
+class Leaderboard(Record):
+    competition: str
+    track: str
+    final: bool
+    """False for standings: provisional, on whatever is finished."""
+    convention: str
+    convention_version: str
+    missing: str
+    stage_weights: dict[str, float]
+    columns: list[Column]
+    entries: list[ScoredEntry]
+    """By rank; entries of equal score share the better rank, in the order of their ids."""
+    did_not_finish: list[DidNotFinish]
+    inputs: dict[str, str]
+    """sha256 of each stage record and table that went in, by path."""
