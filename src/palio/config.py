@@ -352,6 +352,53 @@ class Competition(Strict):
     def stage(self, name: str) -> Stage:
         return self.stages.open if name == "open" else self.stages.closed
 
+    @property
+    def checked_against(self) -> CheckedAgainst:
+        return CheckedAgainst(competition=self.competition, rules=self.rules, tracks=tuple(self.tracks))
+
+
+# --- slices: what one step needs of a competition, so that only its own changes re-run it --------------
+
+
+class CheckedAgainst(Strict):
+    """What an entry file is checked against."""
+
+    competition: str
+    rules: str
+    tracks: tuple[str, ...]
+
+
+class ScenarioRuns(Strict):
+    """A scenario's HELM runs. The digest stands for the run file's content, which may be secret."""
+
+    run_entries: str
+    max_eval_instances: PositiveInt
+    sha256: str
+
+
+class StageRuns(Strict):
+    """What decides a stage's evaluation instances."""
+
+    competition: str
+    stage: Literal["open", "closed"]
+    closed_store: str
+    scenarios: dict[str, ScenarioRuns]
+
+    @property
+    def store(self) -> Path:
+        """Folder of the prepared stage; the closed one's shows prompts and lies in the closed store."""
+        if self.stage == "open":
+            return Path("resources/stages/open/store")
+        return expand(self.closed_store) / self.competition / "stage"
+
+
+class StageLimits(Strict):
+    """What an evaluation of a prepared stage may use."""
+
+    time_limit: PositiveInt
+    """Seconds."""
+    threads: PositiveInt
+
 
 # --- reading ---------------------------------------------------------------------------------------
 
@@ -401,12 +448,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    keys = [loader.construct_object(key) for key, _ in node.value]
     twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice is not None:
         raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} stands twice", node.start_mark)
     loader.flatten_mapping(node)
-    return dict(loader.construct_pairs(node, deep=True))  # type: ignore[no-untyped-call]
+    return dict(loader.construct_pairs(node, deep=True))
 
 
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
@@ -420,7 +467,7 @@ def read_yaml(path: Path) -> Any:
     except UnicodeDecodeError:
         raise BadInput(path, "", None, "is not UTF-8 text; save it as UTF-8") from None
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}" if mark else ""
@@ -437,9 +484,10 @@ def load_rules(path: Path) -> RuleSet:
 
 def load_competition(data: Path | Mapping[str, Any], file: str | Path = "config") -> Competition:
     """A competition from its file, or from the mapping Snakemake made of it (`file` names it then)."""
+    content: object = data
     if isinstance(data, Path):
-        data, file = read_yaml(data), data
-    competition = parse(Competition, data, file)
+        content, file = read_yaml(data), data
+    competition = parse(Competition, content, file)
     if not ID_PATTERN.fullmatch(competition.competition):
         raise BadInput(file, "competition", competition.competition, "use letters, digits, - and _ only")
     for kind in ("tracks", *(f"stages.{name}.scenarios" for name in STAGES)):
@@ -450,9 +498,7 @@ def load_competition(data: Path | Mapping[str, Any], file: str | Path = "config"
                 raise BadInput(file, f"{kind}.{name}", name, "use letters, digits, - and _ only")
     inside = expand(competition.closed_store).resolve().is_relative_to(Path.cwd().resolve())
     if inside and not competition.demo:
-        raise BadInput(
-            file, "closed_store", competition.closed_store, "give a folder outside the repository"
-        )
+        raise BadInput(file, "closed_store", competition.closed_store, "give a folder outside the repository")
     return competition
 
 

@@ -1,0 +1,37 @@
+# Palio: an LLM fine-tuning competition as a workflow.
+#   snakemake --profile local              the demo competition on this machine
+#   snakemake --profile slurm              the same on a cluster
+#   snakemake --profile local standings    the provisional leaderboard, at any time
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+
+# --configfile replaces the demo's config instead of being merged into it
+if "competition" not in config:
+
+    configfile: "config/config.yaml"
+
+
+include: "rules/common.smk"
+include: "rules/check.smk"
+include: "rules/base_model.smk"
+include: "rules/stage.smk"
+include: "rules/curate.smk"
+include: "rules/finetune.smk"
+include: "rules/package.smk"
+include: "rules/evaluate.smk"
+include: "rules/score.smk"
+include: "rules/report.smk"
+
+
+localrules:
+    all,
+    standings,
+
+
+rule all:
+    default_target: True
+    input:
+        expand("results/leaderboard/{track}.json", track=W.tracks),
+        "results/report/index.html",

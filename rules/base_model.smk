@@ -1,0 +1,18 @@
+rule fetch_base_model:
+    output:
+        manifest="resources/base_models/{base_model}/manifest.json",
+    log:
+        "logs/fetch_base_model/{base_model}.log",
+    params:
+        source=W.base_model,
+        approved_as=W.approved_as,
+    retries: 2  # a download; what has arrived is kept
+    resources:
+        mem_mb=8192,
+        runtime=240,
+    shell:
+        "palio fetch-base-model"
+        " --source {params.source:q}"
+        " --approved-as {params.approved_as:q}"
+        " --out resources/base_models/{wildcards.base_model:q}"
+        " > {log:q} 2>&1"

@@ -1,0 +1,19 @@
+rule check_entry:
+    input:
+        stages=ancient(expand("resources/stages/{stage}/stage.json", stage=["open", "closed"])),
+    output:
+        check="results/{track}/{entry}/check.json",
+    log:
+        "results/{track}/{entry}/logs/check.log",
+    params:
+        file=W.entry_file,
+        against=W.against(),
+        entries_of_team=W.entries_of_team,
+        # re-runs the check when what the rules look at changes, not when a learning rate does
+        identity=W.identity,
+    shell:
+        "palio check {params.file:q}"
+        " --against {params.against:q}"
+        " --entries-of-team {params.entries_of_team}"
+        " --entry-dir results/{wildcards.track}/{wildcards.entry}"
+        " > {log:q} 2>&1"

@@ -1,0 +1,62 @@
+rule generate_demo_data:
+    output:
+        sources=expand("resources/demo_sources/{family}.jsonl", family=DEMO_FAMILIES),
+    log:
+        "logs/generate_demo_data.log",
+    params:
+        seed=7,
+    shell:
+        "palio demo-data --out resources/demo_sources --seed {params.seed} > {log:q} 2>&1"
+
+
+rule curate_dataset:
+    input:
+        check=ancient("results/{track}/{entry}/check.json"),
+        base_model=W.base_model_manifest,  # its tokenizer counts tokens
+        sources=W.source_files,
+    output:
+        manifest="results/{track}/{entry}/dataset/manifest.json",
+        dataset="results/{track}/{entry}/dataset/train.parquet",
+        dropped="results/{track}/{entry}/dataset/dropped.parquet",
+        card="results/{track}/{entry}/dataset/card.md",
+    log:
+        "results/{track}/{entry}/logs/curate.log",
+    params:
+        competition=W.competition.competition,
+        recipe=W.dataset_recipe,
+        base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
+    resources:
+        mem_mb=8192,
+        runtime=240,
+    shell:
+        "palio curate"
+        " --competition-id {params.competition}"
+        " --entry-dir results/{wildcards.track}/{wildcards.entry}"
+        " --recipe {params.recipe:q}"
+        " --base-model {params.base_model:q}"
+        " > {log:q} 2>&1"
+
+
+# The organizer's side: it reads the closed stage's instances, counts alone leave it.
+rule measure_contamination:
+    input:
+        dataset="results/{track}/{entry}/dataset/manifest.json",
+        stages=expand("resources/stages/{stage}/stage.json", stage=["open", "closed"]),
+    output:
+        contamination="results/{track}/{entry}/contamination.json",
+    log:
+        "results/{track}/{entry}/logs/contamination.log",
+    params:
+        competition=W.competition.competition,
+        open_store=W.stage_runs["open"].store,
+        closed_store=W.stage_runs["closed"].store,
+    resources:
+        mem_mb=8192,
+        runtime=60,
+    shell:
+        "palio measure-contamination"
+        " --competition-id {params.competition}"
+        " --entry-dir results/{wildcards.track}/{wildcards.entry}"
+        " --open-store {params.open_store:q}"
+        " --closed-store {params.closed_store:q}"
+        " > {log:q} 2>&1"

@@ -1,0 +1,33 @@
+# Checkpoints, ledger and finished adapters live in work/, named by content: Snakemake may delete the
+# outputs before a rerun, the trainer finds its work again.
+rule finetune:
+    input:
+        check=ancient("results/{track}/{entry}/check.json"),
+        base_model=W.base_model_manifest,
+        dataset="results/{track}/{entry}/dataset/manifest.json",
+        rows=ancient("results/{track}/{entry}/dataset/train.parquet"),
+    output:
+        adapter="results/{track}/{entry}/adapter.json",
+        telemetry="results/{track}/{entry}/train.parquet",
+    log:
+        "results/{track}/{entry}/logs/finetune.log",
+    params:
+        competition=W.competition.competition,
+        recipe=W.finetune_recipe,
+        track=W.track_limits,
+        base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
+    threads: W.cpus
+    resources:
+        gpu=1,
+        gpu_model=W.gpu_model,
+        mem_mb=W.mem_mb,
+        runtime=W.finetune_minutes,  # the track's budget is the trainer's; the margin is for loading and saving
+    shell:
+        "palio finetune"
+        " --competition-id {params.competition}"
+        " --entry-dir results/{wildcards.track}/{wildcards.entry}"
+        " --recipe {params.recipe:q}"
+        " --track {params.track:q}"
+        " --base-model {params.base_model:q}"
+        " --threads {threads}"
+        " > {log:q} 2>&1"

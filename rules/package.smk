@@ -1,0 +1,24 @@
+rule build_package:
+    input:
+        check=ancient("results/{track}/{entry}/check.json"),
+        base_model=W.base_model_manifest,
+        adapter=W.adapter_manifest,
+    output:
+        package="results/{track}/{entry}/package.json",
+    log:
+        "results/{track}/{entry}/logs/package.log",
+    params:
+        competition=W.competition.competition,
+        adapter=lambda wildcards: "--adapter" if W.finetuned(wildcards) else "--no-adapter",
+        base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
+    threads: W.cpus
+    resources:
+        mem_mb=W.mem_mb,
+        runtime=120,
+    shell:
+        "OMP_NUM_THREADS={threads} palio package"
+        " --competition-id {params.competition}"
+        " --entry-dir results/{wildcards.track}/{wildcards.entry}"
+        " {params.adapter}"
+        " --base-model {params.base_model:q}"
+        " > {log:q} 2>&1"

@@ -1,0 +1,16 @@
+rule report:
+    input:
+        leaderboards=expand("results/leaderboard/{track}.json", track=W.tracks),
+    output:
+        report="results/report/index.html",
+    log:
+        "logs/report.log",
+    params:
+        competition=W.whole(),
+    resources:
+        mem_mb=4096,
+        runtime=60,
+    shell:
+        "palio report"
+        " --competition {params.competition:q}"
+        " > {log:q} 2>&1"

@@ -1,0 +1,30 @@
+rule score:
+    input:
+        records=lambda wildcards: W.of_entries(wildcards.track, ("open.json", "closed.json")),
+        contamination=lambda wildcards: W.datasets(wildcards.track),
+    output:
+        leaderboard="results/leaderboard/{track}.json",
+        csv="results/leaderboard/{track}.csv",
+        parquet="results/leaderboard/{track}.parquet",
+        markdown="results/leaderboard/{track}.md",
+    log:
+        "logs/score/{track}.log",
+    params:
+        competition=W.whole(),
+        teams=lambda wildcards: W.teams(wildcards.track),
+    resources:
+        mem_mb=4096,
+        runtime=60,
+    shell:
+        "palio score"
+        " --competition {params.competition:q}"
+        " --track {wildcards.track}"
+        " > {log:q} 2>&1"
+
+
+# No output and no input: runs whenever it is asked for, on whatever is finished then.
+rule standings:
+    params:
+        competition=W.whole(),
+    shell:
+        "palio standings --competition {params.competition:q}"

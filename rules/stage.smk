@@ -1,0 +1,15 @@
+rule prepare_stage:
+    output:
+        record="resources/stages/{stage}/stage.json",
+    log:
+        "logs/prepare_stage/{stage}.log",
+    params:
+        runs=lambda wildcards: W.runs(wildcards.stage),
+    resources:
+        mem_mb=8192,
+        runtime=120,
+    shell:
+        "palio prepare-stage"
+        " --runs {params.runs:q}"
+        " --out {output.record:q}"
+        " > {log:q} 2>&1"

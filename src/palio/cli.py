@@ -1,0 +1,431 @@
+"""`palio <verb>`: parse, call one function, map errors to exit codes. Heavy imports stand in the verbs.
+
+Exit codes: 0 done, 1 an error named on one line, 2 bad input, 3 rule violation, 4 time limit,
+5 out of memory, 6 a program of the entry died, 70 a bug of ours (with its traceback).
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from palio import __version__
+from palio.errors import PalioError, State
+
+if TYPE_CHECKING:
+    from palio.config import Competition
+
+BUG_EXIT_CODE = 70
+SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
+DEFAULT_CONFIG = "config/config.yaml"
+
+ExistingPath = click.Path(path_type=Path)
+
+
+class Verb(click.Command):
+    """A command whose help ends with an example that runs on the demo."""
+
+    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
+        super().__init__(*args, epilog=f"\b\nExample:\n  {example}", **kwargs)
+
+
+class Palio(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of the workflow, not of the alphabet
+
+
+@click.group(cls=Palio, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="palio")
+def palio() -> None:
+    """Run an LLM fine-tuning competition: entries in, a leaderboard that can be trusted out.
+
+    Snakemake calls these verbs; participants and researchers may call them by hand.
+    """
+
+
+def main() -> NoReturn:
+    """Entry point. A user's mistake ends in one line, never in a traceback."""
+    try:
+        palio(standalone_mode=False)
+        sys.exit(0)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except click.Abort:
+        sys.exit(130)
+    except PalioError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        print("error: this is a bug in Palio, not in your input; please report it", file=sys.stderr)
+        sys.exit(BUG_EXIT_CODE)
+
+
+@contextmanager
+def entry_step(step: str, entry_dir: Path) -> Iterator[None]:
+    """Leave a StepFailure beside the outputs if the step does not finish, for the standings to show."""
+    from palio.records import StepFailure
+
+    failure = entry_dir / "work" / "failures" / f"{step}.json"
+    failure.unlink(missing_ok=True)
+
+    def record(state: State, reason: str) -> None:
+        log = str(entry_dir / "logs" / f"{step}.log")
+        StepFailure(step=step, state=state, reason=reason, log=log).write(failure)
+
+    def stop(signum: int, frame: object) -> NoReturn:
+        sys.exit(SIGTERM_EXIT_CODE)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except PalioError as error:
+        record(error.state, str(error))
+        raise
+    except KeyboardInterrupt:
+        record(State.CRASHED, "interrupted")
+        raise
+    except SystemExit as error:
+        if error.code == SIGTERM_EXIT_CODE:
+            record(State.CRASHED, "stopped by SIGTERM: the job's time limit, or cancelled")
+        raise
+    except Exception as error:
+        record(State.CRASHED, f"{type(error).__name__}: a bug in Palio; its traceback is in the log")
+        raise
+
+
+def competition_of(given: str) -> Competition:
+    """The competition in a YAML file, or in the JSON that a Snakemake rule passes on."""
+    from palio.config import load_competition
+
+    return load_competition(json.loads(given)) if given.startswith("{") else load_competition(Path(given))
+
+
+competition_option = click.option(
+    "--competition",
+    default=DEFAULT_CONFIG,
+    show_default=True,
+    metavar="FILE",
+    help="The competition's config, or its content as JSON.",
+)
+entry_dir_option = click.option(
+    "--entry-dir", type=ExistingPath, required=True, help="The entry's folder, results/<track>/<entry>."
+)
+competition_id_option = click.option("--competition-id", required=True, help="The competition's id.")
+
+
+def track_and_entry(entry_dir: Path) -> tuple[str, str]:
+    return entry_dir.parent.name, entry_dir.name
+
+
+@palio.command(cls=Verb, example="palio check config/entries/demo/curated.yaml")
+@click.argument("files", nargs=-1, required=True, type=ExistingPath)
+@competition_option
+@click.option("--against", help="JSON slice of the competition, in place of --competition.")
+@click.option("--entries-of-team", type=int, help="Default: counted in the file's folder.")
+@click.option("--entry-dir", type=ExistingPath, help="Write check.json here (one FILE only).")
+@click.option("--json", "as_json", is_flag=True, help="Print violations as JSON lines.")
+def check(
+    files: tuple[Path, ...],
+    competition: str,
+    against: str | None,
+    entries_of_team: int | None,
+    entry_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Check entry files against the competition's rules, before any GPU time is spent."""
+    from palio.config import CheckedAgainst, parse
+    from palio.rules.entry_file import EntryViolations, check_file
+
+    rules = (
+        parse(CheckedAgainst, json.loads(against), "--against")
+        if against
+        else competition_of(competition).checked_against
+    )
+    exit_code = 0
+    for file in files:
+        try:
+            if entry_dir is None:
+                check_file(file, rules, entries_of_team)
+            else:
+                with entry_step("check", entry_dir):
+                    check_file(file, rules, entries_of_team).write(entry_dir / "check.json")
+            if not as_json:
+                print(f"{file}: clean")
+        except PalioError as error:
+            exit_code = error.exit_code
+            if as_json:
+                found = error.violations if isinstance(error, EntryViolations) else []
+                for fault in [one.model_dump() for one in found] or [{"why": str(error)}]:
+                    print(json.dumps({"file": str(file), **fault}))
+            else:
+                print(f"error: {error}", file=sys.stderr)
+    raise click.exceptions.Exit(exit_code)
+
+
+@palio.command(
+    "fetch-base-model",
+    cls=Verb,
+    example='palio fetch-base-model --source \'{"hub": "org/name@<commit>"}\' --approved-as GPT2 --out DIR',
+)
+@click.option("--source", required=True, help="JSON with one of hub, path, gguf.")
+@click.option("--approved-as", required=True, help="Approved family; empty: not approved, and refused.")
+@click.option("--offline", is_flag=True, help="Use what is there; download nothing.")
+@click.option("--out", type=ExistingPath, required=True, help="Folder for the model and manifest.json.")
+def fetch_base_model_verb(source: str, approved_as: str, offline: bool, out: Path) -> None:
+    """Bring a base model into a folder of safetensors with a manifest of hashes."""
+    from palio.base_model import fetch_base_model
+    from palio.config import BaseModelSource, parse
+    from palio.errors import RuleViolation
+
+    wanted = parse(BaseModelSource, json.loads(source), "base_model")
+    if not approved_as:
+        raise RuleViolation(f"base_model: {wanted.address} is not approved; it is not downloaded")
+    fetch_base_model(wanted, out, offline=offline)
+
+
+@palio.command(
+    "prepare-stage", cls=Verb, example="snakemake --profile local resources/stages/open/stage.json"
+)
+@click.option("--runs", required=True, help="JSON slice: competition, stage, closed_store, scenarios.")
+@click.option("--out", type=ExistingPath, required=True, help="The stage's record.")
+def prepare_stage_verb(runs: str, out: Path) -> None:
+    """Let HELM make a stage's evaluation instances once, before any entry needs them."""
+    from palio.config import StageRuns, parse
+    from palio.evaluation.stage import prepare_stage
+
+    record = prepare_stage(parse(StageRuns, json.loads(runs), "--runs"), out)
+    for scenario, count in record.scenarios.items():
+        print(f"{record.stage} {scenario}: {count} instances")
+
+
+@palio.command("demo-data", cls=Verb, example="palio demo-data --out resources/demo_sources --seed 7")
+@click.option("--out", type=ExistingPath, required=True, help="Folder for the JSONL files.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def demo_data(out: Path, seed: int) -> None:
+    """Generate the demo's training sources: task families with the noise of scraped data."""
+    from palio.demo.data import write_demo_sources
+
+    write_demo_sources(out, seed=seed)
+
+
+@palio.command(cls=Verb, example="snakemake --profile local results/laptop/curated/dataset/manifest.json")
+@competition_id_option
+@entry_dir_option
+@click.option("--recipe", required=True, help="JSON of the entry's dataset section.")
+@click.option("--base-model", type=ExistingPath, required=True, help="Folder of the base model.")
+def curate(competition_id: str, entry_dir: Path, recipe: str, base_model: Path) -> None:
+    """Turn an entry's sources into its training dataset, and account for every row."""
+    from palio.config import DatasetRecipe, parse
+    from palio.curation.curate import curate_dataset
+
+    track, entry = track_and_entry(entry_dir)
+    with entry_step("curate", entry_dir):
+        manifest = curate_dataset(
+            parse(DatasetRecipe, json.loads(recipe), "dataset"),
+            base_model=base_model / "model",
+            competition=competition_id,
+            track=track,
+            entry=entry,
+            out=entry_dir / "dataset",
+        )
+    print(f"{manifest.rows} rows")
+
+
+@palio.command(
+    "measure-contamination",
+    cls=Verb,
+    example="snakemake --profile local results/laptop/curated/contamination.json",
+)
+@competition_id_option
+@entry_dir_option
+@click.option("--open-store", type=ExistingPath, required=True, help="Store of the open stage.")
+@click.option("--closed-store", type=ExistingPath, required=True, help="Store of the closed stage.")
+def measure_contamination(competition_id: str, entry_dir: Path, open_store: Path, closed_store: Path) -> None:
+    """Count the evaluation instances of both stages that stand in an entry's training data."""
+    from palio.curation.contamination import contamination
+
+    track, entry = track_and_entry(entry_dir)
+    with entry_step("contamination", entry_dir):
+        record = contamination(
+            entry_dir / "dataset",
+            {
+                stage: store / "instances.parquet"
+                for stage, store in (("open", open_store), ("closed", closed_store))
+            },
+            competition=competition_id,
+            track=track,
+            entry=entry,
+        )
+        record.write(entry_dir / "contamination.json")
+
+
+@palio.command(cls=Verb, example="snakemake --profile local results/laptop/curated/adapter.json")
+@competition_id_option
+@entry_dir_option
+@click.option("--recipe", required=True, help="JSON of the entry's finetune section.")
+@click.option("--track", "track_limits", required=True, help="JSON of the track's limits.")
+@click.option("--base-model", type=ExistingPath, required=True, help="Folder of the base model.")
+@click.option("--threads", type=int, help="CPU threads; default: torch's choice.")
+def finetune(
+    competition_id: str,
+    entry_dir: Path,
+    recipe: str,
+    track_limits: str,
+    base_model: Path,
+    threads: int | None,
+) -> None:
+    """Fine-tune the base model on the entry's dataset inside the track's budget. Resumes where it stopped."""
+    from palio.config import FinetuneRecipe, Track, parse
+
+    track, entry = track_and_entry(entry_dir)
+    with entry_step("finetune", entry_dir):
+        from palio.training.finetune import finetune as run
+
+        run(
+            recipe=parse(FinetuneRecipe, json.loads(recipe), "finetune"),
+            track=parse(Track, json.loads(track_limits), "track"),
+            base_model=base_model,
+            dataset=entry_dir / "dataset",
+            entry_dir=entry_dir,
+            competition=competition_id,
+            track_id=track,
+            entry=entry,
+            threads=threads,
+        )
+
+
+@palio.command(cls=Verb, example="snakemake --profile local results/laptop/curated/package.json")
+@competition_id_option
+@entry_dir_option
+@click.option("--base-model", type=ExistingPath, required=True, help="Folder of the base model.")
+@click.option("--adapter/--no-adapter", default=True, help="Without: package the untuned base model.")
+def package(competition_id: str, entry_dir: Path, base_model: Path, adapter: bool) -> None:
+    """Merge the adapter into the base model, verify the logits, write a folder that transformers loads."""
+    track, entry = track_and_entry(entry_dir)
+    with entry_step("package", entry_dir):
+        from palio.packaging.package import build_package
+
+        build_package(
+            base_model=base_model,
+            entry_dir=entry_dir,
+            adapter=adapter,
+            competition=competition_id,
+            track_id=track,
+            entry=entry,
+        )
+
+
+@palio.command(cls=Verb, example="palio serve results/laptop/curated/package --port 8080")
+@click.argument("package", type=ExistingPath)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--threads", type=int, help="CPU threads; default: torch's choice.")
+@click.option("--gpu-memory-gb", type=float, help="Cap on GPU memory.")
+def serve(
+    package: Path, host: str, port: int, device: str, threads: int | None, gpu_memory_gb: float | None
+) -> None:
+    """Serve a package behind HELM's HTTP contract: /process, /tokenize, /decode, /health."""
+    from palio.serving.app import serve as run
+
+    run(package, host=host, port=port, device=device, threads=threads, gpu_memory_gb=gpu_memory_gb)
+
+
+@palio.command(cls=Verb, example="snakemake --profile local results/laptop/curated/open.json")
+@entry_dir_option
+@click.option("--runs", required=True, help="JSON slice of the stage: what to run.")
+@click.option("--limits", required=True, help="JSON slice of the stage: time limit and threads.")
+@click.option("--track", "track_limits", required=True, help="JSON of the track's limits.")
+@click.option("--instances", type=ExistingPath, required=True, help="The stage's record.")
+@click.option("--threads", type=int, help="CPU threads of the model server.")
+def evaluate(
+    entry_dir: Path, runs: str, limits: str, track_limits: str, instances: Path, threads: int | None
+) -> None:
+    """Serve an entry's package and run HELM on it for one stage, inside the stage's time limit."""
+    from palio.config import StageLimits, StageRuns, Track, parse
+    from palio.evaluation.evaluate import StartServer
+    from palio.evaluation.evaluate import evaluate as run
+
+    stage = parse(StageRuns, json.loads(runs), "--runs")
+    track = parse(Track, json.loads(track_limits), "track")
+
+    with entry_step(stage.stage, entry_dir):
+        from palio.serving.process import ServerProcess
+
+        def start_server(package: Path, log: Path) -> Any:
+            return ServerProcess(package, log=log, threads=threads, gpu_memory_gb=track.gpu_memory_gb)
+
+        starter: StartServer = start_server
+        run(stage, parse(StageLimits, json.loads(limits), "--limits"), instances, entry_dir, starter)
+
+
+@palio.command(cls=Verb, example="palio score --track laptop")
+@competition_option
+@click.option("--track", required=True)
+@click.option("--results", type=ExistingPath, default=Path("results"), show_default=True)
+@click.option("--out", type=ExistingPath, default=Path("results/leaderboard"), show_default=True)
+def score(competition: str, track: str, results: Path, out: Path) -> None:
+    """The final leaderboard of a track. Every entry must be finished or withdrawn."""
+    _score(competition, [track], results, out, final=True)
+
+
+@palio.command(cls=Verb, example="palio standings")
+@competition_option
+@click.option("--results", type=ExistingPath, default=Path("results"), show_default=True)
+@click.option("--out", type=ExistingPath, default=Path("results/standings"), show_default=True)
+def standings(competition: str, results: Path, out: Path) -> None:
+    """The provisional leaderboard on whatever is finished now, at any time, beside a running workflow."""
+    _score(competition, list(competition_of(competition).tracks), results, out, final=False)
+
+
+def _score(given: str, tracks: list[str], results: Path, out: Path, *, final: bool) -> None:
+    from palio.config import Entry, entry_files, load_entry
+    from palio.errors import BadInput
+    from palio.scoring.leaderboard import print_leaderboard, score_track, write_leaderboard
+
+    competition = competition_of(given)
+    entries: dict[str, Entry | None] = {}
+    for name, path in entry_files(competition).items():
+        try:
+            entries[name] = load_entry(path)
+        except BadInput:
+            entries[name] = None
+    first = next(iter(competition.tracks))
+    for track in tracks:
+        mine = {
+            name: entry
+            for name, entry in entries.items()
+            if (entry.track if entry and entry.track in competition.tracks else first) == track
+        }
+        board = score_track(competition, track, results, mine, final=final)
+        write_leaderboard(board, out)
+        print_leaderboard(board)
+
+
+@palio.command(cls=Verb, example="palio report --out results/report")
+@competition_option
+@click.option("--results", type=ExistingPath, default=Path("results"), show_default=True)
+@click.option("--leaderboards", type=ExistingPath, default=Path("results/leaderboard"), show_default=True)
+@click.option("--out", type=ExistingPath, default=Path("results/report"), show_default=True)
+def report(competition: str, results: Path, leaderboards: Path, out: Path) -> None:
+    """One self-contained HTML file with leaderboards, plots and a page per entry."""
+    from palio.report.build import build_report
+
+    build_report(competition_of(competition), results, out)
+    print(out / "index.html")
+
+
+if __name__ == "__main__":
+    main()

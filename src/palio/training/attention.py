@@ -1,0 +1,97 @@
+"""Attention for rows laid end to end: each row attends to itself alone, and no mask is ever built.
+
+A mask over the flat sequence of T tokens would cost T² in time and memory; rows of lengths l cost Σ l².
+On a GPU one variable-length kernel serves all rows; on a CPU a causal kernel runs for each of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "palio_rows"
+
+VARLEN: Callable[..., Any] | None = None
+with suppress(ImportError):  # torch before 2.10 has no such module, 2.10 no `window_size`
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "window_size" in inspect.signature(varlen_attn).parameters:
+        VARLEN = varlen_attn
+
+
+class _Rows:
+    """Bounds of the rows in the forward pass under way; attention layers have no other way to get them
+    that every architecture passes on."""
+
+    bounds: tuple[int, ...] = ()
+    offsets: torch.Tensor | None = None
+    longest: int = 0
+
+
+@contextmanager
+def row_bounds(bounds: Sequence[int], device: torch.device) -> Iterator[None]:
+    """Forward and backward passes inside belong to rows that begin at `bounds[:-1]`."""
+    _Rows.bounds = tuple(bounds)
+    _Rows.longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    _Rows.offsets = torch.tensor(bounds, dtype=torch.int32, device=device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        _Rows.bounds, _Rows.offsets, _Rows.longest = (), None, 0
+
+
+def rows_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over (1, heads, T, head size), the heads of key and value fewer or as many as of query.
+
+    Returns (1, T, heads, head size), the form transformers' attention layers expect.
+    """
+    if VARLEN is not None and query.is_cuda and query.dtype != torch.float32 and dropout == 0:
+        return _varlen(VARLEN, query, key, value, scaling), None
+    grouped = key.shape[1] != query.shape[1]
+    parts = [
+        scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            dropout_p=dropout,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        for start, end in zip(_Rows.bounds, _Rows.bounds[1:], strict=False)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _varlen(
+    kernel: Callable[..., Any],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+) -> torch.Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    flat = [part[0].transpose(0, 1) for part in (query, key, value)]
+    bounds = (_Rows.offsets, _Rows.offsets, _Rows.longest, _Rows.longest)
+    out: torch.Tensor = kernel(*flat, *bounds, scale=scaling, window_size=(-1, 0))  # (-1, 0) is causal
+    return out[None]
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, rows_attention)

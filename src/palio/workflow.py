@@ -1,0 +1,212 @@
+"""What the Snakemake rules ask of a competition: entries, inputs, parameters and resources.
+
+The rules hold no logic of their own. Parameters are canonical JSON of the slice that decides a step,
+so that a step re-runs when its own content changes and at no other time. A broken entry file does
+not stop the workflow: the entry's `check_entry` fails and the standings say why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from palio.config import (
+    STAGES,
+    BaseModelSource,
+    Competition,
+    Entry,
+    StageLimits,
+    entry_files,
+    load_competition,
+    load_entry,
+    load_rules,
+)
+from palio.errors import BadInput
+from palio.evaluation.helm import stage_runs
+from palio.provenance import canonical_json, fingerprint
+from palio.rules.check import approved_model
+
+GIB = 1024
+
+
+def slice_of(model: BaseModel) -> str:
+    """Canonical JSON of a model without the fields that were left at their defaults' `None`."""
+    return canonical_json(model.model_dump(mode="json", exclude_none=True))
+
+
+class Workflow:
+    """One competition as the rules see it. Wildcards: `track`, `entry`, `stage`, `base_model`."""
+
+    def __init__(self, config: Mapping[str, Any], file: str = "config") -> None:
+        self.competition: Competition = load_competition(config, file)
+        self.rules = load_rules(Path(self.competition.rules))
+        self.files = {
+            name: path
+            for name, path in entry_files(self.competition, file).items()
+            if name not in self.competition.withdrawn
+        }
+        self.entries: dict[tuple[str, str], Entry | None] = {}
+        self.faults: dict[str, str] = {}
+        for name, path in self.files.items():
+            entry, track = self._load(name, path)
+            self.entries[track, name] = entry
+        self.stage_runs = {stage: stage_runs(self.competition, stage) for stage in STAGES}
+
+    def _load(self, name: str, path: Path) -> tuple[Entry | None, str]:
+        """The entry and its track; of a broken file None and the first track, where it is shown."""
+        tracks = list(self.competition.tracks)
+        try:
+            entry = load_entry(path)
+            if entry.track not in tracks:
+                raise BadInput(path, "track", entry.track, f"use one of {', '.join(tracks)}")
+            return entry, entry.track
+        except BadInput as fault:
+            self.faults[name] = str(fault)
+            return None, tracks[0]
+
+    # --- wildcards and targets
+
+    @property
+    def tracks(self) -> list[str]:
+        return list(self.competition.tracks)
+
+    def entries_of(self, track: str) -> list[str]:
+        return sorted(name for at, name in self.entries if at == track)
+
+    def entry(self, wildcards: Any) -> Entry | None:
+        return self.entries[wildcards.track, wildcards.entry]
+
+    def base_model_source(self, model: str) -> BaseModelSource:
+        return self._base_models()[model]
+
+    def _base_models(self) -> dict[str, BaseModelSource]:
+        return {entry.base_model.id: entry.base_model for entry in self.entries.values() if entry}
+
+    def base_model_id(self, wildcards: Any) -> str:
+        entry = self.entry(wildcards)
+        return entry.base_model.id if entry else "unknown"
+
+    # --- inputs
+
+    def finetuned(self, wildcards: Any) -> bool:
+        """Whether the entry has data and training, or is an untuned base model."""
+        entry = self.entry(wildcards)
+        return entry is not None and entry.finetune is not None
+
+    def source_files(self, wildcards: Any) -> list[str]:
+        entry = self.entry(wildcards)
+        return [source.path for source in entry.dataset.sources] if entry and entry.dataset else []
+
+    def base_model_manifest(self, wildcards: Any) -> str:
+        return f"resources/base_models/{self.base_model_id(wildcards)}/manifest.json"
+
+    def adapter_manifest(self, wildcards: Any) -> list[str]:
+        entry_dir = f"results/{wildcards.track}/{wildcards.entry}"
+        return [f"{entry_dir}/adapter.json"] if self.finetuned(wildcards) else []
+
+    def of_entries(self, track: str, files: tuple[str, ...]) -> list[str]:
+        return [f"results/{track}/{entry}/{file}" for entry in self.entries_of(track) for file in files]
+
+    def datasets(self, track: str) -> list[str]:
+        """Contamination reports of the entries that have a dataset, or are too broken to tell."""
+        return [
+            f"results/{track}/{entry}/contamination.json"
+            for entry in self.entries_of(track)
+            if (found := self.entries[track, entry]) is None or found.dataset
+        ]
+
+    # --- parameters
+
+    def identity(self, wildcards: Any) -> str:
+        """What the rules look at, so that a learning rate does not re-run the check."""
+        entry = self.entry(wildcards)
+        if entry is None:
+            return self.faults[wildcards.entry]
+        looked_at = entry.model_dump(mode="json", exclude_none=True, exclude={"finetune", "title", "dataset"})
+        looked_at["max_length"] = entry.finetune.max_length if entry.finetune else None
+        looked_at["sources"] = (
+            [source.model_dump(mode="json", exclude_none=True) for source in entry.dataset.sources]
+            if entry.dataset
+            else []
+        )
+        return fingerprint([looked_at, self.rules.model_dump(mode="json")])
+
+    def against(self) -> str:
+        return slice_of(self.competition.checked_against)
+
+    def entries_of_team(self, wildcards: Any) -> int:
+        entry = self.entry(wildcards)
+        if entry is None:
+            return 1
+        others = [other for other in self.entries.values() if other is not None]
+        return sum((other.team, other.track) == (entry.team, entry.track) for other in others)
+
+    def entry_file(self, wildcards: Any) -> str:
+        return str(self.files[wildcards.entry])
+
+    def base_model(self, wildcards: Any) -> str:
+        return slice_of(self.base_model_source(wildcards.base_model))
+
+    def approved_as(self, wildcards: Any) -> str:
+        """The base model's approved family; empty if it has none, and then nothing is downloaded."""
+        found = approved_model(self.base_model_source(wildcards.base_model), self.rules)
+        return found.family if found else ""
+
+    def dataset_recipe(self, wildcards: Any) -> str:
+        entry = self.entry(wildcards)
+        return slice_of(entry.dataset) if entry and entry.dataset else ""
+
+    def finetune_recipe(self, wildcards: Any) -> str:
+        entry = self.entry(wildcards)
+        return slice_of(entry.finetune) if entry and entry.finetune else ""
+
+    def track_limits(self, wildcards: Any) -> str:
+        track = self.competition.tracks[wildcards.track]
+        limits = {"title", "gpu_memory_gb", "ram_gb", "cpus", "training_budget"}
+        return canonical_json(track.model_dump(mode="json", include=limits, exclude_none=True))
+
+    def runs(self, stage: str) -> str:
+        return slice_of(self.stage_runs[stage])
+
+    def limits(self, stage: str) -> str:
+        settings = self.competition.stage(stage)
+        return slice_of(StageLimits(time_limit=settings.time_limit, threads=settings.threads))
+
+    def whole(self) -> str:
+        return canonical_json(self.competition.model_dump(mode="json", exclude_none=True))
+
+    def teams(self, track: str) -> str:
+        """Entry -> team: what the leaderboard shows of the entry files."""
+        return canonical_json(
+            {
+                name: entry.team if entry else self.faults[name]
+                for (at, name), entry in self.entries.items()
+                if at == track
+            }
+        )
+
+    # --- resources
+
+    def cpus(self, wildcards: Any) -> int:
+        return self.competition.tracks[wildcards.track].cpus
+
+    def mem_mb(self, wildcards: Any) -> int:
+        return self.competition.tracks[wildcards.track].ram_gb * GIB
+
+    def gpu_model(self, wildcards: Any) -> str:
+        return self.competition.tracks[wildcards.track].gpu_model or ""
+
+    def finetune_minutes(self, wildcards: Any) -> int:
+        track = self.competition.tracks[wildcards.track]
+        return _minutes(track.training_budget + track.training_margin)
+
+    def stage_minutes(self, stage: Literal["open", "closed"]) -> int:
+        settings = self.competition.stage(stage)
+        return _minutes(settings.time_limit + settings.margin)
+
+
+def _minutes(seconds: int) -> int:
+    return -(-seconds // 60)
