@@ -1,0 +1,168 @@
+"""A wrong config stops with one line that names file, key, value and fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from palio.config import (
+    BaseModelSource,
+    Competition,
+    Entry,
+    entry_files,
+    load_competition,
+    load_entry,
+    load_rules,
+    parse,
+)
+from palio.errors import BadInput
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "config" / "config.yaml"
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.chdir(ROOT)
+    content: dict[str, Any] = yaml.safe_load(DEMO.read_text())
+    return content
+
+
+@pytest.fixture
+def curated() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((ROOT / "config/entries/demo/curated.yaml").read_text())
+    return content
+
+
+@pytest.mark.parametrize(
+    "name", ["config/config.yaml", "config/neurips2023.yaml"], ids=["demo", "neurips2023"]
+)
+def test_every_competition_in_the_repository_is_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    competition = load_competition(ROOT / name)
+    load_rules(ROOT / competition.rules)
+    for path in entry_files(competition).values():
+        load_entry(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "line"),
+    [
+        (("titel",), "x", "config: titel is 'x': unknown key; did you mean title?"),
+        (("tracks", "laptop", "ram_gb"), "much", "config: tracks.laptop.ram_gb is 'much'"),
+        (("tracks", "laptop", "training_budget"), 600, "give a duration with its unit"),
+        (("stages", "open", "weight"), "1/2", "make them add up to 1"),
+        (("stages", "open", "scenarios", "pattern_match", "metrics"), {}, "at least 1 item"),
+        (("scoring",), {"convention": "alphabet"}, "config: scoring.convention is 'alphabet'"),
+        (("tracks", "a b"), {"title": "x", "ram_gb": 1, "training_budget": "1h"}, "use letters, digits"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key_and_fix(
+    demo: dict[str, Any], path: tuple[str, ...], value: object, line: str
+) -> None:
+    at = demo
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    with pytest.raises(BadInput) as error:
+        load_competition(demo)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_key_is_named(demo: dict[str, Any]) -> None:
+    del demo["tracks"]["laptop"]["training_budget"]
+    with pytest.raises(BadInput, match=r"config: tracks\.laptop\.training_budget: is missing; add it"):
+        load_competition(demo)
+
+
+def test_a_closed_store_inside_the_repository_is_refused_outside_the_demo(demo: dict[str, Any]) -> None:
+    demo["demo"] = False
+    with pytest.raises(BadInput, match="closed_store is 'private': give a folder outside the repository"):
+        load_competition(demo)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"finetune": {"learning_rate": -1}}, "finetune.learning_rate is -1"),
+        ({"finetune": {"learning_rat": 1}}, "did you mean learning_rate?"),
+        ({"finetune": None}, "give both dataset and finetune, or neither"),
+        ({"base_model": {}}, "give exactly one of hub, path, gguf"),
+        ({"base_model": {"hub": "a/b@c", "path": "x"}}, "give exactly one of hub, path, gguf"),
+        ({"base_model": {"hub": "just-a-name"}}, "write hub as org/name@revision"),
+        ({"team": ""}, "team is ''"),
+        ({"track": 3}, "track is 3"),
+    ],
+)
+def test_a_wrong_entry_is_named_with_its_key(
+    curated: dict[str, Any], change: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(BadInput) as error:
+        parse(Entry, curated | change, "acme.yaml")
+    assert str(error.value).startswith("acme.yaml")
+    assert line in str(error.value)
+
+
+def test_an_unknown_operation_is_answered_with_the_known_ones(curated: dict[str, Any]) -> None:
+    curated["dataset"]["operations"] = [{"op": "polish"}]
+    with pytest.raises(BadInput, match="unknown operation; use one of .*drop_exact_duplicates"):
+        parse(Entry, curated, "acme.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("team: a\nteam: b\n", "key 'team' stands twice"),
+        ("team: [", "is not YAML"),
+        ("- a\n- b\n", "valid dictionary"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_one_line(tmp_path: Path, text: str, line: str) -> None:
+    file = tmp_path / "acme.yaml"
+    file.write_text(text)
+    with pytest.raises(BadInput, match=line) as error:
+        load_entry(file)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "acme.yaml"
+    file.write_bytes("team: Contrada dell'Oca è qui".encode("latin-1"))
+    with pytest.raises(BadInput, match="save it as UTF-8"):
+        load_entry(file)
+
+
+def competition_with(folders: tuple[str, ...], demo: dict[str, Any]) -> Competition:
+    return load_competition(demo | {"entries": list(folders)})
+
+
+@pytest.mark.parametrize("name", ["two words.yaml", "ümlaut.yaml", "acme.yml", "-acme.yaml"])
+def test_a_file_name_that_is_no_id_is_refused(tmp_path: Path, demo: dict[str, Any], name: str) -> None:
+    (tmp_path / name).write_text("team: x\n")
+    with pytest.raises(BadInput, match="rename it to <id>.yaml"):
+        entry_files(competition_with((str(tmp_path),), demo))
+
+
+def test_an_id_taken_twice_is_refused(tmp_path: Path, demo: dict[str, Any]) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "acme.yaml").write_text("team: x\n")
+    with pytest.raises(BadInput, match="'acme': is taken by"):
+        entry_files(competition_with((str(tmp_path / "a"), str(tmp_path / "b")), demo))
+
+
+def test_a_missing_folder_and_an_unknown_withdrawn_entry_are_named(demo: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="entries is 'nowhere': no such folder"):
+        entry_files(competition_with(("nowhere",), demo))
+    with pytest.raises(BadInput, match=r"withdrawn\.ghost: no entry has this id"):
+        entry_files(load_competition(demo | {"withdrawn": {"ghost": "?"}}))
+
+
+def test_base_models_of_different_revisions_have_different_ids() -> None:
+    ids = {BaseModelSource(hub=f"org/name@{digit * 40}").id for digit in "0123"}
+    assert len(ids) == 4
+    assert all(name.startswith("org-name-") for name in ids)

@@ -1,0 +1,83 @@
+"""What Snakemake plans, from a dry run: nothing is trained here."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.folder import DEMO_ENTRIES, WorkingFolder
+
+STEPS = {"check_entry", "build_package", "helm_open", "helm_closed"}
+TRAINING = {"curate_dataset", "finetune", "measure_contamination"}
+
+
+def test_a_fresh_clone_plans_every_step_of_every_entry(folder: WorkingFolder) -> None:
+    plan = folder.plan()
+    for entry in ("curated", "raw", "open_only"):
+        assert {rule for rule, of in plan if of == entry} == STEPS | TRAINING
+    assert {rule for rule, of in plan if of == "untuned"} == STEPS
+    assert {rule for rule, of in plan if not of} >= {"fetch_base_model", "prepare_stage", "score", "report"}
+
+
+def test_the_slurm_profile_plans_the_same_as_the_local_one(folder: WorkingFolder) -> None:
+    assert folder.plan(profile="slurm") == folder.plan()
+
+
+def test_the_competition_of_2023_plans_from_a_fresh_clone(folder: WorkingFolder) -> None:
+    plan = folder.plan("--configfile", "config/neurips2023.yaml")
+    trained = {entry for rule, entry in plan if rule == "finetune"}
+    assert len(trained) == 2
+    assert "curated" not in trained, "--configfile must replace the demo, not be merged into it"
+
+
+def test_gpu_steps_ask_for_one_gpu_memory_and_the_budget_with_its_margin(folder: WorkingFolder) -> None:
+    done = folder.snakemake("--configfile", "config/neurips2023.yaml", "--dry-run", "--verbose")
+    blocks = (done.stdout + done.stderr).split("\nrule ")
+    limits = {"finetune": 26 * 60, "helm_open": 330, "helm_closed": 630}
+    for rule, minutes in limits.items():
+        found = [block for block in blocks if block.startswith(f"{rule}:")]
+        assert found
+        for block in found:
+            resources = next(line for line in block.splitlines() if "resources:" in line)
+            assert "gpu=1" in resources
+            assert f"runtime={minutes}" in resources
+            assert "mem_mb=131072" in resources
+
+
+def test_a_broken_entry_file_does_not_stop_the_plan_of_the_others(folder: WorkingFolder) -> None:
+    (folder.path / DEMO_ENTRIES / "broken.yaml").write_text("team: x\ntrack: laptop\nbase_modell: {}\n")
+    plan = folder.plan()
+    assert ("check_entry", "broken") in plan
+    assert ("finetune", "curated") in plan
+
+
+def test_a_withdrawn_entry_is_not_planned(folder: WorkingFolder) -> None:
+    folder.edit_yaml("config/config.yaml", lambda config: config.update(withdrawn={"raw": "asked to"}))
+    assert "raw" not in {entry for _, entry in folder.plan()}
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "line"),
+    [
+        (
+            "config/config.yaml",
+            "title: Palio demo",
+            "titel: Palio demo",
+            "titel is 'Palio demo': unknown key",
+        ),
+        ("config/config.yaml", "config/helm/demo/dyck", "config/helm/demo/dick", "no such run-entries file"),
+        ("config/config.yaml", "weight: 1/3", "weight: 1/2", "make them add up to 1"),
+        ("config/config.yaml", "config/rules/demo.yaml", "config/rules/none.yaml", "no such file"),
+        ("config/helm/demo/dyck_language.conf", "=3", "=3,model=x", "drop model="),
+    ],
+)
+def test_a_wrong_config_stops_with_one_line_and_no_traceback(
+    folder: WorkingFolder, file: str, before: str, after: str, line: str
+) -> None:
+    path = folder.path / file
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
+    done = folder.snakemake("--dry-run")
+    assert done.returncode != 0
+    assert line in done.stderr
+    assert "Traceback" not in done.stderr
