@@ -1,4 +1,4 @@
-"""A whole competition in small, with the real model and real HELM: two entries, a few steps, a few questions."""
+"""A whole competition in small: the real model, real HELM, two entries, a few steps, a few questions."""
 
 from __future__ import annotations
 
