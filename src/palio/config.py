@@ -302,8 +302,8 @@ class Stages(Strict):
 
 
 class Scoring(Strict):
-    convention: Literal["midrank"] = "midrank"
-    """How a column of values becomes win rates."""
+    convention: Literal["midrank", "helm2023", "hidden2023", "final2023"] = "midrank"
+    """How a column of values becomes win rates; the three of 2023 have their own rule for missing values."""
     missing: Literal["worst", "exclude", "block"] = "worst"
     """A missing value: loses to every other, is left out of its column, or stops the leaderboard."""
 

@@ -1,0 +1,13 @@
+"""From HELM's statistics to a leaderboard, and how sure it is. Pure functions; I/O stands at the edges.
+
+columns      config + tidy metrics of one entry and stage -> cells, each a value or a state
+conventions  a column of values -> win rates; named and versioned
+formula      win rates -> scenario means -> stage scores -> final scores -> ranks
+leaderboard  all entries of a track -> Leaderboard and its files
+published    the tables of NeurIPS 2023, recomputed and turned into a Leaderboard
+uncertainty  intervals of scores and ranks, bootstrap or parametric
+robustness   what the ranking depends on besides the entries' quality
+overfitting  open against closed, and contamination
+analysis     all of the above for one track -> Analysis
+versions     a new leaderboard from stored results, and why ranks differ between two
+"""

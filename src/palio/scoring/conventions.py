@@ -1,0 +1,139 @@
+"""How a column of values becomes win rates: named, versioned, each a pure function.
+
+All functions work on arrays of shape (..., n): any batch of columns, n entries in the order of their
+ids (A..Z), NaN where a value is missing. They return an array of the same shape, in [0, 1], NaN where
+the entry is left out. Notation: `worse` is the number of entries strictly worse, `k` the size of the
+entry's group of equal values (1 if it is alone), n the number of entries.
+
+    midrank     (worse + (k-1)/2) / (n-1)            ties share; a column's win rates average 1/2
+    helm2023    position after sorting by (value, id), over (n-1); the alphabet breaks ties
+    hidden2023  (worse + (k-1)/k) / n
+    final2023   (worse + (1/k if k > 1 else 0)) / n
+
+The last three are what the published tables of NeurIPS 2023 contain, bit by bit; they are here to
+reproduce those, not to be recommended: docs/scoring.md says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Missing = Literal["worst", "exclude", "block"]
+
+
+@dataclass(frozen=True)
+class Convention:
+    """A named rule. `version` changes when any win rate it gives changes."""
+
+    name: str
+    version: str
+    formula: str
+    """For people: in a table's caption."""
+    win_rates: Callable[[Array, bool], Array]
+    """(values of shape (..., n) without NaN, higher_is_better) -> win rates of the same shape."""
+    fills_missing: tuple[float, float] | None = None
+    """What a missing value counts as (where higher is better, where lower is better). None: the
+    competition's policy decides."""
+
+
+def tie_groups(values: Array) -> tuple[Array, Array]:
+    """(number strictly smaller, size of the group of equal values), both of the shape of `values`."""
+    n = values.shape[-1]
+    order = np.argsort(values, axis=-1)
+    ascending = np.take_along_axis(values, order, axis=-1)
+    starts = np.ones(values.shape, dtype=bool)
+    np.not_equal(ascending[..., 1:], ascending[..., :-1], out=starts[..., 1:])
+    position = np.arange(n)
+    first = np.maximum.accumulate(np.where(starts, position, 0), axis=-1)
+    ends = np.ones(values.shape, dtype=bool)
+    ends[..., :-1] = starts[..., 1:]
+    last = np.minimum.accumulate(np.where(ends, position, n)[..., ::-1], axis=-1)[..., ::-1]
+    smaller = np.empty(values.shape)
+    size = np.empty(values.shape)
+    np.put_along_axis(smaller, order, first.astype(float), axis=-1)
+    np.put_along_axis(size, order, (last - first + 1).astype(float), axis=-1)
+    return smaller, size
+
+
+def _worse_and_ties(values: Array, higher_is_better: bool) -> tuple[Array, Array]:
+    return tie_groups(values if higher_is_better else -values)
+
+
+def _midrank(values: Array, higher_is_better: bool) -> Array:
+    n = values.shape[-1]
+    if n == 1:
+        return np.full(values.shape, 0.5)  # beats nobody and loses to nobody: the average of any pool
+    worse, ties = _worse_and_ties(values, higher_is_better)
+    return np.asarray((worse + (ties - 1) / 2) / (n - 1))
+
+
+def _helm2023(values: Array, higher_is_better: bool) -> Array:
+    n = values.shape[-1]
+    if n == 1:
+        return np.full(values.shape, 0.5)  # HELM leaves the cell empty; one entry has no rival
+    # HELM sorts (value, id) pairs, and reverses the whole order where lower is better.
+    order = np.argsort(values, axis=-1, kind="stable")
+    ascending = np.broadcast_to(np.arange(n, dtype=float), values.shape)
+    positions = np.empty(values.shape)
+    np.put_along_axis(positions, order, ascending if higher_is_better else ascending[..., ::-1], axis=-1)
+    return np.asarray(positions / (n - 1))
+
+
+def _hidden2023(values: Array, higher_is_better: bool) -> Array:
+    worse, ties = _worse_and_ties(values, higher_is_better)
+    return np.asarray((worse + (ties - 1) / ties) / values.shape[-1])
+
+
+def _final2023(values: Array, higher_is_better: bool) -> Array:
+    worse, ties = _worse_and_ties(values, higher_is_better)
+    return np.asarray((worse + np.where(ties > 1, 1 / ties, 0.0)) / values.shape[-1])
+
+
+CONVENTIONS = {
+    convention.name: convention
+    for convention in (
+        Convention("midrank", "1", "(strictly worse + (ties - 1)/2) / (n - 1)", _midrank),
+        Convention("helm2023", "1", "position by (value, id) / (n - 1)", _helm2023, (0.0, 0.0)),
+        Convention("hidden2023", "1", "(strictly worse + (k - 1)/k) / n", _hidden2023, (0.0, 1.0)),
+        Convention("final2023", "1", "(strictly worse + 1/k if k > 1) / n", _final2023, (0.0, 1.0)),
+    )
+}
+
+
+def column_win_rates(
+    values: Array, higher_is_better: bool, convention: Convention, missing: Missing = "worst"
+) -> Array:
+    """Win rates of one column, or of a batch of shape (..., n), NaN where a value is missing.
+
+    `missing` is asked only where the convention has no rule of its own: `worst` makes missing values
+    equal to each other and worse than any other; `exclude` compares only entries that have a value and
+    gives NaN to the rest. (`block` never comes here: there is no leaderboard then.)
+    """
+    absent = np.isnan(values)
+    if not absent.any():
+        return convention.win_rates(values, higher_is_better)
+    if convention.fills_missing is not None:
+        fill = convention.fills_missing[0 if higher_is_better else 1]
+        return convention.win_rates(np.where(absent, fill, values), higher_is_better)
+    if missing == "exclude":
+        return _win_rates_of_present(values, absent, higher_is_better, convention)
+    worst = -np.inf if higher_is_better else np.inf
+    return convention.win_rates(np.where(absent, worst, values), higher_is_better)
+
+
+def _win_rates_of_present(
+    values: Array, absent: NDArray[np.bool_], higher_is_better: bool, convention: Convention
+) -> Array:
+    n = values.shape[-1]
+    rows, gone = values.reshape(-1, n), absent.reshape(-1, n)
+    rates = np.full(rows.shape, np.nan)
+    for row, lacks, rate in zip(rows, gone, rates, strict=True):
+        if not lacks.all():
+            rate[~lacks] = convention.win_rates(row[~lacks], higher_is_better)
+    return rates.reshape(values.shape)
