@@ -13,6 +13,7 @@ results/<track>/<entry>/
     work/                         what must survive a retry; never a declared output
     work/failures/<step>.json     StepFailure
 results/leaderboard/<track>.json  Leaderboard
+results/leaderboard/<track>.analysis.json  Analysis
 """
 
 from __future__ import annotations
@@ -348,3 +349,205 @@ class Leaderboard(Record):
     did_not_finish: list[DidNotFinish]
     inputs: dict[str, str]
     """sha256 of each stage record and table that went in, by path."""
+
+
+# --- analysis of a leaderboard: results/leaderboard/<track>.analysis.json -----------------------------
+
+
+class Part(BaseModel):
+    """Base of what an `Analysis` is made of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Interval(Part):
+    """Limits between which a quantity lies at the analysis' level (95 %)."""
+
+    low: float
+    high: float
+
+
+class EntryUncertainty(Part):
+    """How sure one entry's score and rank are."""
+
+    entry: str
+    final_score: Interval
+    stage_scores: dict[str, Interval]
+    rank: Interval
+    """Whole numbers; 1 is best."""
+    p_first: float
+    """Share of the replicates in which the entry has rank 1, alone or shared."""
+    p_top3: float
+    """Share of the replicates in which its rank is 3 or better."""
+    p_above_next: float | None
+    """Share of the replicates in which it scores higher than the next entry of the leaderboard (a tie
+    counts one half); None for the last."""
+    group: int
+    """Number of its group in `Uncertainty.groups`, from 0."""
+
+
+class Separation(Part):
+    """What it would take to tell the first two entries apart."""
+
+    first: str
+    second: str
+    difference: Interval
+    """Of their final scores, first minus second, paired."""
+    separated: bool
+    """Whether the interval of the difference leaves out 0."""
+    instances: int
+    """Evaluation instances behind the two scores now, over all columns' distinct questions."""
+    instances_needed: int | None
+    """At the observed difference, its spread shrinking with the square root of the number of instances;
+    None where the observed difference is 0."""
+
+
+class Uncertainty(Part):
+    """What another draw of evaluation instances would have changed. In the order of the leaderboard."""
+
+    method: Literal["bootstrap", "parametric", "mixed"]
+    """bootstrap: instances are drawn again, the same for all entries. parametric: no instance values
+    exist, so each value is drawn around the observed one, independently by entry. mixed: some columns so,
+    some so."""
+    explanation: str
+    """One plain paragraph for readers: method, assumptions, and what the intervals do not cover."""
+    level: float
+    replicates: int
+    seed: int
+    instances: int
+    """Distinct evaluation instances drawn from (0 if parametric)."""
+    parametric_columns: list[str]
+    """stage/scenario/metric of the columns without instance values."""
+    entries: list[EntryUncertainty]
+    groups: list[list[str]]
+    """Entries that cannot be told apart from the best of their group, by rank."""
+    separation: Separation | None
+    """None with fewer than two entries."""
+
+
+class RankMove(Part):
+    entry: str
+    before: int
+    """Rank among the entries that both rankings hold."""
+    after: int
+
+
+class Removal(Part):
+    """The ranking without one entry or one scenario."""
+
+    removed: str
+    """Entry id, or stage/scenario."""
+    order: list[str]
+    """The remaining entries by rank."""
+    moved: list[RankMove]
+    """Entries whose rank **relative to the other remaining ones** changed; empty: the order stands."""
+
+
+class Scheme(Part):
+    """One way to turn the same values into a ranking."""
+
+    name: str
+    """convention/aggregate, e.g. midrank/geometric, or borda, bradley_terry, one_per_team, reference_panel."""
+    description: str
+    ranks: dict[str, int]
+    """Rank by entry; entries outside the scheme's pool are absent."""
+    scores: dict[str, float]
+    moved: list[RankMove]
+    """Against the leaderboard, among the entries that both hold."""
+
+
+class PrizeVerdict(Part):
+    """What one of the first ranks depends on, in plain words."""
+
+    rank: int
+    entry: str
+    stable: bool
+    """True if no removal and no scheme gives this place to somebody else."""
+    depends_on_entries: list[str]
+    """Entries whose removal gives this place to somebody else."""
+    depends_on_scenarios: list[str]
+    """stage/scenario likewise."""
+    depends_on_schemes: list[str]
+    """Names of schemes that give this place to somebody else."""
+    text: str
+
+
+class Robustness(Part):
+    """What the ranking depends on besides the entries' answers."""
+
+    without_entry: list[Removal]
+    """One per entry, by rank."""
+    without_scenario: list[Removal]
+    """One per scenario, in the order of the columns."""
+    schemes: list[Scheme]
+    """The leaderboard's own first."""
+    verdicts: list[PrizeVerdict]
+    """For ranks 1 to 3, as far as there are entries."""
+
+
+class Correlation(Part):
+    """Between open and closed scores over the entries of a track; all None where it is not defined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    reason: str = ""
+    """Why there is no value."""
+
+
+class ContaminationCount(Part):
+    instances: int
+    """Evaluation instances of the stage."""
+    contaminated: int
+    """Of these, found in the entry's training data."""
+    by_scenario: dict[str, int]
+    """Contaminated instances by scenario."""
+
+
+class OverfittingEntry(Part):
+    """One entry's open and closed results side by side."""
+
+    entry: str
+    open_score: float
+    closed_score: float
+    open_interval: Interval | None
+    closed_interval: Interval | None
+    """None where no uncertainty was computed."""
+    open_rank: int
+    closed_rank: int
+    rank_drop: int
+    """closed_rank - open_rank: positive if the entry did worse on the questions it had not seen."""
+    contamination: dict[str, ContaminationCount] | None
+    """By stage; None if the entry has no report."""
+    contamination_reason: str
+    """Why there is no report: no training data, or not made."""
+
+
+class Overfitting(Part):
+    """Whether the open stage told who would do well on the closed one."""
+
+    entries: list[OverfittingEntry]
+    """By rank."""
+    pearson: Correlation
+    spearman: Correlation
+    text: str
+    """One plain paragraph."""
+
+
+class Analysis(Record):
+    """Everything that says how far a leaderboard can be trusted."""
+
+    competition: str
+    track: str
+    final: bool
+    convention: str
+    convention_version: str
+    leaderboard_fingerprint: str
+    """Of the Leaderboard this belongs to: fingerprint(leaderboard.model_dump(mode="json"))."""
+    uncertainty: Uncertainty | None
+    """None without scored entries."""
+    robustness: Robustness | None
+    """None without scored entries."""
+    overfitting: Overfitting | None
+    """None without scored entries, or where only one stage is scored."""
