@@ -447,7 +447,7 @@ class Scheme(Part):
     """One way to turn the same values into a ranking."""
 
     name: str
-    """convention/aggregate, e.g. midrank/geometric, or borda, bradley_terry, one_per_team, reference_panel."""
+    """midrank/geometric and the like, or borda, bradley_terry, one_per_team, reference_panel."""
     description: str
     ranks: dict[str, int]
     """Rank by entry; entries outside the scheme's pool are absent."""
