@@ -21,6 +21,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
+    PlainSerializer,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -50,7 +51,14 @@ def _fraction(value: object) -> object:
     return float(Fraction(value)) if isinstance(value, str) else value
 
 
-Seconds = Annotated[int, BeforeValidator(_seconds), Field(gt=0)]
+Seconds = Annotated[
+    int,
+    BeforeValidator(_seconds),
+    Field(gt=0),
+    PlainSerializer(
+        lambda seconds: f"{seconds}s", return_type=str, when_used="json"
+    ),  # reads back as written
+]
 Weight = Annotated[float, BeforeValidator(_fraction), Field(gt=0, le=1)]
 
 

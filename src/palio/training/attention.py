@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class _Rows:
 def row_bounds(bounds: Sequence[int], device: torch.device) -> Iterator[None]:
     """Forward and backward passes inside belong to rows that begin at `bounds[:-1]`."""
     _Rows.bounds = tuple(bounds)
-    _Rows.longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    _Rows.longest = max(b - a for a, b in pairwise(bounds))
     _Rows.offsets = torch.tensor(bounds, dtype=torch.int32, device=device) if device.type == "cuda" else None
     try:
         yield
@@ -73,7 +74,7 @@ def rows_attention(
             scale=scaling,
             enable_gqa=grouped,
         )
-        for start, end in zip(_Rows.bounds, _Rows.bounds[1:], strict=False)
+        for start, end in pairwise(_Rows.bounds)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 

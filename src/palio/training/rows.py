@@ -95,7 +95,10 @@ def flat_batch(rows: Sequence[Row], device: torch.device) -> FlatBatch:
     ids = np.concatenate([row.ids for row in rows]).astype(np.int64)
     positions = np.concatenate([np.arange(length) for length in lengths])
     predict = np.concatenate(
-        [start + np.arange(row.prompt - 1, len(row.ids) - 1) for start, row in zip(bounds, rows, strict=False)]
+        [
+            start + np.arange(row.prompt - 1, len(row.ids) - 1)
+            for start, row in zip(bounds, rows, strict=False)
+        ]
     )
 
     def tensor(values: npt.NDArray[np.int64]) -> torch.Tensor:
@@ -107,4 +110,36 @@ def flat_batch(rows: Sequence[Row], device: torch.device) -> FlatBatch:
         bounds=tuple(int(bound) for bound in bounds),
         predict=tensor(predict),
         targets=tensor(ids[predict + 1]),
+    )
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """R rows padded to the longest, L tokens: for architectures that cannot take rows end to end."""
+
+    input_ids: torch.Tensor
+    """(R, L)"""
+    attention_mask: torch.Tensor
+    """(R, L), 1 at tokens, 0 at padding."""
+    predict: torch.Tensor
+    """(K,) places in the flattened (R · L) whose next token the loss is taken on."""
+    targets: torch.Tensor
+    """(K,)"""
+
+
+def padded_batch(rows: Sequence[Row], device: torch.device) -> PaddedBatch:
+    longest = max(len(row.ids) for row in rows)
+    ids = np.zeros((len(rows), longest), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for place, row in enumerate(rows):
+        ids[place, : len(row.ids)] = row.ids
+        mask[place, : len(row.ids)] = 1
+    predict = np.concatenate(
+        [place * longest + np.arange(row.prompt - 1, len(row.ids) - 1) for place, row in enumerate(rows)]
+    )
+    return PaddedBatch(
+        input_ids=torch.from_numpy(ids).to(device),
+        attention_mask=torch.from_numpy(mask).to(device),
+        predict=torch.from_numpy(predict).to(device),
+        targets=torch.from_numpy(ids.reshape(-1)[predict + 1]).to(device),
     )

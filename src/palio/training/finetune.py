@@ -1,0 +1,390 @@
+"""The fine-tuning step: base model and dataset in, adapter out, inside the track's budget.
+
+All training happens in a folder named by the fingerprint of what decides its result:
+
+    work/train/<fingerprint[:16]>/
+        ledger.jsonl      seconds of the budget used, over all attempts
+        checkpoints/      what a killed attempt goes on from
+        adapter/          the finished adapter
+        train.parquet     its telemetry
+        adapter.json      its manifest, written last
+    adapter/, train.parquet, adapter.json    hard links to (copies of) the recipe's own
+
+so going back to an earlier recipe restores its adapter in seconds, and a run that ended at its budget
+stays ended.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoTokenizer
+
+from palio.config import FinetuneRecipe, Track
+from palio.errors import BadInput, Crashed, OutOfMemory, TimeLimit
+from palio.provenance import atomic_path, fingerprint, folder_sha256, library_versions, timed_run
+from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, read_record
+from palio.training.checkpoint import load_checkpoint, save_checkpoint
+from palio.training.ledger import Ledger
+from palio.training.model import load_model, save_adapter
+from palio.training.rows import Row, tokenise
+from palio.training.trainer import NonFiniteLossError, StepReport, Trainer, peak_memory
+
+RECIPE_VERSION = "1"
+"""Raised when a change of the trainer changes what a recipe gives."""
+
+TELEMETRY_SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("loss", pa.float64(), nullable=False),
+        pa.field("learning_rate", pa.float64(), nullable=False),
+        pa.field("grad_norm", pa.float64(), nullable=False),
+        pa.field("tokens_per_second", pa.float64(), nullable=False),
+        pa.field("elapsed_seconds", pa.float64(), nullable=False),
+        pa.field("memory_bytes", pa.int64(), nullable=False),
+    ]
+)
+"""One row per optimizer step; elapsed_seconds is of the budget, over all attempts."""
+
+FINAL_STEPS = 10
+"""`final_loss` is the mean loss of this many last steps: one step's is noise."""
+
+TRACED = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
+
+_console = Console(stderr=True)
+
+
+def finetune(
+    *,
+    recipe: FinetuneRecipe,
+    track: Track,
+    base_model: Path,
+    dataset: Path,
+    entry_dir: Path,
+    competition: str,
+    track_id: str,
+    entry: str,
+    threads: int | None = None,
+) -> AdapterManifest:
+    """Train, resume or restore; leaves adapter/, train.parquet and adapter.json in `entry_dir`.
+
+    `base_model` and `dataset` are folders with a manifest.json. `threads` are CPU threads of torch.
+    Raises BadInput, TimeLimit, OutOfMemory or Crashed; a rerun goes on from the last checkpoint.
+    """
+    model_manifest = read_record(BaseModelManifest, base_model / "manifest.json")
+    data_manifest = read_record(DatasetManifest, dataset / "manifest.json")
+    key = fingerprint(
+        {
+            "recipe": recipe.model_dump(mode="json"),
+            "recipe_version": RECIPE_VERSION,
+            "base_model": model_manifest.fingerprint,
+            "dataset": data_manifest.sha256,
+        }
+    )
+    work = entry_dir / "work" / "train" / key[:16]
+    work.mkdir(parents=True, exist_ok=True)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with timed_run(entry_dir / "finetune.run.json", fingerprint=key) as run, _sole_process(work):
+        run["versions"] = library_versions(*TRACED)
+        run["restored"] = (work / "adapter.json").is_file()
+        if not run["restored"]:
+            device = training_device(track)
+            run["threads"] = torch.get_num_threads()
+            run["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+            training = _Training(recipe, track, device, base_model / "model", dataset / "train.parquet", work)
+            result = training.run(model_manifest.id)
+            run["training_seconds"] = round(result.pop("seconds"), 3)
+            run["peak_memory_bytes"] = peak_memory(device)
+            run["tokens"] = training.tokens
+            AdapterManifest(
+                competition=competition,
+                track=track_id,
+                entry=entry,
+                fingerprint=key,
+                recipe_version=RECIPE_VERSION,
+                base_model=model_manifest.id,
+                base_model_fingerprint=model_manifest.fingerprint,
+                dataset_sha256=data_manifest.sha256,
+                recipe=recipe.model_dump(mode="json"),
+                files=folder_sha256(work / "adapter"),
+                **result,
+            ).write(work / "adapter.json")
+            shutil.rmtree(work / "checkpoints", ignore_errors=True)
+        return _publish(work, entry_dir)
+
+
+def training_device(track: Track) -> torch.device:
+    """The one GPU, capped at the track's memory, or the CPU on a track without a GPU."""
+    if not torch.cuda.is_available():
+        if track.gpu_memory_gb is not None:
+            fix = "no CUDA GPU is visible; run on a node with one"
+            raise BadInput("track", "gpu_memory_gb", track.gpu_memory_gb, fix)
+        return torch.device("cpu")
+    if torch.cuda.device_count() > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        fix = f"{torch.cuda.device_count()} GPUs are visible and the rules allow one; set it to one GPU"
+        raise BadInput("environment", "CUDA_VISIBLE_DEVICES", visible, fix)
+    if track.gpu_memory_gb is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, track.gpu_memory_gb * 1e9 / total))
+    return torch.device("cuda")
+
+
+class _Training:
+    """One attempt at one training run, in its work folder."""
+
+    def __init__(
+        self,
+        recipe: FinetuneRecipe,
+        track: Track,
+        device: torch.device,
+        model: Path,
+        dataset: Path,
+        work: Path,
+    ) -> None:
+        self.recipe, self.track, self.device, self.work = recipe, track, device, work
+        self.model_folder, self.dataset = model, dataset
+        self.checkpoints = work / "checkpoints"
+        self.telemetry: list[dict[str, float]] = []
+        self.tokens = 0
+        self.slowest_step = self.slowest_save = 0.0
+
+    def run(self, base_model: str) -> dict[str, Any]:
+        """Train to the end or to the budget and save; the values of the manifest that training decides."""
+        rows, too_long = self._rows()
+        try:
+            trainer = self._trainer(rows)
+            budget = float(self.track.training_budget)
+            with (
+                _signals() as caught,
+                Ledger(self.work / "ledger.jsonl", budget, device=str(self.device)) as ledger,
+            ):
+                self._resume(trainer)
+                state = self._train(trainer, ledger, caught)
+                self._save(trainer, base_model)
+                ledger.outcome = state
+                seconds = ledger.used()
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            peak = peak_memory(self.device) / 1e9
+            raise OutOfMemory(
+                f"out of memory after a peak of {peak:.1f} GB; lower finetune.batch_size (and raise "
+                "gradient_accumulation), lower max_length, or set gradient_checkpointing: true"
+            ) from error
+        last = [line["loss"] for line in self.telemetry[-FINAL_STEPS:]]
+        return {
+            "state": state,
+            "steps": trainer.step,
+            "planned_steps": trainer.steps,
+            "rows": len(rows),
+            "rows_too_long": too_long,
+            "final_loss": sum(last) / len(last),
+            "seconds": seconds,
+        }
+
+    def _rows(self) -> tuple[list[Row], int]:
+        table = pq.read_table(self.dataset, columns=["prompt", "completion"])
+        tokenizer = AutoTokenizer.from_pretrained(self.model_folder)
+        if tokenizer.eos_token_id is None:
+            fix = "the tokenizer has no end-of-sequence token; add eos_token to tokenizer_config.json"
+            raise BadInput(self.model_folder, "eos_token", None, fix)
+        prompts, completions = table["prompt"].to_pylist(), table["completion"].to_pylist()
+        rows, too_long = tokenise(tokenizer, prompts, completions, self.recipe.max_length)
+        if not prompts:
+            raise BadInput(self.dataset, "", None, "has no rows; loosen the dataset's operations")
+        if not rows:
+            longest = f"all {too_long} rows are longer; raise it or shorten the data"
+            raise BadInput("finetune", "max_length", self.recipe.max_length, longest)
+        return rows, too_long
+
+    def _trainer(self, rows: list[Row]) -> Trainer:
+        try:
+            model = load_model(self.model_folder, self.recipe, self.device)
+        except ValueError as error:
+            if "target modules" not in str(error).lower():
+                raise
+            fix = "matches no module of the base model; name its linear layers or use all-linear"
+            raise BadInput("finetune", "target_modules", self.recipe.target_modules, fix) from None
+        return Trainer(model, rows, self.recipe, self.device)
+
+    def _resume(self, trainer: Trainer) -> None:
+        state, torn = load_checkpoint(self.checkpoints, self.device)
+        for name in torn:
+            _console.print(f"checkpoint {name} is torn and left out", highlight=False)
+        if state is not None:
+            self.telemetry = state.pop("telemetry")
+            trainer.restore(state)
+            _console.print(f"resumed from step {trainer.step} of {trainer.steps}", highlight=False)
+
+    def _train(
+        self, trainer: Trainer, ledger: Ledger, caught: set[int]
+    ) -> Literal["finished", "budget_reached"]:
+        budget = ledger.budget
+        saved = trainer.step
+        with _progress(trainer.steps, trainer.step) as show:
+            while trainer.step < trainer.steps:
+                # The slowest step and two saves are kept in reserve, and 2 s for what is not measured.
+                reserve = self.slowest_step + 2 * self.slowest_save + 2.0
+                if ledger.used() + reserve >= budget:
+                    if trainer.step == 0:
+                        raise TimeLimit(f"the training budget of {budget:g} s ended before the first step")
+                    return "budget_reached"
+                try:
+                    report = trainer.train_step()
+                except NonFiniteLossError as error:
+                    raise Crashed(
+                        f"training diverged: {error}; lower finetune.learning_rate or mend those rows"
+                    ) from None
+                self._note(report, ledger)
+                show(report, budget - ledger.used())
+                due = trainer.step - saved >= self.recipe.save_steps and trainer.step < trainer.steps
+                seen = set(caught)
+                caught -= seen
+                if due or seen:
+                    self._checkpoint(trainer)
+                    saved = trainer.step
+                if signal.SIGTERM in seen:
+                    ledger.outcome = "stopped"
+                    raise Crashed(
+                        f"stopped by SIGTERM at step {trainer.step} of {trainer.steps}; "
+                        "start again to go on from there"
+                    )
+        return "finished"
+
+    def _note(self, report: StepReport, ledger: Ledger) -> None:
+        self.slowest_step = max(self.slowest_step, report.seconds)
+        self.tokens += report.tokens
+        self.telemetry.append(
+            {
+                "step": report.step,
+                "loss": report.loss,
+                "learning_rate": report.learning_rate,
+                "grad_norm": report.grad_norm,
+                "tokens_per_second": round(report.tokens / report.seconds, 1),
+                "elapsed_seconds": round(ledger.used(), 3),
+                "memory_bytes": peak_memory(self.device),
+            }
+        )
+
+    def _checkpoint(self, trainer: Trainer) -> None:
+        clock = time.monotonic()
+        save_checkpoint(self.checkpoints, trainer.step, {**trainer.state(), "telemetry": self.telemetry})
+        self.slowest_save = max(self.slowest_save, time.monotonic() - clock)
+
+    def _save(self, trainer: Trainer, base_model: str) -> None:
+        shutil.rmtree(self.work / "adapter", ignore_errors=True)
+        try:
+            save_adapter(trainer.model, self.work / "adapter", base_model)
+            with atomic_path(self.work / "train.parquet") as temporary:
+                pq.write_table(pa.Table.from_pylist(self.telemetry, TELEMETRY_SCHEMA), temporary)
+        except OSError as error:
+            self._checkpoint(trainer)
+            raise Crashed(f"the adapter could not be saved ({error}); make room and start again") from error
+
+
+def _publish(work: Path, entry_dir: Path) -> AdapterManifest:
+    """Bring the finished adapter of `work` into the entry's folder, the manifest last."""
+    manifest = read_record(AdapterManifest, work / "adapter.json")
+    if folder_sha256(work / "adapter") != manifest.files:
+        raise Crashed(f"the finished adapter in {work} was changed; delete that folder to train again")
+    building = entry_dir / "work" / "adapter.tmp"
+    shutil.rmtree(building, ignore_errors=True)
+    shutil.copytree(work / "adapter", building, copy_function=_link)
+    (entry_dir / "adapter.json").unlink(missing_ok=True)
+    shutil.rmtree(entry_dir / "adapter", ignore_errors=True)
+    building.rename(entry_dir / "adapter")
+    with atomic_path(entry_dir / "train.parquet") as temporary:
+        shutil.copyfile(work / "train.parquet", temporary)
+    manifest.write(entry_dir / "adapter.json")
+    return manifest
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+@contextmanager
+def _sole_process(work: Path) -> Iterator[None]:
+    """Two processes on one run would spoil its checkpoints: an orphan of a killed controller, say."""
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Crashed(f"another process is training in {work}; wait for it or end it") from None
+        yield
+
+
+@contextmanager
+def _signals() -> Iterator[set[int]]:
+    """Signals that came: SIGTERM (save and stop) and SIGUSR1 (save and go on)."""
+    caught: set[int] = set()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.add(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _progress(steps: int, done: int) -> Iterator[Any]:
+    """A bar on a terminal; elsewhere a line for about every twentieth of the steps."""
+    if sys.stderr.isatty():
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=_console) as bar:
+            task = bar.add_task("training", total=steps, completed=done, note="")
+
+            def draw(report: StepReport, left: float) -> None:
+                bar.update(task, completed=report.step, note=_line(report, left))
+
+            yield draw
+        return
+    every = max(1, steps // 20)
+
+    def write(report: StepReport, left: float) -> None:
+        if report.step % every == 0 or report.step in (1, steps):
+            _console.print(f"step {report.step}/{steps} {_line(report, left)}", highlight=False)
+
+    yield write
+
+
+def _line(report: StepReport, left: float) -> str:
+    speed = report.tokens / report.seconds
+    return f"loss {report.loss:.3f} {speed:.0f} tokens/s budget left {left:.0f} s"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch says it on a CPU only by the text of a RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)

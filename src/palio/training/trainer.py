@@ -1,0 +1,183 @@
+"""The numeric core of fine-tuning: one optimizer step at a time, its whole state savable.
+
+Knows tensors, rows and a recipe; nothing of files, budgets or records. The step number is the data
+position and the place in the schedule, so parameters, optimizer state and random state are all there is
+to save, and a resumed run repeats an uninterrupted one bit by bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from palio.training.attention import NAME, row_bounds
+from palio.training.rows import Row, flat_batch, padded_batch, planned_steps, step_rows
+
+if TYPE_CHECKING:
+    from palio.config import FinetuneRecipe
+
+
+class NonFiniteLossError(Exception):
+    """Loss or gradient is NaN or infinite; the step was not applied."""
+
+    def __init__(self, step: int, what: str, rows: Sequence[Row]) -> None:
+        self.step, self.rows = step, [row.number for row in rows]
+        super().__init__(f"{what} at step {step}, on rows {self.rows} of the dataset")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Telemetry of one optimizer step."""
+
+    step: int
+    """From 1."""
+    loss: float
+    """Mean cross-entropy over the step's completion tokens, in nats."""
+    learning_rate: float
+    grad_norm: float
+    """Before clipping."""
+    tokens: int
+    """Of prompts and completions; there is no padding."""
+    seconds: float
+
+
+def learning_rate(recipe: FinetuneRecipe, step: int, steps: int) -> float:
+    """Rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then the recipe's schedule."""
+    warmup = math.ceil(recipe.warmup_ratio * steps)
+    if step < warmup:
+        return recipe.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    factor = {
+        "linear": 1 - done,
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        "constant_with_warmup": 1.0,
+    }[recipe.scheduler]
+    return recipe.learning_rate * factor
+
+
+class Trainer:
+    """Trains `model`'s parameters that require gradients on `rows` as `recipe` says."""
+
+    def __init__(self, model: Any, rows: Sequence[Row], recipe: FinetuneRecipe, device: torch.device) -> None:
+        self.model, self.rows, self.recipe, self.device = model, rows, recipe, device
+        self.step = 0
+        self.steps = planned_steps(len(rows), recipe)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(recipe, self.parameters, device)
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.flat = bool(getattr(inner, "_supports_attention_backend", False))
+        """Whether rows are laid end to end; else the architecture needs padded rows and a mask."""
+        if self.flat:
+            inner.set_attn_implementation(NAME)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+        model.train()
+
+    def train_step(self) -> StepReport:
+        """One optimizer step. Raises NonFiniteLossError, with parameters untouched."""
+        clock = time.perf_counter()
+        recipe, rows = self.recipe, step_rows(self.rows, self.recipe, self.step)
+        rate = learning_rate(recipe, self.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        targets = sum(len(row.ids) - row.prompt for row in rows)
+        total = torch.zeros((), device=self.device)
+        # Rows of like length share a forward pass: less to pad where padding is needed.
+        ordered = rows if self.flat else sorted(rows, key=lambda row: len(row.ids))
+        for start in range(0, len(ordered), recipe.batch_size):
+            total += self._backward(ordered[start : start + recipe.batch_size], targets)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, recipe.max_grad_norm)
+        loss, norm_value = total.item(), norm.item()
+        if not (math.isfinite(loss) and math.isfinite(norm_value)):
+            self.optimizer.zero_grad(set_to_none=True)
+            what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
+            raise NonFiniteLossError(self.step + 1, what, rows)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        tokens = sum(len(row.ids) for row in rows)
+        return StepReport(self.step, loss, rate, norm_value, tokens, time.perf_counter() - clock)
+
+    def _backward(self, rows: Sequence[Row], targets: int) -> torch.Tensor:
+        """Add the gradient of the rows' share of the step's mean loss; returns that share."""
+        if self.flat:
+            batch = flat_batch(rows, self.device)
+            with row_bounds(batch.bounds, self.device):
+                with self._autocast:
+                    logits = self._logits(batch.predict, batch.input_ids, position_ids=batch.position_ids)
+                return _share(logits, batch.targets, targets)
+        padded = padded_batch(rows, self.device)
+        with self._autocast:
+            out = self.model(
+                input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
+            )
+        return _share(out.logits.flatten(0, 1)[padded.predict], padded.targets, targets)
+
+    def _logits(self, predict: torch.Tensor, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """(K, vocabulary) logits at the positions the loss is taken on, and nowhere else where possible:
+        with a large vocabulary the others would cost most of the memory."""
+        if self._keeps_logits:
+            inputs["logits_to_keep"] = predict
+        logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False, **inputs).logits[0]
+        return logits if self._keeps_logits else logits[predict]
+
+    def state(self) -> dict[str, Any]:
+        """All that a later process needs to go on from here."""
+        trainable = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        return {
+            "step": self.step,
+            "parameters": trainable,
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        own = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, value in state["parameters"].items():
+                own[name].copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"].cpu())
+        if state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"].cpu())
+
+
+def _share(logits: torch.Tensor, targets: torch.Tensor, total: int) -> torch.Tensor:
+    loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum") / total
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def _optimizer(
+    recipe: FinetuneRecipe, parameters: list[torch.nn.Parameter], device: torch.device
+) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "adamw_torch":
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    import bitsandbytes
+
+    kind = {
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+        "paged_adamw_32bit": bitsandbytes.optim.PagedAdamW32bit,
+    }[recipe.optimizer]
+    optimizer: torch.optim.Optimizer = kind(parameters, **settings)
+    return optimizer
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
