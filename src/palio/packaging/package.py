@@ -1,0 +1,210 @@
+"""The packaging step: base model and adapter in, one folder out that transformers loads by itself.
+
+    package/          safetensors weights, config, tokenizer, chat template, README.md (model card)
+    package.json      PackageManifest, written last
+    package.run.json  when, where, how long
+
+The adapter is merged in fp32 and the merged model must give the logits of base plus adapter; only then
+are the weights cast to the base model's own dtype. A QLoRA adapter is merged into the unquantised base
+model: that is what HELM evaluates, and the package needs no quantisation library.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from palio.errors import Crashed
+from palio.provenance import folder_sha256, timed_run
+from palio.records import AdapterManifest, BaseModelManifest, PackageManifest, read_record
+
+TOLERANCE = 1e-3
+"""Largest difference of a logit that the merge may make, in fp32."""
+
+PROBES = (
+    "The capital of France is",
+    "Question: What is 17 + 25?\nAnswer:",
+    "def fibonacci(n):\n    ",
+    "Translate to German: Good morning, how are you today?\n",
+    "1 2 3 4 5 6 7 8 9 10 11 12",
+)
+"""Short texts of different kinds; the logits of all their positions are compared."""
+
+
+def build_package(
+    *,
+    base_model: Path,
+    entry_dir: Path,
+    adapter: bool,
+    competition: str,
+    track_id: str,
+    entry: str,
+) -> PackageManifest:
+    """Leaves package/ and package.json in `entry_dir`; without `adapter` the base model is the package.
+
+    `base_model` is a folder with manifest.json and model/. Raises Crashed if the merged model differs.
+    """
+    base = read_record(BaseModelManifest, base_model / "manifest.json")
+    trained = read_record(AdapterManifest, entry_dir / "adapter.json") if adapter else None
+    building = entry_dir / "work" / "package.tmp"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    (entry_dir / "package.json").unlink(missing_ok=True)
+    difference: float | None = None
+    with timed_run(entry_dir / "package.run.json"):
+        if trained is None:
+            _link_files(base_model / "model", building, weights=True)
+        else:
+            if folder_sha256(entry_dir / "adapter") != trained.files:
+                raise Crashed(f"{entry_dir / 'adapter'} differs from adapter.json; run finetune again")
+            difference = _write_tuned(base_model / "model", entry_dir / "adapter", trained, building)
+            _link_files(base_model / "model", building, weights=False)
+        (building / "README.md").unlink(missing_ok=True)
+        (building / "README.md").write_text(_model_card(entry, competition, base, trained), encoding="utf-8")
+        for path in building.iterdir():
+            if path.stat().st_nlink == 1:  # a linked file is the base model's, its mode is not ours to change
+                path.chmod(0o644)
+        parameters, dtype = _shape(building)
+        shutil.rmtree(entry_dir / "package", ignore_errors=True)
+        building.rename(entry_dir / "package")
+        manifest = PackageManifest(
+            competition=competition,
+            track=track_id,
+            entry=entry,
+            base_model=base.id,
+            base_model_fingerprint=base.fingerprint,
+            adapter_fingerprint=trained.fingerprint if trained else None,
+            dtype=dtype,
+            parameters=parameters,
+            max_logit_difference=difference,
+            files=folder_sha256(entry_dir / "package"),
+        )
+        manifest.write(entry_dir / "package.json")
+    return manifest
+
+
+def verify_package(folder: Path, manifest: PackageManifest) -> list[str]:
+    """What is wrong with a package's files: each one missing, changed or not in the manifest."""
+    found = folder_sha256(folder)
+    wrong = []
+    for path in sorted(manifest.files.keys() | found.keys()):
+        if path not in found:
+            wrong.append(f"{path}: is missing")
+        elif path not in manifest.files:
+            wrong.append(f"{path}: is not in the manifest")
+        elif found[path] != manifest.files[path]:
+            wrong.append(f"{path}: differs from the manifest")
+    return wrong
+
+
+def _write_tuned(base: Path, adapter: Path, trained: AdapterManifest, target: Path) -> float | None:
+    """Save the tuned model's weights and configs; largest logit difference of the merge, if one was made."""
+    if trained.recipe["method"] == "full":
+        _link_files(adapter, target, weights=True)
+        return None
+    stored = AutoConfig.from_pretrained(base).dtype or torch.float32
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    adapted = PeftModel.from_pretrained(model, adapter).eval()
+    before = probe_logits(adapted, tokenizer)
+    merged = adapted.merge_and_unload(safe_merge=True)
+    difference = largest_difference(before, probe_logits(merged, tokenizer))
+    if not difference <= TOLERANCE:  # also when it is not a number
+        raise Crashed(
+            f"the merged model differs from base plus adapter by {difference:.2g} in a logit "
+            f"(at most {TOLERANCE:g} is rounding); its weights may be huge: lower finetune.learning_rate"
+        )
+    merged.to(stored)
+    merged.config.dtype = stored
+    merged.save_pretrained(target)
+    return difference
+
+
+@torch.inference_mode()
+def probe_logits(model: Any, tokenizer: Any) -> list[torch.Tensor]:
+    """(positions, vocabulary) logits of each probe text."""
+    batches = (tokenizer(text, add_special_tokens=False, return_tensors="pt") for text in PROBES)
+    return [model(input_ids=batch["input_ids"]).logits[0].float() for batch in batches]
+
+
+def largest_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
+
+
+def _link_files(source: Path, target: Path, *, weights: bool) -> None:
+    """Hard-link (or copy) a model's files; without `weights` only those the target lacks."""
+    for path in sorted(source.iterdir()):
+        if (target / path.name).exists():
+            continue
+        if not weights and (path.suffix == ".safetensors" or path.name.endswith(".index.json")):
+            continue
+        try:
+            os.link(path, target / path.name)
+        except OSError:
+            shutil.copyfile(path, target / path.name)
+
+
+def _shape(folder: Path) -> tuple[int, str]:
+    """Parameters stored in the safetensors files, and the dtype most of them have."""
+    from safetensors import safe_open
+
+    sizes: dict[str, int] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                part = tensors.get_slice(name)
+                size = 1
+                for length in part.get_shape():
+                    size *= length
+                sizes[part.get_dtype()] = sizes.get(part.get_dtype(), 0) + size
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    most = max(sizes, key=lambda dtype: sizes[dtype])
+    return sum(sizes.values()), names.get(most, most)
+
+
+def _model_card(
+    entry: str, competition: str, base: BaseModelManifest, trained: AdapterManifest | None
+) -> str:
+    """README.md: what the model was made from. No date, host or path, so equal content is equal text."""
+    address = base.source.hub or base.source.path or base.source.gguf
+    name = Path(address).name if base.source.path and address else address
+    lines = [
+        f"# {entry}",
+        "",
+        f"Entry `{entry}` of the competition `{competition}`, packaged by Palio.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("package")',
+        'tokenizer = AutoTokenizer.from_pretrained("package")',
+        "```",
+        "",
+        "| Lineage | |",
+        "|---|---|",
+        f"| Base model | {name} |",
+        f"| Base model sha256 | `{base.fingerprint}` |",
+    ]
+    if trained is None:
+        return "\n".join([*lines, "| Fine-tuning | none |", ""])
+    lines += [
+        f"| Dataset sha256 | `{trained.dataset_sha256}` |",
+        f"| Fine-tuning | {trained.recipe['method']}, {trained.steps} of {trained.planned_steps} steps "
+        f"on {trained.rows} rows, {trained.state.replace('_', ' ')} |",
+        f"| Adapter fingerprint | `{trained.fingerprint}` |",
+        "",
+        "Recipe:",
+        "",
+        "```json",
+        json.dumps(trained.recipe, indent=2, sort_keys=True),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
