@@ -314,6 +314,8 @@ class Scoring(Strict):
     """How a column of values becomes win rates; the three of 2023 have their own rule for missing values."""
     missing: Literal["worst", "exclude", "block"] = "worst"
     """A missing value: loses to every other, is left out of its column, or stops the leaderboard."""
+    reference_panel: tuple[str, ...] = ()
+    """Entry ids that the analysis also measures everybody against; omit for five at evenly spaced ranks."""
 
 
 class ApprovedModel(Strict):

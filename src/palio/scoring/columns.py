@@ -89,7 +89,7 @@ def _cell(
         if value is None:
             return _no_statistic(metric, run, recorded=count >= 0)
         values.append(value)
-        n += count
+        n += count or run.answered  # HELM keeps no instance values of worst cases
     return Cell(value=math.fsum(values) / len(values), n=n)
 
 

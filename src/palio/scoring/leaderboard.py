@@ -451,15 +451,16 @@ def _blocked(
 # --- files ---------------------------------------------------------------------------------------------
 
 
-def write_leaderboard(board: Leaderboard, folder: Path) -> None:
-    """<folder>/<track>.{csv,parquet,md,tex}, then the record <track>.json."""
+def write_leaderboard(board: Leaderboard, folder: Path, name: str | None = None) -> None:
+    """<folder>/<name>.{csv,parquet,md,tex}, then the record <name>.json; default name: the track's."""
+    name = name or board.track
     rows = leaderboard_rows(board)
-    write_text(folder / f"{board.track}.csv", _csv(rows))
-    with atomic_path(folder / f"{board.track}.parquet") as temporary:
+    write_text(folder / f"{name}.csv", _csv(rows))
+    with atomic_path(folder / f"{name}.parquet") as temporary:
         pq.write_table(pa.Table.from_pylist(rows, schema=_schema(board)), temporary)
-    write_text(folder / f"{board.track}.md", markdown(board))
-    write_text(folder / f"{board.track}.tex", latex(board))
-    board.write(folder / f"{board.track}.json")
+    write_text(folder / f"{name}.md", markdown(board))
+    write_text(folder / f"{name}.tex", latex(board))
+    board.write(folder / f"{name}.json")
 
 
 def leaderboard_rows(board: Leaderboard) -> list[dict[str, Any]]:
