@@ -198,8 +198,8 @@ def entry(name: str) -> Entry:
 
 
 def leave_results(results: Path, name: str, values: dict[str, list[float | None]], **changes: Any) -> Path:
-    """What the workflow leaves of an untuned entry: per stage one HELM run per value, None for a run
-    that the time limit cut."""
+    """What the workflow leaves of an untuned entry: per stage one HELM run of ten instances per value,
+    of which so many are right; None for a run that the time limit cut."""
     folder = results / "t" / name
     for step in ("check.json", "package.json"):
         (folder / step).parent.mkdir(parents=True, exist_ok=True)
@@ -209,14 +209,25 @@ def leave_results(results: Path, name: str, values: dict[str, list[float | None]
         at = {"competition": "small", "track": "t", "entry": name, "stage": stage, "scenario": scenario}
         statistic = {"metric": "exact_match", "split": "test", "perturbation": None}
         rows = [
-            {**at, "run": f"{scenario}:{number}", **statistic, "value": value, "n": 4}
+            {**at, "run": f"{scenario}:{number}", **statistic, "value": value, "n": 10}
             for number, value in enumerate(of_runs)
             if value is not None
+        ]
+        answers = [
+            {
+                **at,
+                "run": row["run"],
+                "instance": f"id{i}",
+                **statistic,
+                "value": float(i < round(10 * row["value"])),
+            }
+            for row in rows
+            for i in range(10)
         ]
         tables = folder / "helm" / stage
         tables.mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist(rows, schema=METRICS_SCHEMA), tables / "metrics.parquet")
-        pq.write_table(INSTANCES_SCHEMA.empty_table(), tables / "instances.parquet")
+        pq.write_table(pa.Table.from_pylist(answers, schema=INSTANCES_SCHEMA), tables / "instances.parquet")
         cut = [value is None for value in of_runs]
         content = {
             **{key: at[key] for key in ("competition", "track", "entry", "stage")},
@@ -230,8 +241,8 @@ def leave_results(results: Path, name: str, values: dict[str, list[float | None]
                     run=f"{scenario}:{number}",
                     state=State.TIME_LIMIT if lost else State.FINISHED,
                     reason="the stage's limit ran out" if lost else "",
-                    instances=4,
-                    answered=0 if lost else 4,
+                    instances=10,
+                    answered=0 if lost else 10,
                 )
                 for number, lost in enumerate(cut)
             ],
@@ -250,7 +261,7 @@ def test_a_track_is_scored_from_what_the_workflow_left(tmp_path: Path) -> None:
         ("good", "team good", 1),
         ("poor", "team poor", 2),
     ]
-    assert board.entries[0].cells[0] == Cell(value=0.7, n=8, win_rate=1.0)
+    assert board.entries[0].cells[0] == Cell(value=0.7, n=20, win_rate=1.0)
     assert board.inputs["t/good/open.json"] == file_sha256(tmp_path / "t/good/open.json")
     assert len(board.inputs) == 12
 

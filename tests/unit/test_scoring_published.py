@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from palio.errors import BadInput, State
@@ -86,6 +87,20 @@ def test_midrank_changes_the_rank_of_44_of_57_open_entries_by_up_to_14_places(ta
         by_convention[convention] = {one.entry: one.rank for one in board.entries}
     moves = [abs(by_convention["midrank"][name] - rank) for name, rank in by_convention["helm2023"].items()]
     assert (sum(move > 0 for move in moves), max(moves)) == (44, 14)
+
+
+def test_open_and_hidden_scores_are_correlated_over_the_entries_of_both_rounds(tables: Path) -> None:
+    score_of = {
+        name: {
+            entry.removesuffix("_hidden"): cells["Score"]
+            for entry, cells in json.loads((tables / f"4090_{name}_round_rank.json").read_text())
+        }
+        for name in ("open", "hidden")
+    }
+    both = sorted(score_of["open"].keys() & score_of["hidden"].keys())
+    expected = np.corrcoef([[of[entry] for entry in both] for of in score_of.values()])[0, 1]
+    found = published(tables).open_against_hidden["4090"]
+    assert (found.n, found.value) == (30, pytest.approx(expected))
 
 
 def test_a_missing_value_of_2023_is_a_state(tables: Path) -> None:

@@ -27,12 +27,18 @@ from pydantic import BaseModel, ConfigDict
 
 from palio.errors import BadInput, State
 from palio.provenance import file_sha256
-from palio.records import Cell, Column, Leaderboard
+from palio.records import Cell, Column, Correlation, Leaderboard
 from palio.scoring.conventions import CONVENTIONS
 from palio.scoring.formula import Formula, scores
 from palio.scoring.leaderboard import Candidate, score
+from palio.scoring.overfitting import pearson
 
 TOLERANCE = 1e-12
+REMARK = (
+    "The published tables do not say how many instances stand behind a value: the number is read off the "
+    "values where they are whole multiples of 1/n, and taken as 100 elsewhere."
+)
+"""For the explanation of these leaderboards' uncertainty."""
 ASSUMED_INSTANCES = 100
 """Behind a published value that is no proportion (ROUGE, a mean over subjects): a guess, and said so."""
 MOST_INSTANCES = 1000
@@ -98,6 +104,8 @@ class Published(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     files: list[PublishedFile]
+    open_against_hidden: dict[str, Correlation]
+    """Pearson's correlation by track, between the open and hidden scores of the entries in both rounds."""
 
     @property
     def cells(self) -> int:
@@ -131,7 +139,25 @@ def published(folder: Path) -> Published:
     Raises:
         BadInput: no published file there, or one that is not of this form.
     """
-    return Published(files=[recompute(table) for table in read_tables(folder)])
+    tables = read_tables(folder)
+    return Published(
+        files=[recompute(table) for table in tables], open_against_hidden=_open_against_hidden(tables)
+    )
+
+
+def _open_against_hidden(tables: Sequence[Table]) -> dict[str, Correlation]:
+    """By track, over the published scores of the entries that stand in both rounds."""
+    score_of: dict[tuple[str, RoundName], dict[str, float]] = {}
+    for table in tables:
+        board = _leaderboard([table], table.round.name, table.round.convention)
+        score_of[table.track, table.round.name] = {one.entry: one.final_score for one in board.entries}
+    found = {}
+    for track, round_ in score_of:
+        if round_ == "open" and (track, "hidden") in score_of:
+            before, after = score_of[track, "open"], score_of[track, "hidden"]
+            both = sorted(before.keys() & after.keys())
+            found[track] = pearson([before[name] for name in both], [after[name] for name in both])
+    return found
 
 
 def read_tables(folder: Path) -> list[Table]:

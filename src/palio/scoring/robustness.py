@@ -33,6 +33,8 @@ AGGREGATES: dict[str, tuple[Aggregate, str]] = {
     "floored": (floored_geometric_mean, "geometric mean over scenarios, each at least 1/(2n)"),
     "arithmetic": (arithmetic_mean, "arithmetic mean over scenarios"),
 }
+NAMED = 3
+"""Names a sentence of a verdict lists before it says how many more there are."""
 ORDINALS = {1: "1st", 2: "2nd", 3: "3rd"}
 
 Scored = Mapping[str, float]
@@ -293,7 +295,7 @@ def _verdict(
     schemes: Sequence[Scheme],
 ) -> PrizeVerdict:
     holder = board.entries[place].entry
-    rank = place + 1
+    rank = board.entries[place].rank
 
     def loses_place(moved: Sequence[RankMove]) -> bool:
         return any(move.entry == holder for move in moved)
@@ -301,21 +303,20 @@ def _verdict(
     entries = [one for one in without_entry if loses_place(one.moved)]
     scenarios = [one for one in without_scenario if loses_place(one.moved)]
     other = [scheme for scheme in schemes if loses_place(scheme.moved)]
-    parts = [
-        _part(holder, entries, "entry {} being in the pool", "each of the entries {}"),
-        _part(holder, scenarios, "scenario {} being scored", "each of the scenarios {}"),
+    shared = [one.entry for one in board.entries if one.rank == rank and one.entry != holder]
+    who = f"{holder}, shared with {', '.join(shared)}" if shared else holder
+    subject = f"{ORDINALS[rank]} place ({who})"
+    told = [
+        f"{subject} depends on {_what_else('entry', holder, entries)}."
+        if entries
+        else f"{subject} is the same whichever other entry is left out of the pool.",
+        f"It depends on {_what_else('scenario', holder, scenarios)}."
+        if scenarios
+        else "No single scenario decides it.",
+        f"Scored otherwise {holder} has {_other_ranks(holder, other)}."
+        if other
+        else f"All {len(schemes)} ways of scoring compared here agree on it.",
     ]
-    depends = [part for part in parts if part]
-    name = ORDINALS[rank]
-    if depends:
-        text = f"{name} place ({holder}) depends on {'; and on '.join(depends)}."
-    else:
-        text = f"{name} place ({holder}) is the same whichever other entry or scenario is left out."
-    if other:
-        listed = ", ".join(f"{scheme.name} (rank {_rank_after(scheme.moved, holder)})" for scheme in other)
-        text += f" Scored otherwise it has another rank: {listed}."
-    else:
-        text += f" It is also the same under all {len(schemes)} ways of scoring compared here."
     return PrizeVerdict(
         rank=rank,
         entry=holder,
@@ -323,19 +324,38 @@ def _verdict(
         depends_on_entries=[one.removed for one in entries],
         depends_on_scenarios=[one.removed for one in scenarios],
         depends_on_schemes=[scheme.name for scheme in other],
-        text=text,
+        text=" ".join(told),
     )
 
 
-def _rank_after(moved: Sequence[RankMove], entry: str) -> int:
-    return next(move.after for move in moved if move.entry == entry)
+def _move_of(moved: Sequence[RankMove], entry: str) -> RankMove:
+    return next(move for move in moved if move.entry == entry)
 
 
-def _part(holder: str, removals: Sequence[Removal], one: str, several: str) -> str:
-    if not removals:
-        return ""
-    told = [
-        f"{removal.removed} (without it {holder} has rank {_rank_after(removal.moved, holder)} of the rest)"
-        for removal in removals
-    ]
-    return one.format(told[0]) if len(told) == 1 else several.format(", ".join(told))
+KINDS = {
+    "entry": ("entry {} being in the pool", "which entries are in the pool"),
+    "scenario": ("scenario {} being scored", "which scenarios are scored"),
+}
+
+
+def _what_else(kind: str, holder: str, removals: Sequence[Removal]) -> str:
+    """What a place depends on and who has it in the first few of the other rankings."""
+    one, several = KINDS[kind]
+    if len(removals) == 1:
+        return f"{one.format(removals[0].removed)}: without it {_taker(holder, removals[0])}"
+    told = [f"without {removal.removed} {_taker(holder, removal)}" for removal in removals[:NAMED]]
+    more = f"; {len(removals) - NAMED} more change it too" if len(removals) > NAMED else ""
+    return f"{several}: {'; '.join(told)}{more}"
+
+
+def _taker(holder: str, removal: Removal) -> str:
+    move = _move_of(removal.moved, holder)
+    taker = removal.order[move.before - 1]
+    return f"it has rank {move.after}" if taker == holder else f"{taker} has the place"
+
+
+def _other_ranks(holder: str, schemes: Sequence[Scheme]) -> str:
+    by_rank: dict[int, list[str]] = {}
+    for scheme in schemes:
+        by_rank.setdefault(_move_of(scheme.moved, holder).after, []).append(scheme.name)
+    return ", ".join(f"rank {rank} ({', '.join(names)})" for rank, names in sorted(by_rank.items()))

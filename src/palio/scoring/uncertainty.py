@@ -192,30 +192,34 @@ def draw_scores(pool: Pool, usable: UsableAnswers, formula: Formula, replicates:
     """
     keys = list(dict.fromkeys((column.stage, column.scenario) for column in pool.columns))
     streams = dict(zip(keys, np.random.SeedSequence(seed).spawn(len(keys)), strict=True))
-    weights = {key: _weights(usable.scenarios[key].runs, replicates, streams[key]) for key in usable.sampled}
+    weights = {
+        key: draw_weights(usable.scenarios[key].runs, replicates, streams[key]) for key in usable.sampled
+    }
 
     def win_rates() -> Iterator[Array]:
         for number, (column, answers) in enumerate(zip(pool.columns, usable.columns, strict=True)):
             key = (column.stage, column.scenario)
             if answers is None:
                 stream = np.random.SeedSequence(seed, spawn_key=(len(keys), number))
-                blocks = _parametric(pool, number, replicates, stream)
+                values = _parametric(pool, number, replicates, stream)
             else:
-                blocks = _resampled(answers, usable.scenarios[key].runs, weights[key])
+                values = resampled_values(answers, usable.scenarios[key].runs, weights[key])
             # A value that the leaderboard does not have is not drawn either.
-            absent = np.isnan(pool.values[:, number])
-            rates = np.empty((replicates, len(pool.entries)))
-            for start, values in blocks:
-                values[:, absent] = np.nan
-                rates[start : start + len(values)] = column_win_rates(
-                    values, column.higher_is_better, formula.convention, formula.missing
+            values[:, np.isnan(pool.values[:, number])] = np.nan
+            rates = np.empty(values.shape)
+            for start in range(0, replicates, BLOCK):
+                block = slice(start, start + BLOCK)
+                rates[block] = column_win_rates(
+                    values[block], column.higher_is_better, formula.convention, formula.missing
                 )
             yield rates
 
     return scores_of_win_rates(pool.columns, win_rates(), formula)
 
 
-def _weights(runs: NDArray[np.int64], replicates: int, stream: np.random.SeedSequence) -> NDArray[np.float32]:
+def draw_weights(
+    runs: NDArray[np.int64], replicates: int, stream: np.random.SeedSequence
+) -> NDArray[np.float32]:
     """How often each replicate draws each run (whole-run draws, shape (replicates, runs)) or each
     question (shape (replicates, questions))."""
     generator = np.random.default_rng(stream)
@@ -231,42 +235,32 @@ def _weights(runs: NDArray[np.int64], replicates: int, stream: np.random.SeedSeq
     return counts
 
 
-Blocks = Iterator[tuple[int, Array]]
-"""(first replicate, values of shape (replicates of the block, entries))."""
+def resampled_values(answers: Answers, runs: NDArray[np.int64], weights: NDArray[np.float32]) -> Array:
+    """Values of one column, shape (replicates, entries)."""
+    # An entry without a value in a run gets 0/0 or 0 x NaN: it has none in the column either.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if weights.shape[1] != len(runs):  # whole runs
+            of_column = [int(runs[positions[0]]) for positions in _runs_of_column(answers, runs)]
+            counts = weights[:, of_column].astype(float)
+            drawn = (counts @ _run_means(answers, runs).T) / counts.sum(axis=1, keepdims=True)
+            return np.asarray(np.round(drawn, VALUE_DIGITS))
+        total = np.zeros((len(weights), len(answers)))
+        number = 0
+        for positions in _runs_of_column(answers, runs):
+            of_run, times = answers[:, positions], weights[:, positions]
+            gaps = np.isnan(of_run)
+            if gaps.any():
+                present = np.ascontiguousarray((~gaps).astype(np.float32).T)
+                counts = times @ present
+            else:
+                counts = times.sum(axis=1, keepdims=True)
+            known = np.ascontiguousarray(np.where(gaps, np.float32(0), of_run).T)
+            total += (times @ known) / counts
+            number += 1
+        return np.round(total / number, VALUE_DIGITS)
 
 
-def _resampled(answers: Answers, runs: NDArray[np.int64], weights: NDArray[np.float32]) -> Blocks:
-    replicates, drawn = weights.shape
-    whole_runs = drawn != len(runs)
-    parts = list(_runs_of_column(answers, runs))
-    if whole_runs:
-        means = _run_means(answers, runs)
-        of_column = weights[:, [int(runs[positions[0]]) for positions in parts]].astype(float)
-        for start in range(0, replicates, BLOCK):
-            counts = of_column[start : start + BLOCK]
-            with np.errstate(invalid="ignore", divide="ignore"):
-                # 0 x NaN would spread: an entry without a value in a run has none in the column
-                drawn_means = (counts @ means.T) / counts.sum(axis=1, keepdims=True)
-            yield start, np.round(drawn_means, VALUE_DIGITS)
-        return
-    prepared = []
-    for positions in parts:
-        of_run = answers[:, positions]
-        gaps = np.isnan(of_run)
-        present = None if not gaps.any() else (~gaps).astype(np.float32).T
-        prepared.append((positions, np.nan_to_num(of_run, nan=0.0).T, present))
-    for start in range(0, replicates, BLOCK):
-        block = weights[start : start + BLOCK]
-        total = np.zeros((len(block), len(answers)))
-        for positions, known, present in prepared:
-            of_block = block[:, positions]
-            counts = of_block.sum(axis=1, keepdims=True) if present is None else of_block @ present
-            with np.errstate(invalid="ignore", divide="ignore"):
-                total += (of_block @ known) / counts
-        yield start, np.round(total / len(prepared), VALUE_DIGITS)
-
-
-def _parametric(pool: Pool, number: int, replicates: int, stream: np.random.SeedSequence) -> Blocks:
+def _parametric(pool: Pool, number: int, replicates: int, stream: np.random.SeedSequence) -> Array:
     """Binomial draws around the values; a value outside [0, 1] or without instances is not varied."""
     generator = np.random.default_rng(stream)
     values = pool.values[:, number]
@@ -275,8 +269,7 @@ def _parametric(pool: Pool, number: int, replicates: int, stream: np.random.Seed
     drawn = np.broadcast_to(values, (replicates, len(values))).copy()
     n = instances[varied]
     drawn[:, varied] = generator.binomial(n, values[varied], size=(replicates, len(n))) / n
-    for start in range(0, replicates, BLOCK):
-        yield start, drawn[start : start + BLOCK]
+    return drawn
 
 
 # --- what the draws say --------------------------------------------------------------------------------

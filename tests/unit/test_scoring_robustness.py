@@ -1,0 +1,165 @@
+"""What a ranking depends on: pool, scenarios, scoring rule."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from palio.records import Cell, Column, Leaderboard, Robustness
+from palio.scoring.leaderboard import Candidate, score
+from palio.scoring.pool import formula_of, pool_of
+from palio.scoring.published import published_leaderboards
+from palio.scoring.robustness import against_panel, bradley_terry, moves, robustness
+
+FOLDER = Path(os.environ.get("PALIO_SHARED", Path(__file__).parents[3] / "shared")) / "neurips2023"
+COLUMNS = [
+    Column(stage="open", scenario="mmlu", metric="EM"),
+    Column(stage="open", scenario="bbq", metric="EM"),
+    Column(stage="closed", scenario="math", metric="EM"),
+]
+
+
+def board_of(rows: dict[str, list[float]], **settings: Any) -> Leaderboard:
+    return score(
+        competition="c",
+        track="t",
+        columns=COLUMNS,
+        candidates=[
+            Candidate(name, name.partition("_")[0], [Cell(value=value, n=10) for value in values])
+            for name, values in rows.items()
+        ],
+        stage_weights={"open": 1 / 3, "closed": 2 / 3},
+        **settings,
+    )
+
+
+def robustness_of(board: Leaderboard, **settings: Any) -> Robustness:
+    found = robustness(board, **settings)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def final_2023() -> Leaderboard:
+    if not FOLDER.is_dir():
+        pytest.skip(f"the published tables are not at {FOLDER}; set PALIO_SHARED")
+    return next(board for board in published_leaderboards(FOLDER) if board.track == "4090_final")
+
+
+def test_6_of_8_removals_reorder_the_rest_of_the_published_4090_final(final_2023: Leaderboard) -> None:
+    removals = robustness_of(final_2023).without_entry
+    assert (sum(bool(one.moved) for one in removals), len(removals)) == (6, 8)
+
+
+def test_a_floor_or_an_arithmetic_mean_changes_the_second_place_of_2023(final_2023: Leaderboard) -> None:
+    second = final_2023.entries[1].entry
+    schemes = {scheme.name: scheme for scheme in robustness_of(final_2023).schemes}
+    assert schemes["final2023/geometric"].ranks[second] == 2
+    assert schemes["midrank/geometric"].ranks[second] == 2
+    assert schemes["final2023/floored"].ranks[second] != 2
+    assert schemes["final2023/arithmetic"].ranks[second] != 2
+
+
+def test_the_verdict_of_2023_says_the_first_place_stands_and_the_third_does_not(
+    final_2023: Leaderboard,
+) -> None:
+    first, _, third = robustness_of(final_2023).verdicts
+    assert first.stable
+    assert "same whichever other entry is left out" in first.text
+    assert not third.stable
+    assert third.depends_on_entries
+    assert f"without {third.depends_on_entries[0]}" in third.text
+
+
+def test_a_place_that_depends_on_one_entry_names_it() -> None:
+    """a beats b on mmlu only because c stands between them there."""
+    board = board_of(
+        {"a": [0.9, 0.1, 0.5], "b": [0.1, 0.9, 0.51], "c": [0.5, 0.95, 0.1], "d": [0.0, 0.0, 0.0]}
+    )
+    found = robustness_of(board)
+    for verdict in found.verdicts:
+        told = [
+            one.removed for one in found.without_entry if any(m.entry == verdict.entry for m in one.moved)
+        ]
+        assert verdict.depends_on_entries == told
+        assert verdict.stable == (
+            not told and not verdict.depends_on_scenarios and not verdict.depends_on_schemes
+        )
+
+
+def test_an_unbeaten_entry_is_first_whatever_is_left_out_and_however_it_is_scored() -> None:
+    board = board_of({"a": [0.9, 0.9, 0.9], "b": [0.5, 0.1, 0.5], "c": [0.1, 0.5, 0.3]})
+    first = robustness_of(board).verdicts[0]
+    assert (first.entry, first.stable) == ("a", True)
+    assert "No single scenario decides it." in first.text
+
+
+def test_moves_compare_ranks_among_the_entries_of_both_rankings() -> None:
+    assert moves({"a": 3, "b": 2, "c": 1}, {"b": 2, "c": 1}) == []
+    (b, c) = moves({"a": 3, "b": 2, "c": 1}, {"b": 1, "c": 2})
+    assert (b.entry, b.before, b.after) == ("b", 1, 2)
+    assert (c.entry, c.before, c.after) == ("c", 2, 1)
+
+
+VALUES = st.lists(st.integers(0, 3).map(float), min_size=3, max_size=3)
+
+
+@given(st.lists(VALUES, min_size=3, max_size=6), VALUES)
+def test_an_entry_outside_the_panel_changes_nobody_s_score_against_it(
+    rows: list[list[float]], newcomer: list[float]
+) -> None:
+    entries = {f"e{number}": row for number, row in enumerate(rows)}
+    panel = ["e0", "e1"]
+    before, after = board_of(entries), board_of({**entries, "new": newcomer})
+    scores_before = against_panel(pool_of(before), formula_of(before), panel)
+    scores_after = against_panel(pool_of(after), formula_of(after), panel)
+    assert {name: scores_after[name] for name in scores_before} == pytest.approx(scores_before)
+
+
+@given(st.lists(VALUES, min_size=2, max_size=6, unique_by=tuple))
+def test_bradley_terry_ranks_a_dominating_entry_above(rows: list[list[float]]) -> None:
+    entries = {f"e{number}": row for number, row in enumerate(rows)}
+    entries["best"] = [4.0, 4.0, 4.0]
+    board = board_of(entries)
+    strengths = bradley_terry(pool_of(board), formula_of(board))
+    assert max(strengths, key=strengths.__getitem__) == "best"
+    assert sum(strengths.values()) == pytest.approx(0, abs=1e-6)
+
+
+def test_bradley_terry_of_two_is_the_log_of_their_odds() -> None:
+    """a wins both open columns (1/3 of the weight), b the closed one (2/3); 0.005 is the virtual tie."""
+    board = board_of({"a": [1, 1, 0], "b": [0, 0, 1]})
+    strengths = bradley_terry(pool_of(board), formula_of(board))
+    odds = (2 / 3 + 0.005) / (1 / 3 + 0.005)
+    assert pytest.approx(odds) == pytest.approx(
+        2.7182818284590452 ** (strengths["b"] - strengths["a"]), rel=1e-6
+    )
+
+
+def test_one_entry_per_team_drops_a_team_s_other_entries() -> None:
+    board = board_of({"x_1": [0.9, 0.9, 0.9], "x_2": [0.8, 0.8, 0.8], "y_1": [0.1, 0.1, 0.1]})
+    scheme = next(one for one in robustness_of(board).schemes if one.name == "one_per_team")
+    assert scheme.ranks == {"x_1": 1, "y_1": 2}
+
+
+def test_a_given_panel_is_the_one_used() -> None:
+    board = board_of({"a": [0.9, 0.9, 0.9], "b": [0.5, 0.1, 0.5], "c": [0.1, 0.5, 0.3]})
+    scheme = next(one for one in robustness_of(board, panel=["c"]).schemes if one.name == "reference_panel")
+    assert "these entries only: c;" in scheme.description
+
+
+def test_the_leaderboard_s_own_scheme_comes_first_and_moves_nobody() -> None:
+    board = board_of({"a": [0.9, 0.2, 0.9], "b": [0.5, 0.1, 0.5]}, convention="final2023")
+    own = robustness_of(board).schemes[0]
+    assert (own.name, own.moved) == ("final2023/geometric", [])
+
+
+def test_one_entry_alone_has_nothing_to_remove() -> None:
+    found = robustness_of(board_of({"a": [0.9, 0.2, 0.9]}))
+    assert found.without_entry == []
+    assert found.verdicts[0].stable
