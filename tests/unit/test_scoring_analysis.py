@@ -213,8 +213,8 @@ def test_an_entry_that_left_is_named_as_the_reason() -> None:
 def test_weights_convention_and_columns_are_told_apart() -> None:
     before = board_of(ROWS)
     after = board_of(
-        ROWS,
-        columns=COLUMNS[:1] + COLUMNS[2:],
+        {name: [mmlu, math] for name, (mmlu, _, math) in ROWS.items()},
+        columns=[COLUMNS[0], COLUMNS[2]],
         convention="final2023",
         stage_weights={"open": 0.5, "closed": 0.5},
     )
