@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,16 +54,37 @@ def adapt(model: Any, recipe: FinetuneRecipe) -> Any:
     if recipe.method == "full":
         return model.requires_grad_(True)
     targets = recipe.target_modules
-    return get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=recipe.lora_r,
-            lora_alpha=recipe.lora_alpha,
-            lora_dropout=recipe.lora_dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-        ),
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
     )
+    adapted = get_peft_model(model, settings)
+    _fuse(adapted)
+    return adapted
+
+
+def _fuse(model: Any) -> None:
+    """Add each adapter's output to its base layer's in one matrix product.
+
+    peft's own forward takes three more passes over activations as wide as the layer (scale, add, cast to
+    fp32 and back under autocast): an eighth of a training step on the demo's model.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and "default" in module.lora_A:
+            module.forward = partial(_adapted_forward, module)
+
+
+def _adapted_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = layer.base_layer(x)
+    low = torch.nn.functional.linear(layer.lora_dropout["default"](x), layer.lora_A["default"].weight)
+    up = layer.lora_B["default"].weight.t()
+    scale = layer.scaling["default"]
+    return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), up, alpha=scale).view(out.shape)
 
 
 def save_adapter(model: Any, folder: Path, base_model: str) -> None:

@@ -66,7 +66,16 @@ def learning_rate(recipe: FinetuneRecipe, step: int, steps: int) -> float:
 class Trainer:
     """Trains `model`'s parameters that require gradients on `rows` as `recipe` says."""
 
-    def __init__(self, model: Any, rows: Sequence[Row], recipe: FinetuneRecipe, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        rows: Sequence[Row],
+        recipe: FinetuneRecipe,
+        device: torch.device,
+        *,
+        compile_layers: bool = False,
+    ) -> None:
+        """`compile_layers` fuses the small operations of each decoder layer: worth it on a GPU."""
         self.model, self.rows, self.recipe, self.device = model, rows, recipe, device
         self.step = 0
         self.steps = planned_steps(len(rows), recipe)
@@ -78,6 +87,8 @@ class Trainer:
         if self.flat:
             inner.set_attn_implementation(NAME)
         self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        if compile_layers:
+            _compile_layers(inner)
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
         model.train()
 
@@ -150,6 +161,13 @@ class Trainer:
         torch.set_rng_state(state["random"].cpu())
         if state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"].cpu())
+
+
+def _compile_layers(model: Any) -> None:
+    """Compile each decoder layer in place, once for all lengths; attention itself is left as it is."""
+    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    for layer in max(lists, key=len):
+        layer.compile(dynamic=True)
 
 
 def _share(logits: torch.Tensor, targets: torch.Tensor, total: int) -> torch.Tensor:
