@@ -6,12 +6,12 @@ the leaderboard; `write_analysis` writes <track>.analysis.json beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from palio.config import Competition, Metric
 from palio.errors import BadInput
@@ -111,59 +111,110 @@ def read_answers(competition: Competition, board: Leaderboard, results: Path) ->
     entries = sorted(one.entry for one in board.entries)
     found: dict[tuple[str, str], ScenarioAnswers] = {}
     for stage in dict.fromkeys(column.stage for column in board.columns):
-        tables = [_instances_table(competition, stage, board, results, entry) for entry in entries]
-        for scenario, of in competition.stage(stage).scenarios.items():
-            columns = [
-                column for column in board.columns if (column.stage, column.scenario) == (stage, scenario)
-            ]
-            mine = [table[table["scenario"] == scenario] for table in tables]
+        scenarios = competition.stage(stage).scenarios
+        columns = [column for column in board.columns if column.stage == stage]
+        metrics = [scenarios[column.scenario].metrics[column.metric] for column in columns]
+        questions: dict[str, dict[Question, int]] = {scenario: {} for scenario in scenarios}
+        # Compact as soon as read: one table of strings at a time.
+        answered = []
+        for entry in entries:
+            table = _Instances(_scored_table(board, results, entry, stage), {one.metric for one in metrics})
+            answered.append(
+                [
+                    table.answers(column.scenario, metric, questions[column.scenario])
+                    for column, metric in zip(columns, metrics, strict=True)
+                ]
+            )
+        for scenario, numbers in questions.items():
+            places = [place for place, column in enumerate(columns) if column.scenario == scenario]
             found[stage, scenario] = _scenario_answers(
-                mine, [of.metrics[column.metric] for column in columns]
+                numbers, [[of_entry[place] for of_entry in answered] for place in places]
             )
     return found
 
 
-def _instances_table(
-    competition: Competition, stage: str, board: Leaderboard, results: Path, entry: str
-) -> pd.DataFrame:
-    """Columns scenario, question, run, metric, split, perturbation, value; only metrics that are scored."""
+Question = tuple[str, str]
+"""HELM run, instance id."""
+EntryAnswers = tuple[NDArray[np.int64], NDArray[np.float32]]
+"""Numbers of the questions that an entry has a value for, and the values."""
+
+
+def _scored_table(board: Leaderboard, results: Path, entry: str, stage: str) -> Path:
     path = results / board.track / entry / "helm" / stage / "instances.parquet"
     key = path.relative_to(results).as_posix()
     if not path.exists() or file_sha256(path) != board.inputs.get(key):
         raise BadInput(path, "", None, "is not the table that was scored; run `palio score` again")
-    scored = {
-        metric.metric for of in competition.stage(stage).scenarios.values() for metric in of.metrics.values()
-    }
-    wanted = ["scenario", "run", "instance", "metric", "split", "perturbation", "value"]
-    frame: pd.DataFrame = pq.read_table(
-        path, columns=wanted, filters=[("metric", "in", sorted(scored))]
-    ).to_pandas()
-    if np.isinf(frame["value"].to_numpy(dtype=float)).any():
-        raise BadInput(path, "value", "inf", "is no number; run the stage again")
-    frame["question"] = frame["run"] + "\n" + frame["instance"]
-    return frame
+    return path
 
 
-def _scenario_answers(tables: Sequence[pd.DataFrame], metrics: Sequence[Metric]) -> ScenarioAnswers:
-    questions = pd.Index(sorted(set().union(*(table["question"].unique() for table in tables))))
-    run_of = [str(question).partition("\n")[0] for question in questions]
-    number = {run: place for place, run in enumerate(sorted(set(run_of)))}
-    columns: list[Answers | None] = []
-    for metric in metrics:
-        values = np.full((len(tables), len(questions)), np.nan, dtype=np.float32)
-        for place, table in enumerate(tables):
-            rows = table[_of_metric(table, metric)]
-            # Several perturbed forms of one question count as one answer: their mean.
-            by_question = rows.groupby("question")["value"].mean()
-            values[place, questions.get_indexer(by_question.index)] = by_question.to_numpy()
-        columns.append(None if np.isnan(values).all() else values)
-    return ScenarioAnswers(np.array([number[run] for run in run_of], dtype=np.int64), columns)
+class _Instances:
+    """One instances table with every text as a number: comparing a column of numbers is cheap."""
+
+    def __init__(self, path: Path, scored_metrics: Collection[str]) -> None:
+        texts = ["scenario", "run", "instance", "metric", "split", "perturbation"]
+        wanted = [("metric", "in", sorted(scored_metrics))]
+        table = pq.read_table(path, columns=[*texts, "value"], filters=wanted)
+        self.values = table["value"].to_numpy().astype(float)
+        if np.isinf(self.values).any():
+            raise BadInput(path, "value", "inf", "is no number; run the stage again")
+        self.codes: dict[str, NDArray[np.int64]] = {}
+        self.words: dict[str, list[str]] = {}
+        for name in texts:
+            coded = table[name].combine_chunks().dictionary_encode()
+            self.codes[name] = coded.indices.fill_null(ABSENT).to_numpy().astype(np.int64)
+            self.words[name] = coded.dictionary.to_pylist()
+
+    def _is(self, name: str, word: str) -> NDArray[np.bool_]:
+        words = self.words[name]
+        wanted = words.index(word) if word in words else UNKNOWN
+        return np.asarray(self.codes[name] == wanted)
+
+    def answers(self, scenario: str, metric: Metric, questions: dict[Question, int]) -> EntryAnswers:
+        """The entry's values in one column; questions not met before get the next number.
+
+        Several perturbed forms of one question count as one answer: their mean.
+        """
+        rows = (
+            self._is("scenario", scenario)
+            & self._is("metric", metric.metric)
+            & self._is("split", metric.split)
+            & ~np.isnan(self.values)
+        )
+        if metric.perturbation is None:
+            rows &= self.codes["perturbation"] == ABSENT
+        else:
+            rows &= self._is("perturbation", metric.perturbation)
+        if metric.run is not None:
+            named = [place for place, run in enumerate(self.words["run"]) if metric.run in run]
+            rows &= np.isin(self.codes["run"], named)
+        runs, instances = self.words["run"], self.words["instance"]
+        pairs = self.codes["run"][rows] * len(instances) + self.codes["instance"][rows]
+        asked, place = np.unique(pairs, return_inverse=True)
+        means = np.bincount(place, weights=self.values[rows]) / np.bincount(place)
+        numbers = [
+            questions.setdefault(
+                (runs[pair // len(instances)], instances[pair % len(instances)]), len(questions)
+            )
+            for pair in asked.tolist()
+        ]
+        return np.array(numbers, dtype=np.int64), means.astype(np.float32)
 
 
-def _of_metric(table: pd.DataFrame, metric: Metric) -> pd.Series[bool]:
-    plain = table["perturbation"].isna()
-    asked = plain if metric.perturbation is None else table["perturbation"] == metric.perturbation
-    wanted = (table["metric"] == metric.metric) & (table["split"] == metric.split) & asked
-    if metric.run is not None:
-        wanted &= table["run"].str.contains(metric.run, regex=False)
-    return wanted
+ABSENT, UNKNOWN = -1, -2
+
+
+def _scenario_answers(
+    questions: Mapping[Question, int], columns: Sequence[Sequence[EntryAnswers]]
+) -> ScenarioAnswers:
+    """Arrays over the questions in the order of run and instance id, whatever order they were read in."""
+    ordered = sorted(questions)
+    place = np.empty(len(ordered), dtype=np.int64)
+    place[[questions[question] for question in ordered]] = np.arange(len(ordered))
+    run_number = {run: number for number, run in enumerate(sorted({run for run, _ in ordered}))}
+    arrays: list[Answers | None] = []
+    for entries in columns:
+        values = np.full((len(entries), len(ordered)), np.nan, dtype=np.float32)
+        for row, (numbers, known) in zip(values, entries, strict=True):
+            row[place[numbers]] = known
+        arrays.append(None if np.isnan(values).all() else values)
+    return ScenarioAnswers(np.array([run_number[run] for run, _ in ordered], dtype=np.int64), arrays)
