@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from palio.config import Competition
 from palio.errors import BadInput
-from palio.records import Analysis, Cell, Column, Contamination, Leaderboard
-from palio.scoring.analysis import analyse, analyse_track, write_analysis
+from palio.provenance import file_sha256
+from palio.records import INSTANCES_SCHEMA, Analysis, Cell, Column, Contamination, Leaderboard
+from palio.scoring.analysis import analyse, analyse_track, read_answers, write_analysis
 from palio.scoring.leaderboard import Candidate, score, score_track
 from palio.scoring.overfitting import pearson, spearman
 from palio.scoring.versions import difference, read_leaderboard, rescore, write_version
@@ -81,6 +83,43 @@ def test_a_table_that_was_not_scored_is_not_analysed(results: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows[:-1], schema=pq.read_schema(table)), table)
     with pytest.raises(BadInput, match="is not the table that was scored"):
         analyse_track(competition(), board, results)
+
+
+def test_answers_are_those_of_the_column_s_split_perturbation_and_runs(tmp_path: Path) -> None:
+    """Two perturbed forms of a question count as one answer; a null is no answer."""
+    asked = {"metric": "exact_match", "split": "test", "perturbation": "fairness"}
+    rows = [
+        {"run": "b:1", "instance": "id1", **asked, "value": 1.0},
+        {"run": "b:1", "instance": "id1", **asked, "value": 0.0},
+        {"run": "b:1", "instance": "id0", **asked, "value": 1.0},
+        {"run": "b:1", "instance": "id2", **asked, "value": None},
+        {"run": "b:1", "instance": "id3", **asked, "split": "valid", "value": 1.0},
+        {"run": "b:1", "instance": "id4", **asked, "perturbation": None, "value": 1.0},
+        {"run": "b:1", "instance": "id5", **asked, "metric": "f1", "value": 1.0},
+        {"run": "a:1", "instance": "id6", **asked, "value": 1.0},
+    ]
+    at = {"competition": "small", "track": "t", "entry": "e", "stage": "open", "scenario": "mmlu"}
+    table = tmp_path / "t/e/helm/open/instances.parquet"
+    table.parent.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([at | row for row in rows], schema=INSTANCES_SCHEMA), table)
+    column = {"metric": "exact_match", "perturbation": "fairness", "run": "b:"}
+    content = competition().model_dump(mode="json")
+    for stage in content["stages"].values():
+        stage.update(time_limit="1m", margin="1m")
+    content["tracks"]["t"].update(training_budget="1h", training_margin="1h")
+    content["stages"]["open"]["scenarios"]["mmlu"]["metrics"] = {"fair": column}
+    board = score(
+        competition="small",
+        track="t",
+        columns=[Column(stage="open", scenario="mmlu", metric="fair")],
+        candidates=[Candidate("e", "team", [Cell(value=0.75, n=2)])],
+        stage_weights={"open": 1.0},
+        inputs={"t/e/helm/open/instances.parquet": file_sha256(table)},
+    )
+    found = read_answers(Competition.model_validate(content), board, tmp_path)["open", "mmlu"]
+    assert found.runs.tolist() == [0, 0]
+    assert found.columns[0] is not None
+    assert found.columns[0].tolist() == [[1.0, 0.5]]
 
 
 def test_standings_without_a_finished_entry_have_an_empty_analysis(tmp_path: Path) -> None:
