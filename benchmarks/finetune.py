@@ -271,16 +271,13 @@ def utilisation(options: argparse.Namespace) -> None:
     seconds = time.monotonic() - clock
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
-    settings = (
-        f"batch {recipe.batch_size}, checkpointing {recipe.gradient_checkpointing}, compile {options.compile}"
-    )
+    checkpointing = recipe.gradient_checkpointing
+    settings = f"batch {recipe.batch_size}, checkpointing {checkpointing}, compile {options.compile}"
     share = f", MFU {flops / seconds / peak:.1%}" if peak else ""
+    print(f"{name}, torch {torch.__version__}, {options.shape} {options.method}, {settings}")
     print(
-        f"{name}, {options.shape} {options.method}, {settings}: {steps} steps, {tokens / seconds:.0f} tokens/s"
-    )
-    print(
-        f"{flops / seconds / 1e12:.3f} TFLOP/s{share}, peak {peak_memory(device) / 1e9:.1f} GB, "
-        f"loss {losses[0]:.3f} to {losses[-1]:.3f}, torch {torch.__version__}"
+        f"{steps} steps, {tokens / seconds:.0f} tokens/s, {flops / seconds / 1e12:.3f} TFLOP/s{share}, "
+        f"peak {peak_memory(device) / 1e9:.1f} GB, loss {losses[0]:.3f} to {losses[-1]:.3f}"
     )
 
 

@@ -96,4 +96,4 @@ def _varlen(
 
 
 # The bounds change with every step: a compiled layer calls this as it is.
-ALL_ATTENTION_FUNCTIONS.register(NAME, torch.compiler.disable(rows_attention))
+ALL_ATTENTION_FUNCTIONS.register(NAME, torch.compiler.disable(rows_attention))  # type: ignore[no-untyped-call]

@@ -1,0 +1,109 @@
+"""An entry to fine-tune: a tiny model with a real tokenizer, and rows that can be learned."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from palio.config import BaseModelSource, FinetuneRecipe, Track
+from palio.provenance import file_sha256, folder_sha256
+from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest
+
+
+def tiny_base_model(out: Path, tokenizer_of: Path) -> Path:
+    """A two-layer Llama of random weights with the tokenizer of the model folder `tokenizer_of`."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(out / "model")
+    for path in tokenizer_of.iterdir():
+        if path.name.startswith(("tokenizer", "chat_template")):
+            shutil.copy(path, out / "model" / path.name)
+    manifest = BaseModelManifest(
+        id="tiny", source=BaseModelSource(path="tiny"), files=folder_sha256(out / "model")
+    )
+    manifest.write(out / "manifest.json")
+    return out
+
+
+def copy_rows(count: int) -> list[dict[str, str]]:
+    """Rows whose completion repeats a word of the prompt."""
+    draw = random.Random(0)
+    words = ["red", "green", "blue", "black", "white"]
+    rows = []
+    for _ in range(count):
+        word = draw.choice(words)
+        rows.append({"prompt": f"Say {word} {draw.randint(0, 99)}:", "completion": f" {word}"})
+    return rows
+
+
+@dataclass
+class Entry:
+    """A folder of an entry with its dataset, and the base model it starts from."""
+
+    folder: Path
+    base: Path
+
+    @classmethod
+    def create(cls, folder: Path, base: Path, rows: int = 64) -> Entry:
+        entry = cls(folder, base)
+        entry.write_rows(copy_rows(rows))
+        return entry
+
+    def write_rows(self, rows: list[dict[str, str]]) -> None:
+        dataset = self.folder / "dataset"
+        dataset.mkdir(parents=True, exist_ok=True)
+        schema = pa.schema([("prompt", pa.string()), ("completion", pa.string())])
+        pq.write_table(pa.Table.from_pylist(rows, schema), dataset / "train.parquet")
+        DatasetManifest(
+            competition="c",
+            track="t",
+            entry="e",
+            recipe_version="1",
+            seed=0,
+            rows=len(rows),
+            sha256=file_sha256(dataset / "train.parquet"),
+            sources=[],
+            operations=[],
+            rows_by_source={},
+            characters={},
+        ).write(dataset / "manifest.json")
+
+    def finetune(self, *, track: dict[str, Any] | None = None, **recipe: Any) -> AdapterManifest:
+        """Run the step in this process."""
+        from palio.training.finetune import finetune
+
+        limits = {"title": "t", "ram_gb": 4, "training_budget": "600s", **(track or {})}
+        settings = {"learning_rate": 1e-3, **recipe}
+        return finetune(
+            recipe=FinetuneRecipe.model_validate(settings),
+            track=Track.model_validate(limits),
+            base_model=self.base,
+            dataset=self.folder / "dataset",
+            entry_dir=self.folder,
+            competition="c",
+            track_id="t",
+            entry="e",
+            threads=1,
+        )
+
+    def work(self) -> Path:
+        """The folder of the only training run so far."""
+        (work,) = (self.folder / "work" / "train").iterdir()
+        return work

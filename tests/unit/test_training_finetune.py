@@ -1,0 +1,147 @@
+"""The fine-tuning step on a tiny model: what it leaves, what it restores, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from palio.errors import BadInput, Crashed
+from palio.provenance import folder_sha256
+from palio.records import AdapterManifest, read_record
+from palio.training.finetune import TELEMETRY_SCHEMA
+from palio.training.ledger import read_ledger
+from tests.training import Entry, tiny_base_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
+    return tiny_base_model(tmp_path_factory.mktemp("base"), base_model)
+
+
+@pytest.fixture
+def entry(tiny: Path, tmp_path: Path) -> Entry:
+    return Entry.create(tmp_path / "entry", tiny)
+
+
+def test_training_leaves_adapter_telemetry_and_manifest_that_agree(entry: Entry) -> None:
+    manifest = entry.finetune(max_steps=6)
+    assert read_record(AdapterManifest, entry.folder / "adapter.json") == manifest
+    assert folder_sha256(entry.folder / "adapter") == manifest.files
+    table = pq.read_table(entry.folder / "train.parquet")
+    assert table.schema.equals(TELEMETRY_SCHEMA)
+    assert table["step"].to_pylist() == [1, 2, 3, 4, 5, 6]
+    losses = table["loss"].to_pylist()
+    assert losses[-1] < losses[0]
+    assert manifest.final_loss == pytest.approx(sum(losses) / 6)
+    assert (manifest.state, manifest.steps, manifest.planned_steps) == ("finished", 6, 6)
+    run = json.loads((entry.folder / "finetune.run.json").read_text())
+    assert run["device"] == "cpu"
+    assert run["training_seconds"] > 0
+
+
+def test_nothing_of_this_machine_is_in_the_adapter(entry: Entry) -> None:
+    entry.finetune(max_steps=2)
+    for path in (entry.folder / "adapter").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o644
+        assert str(entry.folder.parent).encode() not in path.read_bytes()
+    settings = json.loads((entry.folder / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "tiny"
+
+
+def test_a_deleted_output_is_restored_without_training(entry: Entry) -> None:
+    first = entry.finetune(max_steps=3)
+    (entry.folder / "adapter.json").unlink()
+    (entry.folder / "train.parquet").unlink()
+    lines = len(read_ledger(entry.work() / "ledger.jsonl"))
+    assert entry.finetune(max_steps=3) == first
+    assert len(read_ledger(entry.work() / "ledger.jsonl")) == lines
+    assert (entry.folder / "train.parquet").exists()
+
+
+def test_another_recipe_trains_anew_and_loses_nothing_of_the_first(entry: Entry) -> None:
+    first = entry.finetune(max_steps=3)
+    second = entry.finetune(max_steps=3, learning_rate=1e-2)
+    assert second.fingerprint != first.fingerprint
+    assert second.files != first.files
+    assert entry.finetune(max_steps=3) == first
+    assert folder_sha256(entry.folder / "adapter") == first.files
+
+
+def test_a_changed_finished_adapter_is_not_handed_out(entry: Entry) -> None:
+    entry.finetune(max_steps=2)
+    with (entry.work() / "adapter" / "adapter_config.json").open("a") as stream:
+        stream.write(" ")
+    with pytest.raises(Crashed, match="was changed; delete that folder"):
+        entry.finetune(max_steps=2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "lora", "lora_dropout": 0.1},
+        {"method": "lora", "gradient_checkpointing": True},
+        {"method": "lora", "gradient_accumulation": 2, "batch_size": 2},
+        {"method": "lora", "optimizer": "adamw_8bit"},
+        {"method": "lora", "target_modules": ["q_proj", "v_proj"]},
+        {"method": "qlora"},
+        {"method": "full"},
+    ],
+    ids=str,
+)
+def test_equal_training_gives_equal_bytes(entry: Entry, settings: dict[str, object]) -> None:
+    first = entry.finetune(max_steps=3, **settings)
+    for path in sorted(entry.work().rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert entry.finetune(max_steps=3, **settings).files == first.files
+
+
+def test_accumulated_gradients_equal_those_of_one_large_batch(entry: Entry) -> None:
+    entry.finetune(max_steps=1, batch_size=8)
+    large = pq.read_table(entry.folder / "train.parquet")
+    entry.finetune(max_steps=1, batch_size=2, gradient_accumulation=4)
+    small = pq.read_table(entry.folder / "train.parquet")
+    for column in ("loss", "grad_norm"):
+        assert small[column][0].as_py() == pytest.approx(large[column][0].as_py(), rel=1e-4)
+
+
+def test_full_fine_tuning_leaves_a_model_that_loads(entry: Entry) -> None:
+    entry.finetune(max_steps=2, method="full")
+    model = AutoModelForCausalLM.from_pretrained(entry.folder / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(entry.base / "model")
+    assert not torch.equal(model.lm_head.weight, base.lm_head.weight)
+
+
+def test_modules_that_match_nothing_are_named(entry: Entry) -> None:
+    with pytest.raises(BadInput, match=r"target_modules.*matches no module"):
+        entry.finetune(max_steps=1, target_modules=["no_such_layer"])
+
+
+def test_rows_all_over_the_limit_are_refused(entry: Entry) -> None:
+    with pytest.raises(BadInput, match=r"max_length.*rows are longer"):
+        entry.finetune(max_steps=1, max_length=2)
+
+
+def test_an_empty_dataset_is_refused(entry: Entry) -> None:
+    entry.write_rows([])
+    with pytest.raises(BadInput, match="has no rows"):
+        entry.finetune(max_steps=1)
+
+
+def test_a_track_with_a_gpu_needs_one(entry: Entry) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(BadInput, match="no CUDA GPU is visible"):
+        entry.finetune(max_steps=1, track={"gpu_memory_gb": 24})
+
+
+def test_dropped_rows_are_counted(entry: Entry) -> None:
+    entry.write_rows(
+        [{"prompt": "a b c", "completion": " d"}] * 4 + [{"prompt": "x " * 90, "completion": "y"}]
+    )
+    manifest = entry.finetune(max_steps=1, max_length=32)
+    assert (manifest.rows, manifest.rows_too_long) == (4, 1)

@@ -1,0 +1,111 @@
+"""Rows laid end to end train exactly as rows alone, and every row is seen once an epoch."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
+
+from palio.config import FinetuneRecipe
+from palio.training.attention import NAME, row_bounds
+from palio.training.rows import Row, flat_batch, padded_batch, planned_steps, step_rows, tokenise
+
+CPU = torch.device("cpu")
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+ARCHITECTURES = [
+    LlamaConfig(**SMALL, intermediate_size=64, num_key_value_heads=2),
+    MistralConfig(**SMALL, intermediate_size=64, num_key_value_heads=2),
+    Qwen2Config(**SMALL, intermediate_size=64, num_key_value_heads=2),
+    GPTNeoXConfig(**SMALL, intermediate_size=64),
+    GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4),
+]
+
+
+def rows_of(*lengths: int) -> list[Row]:
+    random = np.random.default_rng(1)
+    return [
+        Row(number, random.integers(0, 97, length).astype(np.int32), max(1, length // 2))
+        for number, length in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("config", ARCHITECTURES, ids=lambda config: config.model_type)
+def test_rows_end_to_end_give_the_logits_of_each_row_alone(config: PretrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rows = rows_of(7, 19, 4)
+    with torch.inference_mode():
+        alone = [model(input_ids=torch.from_numpy(row.ids.astype(np.int64))[None]).logits[0] for row in rows]
+        assert model._supports_attention_backend
+        model.set_attn_implementation(NAME)
+        batch = flat_batch(rows, CPU)
+        with row_bounds(batch.bounds, CPU):
+            flat = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[
+                0
+            ]
+    torch.testing.assert_close(flat, torch.cat(alone), atol=1e-5, rtol=1e-4)
+
+
+def test_the_loss_falls_on_completion_tokens_only() -> None:
+    rows = rows_of(6, 9)
+    flat, padded = flat_batch(rows, CPU), padded_batch(rows, CPU)
+    expected = [token for row in rows for token in row.ids[row.prompt :]]
+    assert flat.targets.tolist() == expected
+    assert padded.targets.tolist() == expected
+    # The token before each target is the one it is predicted from.
+    assert flat.input_ids[0][flat.predict + 1].tolist() == expected
+
+
+def test_a_prompt_has_the_same_tokens_as_the_server_gives_it(base_model: object) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    rows, too_long = tokenise(tokenizer, ["Question: 1 + 1?\nAnswer:"], [" 2"], 100)
+    alone = tokenizer("Question: 1 + 1?\nAnswer:", add_special_tokens=False)["input_ids"]
+    assert rows[0].ids[: rows[0].prompt].tolist() == alone
+    assert rows[0].ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(rows[0].ids[rows[0].prompt : -1]) == " 2"
+    assert too_long == 0
+
+
+def test_rows_over_the_limit_are_left_out_whole_and_counted(base_model: object) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    rows, too_long = tokenise(tokenizer, ["short", "long " * 50], [" a", " b"], 20)
+    assert [row.number for row in rows] == [0]
+    assert too_long == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    count=st.integers(1, 60), batch=st.integers(1, 9), accumulate=st.integers(1, 3), epochs=st.integers(1, 3)
+)
+def test_every_row_is_seen_once_an_epoch(count: int, batch: int, accumulate: int, epochs: int) -> None:
+    recipe = FinetuneRecipe(batch_size=batch, gradient_accumulation=accumulate, epochs=epochs)
+    rows = rows_of(*[3] * count)
+    seen = Counter(
+        row.number for step in range(planned_steps(count, recipe)) for row in step_rows(rows, recipe, step)
+    )
+    assert seen == Counter(dict.fromkeys(range(count), epochs))
+
+
+def test_epochs_differ_in_order_and_seeds_do_too() -> None:
+    rows = rows_of(*[3] * 64)
+
+    def order(seed: int, step: int) -> list[int]:
+        return [row.number for row in step_rows(rows, FinetuneRecipe(batch_size=64, seed=seed), step)]
+
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+    assert order(0, 0) == order(0, 0)
