@@ -393,7 +393,9 @@ def standings(competition: str, results: Path, out: Path) -> None:
 def _score(given: str, tracks: list[str], results: Path, out: Path, *, final: bool) -> None:
     from palio.config import Entry, entry_files, load_entry
     from palio.errors import BadInput
-    from palio.scoring.leaderboard import print_leaderboard, score_track, write_leaderboard
+    from palio.scoring.analysis import analyse_track
+    from palio.scoring.leaderboard import score_track
+    from palio.scoring.tables import print_leaderboard, write_leaderboard
 
     competition = competition_of(given)
     entries: dict[str, Entry | None] = {}
@@ -410,8 +412,9 @@ def _score(given: str, tracks: list[str], results: Path, out: Path, *, final: bo
             if (entry.track if entry and entry.track in competition.tracks else first) == track
         }
         board = score_track(competition, track, results, mine, final=final)
-        write_leaderboard(board, out)
-        print_leaderboard(board)
+        analysis = analyse_track(competition, board, results)
+        write_leaderboard(board, out, analysis)
+        print_leaderboard(board, analysis)
 
 
 @palio.command(cls=Verb, example="palio report --out results/report")

@@ -11,15 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from scipy import stats
 
 from palio.config import Competition
 from palio.errors import BadInput
 from palio.provenance import file_sha256
 from palio.records import INSTANCES_SCHEMA, Analysis, Cell, Column, Contamination, Leaderboard
-from palio.scoring.analysis import analyse, analyse_track, read_answers, write_analysis
+from palio.scoring.analysis import analyse, analyse_track, read_answers
 from palio.scoring.leaderboard import Candidate, score, score_track
 from palio.scoring.overfitting import pearson, spearman
+from palio.scoring.tables import print_leaderboard, write_leaderboard
 from palio.scoring.versions import difference, read_leaderboard, rescore, write_version
 from tests.unit.test_scoring_leaderboard import competition, entry, leave_results
 
@@ -53,9 +55,23 @@ def test_a_track_is_analysed_from_its_instances(results: Path) -> None:
 
 def test_the_analysis_is_one_record_beside_the_leaderboard(results: Path, tmp_path: Path) -> None:
     found = analyse_track(competition(), scored(results), results, replicates=50)
-    path = write_analysis(found, tmp_path / "leaderboard")
-    assert path.name == "t.analysis.json"
+    write_leaderboard(scored(results), tmp_path / "leaderboard", found)
+    path = tmp_path / "leaderboard/t.analysis.json"
     assert Analysis.model_validate_json(path.read_text()) == found
+    row = pq.read_table(tmp_path / "leaderboard/t.parquet").to_pylist()[0]
+    assert found.uncertainty is not None
+    assert row["p_first"] == found.uncertainty.entries[0].p_first
+    assert "P(first)" in (tmp_path / "leaderboard/t.md").read_text()
+
+
+def test_the_terminal_shows_intervals_groups_and_verdicts(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    board = scored(results)
+    print_leaderboard(board, analyse_track(competition(), board, results, replicates=50), Console(width=200))
+    shown = capsys.readouterr().out
+    for words in ("95 % interval", "P(first)", "group", "1st place (good)", "Paired bootstrap"):
+        assert words in shown
 
 
 def test_contamination_stands_beside_the_scores(results: Path) -> None:

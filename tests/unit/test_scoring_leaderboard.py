@@ -28,14 +28,10 @@ from palio.records import (
 )
 from palio.scoring.leaderboard import (
     Candidate,
-    latex,
-    leaderboard_rows,
-    markdown,
-    print_leaderboard,
     score,
     score_track,
-    write_leaderboard,
 )
+from palio.scoring.tables import latex, leaderboard_rows, markdown, print_leaderboard, write_leaderboard
 
 COLUMNS = [
     Column(stage="open", scenario="mmlu", metric="EM"),

@@ -1,7 +1,7 @@
 """Everything that says how far a leaderboard can be trusted, in one record.
 
 `analyse` is pure; `analyse_track` reads the instances tables and contamination reports that belong to
-the leaderboard; `write_analysis` writes <track>.analysis.json beside it.
+the leaderboard. `palio.scoring.tables` writes it beside the leaderboard.
 """
 
 from __future__ import annotations
@@ -76,13 +76,6 @@ def analyse_track(
         seed=seed,
         panel=[entry for entry in panel if entry in there],
     )
-
-
-def write_analysis(analysis: Analysis, folder: Path, name: str | None = None) -> Path:
-    """<folder>/<name>.analysis.json; the name is the track's by default."""
-    path = folder / f"{name or analysis.track}.analysis.json"
-    analysis.write(path)
-    return path
 
 
 def _contamination(board: Leaderboard, results: Path) -> dict[str, Contamination | str]:

@@ -1,28 +1,22 @@
-"""All entries of a track -> a Leaderboard, and its files.
+"""All entries of a track -> a Leaderboard.
 
 `score` is the pure function; `score_track` reads what the workflow left and says why an entry is not
-in it; `write_leaderboard` writes JSON (the record), CSV, Parquet, Markdown and LaTeX.
+in it.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.table import Table
 
 from palio.config import STAGES, Competition, Entry
 from palio.errors import BadInput, PalioError, State
-from palio.provenance import atomic_path, file_sha256, write_text
+from palio.provenance import file_sha256
 from palio.records import (
     Cell,
     Column,
@@ -446,173 +440,3 @@ def _blocked(
                 )
                 break
     return blocked
-
-
-# --- files ---------------------------------------------------------------------------------------------
-
-
-def write_leaderboard(board: Leaderboard, folder: Path, name: str | None = None) -> None:
-    """<folder>/<name>.{csv,parquet,md,tex}, then the record <name>.json; default name: the track's."""
-    name = name or board.track
-    rows = leaderboard_rows(board)
-    write_text(folder / f"{name}.csv", _csv(rows))
-    with atomic_path(folder / f"{name}.parquet") as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=_schema(board)), temporary)
-    write_text(folder / f"{name}.md", markdown(board))
-    write_text(folder / f"{name}.tex", latex(board))
-    board.write(folder / f"{name}.json")
-
-
-def leaderboard_rows(board: Leaderboard) -> list[dict[str, Any]]:
-    """One flat row per entry, those that did not finish last; the same keys in every row."""
-    schema = _schema(board).names
-    rows = []
-    for one in board.entries:
-        row: dict[str, Any] = {
-            "rank": one.rank,
-            "entry": one.entry,
-            "team": one.team,
-            "state": State.FINISHED.value,
-            "final_score": one.final_score,
-            **{f"{stage}_score": value for stage, value in one.stage_scores.items()},
-        }
-        for column, cell in zip(board.columns, one.cells, strict=True):
-            name = f"{column.stage}/{column.scenario}/{column.metric}"
-            row |= {name: cell.value, f"{name}/win_rate": cell.win_rate, f"{name}/state": cell.state.value}
-        rows.append(row)
-    rows += [
-        {
-            "entry": one.entry,
-            "team": one.team,
-            "state": one.state.value,
-            "step": one.step,
-            "reason": one.reason,
-        }
-        for one in board.did_not_finish
-    ]
-    return [{name: row.get(name) for name in schema} for row in rows]
-
-
-def _schema(board: Leaderboard) -> pa.Schema:
-    text, number = pa.string(), pa.float64()
-    fields = [("rank", pa.int64()), ("entry", text), ("team", text), ("state", text), ("step", text)]
-    fields += [("reason", text), ("final_score", number)]
-    fields += [(f"{stage}_score", number) for stage in board.stage_weights]
-    for column in board.columns:
-        name = f"{column.stage}/{column.scenario}/{column.metric}"
-        fields += [(name, number), (f"{name}/win_rate", number), (f"{name}/state", text)]
-    return pa.schema(fields)
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    if not rows:
-        return ""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _table(board: Leaderboard) -> tuple[list[str], list[list[str]], list[str]]:
-    """(head, rows, footnotes) of the short table that Markdown, LaTeX and the terminal show."""
-    stages = list(board.stage_weights)
-    footnotes: list[str] = []
-    body = []
-    for one in board.entries:
-        marks = []
-        for note in one.notes:
-            text = f"{one.entry}: {note}"
-            footnotes.append(text)
-            marks.append(str(len(footnotes)))
-        name = one.entry + (f" [{','.join(marks)}]" if marks else "")
-        scores = [f"{one.stage_scores[stage]:.4f}" if stage in one.stage_scores else "" for stage in stages]
-        body.append([str(one.rank), name, one.team, f"{one.final_score:.4f}", *scores])
-    return ["rank", "entry", "team", "final score", *stages], body, footnotes
-
-
-def _caption(board: Leaderboard) -> str:
-    kind = "Leaderboard" if board.final else "Standings (provisional)"
-    weights = " + ".join(f"{weight:.4g} {stage}" for stage, weight in board.stage_weights.items())
-    return (
-        f"{kind} of {board.competition}, track {board.track}: {weights}; win rates by {board.convention} "
-        f"(version {board.convention_version}); missing values: {board.missing}; "
-        f"{len(board.entries)} entries in the pool"
-    )
-
-
-def _stopped(one: DidNotFinish) -> str:
-    return f"{one.state.value.replace('_', ' ')}{' at ' + one.step if one.step else ''}"
-
-
-def markdown(board: Leaderboard) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    head, body, footnotes = _table(board)
-    lines = [f"{_caption(board)}.", "", line(head), line(["---:", "---", "---", *["---:"] * (len(head) - 3)])]
-    lines += [line(row) for row in body]
-    if footnotes:
-        lines += ["", *(f"{number}. {note}" for number, note in enumerate(footnotes, 1))]
-    if board.did_not_finish:
-        lines += ["", line(["did not finish", "team", "state", "reason", "log"]), line(["---"] * 5)]
-        lines += [
-            line([one.entry, one.team, _stopped(one), one.reason, one.log or ""])
-            for one in board.did_not_finish
-        ]
-    return "\n".join(lines) + "\n"
-
-
-_TEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-}
-
-
-def latex(board: Leaderboard) -> str:
-    """A `tabular` of rules from booktabs, with footnotes below it as plain paragraphs."""
-
-    def line(cells: Sequence[str]) -> str:
-        return " & ".join(_tex(cell) for cell in cells) + r" \\"
-
-    head, body, footnotes = _table(board)
-    lines = [
-        f"% {_caption(board)}",
-        r"\begin{tabular}{rll" + "r" * (len(head) - 3) + "}",
-        r"\toprule",
-        line(head),
-        r"\midrule",
-        *(line(row) for row in body),
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
-    lines += [rf"\par\noindent {number}. {_tex(note)}" for number, note in enumerate(footnotes, 1)]
-    return "\n".join(lines) + "\n"
-
-
-def _tex(text: str) -> str:
-    return "".join(_TEX.get(sign, sign) for sign in text)
-
-
-def print_leaderboard(board: Leaderboard, console: Console | None = None) -> None:
-    """The short table, the footnotes and who did not finish, on the terminal."""
-    out = console or Console()
-    head, body, footnotes = _table(board)
-    table = Table(title=_caption(board), title_justify="left")
-    for name in head:
-        table.add_column(name, justify="left" if name in ("entry", "team") else "right")
-    for row in body:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
-    out.print(table)
-    for number, note in enumerate(footnotes, 1):
-        out.print(f"{number}. {note}", markup=False, highlight=False)
-    if board.did_not_finish:
-        stopped = Table(title="Did not finish", title_justify="left")
-        for name in ("entry", "team", "state", "reason"):
-            stopped.add_column(name)
-        for one in board.did_not_finish:
-            cells = (one.entry, one.team, _stopped(one), one.reason)
-            stopped.add_row(*(cell.replace("[", r"\[") for cell in cells))
-        out.print(stopped)

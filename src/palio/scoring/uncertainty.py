@@ -96,9 +96,9 @@ def uncertainty(
     entries = [
         EntryUncertainty(
             entry=one.entry,
-            final_score=_interval(final[:, place], one.final_score),
+            final_score=_score_interval(final[:, place], one.final_score),
             stage_scores={
-                stage: _interval(of[:, place], one.stage_scores[stage]) for stage, of in stages.items()
+                stage: _score_interval(of[:, place], one.stage_scores[stage]) for stage, of in stages.items()
             },
             rank=_rank_interval(rank[:, place], one.rank),
             p_first=float(np.mean(rank[:, place] == 1)),
@@ -278,13 +278,24 @@ TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 
 def _interval(draws: Array, observed: float) -> Interval:
-    """Percentiles, widened to hold the observed value.
+    """Percentiles of the draws, together with the same percentiles moved by twice the draws' pull.
 
-    Drawing adds noise, and noise pulls win rates towards 1/2: the observed score of a clear winner can lie
-    at the edge of its own draws.
+    Noise pulls win rates towards 1/2: the observed score once, against an endless test, and every draw
+    once more, against the observed score. How much shows in the mean of the draws. Percentiles alone
+    hold the true score in only 85 to 89 % of simulated pools, moved ones in 74 to 90 %, both together in
+    91 to 96 % (docs/scoring.md).
     """
     low, high = np.quantile(draws, TAILS)
-    return Interval(low=min(float(low), observed), high=max(float(high), observed))
+    pull = 2 * (observed - float(np.mean(draws)))
+    return Interval(
+        low=min(float(low), float(low) + pull, observed), high=max(float(high), float(high) + pull, observed)
+    )
+
+
+def _score_interval(draws: Array, observed: float) -> Interval:
+    """As `_interval`, of a score: it lies between 0 and 1."""
+    wide = _interval(draws, observed)
+    return Interval(low=max(0.0, wide.low), high=min(1.0, wide.high))
 
 
 def _rank_interval(draws: Array, observed: int) -> Interval:

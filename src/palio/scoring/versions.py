@@ -18,13 +18,14 @@ from pydantic import BaseModel, ConfigDict
 
 from palio.config import STAGES, Competition
 from palio.errors import BadInput
-from palio.records import Column, Leaderboard, ScoredEntry, read_record
+from palio.records import Analysis, Column, Leaderboard, ScoredEntry, read_record
 from palio.scoring.columns import columns_of
 from palio.scoring.conventions import CONVENTIONS, Array, Missing
 from palio.scoring.formula import Formula, scores
-from palio.scoring.leaderboard import Candidate, read_finished, score, write_leaderboard
+from palio.scoring.leaderboard import Candidate, read_finished, score
 from palio.scoring.pool import formula_of
 from palio.scoring.robustness import rank_by_entry
+from palio.scoring.tables import write_leaderboard
 
 # --- a new version -------------------------------------------------------------------------------------
 
@@ -76,7 +77,7 @@ def rescore(
     )
 
 
-def write_version(board: Leaderboard, folder: Path) -> Path:
+def write_version(board: Leaderboard, folder: Path, analysis: Analysis | None = None) -> Path:
     """<folder>/versions/<track>.v<n>.json and its tables, n from 2: the leaderboard itself is the first.
 
     A leaderboard equal to an earlier version is not written again; its path is returned.
@@ -89,7 +90,7 @@ def write_version(board: Leaderboard, folder: Path) -> Path:
             if read_leaderboard(path) == board:
                 return path
     name = f"{board.track}.v{max(numbers, default=1) + 1}"
-    write_leaderboard(board, versions, name)
+    write_leaderboard(board, versions, analysis, name)
     return versions / f"{name}.json"
 
 
