@@ -117,7 +117,8 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 # --- the short table: Markdown, LaTeX, terminal ----------------------------------------------------------
 
-WORDS = ("entry", "team")
+SURENESS = ("95 % interval", "rank 95 %", "P(first)", "P(top 3)", "group")
+WORDS = ("entry", "team", "state", "reason")
 """Columns of the short table that hold words, not numbers."""
 
 
@@ -127,7 +128,7 @@ def _table(board: Leaderboard, analysis: Analysis | None) -> tuple[list[str], li
     stages = list(board.stage_weights)
     head = ["rank", "entry", "team", "final score", *stages]
     if sureness:
-        head += ["95 % interval", "rank 95 %", "P(first)", "P(top 3)", "group"]
+        head += SURENESS
     footnotes: list[str] = []
     body = []
     for one in board.entries:
@@ -229,24 +230,30 @@ def _tex(text: str) -> str:
 def print_leaderboard(
     board: Leaderboard, analysis: Analysis | None = None, console: Console | None = None
 ) -> None:
-    """The short table, the footnotes, who did not finish and what the analysis says, on the terminal."""
+    """Scores, footnotes, how sure they are, who did not finish and what the analysis says."""
     out = console or Console()
-    head, body, footnotes = _table(board, analysis)
-    table = Table(title=_caption(board), title_justify="left")
-    for name in head:
-        table.add_column(name, justify="left" if name in WORDS else "right", overflow="fold")
-    for row in body:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
-    out.print(table)
+    head, body, footnotes = _table(board, None)
+    out.print(_shown(_caption(board), head, body))
     for number, note in enumerate(footnotes, 1):
         out.print(f"{number}. {note}", markup=False, highlight=False)
+    if _sureness(analysis):
+        # A table of its own: both side by side are too wide for a terminal of 80 columns.
+        head, body, _ = _table(board, analysis)
+        keep = [0, 1, *range(len(head) - len(SURENESS), len(head))]
+        names = [one.entry for one in board.entries]
+        rows = [[row[0], name, *row[-len(SURENESS) :]] for row, name in zip(body, names, strict=True)]
+        out.print(_shown("How sure", [head[place] for place in keep], rows))
     if board.did_not_finish:
-        stopped = Table(title="Did not finish", title_justify="left")
-        for name in ("entry", "team", "state", "reason"):
-            stopped.add_column(name, overflow="fold")
-        for one in board.did_not_finish:
-            cells = (one.entry, one.team, _stopped(one), one.reason)
-            stopped.add_row(*(cell.replace("[", r"\[") for cell in cells))
-        out.print(stopped)
+        rows = [[one.entry, one.team, _stopped(one), one.reason] for one in board.did_not_finish]
+        out.print(_shown("Did not finish", ["entry", "team", "state", "reason"], rows))
     for remark in _remarks(analysis):
         out.print(remark, markup=False, highlight=False)
+
+
+def _shown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in head:
+        table.add_column(name, justify="left" if name in WORDS else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    return table
