@@ -116,11 +116,12 @@ def run_transformers(model: Path, rows: list[Row], recipe: Any) -> dict[str, Any
     from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
     from transformers import Trainer as Reference
 
-    torch.manual_seed(recipe.seed)
     adapter = LoraConfig(
         r=recipe.lora_r, lora_alpha=recipe.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    torch.manual_seed(recipe.seed)  # as Palio does: the adapter's first values decide the loss curve
+    adapted = get_peft_model(base, adapter)
     ordered = [row for step in range(recipe.max_steps) for row in step_rows(rows, recipe, step)]
 
     def collate(batch: list[Row]) -> dict[str, torch.Tensor]:
@@ -153,16 +154,14 @@ def run_transformers(model: Path, rows: list[Row], recipe: Any) -> dict[str, Any
             per_device_train_batch_size=recipe.batch_size,
             learning_rate=recipe.learning_rate,
             lr_scheduler_type=recipe.scheduler,
-            warmup_steps=recipe.warmup_ratio,
+            weight_decay=recipe.weight_decay,
             logging_steps=1,
             save_strategy="no",
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
         )
-        reference = InOrder(
-            model=get_peft_model(base, adapter), args=settings, train_dataset=ordered, callbacks=[Losses()]
-        )
+        reference = InOrder(model=adapted, args=settings, train_dataset=ordered, callbacks=[Losses()])
         cpu, clock = time.process_time(), time.monotonic()
         reference.train()
     return {"losses": Losses.values, "cpu": time.process_time() - cpu, "wall": time.monotonic() - clock}
@@ -179,7 +178,10 @@ def padding_share(rows: list[Row], recipe: Any) -> float:
 
 def compare(options: argparse.Namespace) -> None:
     rows = mixed_rows(options.model, options.data, options.rows)
-    recipe = Recipe(max_steps=options.steps, learning_rate=1e-3)
+    # A constant rate: the first of transformers' warm-up steps has a rate of zero, ours does not.
+    recipe = Recipe(
+        max_steps=options.steps, learning_rate=1e-3, scheduler="constant_with_warmup", warmup_ratio=0.0
+    )
     if options.only:
         run = {"palio": run_palio, "transformers": run_transformers}[options.only]
         result = run(options.model, rows, recipe)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +107,26 @@ class Entry:
             threads=1,
         )
 
+    def start(self, *, budget: str = "600s", **recipe: Any) -> subprocess.Popen[str]:
+        """Run the step through the command line in a process of its own; its stderr can be read."""
+        command = [
+            *(sys.executable, "-m", "palio.cli", "finetune", "--competition-id", "c", "--threads", "1"),
+            *("--entry-dir", str(self.folder), "--base-model", str(self.base)),
+            *("--recipe", json.dumps({"learning_rate": 1e-3, **recipe})),
+            *("--track", json.dumps({"title": "t", "ram_gb": 4, "training_budget": budget})),
+        ]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
     def work(self) -> Path:
         """The folder of the only training run so far."""
         (work,) = (self.folder / "work" / "train").iterdir()
         return work
+
+
+def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
+    """Read the log of a running step until it reports `step` or a later one."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if (match := re.match(r"step (\d+)/", line)) and int(match[1]) >= step:
+            return
+    raise AssertionError(f"training ended before step {step}")

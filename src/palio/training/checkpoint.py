@@ -7,6 +7,7 @@ checkpoints/step-000050/manifest.json  sha256 of state.pt, written last
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,11 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     try:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        torch.save(state, building / "state.pt")
+        # An open file of our own: torch's stays open after a failure and would keep the disk full.
+        with (building / "state.pt").open("wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
         write_json(building / "manifest.json", {"step": step, "sha256": file_sha256(building / "state.pt")})
         shutil.rmtree(target, ignore_errors=True)
         building.rename(target)

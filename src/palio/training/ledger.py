@@ -13,9 +13,12 @@ import os
 import platform
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from palio.errors import Crashed
 
 
 def beat_interval(budget: float) -> float:
@@ -66,10 +69,18 @@ class Ledger:
         self.interval = beat_interval(budget)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._lost: OSError | None = None
         self.outcome = "crashed"
 
     def used(self) -> float:
-        """Seconds of the budget used by all attempts up to now."""
+        """Seconds of the budget used by all attempts up to now.
+
+        Raises Crashed if the ledger cannot be written: time that is not on record must not be used.
+        """
+        if self._lost is not None:
+            raise Crashed(
+                f"the budget ledger {self.path} cannot be written ({self._lost}); make room, start again"
+            )
         return self.before + time.monotonic() - self._started
 
     def __enter__(self) -> Ledger:
@@ -96,14 +107,19 @@ class Ledger:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self._write("end", seconds=self._seconds(), outcome=self.outcome)
+        with suppress(OSError):  # an attempt without an end is charged a little more, that is all
+            self._write("end", seconds=self._seconds(), outcome=self.outcome)
 
     def _seconds(self) -> float:
         return round(time.monotonic() - self._started, 3)
 
     def _beat(self) -> None:
         while not self._stop.wait(self.interval):
-            self._write("beat", seconds=self._seconds())
+            try:
+                self._write("beat", seconds=self._seconds())
+            except OSError as error:
+                self._lost = error
+                return
 
     def _write(self, event: str, **values: Any) -> None:
         self._append(json.dumps({"event": event, "attempt": self.attempt, **values}) + "\n")
