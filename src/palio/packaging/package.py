@@ -114,12 +114,12 @@ def _write_tuned(base: Path, adapter: Path, trained: AdapterManifest, target: Pa
     tokenizer = AutoTokenizer.from_pretrained(base)
     adapted = PeftModel.from_pretrained(model, adapter).eval()
     before = probe_logits(adapted, tokenizer)
-    merged = adapted.merge_and_unload(safe_merge=True)
+    merged = adapted.merge_and_unload()
     difference = largest_difference(before, probe_logits(merged, tokenizer))
     if not difference <= TOLERANCE:  # also when it is not a number
         raise Crashed(
             f"the merged model differs from base plus adapter by {difference:.2g} in a logit "
-            f"(at most {TOLERANCE:g} is rounding); its weights may be huge: lower finetune.learning_rate"
+            f"(at most {TOLERANCE:g} is rounding); its weights are huge or not finite: lower finetune.learning_rate"
         )
     merged.to(stored)
     merged.config.dtype = stored
@@ -135,7 +135,8 @@ def probe_logits(model: Any, tokenizer: Any) -> list[torch.Tensor]:
 
 
 def largest_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
+    """Of two models' probe logits; NaN if one of them is NaN, which no tolerance accepts."""
+    return torch.stack([(a - b).abs().max() for a, b in zip(one, other, strict=True)]).max().item()
 
 
 def _link_files(source: Path, target: Path, *, weights: bool) -> None:
