@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palio.records import Cell, Column, Leaderboard, Robustness
+from palio.scoring.analysis import analyse
 from palio.scoring.leaderboard import Candidate, score
 from palio.scoring.pool import formula_of, pool_of
 from palio.scoring.published import published_leaderboards
 from palio.scoring.robustness import against_panel, bradley_terry, moves, robustness
+from palio.scoring.tables import analysis_markdown
 
 FOLDER = Path(os.environ.get("PALIO_SHARED", Path(__file__).parents[3] / "shared")) / "neurips2023"
 COLUMNS = [
@@ -54,6 +56,14 @@ def final_2023() -> Leaderboard:
 def test_6_of_8_removals_reorder_the_rest_of_the_published_4090_final(final_2023: Leaderboard) -> None:
     removals = robustness_of(final_2023).without_entry
     assert (sum(bool(one.moved) for one in removals), len(removals)) == (6, 8)
+
+
+def test_the_analysis_of_2023_reads_as_tables(final_2023: Leaderboard) -> None:
+    text = analysis_markdown(final_2023, analyse(final_2023, replicates=50))
+    assert "## Without one entry: 6 of 8 removals reorder the rest" in text
+    assert "| entry | final2023/geometric |" in text
+    assert "midrank/geometric" in text
+    assert "| akjindal53244_neurips_submission_submission_2 | nobody |" in text
 
 
 def test_a_floor_or_an_arithmetic_mean_changes_the_second_place_of_2023(final_2023: Leaderboard) -> None:

@@ -288,11 +288,11 @@ def score_track(
             reason = competition.withdrawn[name]
             missing.append(DidNotFinish(entry=name, team=team, step="", state=State.WITHDRAWN, reason=reason))
             continue
-        stopped = unfinished_step(name, entry, results / track / name)
-        if stopped is not None:
-            missing.append(stopped)
-            continue
         try:
+            stopped = unfinished_step(name, entry, results / track / name)
+            if stopped is not None:
+                missing.append(stopped)
+                continue
             found[name] = read_finished(competition, track, name, results)
         except PalioError as error:
             if final:

@@ -18,13 +18,21 @@ from rich.table import Table
 
 from palio.errors import State
 from palio.provenance import atomic_path, write_text
-from palio.records import Analysis, DidNotFinish, EntryUncertainty, Leaderboard
+from palio.records import (
+    Analysis,
+    DidNotFinish,
+    EntryUncertainty,
+    Interval,
+    Leaderboard,
+    OverfittingEntry,
+    Removal,
+)
 
 
 def write_leaderboard(
     board: Leaderboard, folder: Path, analysis: Analysis | None = None, name: str | None = None
 ) -> None:
-    """<folder>/<name>.{csv,parquet,md,tex} and .analysis.json, then the record <name>.json.
+    """<folder>/<name>.{csv,parquet,md,tex} and .analysis.{md,json}, then the record <name>.json.
 
     Default name: the track's.
     """
@@ -36,6 +44,7 @@ def write_leaderboard(
     write_text(folder / f"{name}.md", markdown(board, analysis))
     write_text(folder / f"{name}.tex", latex(board, analysis))
     if analysis is not None:
+        write_text(folder / f"{name}.analysis.md", analysis_markdown(board, analysis))
         analysis.write(folder / f"{name}.analysis.json")
     board.write(folder / f"{name}.json")
 
@@ -118,8 +127,12 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
 # --- the short table: Markdown, LaTeX, terminal ----------------------------------------------------------
 
 SURENESS = ("95 % interval", "rank 95 %", "P(first)", "P(top 3)", "group")
-WORDS = ("entry", "team", "state", "reason")
-"""Columns of the short table that hold words, not numbers."""
+WORDS = {"entry", "team", "state", "reason", "log", "did not finish"} | {
+    "without entry",
+    "without scenario",
+    "who moves",
+}
+"""Columns that hold words, not numbers: aligned left."""
 
 
 def _table(board: Leaderboard, analysis: Analysis | None) -> tuple[list[str], list[list[str]], list[str]]:
@@ -174,24 +187,96 @@ def _stopped(one: DidNotFinish) -> str:
     return f"{one.state.value.replace('_', ' ')}{' at ' + one.step if one.step else ''}"
 
 
-def markdown(board: Leaderboard, analysis: Analysis | None = None) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [_line(head), _line(["---" if name in WORDS else "---:" for name in head]), *map(_line, rows)]
+
+
+def markdown(board: Leaderboard, analysis: Analysis | None = None) -> str:
     head, body, footnotes = _table(board, analysis)
-    lines = [f"{_caption(board)}.", "", line(head)]
-    lines += [line(["---" if name in WORDS else "---:" for name in head]), *(line(row) for row in body)]
+    lines = [f"{_caption(board)}.", "", *_markdown_table(head, body)]
     if footnotes:
         lines += ["", *(f"{number}. {note}" for number, note in enumerate(footnotes, 1))]
     if board.did_not_finish:
-        lines += ["", line(["did not finish", "team", "state", "reason", "log"]), line(["---"] * 5)]
-        lines += [
-            line([one.entry, one.team, _stopped(one), one.reason, one.log or ""])
-            for one in board.did_not_finish
+        rows = [
+            [one.entry, one.team, _stopped(one), one.reason, one.log or ""] for one in board.did_not_finish
         ]
+        lines += ["", *_markdown_table(["did not finish", "team", "state", "reason", "log"], rows)]
     for remark in _remarks(analysis):
         lines += ["", remark]
     return "\n".join(lines) + "\n"
+
+
+def analysis_markdown(board: Leaderboard, analysis: Analysis) -> str:
+    """The analysis' tables: leave-one-out, every way of scoring side by side, open against closed."""
+    lines = [f"# How far this leaderboard can be trusted: {board.competition}, {board.track}", ""]
+    lines += [f"- {remark}" for remark in _remarks(analysis)]
+    if analysis.robustness:
+        for what, removals in (
+            ("entry", analysis.robustness.without_entry),
+            ("scenario", analysis.robustness.without_scenario),
+        ):
+            changed = sum(bool(one.moved) for one in removals)
+            lines += [
+                "",
+                f"## Without one {what}: {changed} of {len(removals)} removals reorder the rest",
+                "",
+            ]
+            lines += _markdown_table([f"without {what}", "who moves"], [_removed(one) for one in removals])
+        schemes = analysis.robustness.schemes
+        lines += ["", "## Every way of scoring: ranks", ""]
+        rows = [
+            [one.entry, *(str(scheme.ranks.get(one.entry, "")) for scheme in schemes)]
+            for one in board.entries
+        ]
+        lines += _markdown_table(["entry", *(scheme.name for scheme in schemes)], rows)
+        lines += ["", *(f"- `{scheme.name}`: {scheme.description}" for scheme in schemes)]
+    if analysis.overfitting:
+        lines += ["", "## Open against closed", ""]
+        head = [
+            "entry",
+            "open",
+            "closed",
+            "open rank",
+            "closed rank",
+            "rank drop",
+            "seen open",
+            "seen closed",
+        ]
+        rows = [
+            [
+                one.entry,
+                _with_interval(one.open_score, one.open_interval),
+                _with_interval(one.closed_score, one.closed_interval),
+                str(one.open_rank),
+                str(one.closed_rank),
+                f"{one.rank_drop:+d}",
+                *(_seen(one, stage) for stage in ("open", "closed")),
+            ]
+            for one in analysis.overfitting.entries
+        ]
+        lines += _markdown_table(head, rows)
+        lines += ["", "*seen*: evaluation instances found in the entry's training data, of all."]
+    return "\n".join(lines) + "\n"
+
+
+def _removed(removal: Removal) -> list[str]:
+    moves = ", ".join(f"{move.entry} {move.before} → {move.after}" for move in removal.moved)
+    return [removal.removed, moves or "nobody"]
+
+
+def _with_interval(score: float, interval: Interval | None) -> str:
+    return f"{score:.3f}" + (f" ({interval.low:.3f} to {interval.high:.3f})" if interval else "")
+
+
+def _seen(one: OverfittingEntry, stage: str) -> str:
+    if one.contamination is None:
+        return one.contamination_reason
+    counts = one.contamination[stage]
+    return f"{counts.contaminated} of {counts.instances}"
 
 
 _TEX = {

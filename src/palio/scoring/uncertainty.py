@@ -369,9 +369,9 @@ def _explanation(parametric: int, sampled: int, replicates: int, remark: str) ->
             "within each run otherwise, and computes every score and rank from them."
         )
     if parametric:
-        which = f"{parametric} of {parametric + sampled} columns have" if sampled else "All columns have"
+        which = f"{parametric} of {parametric + sampled} columns" if sampled else "All columns"
         parts.append(
-            f"{which} no usable instance values, only aggregates: their values are drawn from a binomial "
+            f"{which} are parametric, for want of usable instance values: they are drawn from a binomial "
             f"distribution around the observed one ({replicates} replicates), independently for every entry "
             "and column. This ignores that entries answer the same questions, so differences between "
             "entries are shown less sure than they are."
