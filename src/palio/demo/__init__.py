@@ -1,0 +1,1 @@
+"""What the demo competition needs besides its config."""
