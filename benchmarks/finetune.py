@@ -16,6 +16,8 @@ gradient of activations), 6 per trained one, attention's own, and the LM head at
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib.util
 import json
 import os
 import resource
@@ -32,8 +34,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # where Palio is not installed
 
+from palio.training.attention import NAME, row_bounds
 from palio.training.model import adapt, base_dtype, load_model, quantization
-from palio.training.rows import Row, step_rows, tokenise
+from palio.training.rows import Row, flat_batch, step_rows, tokenise
 from palio.training.trainer import Trainer, peak_memory
 
 SHAPES = {
@@ -246,22 +249,67 @@ def step_flops(model: Any, rows: list[Row]) -> float:
     return tokens * (4 * frozen + 6 * trained) + attention + 4 * labels * hidden * config.vocab_size
 
 
-def utilisation(options: argparse.Namespace) -> None:
-    device = torch.device(options.device)
-    recipe = Recipe(
-        method=options.method,
-        max_steps=10**6,
-        batch_size=options.batch_size,
-        gradient_checkpointing=options.gradient_checkpointing,
-    )
+def rows_apart(device: torch.device) -> float:
+    """Largest difference of a logit between rows end to end and rows alone, relative to the largest."""
+    model = random_model("tiny", "lora", device).eval()
+    rows = random_rows(count=5)
+    with torch.inference_mode():
+        ids = [torch.from_numpy(row.ids.astype(np.int64))[None].to(device) for row in rows]
+        alone = torch.cat([model(input_ids=row).logits[0] for row in ids]).float()
+        model.set_attn_implementation(NAME)
+        batch = flat_batch(rows, device)
+        with row_bounds(batch.bounds, device):
+            out = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    return float((out.logits[0].float() - alone).abs().max() / alone.abs().max())
+
+
+def random_rows(count: int) -> list[Row]:
+    """Rows of random tokens, 60 % prompt, their lengths spread as in instruction data (median 400)."""
     random = np.random.default_rng(0)
-    lengths = np.clip(random.lognormal(6.0, 0.6, 4096), 32, 2048).astype(int)  # like GSM8K to Dolly
-    rows = [
-        Row(number, random.integers(5, 31999, length).astype(np.int32), max(1, int(length * 0.6)))
+    lengths = np.clip(random.lognormal(6.0, 0.6, count), 32, 2048).astype(int)
+    return [
+        Row(number, random.integers(5, 31999, length).astype(np.int32), int(length * 0.6))
         for number, length in enumerate(lengths)
     ]
-    model = adapt(random_model(options.shape, options.method, device), recipe)
-    trainer = Trainer(model, rows, recipe, device, compile_layers=options.compile)
+
+
+def utilisation(options: argparse.Namespace) -> None:
+    """LoRA and, with bitsandbytes, QLoRA; each as it is and with compiled layers; memory permitting."""
+    device = torch.device(options.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    print(f"{name}, torch {torch.__version__}, shape {options.shape}, rows apart: {rows_apart(device):.1e}")
+    methods = ["lora", "qlora"] if importlib.util.find_spec("bitsandbytes") else ["lora"]
+    for method in options.methods or methods:
+        for compiled in (False, True):
+            batch_size = options.batch_size
+            while batch_size:
+                gc.collect()
+                try:
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()
+                        torch.cuda.reset_peak_memory_stats()
+                    measure(options, method, compiled, batch_size, name)
+                    break
+                except torch.OutOfMemoryError:
+                    print(f"{method}, compiled {compiled}, batch {batch_size}: out of memory")
+                    batch_size //= 2
+                except Exception as error:  # one variant that fails must not hide the others
+                    cause = str(error).strip().partition("\n")[0]
+                    print(f"{method}, compiled {compiled}: {type(error).__name__}: {cause}")
+                    break
+
+
+def measure(
+    options: argparse.Namespace, method: str, compiled: bool, batch_size: int, device_name: str
+) -> None:
+    device = torch.device(options.device)
+    checkpointing = options.gradient_checkpointing
+    recipe: Any = Recipe(
+        method=method, max_steps=10**6, batch_size=batch_size, gradient_checkpointing=checkpointing
+    )
+    rows = random_rows(count=4096)
+    model = adapt(random_model(options.shape, method, device), recipe)
+    trainer = Trainer(model, rows, recipe, device, compile_layers=compiled)
     for _ in range(options.warmup):
         trainer.train_step()
     clock, tokens, flops, steps, losses = time.monotonic(), 0, 0.0, 0, []
@@ -270,16 +318,14 @@ def utilisation(options: argparse.Namespace) -> None:
         report = trainer.train_step()
         tokens, steps = tokens + report.tokens, steps + 1
         losses.append(report.loss)
-    seconds = time.monotonic() - clock
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
-    checkpointing = recipe.gradient_checkpointing
-    settings = f"batch {recipe.batch_size}, checkpointing {checkpointing}, compile {options.compile}"
-    share = f", MFU {flops / seconds / peak:.1%}" if peak else ""
-    print(f"{name}, torch {torch.__version__}, {options.shape} {options.method}, {settings}")
+    rate = flops / (time.monotonic() - clock)
+    peak = next((value for key, value in PEAK_FLOPS.items() if key in device_name), None)
+    share = f", MFU {rate / peak:.1%}" if peak else ""
     print(
-        f"{steps} steps, {tokens / seconds:.0f} tokens/s, {flops / seconds / 1e12:.3f} TFLOP/s{share}, "
-        f"peak {peak_memory(device) / 1e9:.1f} GB, loss {losses[0]:.3f} to {losses[-1]:.3f}"
+        f"{method}, compiled {compiled}, batch {batch_size}, checkpointing {checkpointing}: {steps} steps, "
+        f"{tokens / (time.monotonic() - clock):.0f} tokens/s, {rate / 1e12:.3f} TFLOP/s{share}, "
+        f"peak {peak_memory(device) / 1e9:.1f} GB, loss {losses[0]:.3f} to {losses[-1]:.3f}",
+        flush=True,
     )
 
 
@@ -294,12 +340,13 @@ def main() -> None:
     parser.add_argument("--only", choices=("palio", "transformers"), help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     parser.add_argument("--shape", choices=SHAPES, help="random weights in this shape; measures utilisation")
-    parser.add_argument("--method", default="lora", choices=("lora", "qlora"))
+    parser.add_argument("--methods", nargs="+", choices=("lora", "qlora"))
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="compile the decoder layers")
     parser.add_argument("--seconds", type=float, default=30)
-    parser.add_argument("--warmup", type=int, default=5, help="steps before the clock starts")
+    parser.add_argument(
+        "--warmup", type=int, default=8, help="steps before the clock starts; compiling falls in them"
+    )
     options = parser.parse_args()
     if options.shape:
         utilisation(options)
