@@ -119,7 +119,7 @@ def _write_tuned(base: Path, adapter: Path, trained: AdapterManifest, target: Pa
     if not difference <= TOLERANCE:  # also when it is not a number
         raise Crashed(
             f"the merged model differs from base plus adapter by {difference:.2g} in a logit "
-            f"(at most {TOLERANCE:g} is rounding): the adapter is huge or not finite; lower finetune.learning_rate"
+            f"(at most {TOLERANCE:g} is rounding): the adapter is huge or not finite; lower learning_rate"
         )
     merged.to(stored)
     merged.config.dtype = stored
