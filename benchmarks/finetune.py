@@ -78,6 +78,11 @@ class Recipe:
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
+    modules_to_save: tuple[str, ...] = ()
+    rslora: bool = False
+    dora: bool = False
+    quantization: str = "nf4"
+    neftune_alpha: float | None = None
     gradient_checkpointing: bool = False
     seed: int = 0
 
@@ -232,7 +237,7 @@ def random_model(shape: str, method: str, device: torch.device) -> Any:
         model.save_pretrained(folder)
         del model
         return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=str(device), quantization_config=quantization(device)
+            folder, dtype=dtype, device_map=str(device), quantization_config=quantization("nf4", device)
         )
 
 

@@ -219,6 +219,16 @@ class FinetuneRecipe(Strict):
     lora_alpha: PositiveInt = 32
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained whole beside the adapter, e.g. lm_head, embed_tokens."""
+    rslora: bool = False
+    """Scale the adapter by lora_alpha / sqrt(lora_r) (arXiv 2312.03732): for large lora_r."""
+    dora: bool = False
+    """Train direction and magnitude apart (arXiv 2402.09353): better at small lora_r, slower."""
+    quantization: Literal["nf4", "fp4", "int8"] = "nf4"
+    """Of the frozen base model with qlora; the 4-bit ones with double quantisation."""
+    neftune_alpha: PositiveFloat | None = None
+    """Noise on the embeddings while training (arXiv 2310.05914), e.g. 5; omit for none."""
     gradient_checkpointing: bool = False
     save_steps: PositiveInt = 50
     """Optimizer steps between checkpoints: what a crash can cost."""

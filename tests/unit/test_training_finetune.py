@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from palio.errors import BadInput, Crashed
@@ -88,7 +90,12 @@ def test_a_changed_finished_adapter_is_not_handed_out(entry: Entry) -> None:
         {"method": "lora", "gradient_accumulation": 2, "batch_size": 2},
         {"method": "lora", "optimizer": "adamw_8bit"},
         {"method": "lora", "target_modules": ["q_proj", "v_proj"]},
+        {"method": "lora", "dora": True, "rslora": True},
+        {"method": "lora", "neftune_alpha": 5.0},
+        {"method": "lora", "modules_to_save": ["lm_head"]},
         {"method": "qlora"},
+        {"method": "qlora", "quantization": "fp4"},
+        {"method": "qlora", "quantization": "int8"},
         {"method": "full"},
     ],
     ids=str,
@@ -145,3 +152,28 @@ def test_dropped_rows_are_counted(entry: Entry) -> None:
     )
     manifest = entry.finetune(max_steps=1, max_length=32)
     assert (manifest.rows, manifest.rows_too_long) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"rslora": True}, {"dora": True}, {"neftune_alpha": 5.0}, {"modules_to_save": ["lm_head"]}],
+    ids=str,
+)
+def test_each_method_trains_differently_and_its_adapter_loads(
+    entry: Entry, settings: dict[str, object]
+) -> None:
+    plain = entry.finetune(max_steps=3)
+    other = entry.finetune(max_steps=3, **settings)
+    assert other.files["adapter_model.safetensors"] != plain.files["adapter_model.safetensors"]
+    base = AutoModelForCausalLM.from_pretrained(entry.base / "model")
+    PeftModel.from_pretrained(base, entry.folder / "adapter")
+
+
+def test_the_fused_adapter_is_pefts_own(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = entry.finetune(max_steps=3, lora_dropout=0.1)
+    losses = pq.read_table(entry.folder / "train.parquet")["loss"].to_pylist()
+    shutil.rmtree(entry.folder / "work")
+    monkeypatch.setattr("palio.training.model._fuse", lambda model: None)
+    assert entry.finetune(max_steps=3, lora_dropout=0.1).fingerprint == fused.fingerprint
+    plain = pq.read_table(entry.folder / "train.parquet")["loss"].to_pylist()
+    assert losses == pytest.approx(plain, rel=1e-5)

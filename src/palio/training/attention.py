@@ -47,6 +47,14 @@ def row_bounds(bounds: Sequence[int], device: torch.device) -> Iterator[None]:
         _Rows.bounds, _Rows.offsets, _Rows.longest = (), None, 0
 
 
+def row_lengths(embedded: torch.Tensor) -> torch.Tensor:
+    """(1, T) length of the row each token belongs to; of the padded row outside `row_bounds`."""
+    if not _Rows.bounds:
+        return torch.full(embedded.shape[:2], embedded.shape[1], device=embedded.device)
+    lengths = torch.tensor([b - a for a, b in pairwise(_Rows.bounds)])
+    return lengths.repeat_interleave(lengths)[None].to(embedded.device)
+
+
 def rows_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

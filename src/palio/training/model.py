@@ -24,11 +24,13 @@ def base_dtype(device: torch.device, method: str) -> torch.dtype:
     return torch.float32
 
 
-def quantization(device: torch.device) -> BitsAndBytesConfig:
-    """NF4 with double quantisation (QLoRA, arXiv 2305.14314), computing in the device's dtype."""
+def quantization(kind: str, device: torch.device) -> BitsAndBytesConfig:
+    """4 bits with double quantisation (QLoRA, arXiv 2305.14314) or 8, computing in the device's dtype."""
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=base_dtype(device, "qlora"),
     )
@@ -39,7 +41,7 @@ def load_model(folder: Path, recipe: FinetuneRecipe, device: torch.device) -> An
     ValueError of peft's."""
     settings: dict[str, Any] = {"dtype": base_dtype(device, recipe.method), "device_map": str(device)}
     if recipe.method == "qlora":
-        settings["quantization_config"] = quantization(device)
+        settings["quantization_config"] = quantization(recipe.quantization, device)
     model = AutoModelForCausalLM.from_pretrained(folder, **settings)
     return adapt(model, recipe)
 
@@ -60,6 +62,9 @@ def adapt(model: Any, recipe: FinetuneRecipe) -> Any:
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=list(recipe.modules_to_save) or None,
+        use_rslora=recipe.rslora,
+        use_dora=recipe.dora,
     )
     adapted = get_peft_model(model, settings)
     _fuse(adapted)
@@ -75,7 +80,8 @@ def _fuse(model: Any) -> None:
     from peft.tuners.lora import LoraLayer
 
     for module in model.modules():
-        if isinstance(module, LoraLayer) and "default" in module.lora_A:
+        plain = isinstance(module, LoraLayer) and "default" in module.lora_A
+        if plain and not module.lora_variant:  # DoRA has a forward of its own
             module.forward = partial(_adapted_forward, module)
 
 
@@ -100,5 +106,7 @@ def save_adapter(model: Any, folder: Path, base_model: str) -> None:
         (folder / "README.md").unlink(missing_ok=True)
         settings = json.loads(config.read_text(encoding="utf-8"))
         settings["base_model_name_or_path"] = base_model
-        settings["target_modules"] = sorted(settings["target_modules"])
+        for key in ("target_modules", "modules_to_save"):
+            if isinstance(settings[key], list):
+                settings[key] = sorted(settings[key])
         config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

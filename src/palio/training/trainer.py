@@ -12,13 +12,13 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from palio.training.attention import NAME, row_bounds
+from palio.training.attention import NAME, row_bounds, row_lengths
 from palio.training.rows import Row, flat_batch, padded_batch, planned_steps, step_rows
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ class Trainer:
         if self.flat:
             inner.set_attn_implementation(NAME)
         self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        if recipe.neftune_alpha is not None:
+            inner.get_input_embeddings().register_forward_hook(_noise(recipe.neftune_alpha))
         if compile_layers:
             _compile_layers(inner)
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -161,6 +163,20 @@ class Trainer:
         torch.set_rng_state(state["random"].cpu())
         if state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"].cpu())
+
+
+def _noise(alpha: float) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
+    """NEFTune: uniform noise on a row's embeddings, of length alpha whatever the row's length."""
+
+    def hook(module: Any, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return embedded
+        lengths = row_lengths(embedded)
+        size = alpha / torch.sqrt(lengths * embedded.shape[-1])
+        noise = torch.empty_like(embedded).uniform_(-1, 1)
+        return embedded + noise * size[..., None].to(embedded.dtype)
+
+    return hook
 
 
 def _compile_layers(model: Any) -> None:
