@@ -17,9 +17,13 @@ from palio.scoring.published import (
     published,
     published_leaderboards,
     stable_id,
+    stable_ids,
 )
+from palio.scoring.published_figures import published_figures
 
 FOLDER = Path(os.environ.get("PALIO_SHARED", Path(__file__).parents[3] / "shared")) / "neurips2023"
+
+ROUND_FILES = ("open_round_rank", "hidden_round_rank", "full_ranks_final_round")
 
 
 @pytest.fixture
@@ -112,6 +116,52 @@ def test_a_missing_value_of_2023_is_a_state(tables: Path) -> None:
 
 def test_names_of_one_entry_become_one_id() -> None:
     assert stable_id("tvergho_lm_neurips_train") == stable_id("tvergho_llm_neurips_train_hidden")
+
+
+def test_two_rows_that_would_share_an_id_keep_their_names() -> None:
+    names = ["acme_lit_gpt_hidden", "acme_hidden", "other_reproduce_eval"]
+    assert stable_ids(names) == {
+        "acme_lit_gpt_hidden": "acme_lit_gpt",
+        "acme_hidden": "acme",
+        "other_reproduce_eval": "other",
+    }
+
+
+def test_a_figure_s_mean_win_rate_is_the_share_of_smaller_values_over_all_cells_of_a_row(
+    tables: Path,
+) -> None:
+    files = {name: json.loads((tables / f"4090_{name}.json").read_text()) for name in ROUND_FILES}
+    pool: dict[str, list[float | None]] = {}
+    for rows in files.values():
+        for _, cells in rows:
+            for column, value in cells.items():
+                pool.setdefault(column, []).append(value)
+    entry, cells = files["open_round_rank"][40]
+    rates = [
+        sum(value is not None and other is not None and other < value for other in pool[column])
+        / (len(pool[column]) - 1)
+        for column, value in cells.items()
+    ]
+    found = published_figures(tables)
+    (point,) = [one for one in found.points if (one.round, one.entry) == ("open", entry)]
+    assert point.mean_win_rate == pytest.approx(sum(rates) / len(rates))
+    assert {(pair.x, pair.y): pair.pearson.n for pair in found.pairs} == {
+        ("open", "hidden"): 30,
+        ("hidden", "final"): 8,
+        ("open", "final"): 8,
+    }
+
+
+def test_a_figure_s_column_points_pair_the_final_round_with_the_round_that_had_the_column(
+    tables: Path,
+) -> None:
+    final = dict(json.loads((tables / "4090_full_ranks_final_round.json").read_text()))
+    opened = dict(json.loads((tables / "4090_open_round_rank.json").read_text()))
+    entry = "akjindal53244_neurips_submission_submission_2"
+    (point,) = [
+        one for one in published_figures(tables).columns if (one.entry, one.column) == (entry, "GSM8K - EM")
+    ]
+    assert (point.earlier, point.final) == (opened[entry]["GSM8K - EM"], final[entry]["GSM8K - EM"])
 
 
 def test_the_number_of_instances_is_read_off_proportions() -> None:

@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,8 +47,15 @@ OPEN_SCENARIOS = ("MMLU", "TruthfulQA", "BIG-bench", "GSM8K", "BBQ")
 LOWER_IS_BETTER = ("Stereotypes", "Representation")
 HIGHER_IS_BETTER = ("EM", "ROUGE-2", "Equivalent")
 WEIGHTS = {"open": 1 / 3, "closed": 2 / 3}
-# Spelling of one entry that differs between the rounds' files, by the spelling we keep.
-ALIASES = {"tvergho_lm_neurips_train": "tvergho_llm_neurips_train"}
+# Names of one entry differ between the rounds' files: endings that come and go, and other spellings.
+ENDINGS = ("_hidden", "_reproduce_eval", "_lit_gpt")
+ALIASES = {
+    "tvergho_lm_neurips_train": "tvergho_llm_neurips_train",
+    "datta0_neurips_submission_1": "datta0_neurips_submission",
+    "mrigankramanllm_compa100_submissionsa100_1st_submission": (
+        "mrigankraman_llm_comp_a100_submissions_a100_1st_submission"
+    ),
+}
 
 RoundName = Literal["open", "hidden", "final"]
 Values = dict[str, dict[str, float | None]]
@@ -255,9 +263,18 @@ def _number(value: float | None) -> float:
 
 
 def stable_id(published_name: str) -> str:
-    """One id per entry, whatever the round: without the hidden round's suffix, aliases resolved."""
-    name = published_name.removesuffix("_hidden")
+    """One id per entry, whatever the round: without the endings that come and go, aliases resolved."""
+    name = published_name
+    for ending in ENDINGS:
+        name = name.removesuffix(ending)
     return ALIASES.get(name, name)
+
+
+def stable_ids(published_names: Collection[str]) -> dict[str, str]:
+    """Id by published name within one table; two names of one id keep their own (but for `_hidden`)."""
+    ids = {name: stable_id(name) for name in published_names}
+    counts = Counter(ids.values())
+    return {name: one if counts[one] == 1 else name.removesuffix("_hidden") for name, one in ids.items()}
 
 
 def implied_instances(values: Sequence[float]) -> int | None:
@@ -289,7 +306,10 @@ def published_leaderboards(folder: Path, convention: str | None = None) -> list[
 
 
 def _leaderboard(tables: Sequence[Table], name: str, convention: str) -> Leaderboard:
-    rows = [{stable_id(entry): cells for entry, cells in table.values.items()} for table in tables]
+    rows = []
+    for table in tables:
+        ids = stable_ids(table.values)
+        rows.append({ids[entry]: cells for entry, cells in table.values.items()})
     shared = set(rows[0]).intersection(*rows[1:])
     columns = [column for table in tables for column in table.columns]
     counts = [
