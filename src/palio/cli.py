@@ -412,7 +412,13 @@ def _score(given: str, tracks: list[str], results: Path, out: Path, *, final: bo
             if (entry.track if entry and entry.track in competition.tracks else first) == track
         }
         board = score_track(competition, track, results, mine, final=final)
-        analysis = analyse_track(competition, board, results)
+        try:
+            analysis = analyse_track(competition, board, results)
+        except BadInput as error:
+            if final:
+                raise
+            analysis = None  # a job beside us has begun to replace what was just scored
+            print(f"no analysis: {error}", file=sys.stderr)
         write_leaderboard(board, out, analysis)
         print_leaderboard(board, analysis)
 

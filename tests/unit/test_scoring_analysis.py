@@ -64,6 +64,15 @@ def test_the_analysis_is_one_record_beside_the_leaderboard(results: Path, tmp_pa
     assert "P(first)" in (tmp_path / "leaderboard/t.md").read_text()
 
 
+def test_an_analysis_of_an_earlier_leaderboard_does_not_stay_beside_a_new_one(
+    results: Path, tmp_path: Path
+) -> None:
+    board = scored(results)
+    write_leaderboard(board, tmp_path / "leaderboard", analyse(board, replicates=20))
+    write_leaderboard(board, tmp_path / "leaderboard")
+    assert not list((tmp_path / "leaderboard").glob("*.analysis.*"))
+
+
 def test_the_terminal_shows_intervals_groups_and_verdicts(
     results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

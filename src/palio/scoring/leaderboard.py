@@ -294,7 +294,8 @@ def score_track(
                 missing.append(stopped)
                 continue
             found[name] = read_finished(competition, track, name, results)
-        except PalioError as error:
+        except (PalioError, FileNotFoundError) as error:
+            # A table can vanish while it is read: a job beside the standings replaces it.
             if final:
                 raise
             missing.append(_unreadable(name, team, error))
@@ -395,7 +396,7 @@ def read_finished(competition: Competition, track: str, entry: str, results: Pat
     return FinishedEntry(records, cells, inputs)
 
 
-def _unreadable(name: str, team: str, error: PalioError) -> DidNotFinish:
+def _unreadable(name: str, team: str, error: Exception) -> DidNotFinish:
     return DidNotFinish(entry=name, team=team, step="open", state=State.CRASHED, reason=str(error))
 
 

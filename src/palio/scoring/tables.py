@@ -43,7 +43,10 @@ def write_leaderboard(
         pq.write_table(pa.Table.from_pylist(rows, schema=_schema(board, analysis)), temporary)
     write_text(folder / f"{name}.md", markdown(board, analysis))
     write_text(folder / f"{name}.tex", latex(board, analysis))
-    if analysis is not None:
+    if analysis is None:
+        for stale in ("analysis.md", "analysis.json"):
+            (folder / f"{name}.{stale}").unlink(missing_ok=True)
+    else:
         write_text(folder / f"{name}.analysis.md", analysis_markdown(board, analysis))
         analysis.write(folder / f"{name}.analysis.json")
     board.write(folder / f"{name}.json")
