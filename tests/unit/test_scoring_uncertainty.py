@@ -14,7 +14,7 @@ from palio.scoring.leaderboard import Candidate, score
 from palio.scoring.uncertainty import (
     AnswersByScenario,
     ScenarioAnswers,
-    draw_weights,
+    draw_questions,
     resampled_values,
     uncertainty,
 )
@@ -50,6 +50,12 @@ def board_and_answers(
 
 def first(count: int, of: int = ONE_RUN) -> np.ndarray:
     return (np.arange(of) < count).astype(float)
+
+
+def draws_of_one_column(right: np.ndarray, runs: np.ndarray) -> np.ndarray:
+    """4000 draws of one entry's value."""
+    answers = right[None, :].astype(np.float32)
+    return resampled_values(answers, runs, draw_questions(ScenarioAnswers(runs, [answers]), 4000, SEED))
 
 
 def test_a_clear_winner_is_first_in_every_replicate() -> None:
@@ -114,14 +120,12 @@ def test_names_and_order_of_entries_change_no_interval(rows: list[list[bool]], s
 @given(st.integers(1, 6), st.booleans(), st.integers(0, 10**6))
 def test_resampled_values_are_those_of_a_plain_loop(n_runs: int, gaps: bool, seed: int) -> None:
     generator = np.random.default_rng(seed)
-    runs = np.sort(generator.integers(n_runs, size=30))
+    runs = np.arange(30) * n_runs // 30
     answers = generator.random((4, 30)).astype(np.float32)
     if gaps:
         answers[generator.random(answers.shape) < 0.2] = np.nan
-    weights = draw_weights(runs, 5, SEED)
-    if weights.shape[1] != len(runs):
-        return
-    drawn = resampled_values(answers, runs, weights)
+    draw = draw_questions(ScenarioAnswers(runs, [answers]), 5, SEED)
+    drawn, weights = resampled_values(answers, runs, draw), draw.counts
     for replicate in range(5):
         for entry in range(4):
             means = []
@@ -136,9 +140,7 @@ def test_resampled_values_are_those_of_a_plain_loop(n_runs: int, gaps: bool, see
 
 
 def test_a_column_s_draws_spread_as_theory_says() -> None:
-    answers = first(24)[None, :].astype(np.float32)
-    runs = np.zeros(ONE_RUN, dtype=np.int64)
-    drawn = resampled_values(answers, runs, draw_weights(runs, 4000, SEED))
+    drawn = draws_of_one_column(first(24), np.zeros(ONE_RUN, dtype=np.int64))
     assert drawn.mean() == pytest.approx(0.6, abs=0.01)
     assert drawn.std() == pytest.approx(np.sqrt(0.6 * 0.4 / ONE_RUN), rel=0.05)
 
@@ -146,9 +148,38 @@ def test_a_column_s_draws_spread_as_theory_says() -> None:
 def test_many_runs_are_drawn_whole_so_questions_of_one_source_count_as_one() -> None:
     """20 runs of 10 questions, each answered fully or not at all: 20 facts, not 200."""
     runs = np.repeat(np.arange(20), 10)
-    answers = (runs % 2 == 0)[None, :].astype(np.float32)
-    drawn = resampled_values(answers, runs, draw_weights(runs, 4000, SEED))
+    drawn = draws_of_one_column(runs % 2 == 0, runs)
     assert drawn.std() == pytest.approx(np.sqrt(0.25 / 20), rel=0.05)
+
+
+def test_runs_of_one_question_each_are_drawn_like_any_others() -> None:
+    runs = np.arange(20)
+    drawn = draws_of_one_column(runs % 2 == 0, runs)
+    assert not np.isnan(drawn).any()
+    assert drawn.std() == pytest.approx(np.sqrt(0.25 / 20), rel=0.05)
+
+
+def test_a_column_of_few_of_many_runs_makes_the_scenario_s_instances_be_drawn() -> None:
+    """Drawing whole runs would draw the one run of the second column not at all, or unchanged."""
+    runs = np.repeat(np.arange(20), 10)
+    everywhere = (np.arange(200) % 2 == 0)[None, :].astype(np.float32)
+    one_run = np.where(runs == 3, everywhere, np.nan).astype(np.float32)
+    draw = draw_questions(ScenarioAnswers(runs, [everywhere, one_run]), 4000, SEED)
+    assert not draw.whole_runs
+    drawn = resampled_values(one_run, runs, draw)
+    assert drawn.std() == pytest.approx(np.sqrt(0.25 / 10), rel=0.05)
+
+
+def test_a_draw_without_any_value_of_an_entry_leaves_what_was_observed() -> None:
+    """Entry b has a value on one question of forty: 36 % of the draws miss it."""
+    board, answers = board_and_answers({"a": first(1), "b": first(ONE_RUN)})
+    sparse = np.stack([first(1), np.where(first(1) == 1, 1.0, np.nan)]).astype(np.float32)
+    scenario = ScenarioAnswers(np.zeros(ONE_RUN, dtype=np.int64), [sparse])
+    found = uncertainty(board, dict.fromkeys(answers, scenario))
+    assert found is not None
+    assert found.method == "bootstrap"
+    assert found.entries[0].entry == "b"
+    assert found.entries[0].p_first == 1
 
 
 def test_aggregates_only_is_parametric_and_says_so() -> None:

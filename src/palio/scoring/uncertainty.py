@@ -5,9 +5,9 @@ and for all columns of the scenario, recomputes every column's value, and from t
 the leaderboard does: win rates, scenario means, stages, final score, rank.
 
 What is drawn: HELM runs are the clusters (an MMLU subject, a BIG-bench task: their instances share a
-source). A scenario with at least `ENOUGH_RUNS` runs is drawn by whole runs, the usual cluster bootstrap;
-with fewer, the runs stay and each run's instances are drawn, because a handful of clusters says nothing
-about others.
+source). A scenario whose columns are means over at least `ENOUGH_RUNS` runs is drawn by whole runs, the
+usual cluster bootstrap; with fewer, the runs stay and each run's instances are drawn, because a handful
+of clusters says nothing about others.
 
 A column without usable instance values (only aggregates exist, or HELM's aggregate is no mean over
 instances, as for worst-case and bias metrics) is drawn parametrically: Binomial(n, value)/n, alone for
@@ -192,9 +192,7 @@ def draw_scores(pool: Pool, usable: UsableAnswers, formula: Formula, replicates:
     """
     keys = list(dict.fromkeys((column.stage, column.scenario) for column in pool.columns))
     streams = dict(zip(keys, np.random.SeedSequence(seed).spawn(len(keys)), strict=True))
-    weights = {
-        key: draw_weights(usable.scenarios[key].runs, replicates, streams[key]) for key in usable.sampled
-    }
+    draws = {key: draw_questions(usable.scenarios[key], replicates, streams[key]) for key in usable.sampled}
 
     def win_rates() -> Iterator[Array]:
         for number, (column, answers) in enumerate(zip(pool.columns, usable.columns, strict=True)):
@@ -203,9 +201,11 @@ def draw_scores(pool: Pool, usable: UsableAnswers, formula: Formula, replicates:
                 stream = np.random.SeedSequence(seed, spawn_key=(len(keys), number))
                 values = _parametric(pool, number, replicates, stream)
             else:
-                values = resampled_values(answers, usable.scenarios[key].runs, weights[key])
-            # A value that the leaderboard does not have is not drawn either.
-            values[:, np.isnan(pool.values[:, number])] = np.nan
+                values = resampled_values(answers, usable.scenarios[key].runs, draws[key])
+            # A draw without a value of an entry says nothing: what was observed stands. And a value that
+            # the leaderboard does not have is not drawn either.
+            observed = pool.values[:, number]
+            values = np.where(np.isnan(values) | np.isnan(observed), observed, values)
             rates = np.empty(values.shape)
             for start in range(0, replicates, BLOCK):
                 block = slice(start, start + BLOCK)
@@ -217,37 +217,43 @@ def draw_scores(pool: Pool, usable: UsableAnswers, formula: Formula, replicates:
     return scores_of_win_rates(pool.columns, win_rates(), formula)
 
 
-def draw_weights(
-    runs: NDArray[np.int64], replicates: int, stream: np.random.SeedSequence
-) -> NDArray[np.float32]:
-    """How often each replicate draws each run (whole-run draws, shape (replicates, runs)) or each
-    question (shape (replicates, questions))."""
+@dataclass(frozen=True)
+class Draw:
+    """What each replicate draws of one scenario."""
+
+    counts: NDArray[np.float32]
+    """How often: shape (replicates, runs) if whole runs are drawn, else (replicates, questions)."""
+    whole_runs: bool
+
+
+def draw_questions(scenario: ScenarioAnswers, replicates: int, stream: np.random.SeedSequence) -> Draw:
+    """Whole runs if every column of the scenario is a mean over enough of them, else instances."""
     generator = np.random.default_rng(stream)
-    sizes = np.bincount(runs)
-    if len(sizes) >= ENOUGH_RUNS:
-        drawn = generator.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=replicates)
-        return drawn.astype(np.float32)
-    counts = np.empty((replicates, len(runs)), dtype=np.float32)
+    sizes = np.bincount(scenario.runs)
+    over = [len(list(_runs_of_column(of, scenario.runs))) for of in scenario.columns if of is not None]
+    if min(over, default=0) >= ENOUGH_RUNS:
+        n = len(sizes)
+        drawn = generator.multinomial(n, np.full(n, 1 / n), size=replicates)
+        return Draw(drawn.astype(np.float32), whole_runs=True)
+    counts = np.empty((replicates, len(scenario.runs)), dtype=np.float32)
     for run, size in enumerate(sizes):
-        if size:
-            drawn = generator.multinomial(size, np.full(size, 1 / size), size=replicates)
-            counts[:, runs == run] = drawn
-    return counts
+        drawn = generator.multinomial(size, np.full(size, 1 / size), size=replicates)
+        counts[:, scenario.runs == run] = drawn
+    return Draw(counts, whole_runs=False)
 
 
-def resampled_values(answers: Answers, runs: NDArray[np.int64], weights: NDArray[np.float32]) -> Array:
-    """Values of one column, shape (replicates, entries)."""
-    # An entry without a value in a run gets 0/0 or 0 x NaN: it has none in the column either.
-    with np.errstate(invalid="ignore", divide="ignore"):
-        if weights.shape[1] != len(runs):  # whole runs
+def resampled_values(answers: Answers, runs: NDArray[np.int64], draw: Draw) -> Array:
+    """Values of one column, shape (replicates, entries); NaN where a draw holds no value of an entry."""
+    with np.errstate(invalid="ignore", divide="ignore"):  # 0/0 is that NaN
+        if draw.whole_runs:
             of_column = [int(runs[positions[0]]) for positions in _runs_of_column(answers, runs)]
-            counts = weights[:, of_column].astype(float)
+            counts = draw.counts[:, of_column].astype(float)
             drawn = (counts @ _run_means(answers, runs).T) / counts.sum(axis=1, keepdims=True)
             return np.asarray(np.round(drawn, VALUE_DIGITS))
-        total = np.zeros((len(weights), len(answers)))
+        total = np.zeros((len(draw.counts), len(answers)))
         number = 0
         for positions in _runs_of_column(answers, runs):
-            of_run, times = answers[:, positions], weights[:, positions]
+            of_run, times = answers[:, positions], draw.counts[:, positions]
             gaps = np.isnan(of_run)
             if gaps.any():
                 present = np.ascontiguousarray((~gaps).astype(np.float32).T)
@@ -257,7 +263,7 @@ def resampled_values(answers: Answers, runs: NDArray[np.int64], weights: NDArray
             known = np.ascontiguousarray(np.where(gaps, np.float32(0), of_run).T)
             total += (times @ known) / counts
             number += 1
-        return np.round(total / number, VALUE_DIGITS)
+        return np.asarray(np.round(total / number, VALUE_DIGITS))
 
 
 def _parametric(pool: Pool, number: int, replicates: int, stream: np.random.SeedSequence) -> Array:
