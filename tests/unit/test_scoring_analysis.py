@@ -264,6 +264,8 @@ def test_a_changed_value_explains_the_moves_it_causes() -> None:
     found = difference(board_of(ROWS), board_of(after))
     (c,) = [move for move in found.moved if move.entry == "c"]
     assert [step.why for step in c.steps] == ["math EM 0.6 -> 0.1"]
+    assert c.steps[0].effect.endswith("most by its win rate in closed/math 1.000 -> 0.000")
+    assert str(c).startswith("c: rank ")
     assert all(step.change == "values" for move in found.moved for step in move.steps)
 
 

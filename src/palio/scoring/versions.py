@@ -110,6 +110,9 @@ class StepMove(BaseModel):
     before: int
     after: int
     why: str
+    """What changed, in words."""
+    effect: str
+    """What it did to the entry's own score and scenarios; a rank can also move because others' did."""
 
 
 class Move(BaseModel):
@@ -124,8 +127,11 @@ class Move(BaseModel):
     """`before` of the first and `after` of the last are the entry's two ranks."""
 
     def __str__(self) -> str:
-        told = "; ".join(f"{one.before} -> {one.after} by {one.change} ({one.why})" for one in self.steps)
-        return f"{self.entry}: rank {self.before} -> {self.after}: {told}"
+        lines = [f"{self.entry}: rank {self.before} -> {self.after}"]
+        for one in self.steps:
+            own = f" ({one.why})" if one.change == "values" else ""
+            lines.append(f"  {one.before} -> {one.after} by {one.change}{own}: {one.effect}")
+        return "\n".join(lines)
 
 
 class Difference(BaseModel):
@@ -158,7 +164,7 @@ class _State:
     """By (entry, stage, scenario, metric); NaN where missing."""
     formula: Formula
 
-    def ranks(self) -> dict[str, int]:
+    def ranking(self) -> _Ranking:
         matrix: Array = np.array(
             [
                 [self.values.get((entry, *_name(column)), np.nan) for column in self.columns]
@@ -166,8 +172,40 @@ class _State:
             ],
             dtype=float,
         ).reshape(len(self.entries), len(self.columns))
-        final = scores(self.columns, matrix.T, self.formula).final
-        return rank_by_entry(dict(zip(self.entries, (float(one) for one in final), strict=True)))
+        result = scores(self.columns, matrix.T, self.formula)
+        final = dict(zip(self.entries, result.final.tolist(), strict=True))
+        scenarios = {
+            f"{stage}/{name}": dict(zip(self.entries, rates.tolist(), strict=True))
+            for stage, of in result.scenarios.items()
+            for name, rates in of.items()
+        }
+        return _Ranking(rank_by_entry(final), final, scenarios)
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    ranks: Mapping[str, int]
+    final: Mapping[str, float]
+    scenarios: Mapping[str, Mapping[str, float]]
+    """Mean win rate by stage/scenario and entry."""
+
+
+def _effect(entry: str, before: _Ranking, after: _Ranking) -> str:
+    """What a change did to an entry's own score, and through which scenario most."""
+    old, new = before.final[entry], after.final[entry]
+    if abs(old - new) < 5e-5:
+        return f"its score stays {new:.4f}, others' changed"
+    told = f"its score {old:.4f} -> {new:.4f}"
+    changes = {
+        name: rates[entry] - before.scenarios[name][entry]
+        for name, rates in after.scenarios.items()
+        if name in before.scenarios and not np.isnan(rates[entry] - before.scenarios[name][entry])
+    }
+    largest = max(changes, key=lambda name: abs(changes[name]), default=None)
+    if largest is None or changes[largest] == 0:
+        return told
+    rates = f"{before.scenarios[largest][entry]:.3f} -> {after.scenarios[largest][entry]:.3f}"
+    return f"{told}, most by its win rate in {largest} {rates}"
 
 
 def difference(a: Leaderboard, b: Leaderboard) -> Difference:
@@ -189,17 +227,24 @@ def difference(a: Leaderboard, b: Leaderboard) -> Difference:
             raise BadInput("diff", "", None, f"{used} is not this Palio's; rescore that leaderboard first")
     of_a, of_b = _by_name(a), _by_name(b)
     path = _path(a, b)
-    ranks_after = [step.state.ranks() for step in path]
+    start = _State(tuple(sorted(of_a)), tuple(a.columns), _values(a), formula_of(a)).ranking()
+    rankings = [start, *(step.state.ranking() for step in path)]
     moved = []
     for one in b.entries:
-        if one.entry in of_a and of_a[one.entry].rank != one.rank:
-            steps, before = [], of_a[one.entry].rank
-            for step, after in zip(path, ranks_after, strict=True):
-                if after[one.entry] != before:
-                    why = step.why_of_entry.get(one.entry, step.why)
-                    steps.append(StepMove(change=step.change, before=before, after=after[one.entry], why=why))
-                    before = after[one.entry]
-            moved.append(Move(entry=one.entry, before=of_a[one.entry].rank, after=one.rank, steps=steps))
+        name = one.entry
+        if name in of_a and of_a[name].rank != one.rank:
+            steps = [
+                StepMove(
+                    change=step.change,
+                    before=before.ranks[name],
+                    after=after.ranks[name],
+                    why=step.why_of_entry.get(name, step.why),
+                    effect=_effect(name, before, after),
+                )
+                for step, before, after in zip(path, rankings, rankings[1:], strict=False)
+                if before.ranks[name] != after.ranks[name]
+            ]
+            moved.append(Move(entry=name, before=of_a[name].rank, after=one.rank, steps=steps))
     return Difference(
         changes=[f"{step.change}: {step.why}" for step in path],
         joined=sorted(of_b.keys() - of_a.keys()),
