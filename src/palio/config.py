@@ -117,17 +117,34 @@ class BaseModelSource(Strict):
 # --- entry -------------------------------------------------------------------------------------------
 
 
+class RowTemplate(Strict):
+    """How a record of any shape becomes a row: Jinja templates over the record's fields."""
+
+    prompt: str
+    completion: str
+
+
 class DataSource(Strict):
     """One file of training data."""
 
     path: str
-    """JSONL with one object a line: `prompt`, `completion`, and any other fields, kept as metadata."""
+    """`.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.csv` or `.parquet`."""
+    format: Literal["pairs", "alpaca", "dolly", "sharegpt", "lima", "messages"] = "pairs"
+    """What the records look like; `pairs` has `prompt` and `completion`."""
+    template: RowTemplate | None = None
+    """For records of another shape, instead of `format`."""
     name: str | None = None
     """Shown in the data card; default: the file's stem."""
     licence: str
     """SPDX id, checked against the competition's approved licences."""
     generator: str | None = None
     """The model or program that wrote the data; omit for human-written data."""
+
+    @model_validator(mode="after")
+    def _format_or_template(self) -> DataSource:
+        if self.template and self.format != "pairs":
+            raise ValueError("give format or template, not both")
+        return self
 
     @property
     def label(self) -> str:
@@ -159,6 +176,34 @@ class DropExactDuplicates(Strict):
     op: Literal["drop_exact_duplicates"]
 
 
+class DropNearDuplicates(Strict):
+    """Keep the first of rows whose sets of word 3-shingles overlap by `threshold` (Jaccard, exact).
+
+    Rows that differ in a number or a name are different questions, and are kept. Templated data made by a
+    program needs this operation off: its rows are meant to be alike.
+    """
+
+    op: Literal["drop_near_duplicates"]
+    threshold: Annotated[float, Field(ge=0.7, le=1)] = 0.85
+
+
+class Decontaminate(Strict):
+    """Drop rows that hold an evaluation instance of the open stage, whole or `ngram` words of it."""
+
+    op: Literal["decontaminate"]
+    instances: str = "resources/stages/open/store/instances.parquet"
+    """Table of the instances, as the workflow's `prepare_stage` writes it."""
+    ngram: PositiveInt = 13
+
+
+class TokenLength(Strict):
+    """Keep rows of this many tokens, prompt and completion together, of the entry's own tokenizer."""
+
+    op: Literal["token_length"]
+    min: NonNegativeInt = 1
+    max: PositiveInt = 2048
+
+
 class LengthFilter(Strict):
     """Keep rows whose prompt and completion have this many characters."""
 
@@ -177,7 +222,15 @@ class SampleRows(Strict):
 
 
 Operation = Annotated[
-    CleanMarkup | DropRefusals | DropDisagreement | DropExactDuplicates | LengthFilter | SampleRows,
+    CleanMarkup
+    | DropRefusals
+    | DropDisagreement
+    | DropExactDuplicates
+    | DropNearDuplicates
+    | Decontaminate
+    | TokenLength
+    | LengthFilter
+    | SampleRows,
     Field(discriminator="op"),
 ]
 
@@ -187,6 +240,8 @@ class DatasetRecipe(Strict):
 
     sources: tuple[DataSource, ...] = Field(min_length=1)
     operations: tuple[Operation, ...] = ()
+    max_quarantined: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of a source's lines that may be malformed; above it the step fails."""
     seed: int = 0
 
     @model_validator(mode="after")
@@ -232,7 +287,18 @@ class FinetuneRecipe(Strict):
     gradient_checkpointing: bool = False
     save_steps: PositiveInt = 50
     """Optimizer steps between checkpoints: what a crash can cost."""
+    validation_rows: NonNegativeInt = 0
+    """Rows held out of training. Their loss is taken every `save_steps`, and the step where it is lowest
+    is handed in; 0 hands in the last step."""
+    patience: PositiveInt | None = None
+    """Stop after this many validations without a lower loss; omit to train to the end."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _patience_needs_validation(self) -> FinetuneRecipe:
+        if self.patience is not None and self.validation_rows == 0:
+            raise ValueError("patience needs validation_rows; give both or neither")
+        return self
 
 
 class Entry(Strict):

@@ -176,6 +176,11 @@ class AdapterManifest(Record):
     rows: int
     rows_too_long: int
     final_loss: float
+    """Mean training loss of the last ten steps."""
+    best_step: int | None = None
+    """The step handed in, where rows were held out for validation; None: the last."""
+    validation_loss: float | None = None
+    """At that step."""
     files: dict[str, str]
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,6 +18,7 @@ from palio.provenance import folder_sha256
 from palio.records import AdapterManifest, read_record
 from palio.training.finetune import TELEMETRY_SCHEMA
 from palio.training.ledger import read_ledger
+from palio.training.rows import Row, split
 from tests.training import Entry, tiny_base_model
 
 
@@ -177,3 +179,39 @@ def test_the_fused_adapter_is_pefts_own(entry: Entry, monkeypatch: pytest.Monkey
     assert entry.finetune(max_steps=3, lora_dropout=0.1).fingerprint == fused.fingerprint
     plain = pq.read_table(entry.folder / "train.parquet")["loss"].to_pylist()
     assert losses == pytest.approx(plain, rel=1e-5)
+
+
+def test_the_step_with_the_lowest_validation_loss_is_handed_in(entry: Entry) -> None:
+    # A rate at which training diverges again after the first steps.
+    manifest = entry.finetune(max_steps=12, save_steps=2, validation_rows=16, learning_rate=0.3)
+    table = pq.read_table(entry.folder / "train.parquet")
+    taken = {
+        step: loss
+        for step, loss in zip(table["step"].to_pylist(), table["validation_loss"].to_pylist(), strict=True)
+        if loss is not None
+    }
+    assert list(taken) == [2, 4, 6, 8, 10, 12]
+    assert manifest.best_step == min(taken, key=lambda step: taken[step])
+    assert manifest.validation_loss == min(taken.values())
+    assert (manifest.rows, manifest.steps) == (48, 12)
+    assert manifest.best_step < 12
+
+
+def test_patience_ends_training_early(entry: Entry) -> None:
+    manifest = entry.finetune(max_steps=400, save_steps=2, validation_rows=16, learning_rate=0.3, patience=2)
+    assert manifest.state == "finished"
+    assert manifest.best_step is not None
+    assert manifest.steps == manifest.best_step + 4
+
+
+def test_held_out_rows_are_not_trained_on() -> None:
+    rows = [Row(number, np.arange(3, dtype=np.int32), 1) for number in range(20)]
+    kept, held = split(rows, 5, seed=3)
+    assert len(held) == 5
+    assert sorted(row.number for row in kept + held) == list(range(20))
+    assert split(rows, 0, seed=3) == (rows, [])
+
+
+def test_holding_out_every_row_is_refused(entry: Entry) -> None:
+    with pytest.raises(BadInput, match=r"validation_rows.*the dataset has 64 rows"):
+        entry.finetune(max_steps=1, validation_rows=64)

@@ -17,6 +17,7 @@ stays ended.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import shutil
 import signal
@@ -42,7 +43,7 @@ from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, r
 from palio.training.checkpoint import load_checkpoint, save_checkpoint
 from palio.training.ledger import Ledger
 from palio.training.model import load_model, save_adapter
-from palio.training.rows import Row, tokenise
+from palio.training.rows import Row, split, tokenise
 from palio.training.trainer import NonFiniteLossError, StepReport, Trainer, peak_memory
 
 RECIPE_VERSION = "1"
@@ -57,6 +58,7 @@ TELEMETRY_SCHEMA = pa.schema(
         pa.field("tokens_per_second", pa.float64(), nullable=False),
         pa.field("elapsed_seconds", pa.float64(), nullable=False),
         pa.field("memory_bytes", pa.int64(), nullable=False),
+        pa.field("validation_loss", pa.float64()),
     ]
 )
 """One row per optimizer step; elapsed_seconds is of the budget, over all attempts."""
@@ -162,12 +164,16 @@ class _Training:
         self.model_folder, self.dataset = model, dataset
         self.checkpoints = work / "checkpoints"
         self.telemetry: list[dict[str, float]] = []
+        self.held_out: list[Row] = []
+        self.best: dict[str, Any] | None = None  # step, loss and parameters of the lowest validation loss
+        self.validations_since_best = 0
         self.tokens = 0
-        self.slowest_step = self.slowest_save = 0.0
+        self.slowest_step = self.slowest_save = self.slowest_validation = 0.0
 
     def run(self, base_model: str) -> dict[str, Any]:
         """Train to the end or to the budget and save; the values of the manifest that training decides."""
         rows, too_long = self._rows()
+        rows, self.held_out = split(rows, self.recipe.validation_rows, self.recipe.seed)
         try:
             trainer = self._trainer(rows)
             budget = float(self.track.training_budget)
@@ -196,6 +202,8 @@ class _Training:
             "rows": len(rows),
             "rows_too_long": too_long,
             "final_loss": sum(last) / len(last),
+            "best_step": self.best["step"] if self.best else None,
+            "validation_loss": self.best["loss"] if self.best else None,
             "seconds": seconds,
         }
 
@@ -212,6 +220,9 @@ class _Training:
         if not rows:
             longest = f"all {too_long} rows are longer; raise it or shorten the data"
             raise BadInput("finetune", "max_length", self.recipe.max_length, longest)
+        if self.recipe.validation_rows >= len(rows):
+            few = f"the dataset has {len(rows)} rows; hold out fewer"
+            raise BadInput("finetune", "validation_rows", self.recipe.validation_rows, few)
         return rows, too_long
 
     def _trainer(self, rows: list[Row]) -> Trainer:
@@ -230,6 +241,8 @@ class _Training:
             _console.print(f"checkpoint {name} is torn and left out", highlight=False)
         if state is not None:
             self.telemetry = state.pop("telemetry")
+            self.best = state.pop("best")
+            self.validations_since_best = state.pop("validations_since_best")
             trainer.restore(state)
             _console.print(f"resumed from step {trainer.step} of {trainer.steps}", highlight=False)
 
@@ -237,14 +250,15 @@ class _Training:
         self, trainer: Trainer, ledger: Ledger, caught: set[int]
     ) -> Literal["finished", "budget_reached"]:
         budget = ledger.budget
-        saved = trainer.step
         with _progress(trainer.steps, trainer.step) as show:
-            while trainer.step < trainer.steps:
-                # The slowest step and two saves are kept in reserve, and 2 s for what is not measured.
-                reserve = self.slowest_step + 2 * self.slowest_save + 2.0
+            patience = self.recipe.patience or math.inf
+            while trainer.step < trainer.steps and self.validations_since_best < patience:
+                # Kept in reserve: the slowest step, two saves, a validation, 2 s for what is not measured.
+                reserve = self.slowest_step + 2 * self.slowest_save + self.slowest_validation + 2.0
                 if ledger.used() + reserve >= budget:
                     if trainer.step == 0:
                         raise TimeLimit(f"the training budget of {budget:g} s ended before the first step")
+                    self._validate(trainer)
                     return "budget_reached"
                 try:
                     report = trainer.train_step()
@@ -254,19 +268,35 @@ class _Training:
                     ) from None
                 self._note(report, ledger)
                 show(report, budget - ledger.used())
-                due = trainer.step - saved >= self.recipe.save_steps and trainer.step < trainer.steps
+                due = trainer.step % self.recipe.save_steps == 0
+                if due:
+                    self._validate(trainer)
                 seen = set(caught)
                 caught -= seen
                 if due or seen:
                     self._checkpoint(trainer)
-                    saved = trainer.step
                 if signal.SIGTERM in seen:
                     ledger.outcome = "stopped"
                     raise Crashed(
                         f"stopped by SIGTERM at step {trainer.step} of {trainer.steps}; "
                         "start again to go on from there"
                     )
+            self._validate(trainer)
         return "finished"
+
+    def _validate(self, trainer: Trainer) -> None:
+        """Take the loss on the held-out rows, once for a step, and keep the best step's parameters."""
+        if not self.held_out or "validation_loss" in self.telemetry[-1]:
+            return
+        clock = time.monotonic()
+        loss = trainer.validation_loss(self.held_out)
+        self.telemetry[-1]["validation_loss"] = loss
+        self.validations_since_best += 1
+        if self.best is None or loss < self.best["loss"]:
+            parameters = {name: value.clone() for name, value in trainer.trained().items()}
+            self.best = {"step": trainer.step, "loss": loss, "parameters": parameters}
+            self.validations_since_best = 0
+        self.slowest_validation = max(self.slowest_validation, time.monotonic() - clock)
 
     def _note(self, report: StepReport, ledger: Ledger) -> None:
         self.slowest_step = max(self.slowest_step, report.seconds)
@@ -285,11 +315,18 @@ class _Training:
 
     def _checkpoint(self, trainer: Trainer) -> None:
         clock = time.monotonic()
-        save_checkpoint(self.checkpoints, trainer.step, {**trainer.state(), "telemetry": self.telemetry})
+        progress = {
+            "telemetry": self.telemetry,
+            "best": self.best,
+            "validations_since_best": self.validations_since_best,
+        }
+        save_checkpoint(self.checkpoints, trainer.step, {**trainer.state(), **progress})
         self.slowest_save = max(self.slowest_save, time.monotonic() - clock)
 
     def _save(self, trainer: Trainer, base_model: str) -> None:
         shutil.rmtree(self.work / "adapter", ignore_errors=True)
+        if self.best is not None:
+            trainer.put(self.best["parameters"])
         try:
             save_adapter(trainer.model, self.work / "adapter", base_model)
             with atomic_path(self.work / "train.parquet") as temporary:

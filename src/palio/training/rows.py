@@ -53,6 +53,15 @@ def tokenise(
     return kept, len(rows) - len(kept)
 
 
+def split(rows: Sequence[Row], held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and `held_out` rows to validate on, drawn by the seed."""
+    # The number keeps this draw apart from those of the epochs' orders.
+    order = np.random.default_rng([seed, 2**31]).permutation(len(rows))
+    held = set(order[:held_out].tolist())
+    kept = [row for index, row in enumerate(rows) if index not in held]
+    return kept, [rows[index] for index in sorted(held)]
+
+
 def planned_steps(rows: int, recipe: FinetuneRecipe) -> int:
     """Optimizer steps of the whole training; the last step of an epoch takes the rows that are left."""
     if recipe.max_steps is not None:

@@ -12,7 +12,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -121,18 +122,40 @@ class Trainer:
 
     def _backward(self, rows: Sequence[Row], targets: int) -> torch.Tensor:
         """Add the gradient of the rows' share of the step's mean loss; returns that share."""
-        if self.flat:
-            batch = flat_batch(rows, self.device)
-            with row_bounds(batch.bounds, self.device):
-                with self._autocast:
-                    logits = self._logits(batch.predict, batch.input_ids, position_ids=batch.position_ids)
-                return _share(logits, batch.targets, targets)
-        padded = padded_batch(rows, self.device)
-        with self._autocast:
-            out = self.model(
-                input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
-            )
-        return _share(out.logits.flatten(0, 1)[padded.predict], padded.targets, targets)
+        with self._loss(rows) as loss:
+            share = loss / targets
+            share.backward()  # type: ignore[no-untyped-call]
+        return share.detach()
+
+    @torch.no_grad()
+    def validation_loss(self, rows: Sequence[Row]) -> float:
+        """Mean cross-entropy over the completion tokens of `rows`, without dropout or noise, in nats."""
+        self.model.eval()
+        total, targets = 0.0, sum(len(row.ids) - row.prompt for row in rows)
+        for start in range(0, len(rows), self.recipe.batch_size):
+            with self._loss(rows[start : start + self.recipe.batch_size]) as loss:
+                total += loss.item()
+        self.model.train()
+        return total / targets
+
+    @contextmanager
+    def _loss(self, rows: Sequence[Row]) -> Iterator[torch.Tensor]:
+        """Summed cross-entropy over the completion tokens of `rows`, laid end to end if the model allows.
+
+        The backward pass belongs inside the block: recomputed layers need the rows' bounds again.
+        """
+        if not self.flat:
+            padded = padded_batch(rows, self.device)
+            with self._autocast:
+                inputs = {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
+                logits = self.model(**inputs, use_cache=False).logits.flatten(0, 1)[padded.predict]
+            yield _summed(logits, padded.targets)
+            return
+        batch = flat_batch(rows, self.device)
+        with row_bounds(batch.bounds, self.device):
+            with self._autocast:
+                logits = self._logits(batch.predict, batch.input_ids, position_ids=batch.position_ids)
+            yield _summed(logits, batch.targets)
 
     def _logits(self, predict: torch.Tensor, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """(K, vocabulary) logits at the positions the loss is taken on, and nowhere else where possible:
@@ -142,12 +165,22 @@ class Trainer:
         logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False, **inputs).logits[0]
         return logits if self._keeps_logits else logits[predict]
 
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The trained parameters by name, as they stand now (not copies)."""
+        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def put(self, parameters: dict[str, torch.Tensor]) -> None:
+        """Set trained parameters."""
+        own = dict(self.model.named_parameters())
+        for name, value in parameters.items():
+            own[name].copy_(value)
+
     def state(self) -> dict[str, Any]:
         """All that a later process needs to go on from here."""
-        trainable = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
         return {
             "step": self.step,
-            "parameters": trainable,
+            "parameters": self.trained(),
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
@@ -155,10 +188,7 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        own = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, value in state["parameters"].items():
-                own[name].copy_(value)
+        self.put(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"].cpu())
         if state["random_cuda"] is not None:
@@ -186,10 +216,8 @@ def _compile_layers(model: Any) -> None:
         layer.compile(dynamic=True)
 
 
-def _share(logits: torch.Tensor, targets: torch.Tensor, total: int) -> torch.Tensor:
-    loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum") / total
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
+def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def _optimizer(
