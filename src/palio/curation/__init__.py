@@ -1,0 +1,1 @@
+"""Sources to training data: read, normalise, clean, select, and account for every row."""

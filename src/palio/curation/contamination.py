@@ -1,0 +1,94 @@
+"""How many evaluation instances stand in a training dataset, by the rule of `palio.curation.overlap`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow.parquet as pq
+
+from palio.curation.overlap import InstanceIndex, normalise, read_instances
+from palio.curation.rows import BATCH_ROWS, shortened
+from palio.errors import BadInput
+from palio.provenance import file_sha256
+from palio.records import Contamination
+
+NGRAM = 13  # words; as in the GPT-3 paper (arXiv 2005.14165, appendix C)
+
+__all__ = ["NGRAM", "Pair", "contaminated_pairs", "contamination", "normalise"]
+
+
+class Pair(NamedTuple):
+    """A training row and an evaluation instance that it holds. Of the open stage only."""
+
+    scenario: str
+    instance: str
+    source: str
+    row: str
+    shown: str
+    """The row's prompt, shortened."""
+
+
+def contamination(
+    dataset: Path,
+    instances: Mapping[str, Path],
+    *,
+    competition: str,
+    track: str,
+    entry: str,
+    ngram: int = NGRAM,
+) -> Contamination:
+    """Counts of each stage's instances that the dataset holds; no text leaves this function.
+
+    Args:
+        dataset: a dataset folder, or its train.parquet.
+        instances: by stage the table of its instances (scenario, instance, text, reference).
+    """
+    table = _table(dataset)
+    totals: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, int]] = {}
+    for stage, path in instances.items():
+        index = InstanceIndex(read_instances(path), ngram)
+        hits = {number for _, _, numbers in _rows_that_hold(table, index) for number in numbers}
+        total = Counter(instance.scenario for instance in index.instances)
+        count = Counter(index.instances[number].scenario for number in hits)
+        totals[stage] = {scenario: total[scenario] for scenario in sorted(total)}
+        found[stage] = {scenario: count[scenario] for scenario in sorted(total)}
+    return Contamination(
+        competition=competition,
+        track=track,
+        entry=entry,
+        ngram=ngram,
+        dataset_sha256=file_sha256(table),
+        instances=totals,
+        contaminated=found,
+    )
+
+
+def contaminated_pairs(dataset: Path, instances: Path, ngram: int = NGRAM) -> Iterator[Pair]:
+    """Every row that holds an instance, with the instance: for participants, and so for the open stage."""
+    index = InstanceIndex(read_instances(instances), ngram)
+    for row, prompt, numbers in _rows_that_hold(_table(dataset), index):
+        for number in sorted(numbers):
+            instance = index.instances[number]
+            yield Pair(instance.scenario, instance.id, row[0], row[1], shortened(prompt))
+
+
+def _table(dataset: Path) -> Path:
+    path = dataset / "train.parquet" if dataset.is_dir() else dataset
+    if not path.is_file():
+        raise BadInput(path, "", None, "no such dataset; curate it first")
+    return path
+
+
+def _rows_that_hold(table: Path, index: InstanceIndex) -> Iterator[tuple[tuple[str, str], str, set[int]]]:
+    """Source and id, prompt, and the instances found, of the rows that hold any."""
+    columns = ["prompt", "completion", "source", "id"]
+    for batch in pq.ParquetFile(table).iter_batches(batch_size=BATCH_ROWS, columns=columns):
+        for prompt, completion, source, name in zip(
+            *(batch.column(column).to_pylist() for column in columns), strict=True
+        ):
+            if numbers := index.found_in(prompt, completion):
+                yield (source, name), prompt, numbers

@@ -1,0 +1,243 @@
+"""Reading sources: records of a known shape become rows, malformed ones are set aside with a reason."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, Any
+
+import jinja2
+import jinja2.sandbox
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from palio.config import DataSource
+from palio.errors import BadInput
+
+MAX_LINE = 16 << 20
+"""Bytes of one line; a longer one is a broken file, not a question and an answer."""
+
+
+class Malformed(ValueError):
+    """A record that is no row; the message is the reason shown in the quarantine."""
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    line: int
+    """From 1; of Parquet the row."""
+    prompt: str
+    completion: str
+    id: str
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    line: int
+    reason: str
+    excerpt: str
+
+
+def read_source(source: DataSource, path: Path) -> Iterator[SourceRow | Quarantined]:
+    """Every record of the file as a row or, with the reason, as a quarantined one.
+
+    Raises:
+        BadInput: the file is absent, of an unknown kind, or broken as a whole.
+    """
+    if not path.is_file():
+        raise BadInput(path, "", None, "no such file; correct dataset.sources, or fetch it again")
+    pair = _shape(source)
+    seen: set[bytes] = set()
+    for line, record in _records(path):
+        if isinstance(record, Malformed):
+            yield Quarantined(line, str(record), "")
+            continue
+        try:
+            prompt, completion = pair(record)
+            name = record.get("id")
+            row = SourceRow(line, prompt, completion, f"{source.label}:{line}" if name is None else str(name))
+            digest = blake2b(row.id.encode(), digest_size=16).digest()
+            if digest in seen:
+                raise Malformed(f"id {row.id!r} stands twice")
+            for key, text in (("prompt", prompt), ("completion", completion)):
+                if not text.strip():
+                    raise Malformed(f"{key} is empty")
+                text.encode()
+        except Malformed as fault:
+            yield Quarantined(line, str(fault), json.dumps(record, ensure_ascii=True, default=str)[:200])
+        except UnicodeEncodeError:
+            yield Quarantined(line, "holds half a surrogate pair, which is no text", "")
+        else:
+            seen.add(digest)
+            yield row
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+Record = Mapping[str, Any]
+
+
+def _records(path: Path) -> Iterator[tuple[int, Record | Malformed]]:
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        yield from _parquet(path)
+        return
+    opened = {".gz": _gzip, ".zst": _zstd}.get(path.suffix.lower(), Path.open)
+    name = name.removesuffix(".gz").removesuffix(".zst")
+    if not name.endswith((".jsonl", ".csv")):
+        raise BadInput(path, "", None, "is none of .jsonl, .jsonl.gz, .jsonl.zst, .csv, .parquet; convert it")
+    try:
+        with opened(path, "rb") as stream:
+            yield from _csv(path, stream) if name.endswith(".csv") else _jsonl(stream)
+    except (EOFError, OSError, zlib.error) as error:
+        raise BadInput(path, "", None, f"is broken or cut short ({error}); fetch it again") from None
+
+
+def _gzip(path: Path, mode: str) -> IO[bytes]:
+    return io.BufferedReader(gzip.GzipFile(path, mode))
+
+
+def _zstd(path: Path, mode: str) -> IO[bytes]:
+    return io.BufferedReader(pa.input_stream(path, compression="zstd"))
+
+
+def _jsonl(stream: IO[bytes]) -> Iterator[tuple[int, Record | Malformed]]:
+    line = 0
+    while content := stream.readline(MAX_LINE):
+        line += 1
+        if len(content) == MAX_LINE and not content.endswith(b"\n"):
+            while (rest := stream.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+                pass
+            yield line, Malformed(f"is longer than {MAX_LINE >> 20} MiB")
+            continue
+        if not content.strip():
+            continue
+        try:
+            record = json.loads(content.decode("utf-8"))
+        except UnicodeDecodeError:
+            yield line, Malformed("is not UTF-8")
+        except (ValueError, RecursionError) as error:
+            yield line, Malformed(f"is not JSON: {error}")
+        else:
+            yield line, record if isinstance(record, dict) else Malformed("is not a JSON object")
+
+
+def _csv(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, Record | Malformed]]:
+    csv.field_size_limit(MAX_LINE)
+    reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+    try:
+        for record in reader:
+            whole = None not in record and None not in record.values()
+            yield (
+                reader.line_num,
+                record if whole else Malformed("has another number of fields than the header"),
+            )
+    except UnicodeDecodeError:
+        raise BadInput(
+            path, f"line {reader.line_num}", None, "is not UTF-8; save the file as UTF-8"
+        ) from None
+    except csv.Error as error:
+        raise BadInput(path, f"line {reader.line_num}", None, f"is not CSV: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Record | Malformed]]:
+    line = 0
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+            for record in batch.to_pylist():
+                line += 1
+                yield line, record
+    except pa.ArrowException as error:
+        raise BadInput(path, "", None, f"is not a whole Parquet file ({error}); fetch it again") from None
+
+
+# --- shapes of records ----------------------------------------------------------------------------
+
+Pair = tuple[str, str]
+
+
+def _text(record: Record, key: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise Malformed(f"{key} is missing" if value is None else f"{key} is not a text")
+    return value
+
+
+def _pairs(record: Record) -> Pair:
+    return _text(record, "prompt"), _text(record, "completion")
+
+
+def _with_context(instruction: str, context: object) -> str:
+    return f"{instruction}\n\n{context}" if isinstance(context, str) and context.strip() else instruction
+
+
+def _alpaca(record: Record) -> Pair:
+    return _with_context(_text(record, "instruction"), record.get("input")), _text(record, "output")
+
+
+def _dolly(record: Record) -> Pair:
+    return _with_context(_text(record, "instruction"), record.get("context")), _text(record, "response")
+
+
+def _first_turns(turns: object, speaker: str, text: str, human: str, model: str) -> Pair:
+    """The first question and its answer; a conversation that begins otherwise is malformed."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise Malformed("holds no list of turns")
+    spoken = [turn for turn in turns if turn.get(speaker) != "system"]
+    if [turn.get(speaker) for turn in spoken[:2]] != [human, model]:
+        raise Malformed(f"does not begin with a turn of {human} and one of {model}")
+    return _text(spoken[0], text), _text(spoken[1], text)
+
+
+def _sharegpt(record: Record) -> Pair:
+    return _first_turns(record.get("conversations"), "from", "value", "human", "gpt")
+
+
+def _messages(record: Record) -> Pair:
+    return _first_turns(record.get("messages"), "role", "content", "user", "assistant")
+
+
+def _lima(record: Record) -> Pair:
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(turn, str) for turn in turns):
+        raise Malformed("conversations is not a list of two texts or more")
+    return turns[0], turns[1]
+
+
+_SHAPES: dict[str, Callable[[Record], Pair]] = {
+    "pairs": _pairs,
+    "alpaca": _alpaca,
+    "dolly": _dolly,
+    "sharegpt": _sharegpt,
+    "lima": _lima,
+    "messages": _messages,
+}
+
+
+def _shape(source: DataSource) -> Callable[[Record], Pair]:
+    if source.template is None:
+        return _SHAPES[source.format]
+    # Sandboxed: an entry's template is somebody else's program.
+    environment = jinja2.sandbox.SandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
+    )
+    try:
+        prompt = environment.from_string(source.template.prompt)
+        completion = environment.from_string(source.template.completion)
+    except jinja2.TemplateSyntaxError as error:
+        raise BadInput(source.path, "template", None, f"is not a Jinja template: {error}") from None
+
+    def rendered(record: Record) -> Pair:
+        try:
+            return prompt.render(record), completion.render(record)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise Malformed(f"does not fit the template: {error}") from None
+
+    return rendered
