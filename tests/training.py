@@ -22,7 +22,7 @@ from palio.provenance import file_sha256, folder_sha256
 from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest
 
 
-def tiny_base_model(out: Path, tokenizer_of: Path) -> Path:
+def tiny_base_model(out: Path, tokenizer_of: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A two-layer Llama of random weights with the tokenizer of the model folder `tokenizer_of`."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     config = LlamaConfig(
@@ -35,7 +35,7 @@ def tiny_base_model(out: Path, tokenizer_of: Path) -> Path:
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(out / "model")
+    LlamaForCausalLM(config).to(dtype).save_pretrained(out / "model")
     for path in tokenizer_of.iterdir():
         if path.name.startswith(("tokenizer", "chat_template")):
             shutil.copy(path, out / "model" / path.name)

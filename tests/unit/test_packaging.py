@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from palio.errors import Crashed
 from palio.packaging.package import (
+    CAST_TOLERANCE,
     TOLERANCE,
     build_package,
     largest_difference,
+    mean_divergence,
     probe_logits,
     verify_package,
 )
@@ -182,3 +184,23 @@ def test_a_merge_whose_logits_are_not_the_adapters_is_refused(entry: Entry) -> N
     spoiled.write(entry.folder / "adapter.json")
     with pytest.raises(Crashed, match="the merged model differs"):
         package(entry)
+
+
+def test_a_package_keeps_the_dtype_of_its_base_model(
+    tmp_path_factory: pytest.TempPathFactory, base_model: Path
+) -> None:
+    base = tiny_base_model(tmp_path_factory.mktemp("bf16"), base_model, torch.bfloat16)
+    entry = Entry.create(tmp_path_factory.mktemp("entry") / "e", base)
+    entry.finetune(max_steps=3)
+    manifest = package(entry)
+    assert manifest.dtype == "bfloat16"
+    assert manifest.cast_divergence is not None
+    assert 0 < manifest.cast_divergence < CAST_TOLERANCE
+    assert AutoModelForCausalLM.from_pretrained(entry.folder / "package").dtype == torch.bfloat16
+
+
+def test_equal_predictions_have_no_divergence_and_others_have() -> None:
+    one, other = [torch.tensor([[0.0, 0.0]])], [torch.tensor([[0.0, 1.0]])]
+    assert mean_divergence(one, one) == 0
+    # Half a nat of log-odds on each side: ln((1 + e) / 2) - 1/2.
+    assert mean_divergence(one, other) == pytest.approx(0.1201, abs=1e-4)

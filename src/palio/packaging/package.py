@@ -28,6 +28,9 @@ from palio.records import AdapterManifest, BaseModelManifest, PackageManifest, r
 TOLERANCE = 1e-3
 """Largest difference of a logit that the merge may make, in fp32."""
 
+CAST_TOLERANCE = 1e-2
+"""Largest mean KL divergence, in nats, that the cast to the base model's dtype may make."""
+
 PROBES = (
     "The capital of France is",
     "Question: What is 17 + 25?\nAnswer:",
@@ -57,14 +60,16 @@ def build_package(
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     (entry_dir / "package.json").unlink(missing_ok=True)
-    difference: float | None = None
+    difference = divergence = None
     with timed_run(entry_dir / "package.run.json"):
         if trained is None:
             _link_files(base_model / "model", building, weights=True)
         else:
             if folder_sha256(entry_dir / "adapter") != trained.files:
                 raise Crashed(f"{entry_dir / 'adapter'} differs from adapter.json; run finetune again")
-            difference = _write_tuned(base_model / "model", entry_dir / "adapter", trained, building)
+            difference, divergence = _write_tuned(
+                base_model / "model", entry_dir / "adapter", trained, building
+            )
             _link_files(base_model / "model", building, weights=False)
         (building / "README.md").unlink(missing_ok=True)
         (building / "README.md").write_text(_model_card(entry, competition, base, trained), encoding="utf-8")
@@ -84,6 +89,7 @@ def build_package(
             dtype=dtype,
             parameters=parameters,
             max_logit_difference=difference,
+            cast_divergence=divergence,
             files=folder_sha256(entry_dir / "package"),
         )
         manifest.write(entry_dir / "package.json")
@@ -104,27 +110,42 @@ def verify_package(folder: Path, manifest: PackageManifest) -> list[str]:
     return wrong
 
 
-def _write_tuned(base: Path, adapter: Path, trained: AdapterManifest, target: Path) -> float | None:
-    """Save the tuned model's weights and configs; largest logit difference of the merge, if one was made."""
+def _write_tuned(
+    base: Path, adapter: Path, trained: AdapterManifest, target: Path
+) -> tuple[float | None, float | None]:
+    """Save the tuned model's weights and configs.
+
+    Returns the largest logit difference that the merge made and the divergence that the cast to the base
+    model's dtype made; None for what was not done.
+    """
     if trained.recipe["method"] == "full":
         _link_files(adapter, target, weights=True)
-        return None
+        return None, None
     stored = AutoConfig.from_pretrained(base).dtype or torch.float32
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base)
     adapted = PeftModel.from_pretrained(model, adapter).eval()
     before = probe_logits(adapted, tokenizer)
     merged = adapted.merge_and_unload()
-    difference = largest_difference(before, probe_logits(merged, tokenizer))
+    after = probe_logits(merged, tokenizer)
+    difference = largest_difference(before, after)
     if not difference <= TOLERANCE:  # also when it is not a number
         raise Crashed(
             f"the merged model differs from base plus adapter by {difference:.2g} in a logit "
             f"(at most {TOLERANCE:g} is rounding): the adapter is huge or not finite; lower learning_rate"
         )
-    merged.to(stored)
-    merged.config.dtype = stored
+    divergence = None
+    if stored != torch.float32:
+        merged.to(stored)
+        merged.config.dtype = stored
+        divergence = mean_divergence(after, probe_logits(merged, tokenizer))
+        if not divergence <= CAST_TOLERANCE:
+            raise Crashed(
+                f"casting the merged model to {stored} changes its predictions (KL {divergence:.2g}, at most "
+                f"{CAST_TOLERANCE:g}); the adapter is huge or overflows; lower learning_rate"
+            )
     merged.save_pretrained(target)
-    return difference
+    return difference, divergence
 
 
 @torch.inference_mode()
@@ -137,6 +158,13 @@ def probe_logits(model: Any, tokenizer: Any) -> list[torch.Tensor]:
 def largest_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     """Of two models' probe logits; NaN if one of them is NaN, which no tolerance accepts."""
     return torch.stack([(a - b).abs().max() for a, b in zip(one, other, strict=True)]).max().item()
+
+
+def mean_divergence(reference: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """Mean KL divergence of `other`'s next-token distributions from `reference`'s, in nats."""
+    ours = torch.cat(reference).log_softmax(-1)
+    theirs = torch.cat(other).log_softmax(-1)
+    return (ours.exp() * (ours - theirs)).sum(-1).mean().item()
 
 
 def _link_files(source: Path, target: Path, *, weights: bool) -> None:

@@ -108,7 +108,7 @@ def finetune(
         if not run["restored"]:
             device = training_device(track)
             run["threads"] = torch.get_num_threads()
-            run["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+            run.update(hardware(device))
             training = _Training(recipe, track, device, base_model / "model", dataset / "train.parquet", work)
             result = training.run(model_manifest.id)
             run["training_seconds"] = round(result.pop("seconds"), 3)
@@ -148,6 +148,18 @@ def training_device(track: Track) -> torch.device:
     return torch.device("cuda")
 
 
+def hardware(device: torch.device) -> dict[str, str]:
+    """What trains: for the ledger and the run's sidecar, never for a record."""
+    if device.type != "cuda":
+        return {"device": "cpu"}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": torch.cuda.get_device_name(),
+        "gpu_uuid": str(properties.uuid),
+        "cuda": str(torch.version.cuda),
+    }
+
+
 class _Training:
     """One attempt at one training run, in its work folder."""
 
@@ -179,7 +191,7 @@ class _Training:
             budget = float(self.track.training_budget)
             with (
                 _signals() as caught,
-                Ledger(self.work / "ledger.jsonl", budget, device=str(self.device)) as ledger,
+                Ledger(self.work / "ledger.jsonl", budget, **hardware(self.device)) as ledger,
             ):
                 self._resume(trainer)
                 state = self._train(trainer, ledger, caught)
