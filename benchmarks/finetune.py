@@ -34,8 +34,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # where Palio is not installed
 
+from palio.quantization import quantization
 from palio.training.attention import NAME, row_bounds
-from palio.training.model import adapt, base_dtype, load_model, quantization
+from palio.training.model import adapt, base_dtype, load_model
 from palio.training.rows import Row, flat_batch, step_rows, tokenise
 from palio.training.trainer import Trainer, peak_memory
 
@@ -237,7 +238,7 @@ def random_model(shape: str, method: str, device: torch.device) -> Any:
         model.save_pretrained(folder)
         del model
         return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=str(device), quantization_config=quantization("nf4", device)
+            folder, dtype=dtype, device_map=str(device), quantization_config=quantization("nf4", dtype)
         )
 
 

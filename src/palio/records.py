@@ -197,9 +197,9 @@ class PackageManifest(Record):
     parameters: int
     max_logit_difference: float | None
     """Merged model against base plus adapter on probe prompts, fp32 on CPU; None without an adapter."""
-    cast_divergence: float | None = None
-    """Mean KL divergence on the probe prompts that casting the merged model to `dtype` caused, in nats;
-    None where nothing was cast."""
+    divergence: float | None = None
+    """Mean KL divergence, in nats on the probe prompts, of the package from the model as it was trained:
+    what the cast to `dtype` and, after qlora, dequantising changed; None where neither was done."""
     files: dict[str, str]
 
     @property

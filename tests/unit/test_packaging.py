@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from palio.errors import Crashed
 from palio.packaging.package import (
-    CAST_TOLERANCE,
+    DIVERGENCE,
     TOLERANCE,
     build_package,
     largest_difference,
@@ -148,14 +148,23 @@ def test_a_fully_fine_tuned_model_is_packaged_as_it_is(tiny: Path, tmp_path: Pat
     assert {"tokenizer.json", "config.json", "README.md"} <= manifest.files.keys()
 
 
-def test_an_adapter_trained_on_a_quantised_base_is_merged_into_the_plain_one(
-    tiny: Path, tmp_path: Path
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_a_package_answers_as_the_quantised_model_that_was_trained(
+    tiny: Path, tmp_path: Path, kind: str
 ) -> None:
     entry = Entry.create(tmp_path / "e", tiny)
-    entry.finetune(max_steps=3, method="qlora")
+    entry.finetune(max_steps=30, learning_rate=1e-2, method="qlora", quantization=kind)
     manifest = package(entry)
     assert manifest.dtype == "float32"
     assert "quantization_config" not in json.loads((entry.folder / "package/config.json").read_text())
+    assert manifest.divergence is not None
+    assert manifest.divergence <= DIVERGENCE
+    # Merged into the base model that was never quantised, it would be further from what was trained.
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    plain = PeftModel.from_pretrained(base, entry.folder / "adapter").merge_and_unload()
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    ours = probe_logits(AutoModelForCausalLM.from_pretrained(entry.folder / "package"), tokenizer)
+    assert mean_divergence(ours, probe_logits(plain, tokenizer)) > manifest.divergence
 
 
 def test_an_adapter_that_differs_from_its_manifest_is_refused(entry: Entry) -> None:
@@ -194,8 +203,8 @@ def test_a_package_keeps_the_dtype_of_its_base_model(
     entry.finetune(max_steps=3)
     manifest = package(entry)
     assert manifest.dtype == "bfloat16"
-    assert manifest.cast_divergence is not None
-    assert 0 < manifest.cast_divergence < CAST_TOLERANCE
+    assert manifest.divergence is not None
+    assert 0 < manifest.divergence < DIVERGENCE
     assert AutoModelForCausalLM.from_pretrained(entry.folder / "package").dtype == torch.bfloat16
 
 

@@ -96,7 +96,7 @@ def test_a_changed_finished_adapter_is_not_handed_out(entry: Entry) -> None:
         {"method": "lora", "neftune_alpha": 5.0},
         {"method": "lora", "modules_to_save": ["lm_head"]},
         {"method": "qlora"},
-        {"method": "qlora", "quantization": "fp4"},
+        {"method": "qlora", "quantization": "fp4", "validation_rows": 8, "save_steps": 1},
         {"method": "qlora", "quantization": "int8"},
         {"method": "full"},
     ],

@@ -5,8 +5,12 @@
     package.run.json  when, where, how long
 
 The adapter is merged in fp32 and the merged model must give the logits of base plus adapter; only then
-are the weights cast to the base model's own dtype. A QLoRA adapter is merged into the unquantised base
-model: that is what HELM evaluates, and the package needs no quantisation library.
+are the weights cast to the base model's own dtype.
+
+A QLoRA adapter is merged into the base model as it was when it was trained: quantised, then dequantised
+to plain weights. On the demo's model (25 steps, NF4) that package is at a KL divergence of 0.0008 from
+the trained model and answers its task as it did (0.0015 nats a token); merged into the base model that
+was never quantised it is at 0.33 and has 0.021 nats a token.
 """
 
 from __future__ import annotations
@@ -23,13 +27,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from palio.errors import Crashed
 from palio.provenance import folder_sha256, timed_run
+from palio.quantization import evaluation_mode, quantization
 from palio.records import AdapterManifest, BaseModelManifest, PackageManifest, read_record
 
 TOLERANCE = 1e-3
 """Largest difference of a logit that the merge may make, in fp32."""
 
-CAST_TOLERANCE = 1e-2
-"""Largest mean KL divergence, in nats, that the cast to the base model's dtype may make."""
+DIVERGENCE = 1e-2
+"""Largest mean KL divergence, in nats, of the package from the model as it was trained."""
 
 PROBES = (
     "The capital of France is",
@@ -89,7 +94,7 @@ def build_package(
             dtype=dtype,
             parameters=parameters,
             max_logit_difference=difference,
-            cast_divergence=divergence,
+            divergence=divergence,
             files=folder_sha256(entry_dir / "package"),
         )
         manifest.write(entry_dir / "package.json")
@@ -115,8 +120,8 @@ def _write_tuned(
 ) -> tuple[float | None, float | None]:
     """Save the tuned model's weights and configs.
 
-    Returns the largest logit difference that the merge made and the divergence that the cast to the base
-    model's dtype made; None for what was not done.
+    Returns the largest logit difference that the merge made, and the divergence from the model as it was
+    trained; None for what needed no check.
     """
     if trained.recipe["method"] == "full":
         _link_files(adapter, target, weights=True)
@@ -124,28 +129,47 @@ def _write_tuned(
     stored = AutoConfig.from_pretrained(base).dtype or torch.float32
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base)
+    as_trained = None
+    if trained.recipe["method"] == "qlora":
+        quantised = _requantise(model, base, trained.recipe["quantization"])
+        with_adapter = evaluation_mode(PeftModel.from_pretrained(quantised, adapter))
+        as_trained = probe_logits(with_adapter, tokenizer)
+        del quantised, with_adapter
     adapted = PeftModel.from_pretrained(model, adapter).eval()
     before = probe_logits(adapted, tokenizer)
     merged = adapted.merge_and_unload()
-    after = probe_logits(merged, tokenizer)
-    difference = largest_difference(before, after)
+    difference = largest_difference(before, probe_logits(merged, tokenizer))
     if not difference <= TOLERANCE:  # also when it is not a number
         raise Crashed(
             f"the merged model differs from base plus adapter by {difference:.2g} in a logit "
             f"(at most {TOLERANCE:g} is rounding): the adapter is huge or not finite; lower learning_rate"
         )
     divergence = None
-    if stored != torch.float32:
+    if as_trained is not None or stored != torch.float32:
         merged.to(stored)
         merged.config.dtype = stored
-        divergence = mean_divergence(after, probe_logits(merged, tokenizer))
-        if not divergence <= CAST_TOLERANCE:
+        divergence = mean_divergence(as_trained or before, probe_logits(merged, tokenizer))
+        if not divergence <= DIVERGENCE:
             raise Crashed(
-                f"casting the merged model to {stored} changes its predictions (KL {divergence:.2g}, at most "
-                f"{CAST_TOLERANCE:g}); the adapter is huge or overflows; lower learning_rate"
+                f"the package in {stored} predicts otherwise than the trained model (KL {divergence:.2g}, at "
+                f"most {DIVERGENCE:g}); the adapter is huge or overflows; lower learning_rate"
             )
     merged.save_pretrained(target)
     return difference, divergence
+
+
+def _requantise(model: Any, base: Path, kind: str) -> Any:
+    """The base model quantised as it was for training; `model`, in fp32, gets its dequantised weights."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    settings = quantization(kind, torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=settings)
+    with torch.no_grad():
+        for name, module in quantised.named_modules():
+            if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+                weight = model.get_submodule(name).weight
+                weight.copy_(dequantize_module_weight(module).view_as(weight))
+    return quantised
 
 
 @torch.inference_mode()

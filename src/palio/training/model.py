@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
+
+from palio.quantization import quantization
 
 if TYPE_CHECKING:
     from palio.config import FinetuneRecipe
@@ -24,24 +26,12 @@ def base_dtype(device: torch.device, method: str) -> torch.dtype:
     return torch.float32
 
 
-def quantization(kind: str, device: torch.device) -> BitsAndBytesConfig:
-    """4 bits with double quantisation (QLoRA, arXiv 2305.14314) or 8, computing in the device's dtype."""
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=kind,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=base_dtype(device, "qlora"),
-    )
-
-
 def load_model(folder: Path, recipe: FinetuneRecipe, device: torch.device) -> Any:
     """The base model of `folder`, adapted as the recipe says. `LoRA modules that match nothing` is a
     ValueError of peft's."""
     settings: dict[str, Any] = {"dtype": base_dtype(device, recipe.method), "device_map": str(device)}
     if recipe.method == "qlora":
-        settings["quantization_config"] = quantization(recipe.quantization, device)
+        settings["quantization_config"] = quantization(recipe.quantization, settings["dtype"])
     model = AutoModelForCausalLM.from_pretrained(folder, **settings)
     return adapt(model, recipe)
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from palio.quantization import evaluation_mode
 from palio.training.attention import NAME, row_bounds, row_lengths
 from palio.training.rows import Row, flat_batch, padded_batch, planned_steps, step_rows
 
@@ -130,7 +131,7 @@ class Trainer:
     @torch.no_grad()
     def validation_loss(self, rows: Sequence[Row]) -> float:
         """Mean cross-entropy over the completion tokens of `rows`, without dropout or noise, in nats."""
-        self.model.eval()
+        evaluation_mode(self.model)
         total, targets = 0.0, sum(len(row.ids) - row.prompt for row in rows)
         for start in range(0, len(rows), self.recipe.batch_size):
             with self._loss(rows[start : start + self.recipe.batch_size]) as loss:
