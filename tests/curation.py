@@ -1,11 +1,19 @@
-"""Reading published lines as a person would, with none of the code that is tested."""
+"""Recipes in one line, and reading published lines as a person would."""
 
 from __future__ import annotations
 
 import html
 import json
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from palio.config import DatasetRecipe, parse
+from palio.curation.curate import curate_dataset
+from palio.records import DatasetManifest
 
 
 def demo_lines(sources: Path, family: str) -> list[dict[str, str]]:
@@ -17,3 +25,45 @@ def plain(text: str) -> str:
     bare = re.sub(r"</?(p|b|br|div)( class='question')?>", "", text)
     bare = re.sub(r"^\*\*(.*?)\*\*\n", r"\1\n", html.unescape(bare))
     return re.sub(" {2,}", " ", bare)
+
+
+def recipe(
+    sources: list[dict[str, Any]], *operations: dict[str, Any] | str, **settings: Any
+) -> DatasetRecipe:
+    """A recipe of sources (licence filled in) and operations (a name alone: default settings)."""
+    return parse(
+        DatasetRecipe,
+        {
+            "sources": [{"licence": "CC0-1.0", **source} for source in sources],
+            "operations": [{"op": one} if isinstance(one, str) else one for one in operations],
+            **settings,
+        },
+        "recipe",
+    )
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def curate(
+    given: DatasetRecipe, out: Path, base_model: Path = Path("none"), limit: int | None = None
+) -> DatasetManifest:
+    """Curate as entry civetta; paths in the recipe are absolute, the work folder lies beside `out`."""
+    return curate_dataset(
+        given,
+        base_model=base_model,
+        competition="palio",
+        track="laptop",
+        entry="civetta",
+        out=out,
+        limit=limit,
+    )
+
+
+def pairs_of(table: Path) -> list[tuple[str, str]]:
+    """Prompt and completion of every row of a Parquet file."""
+    rows = pq.read_table(table, columns=["prompt", "completion"]).to_pylist()
+    return [(row["prompt"], row["completion"]) for row in rows]

@@ -51,6 +51,7 @@ def curate_dataset(
     out: Path,
     base: Path = Path(),
     work: Path | None = None,
+    limit: int | None = None,
 ) -> DatasetManifest:
     """Curate the dataset of one entry into the folder `out`.
 
@@ -58,13 +59,14 @@ def curate_dataset(
         base_model: model folder of the entry's base model, for its tokenizer.
         base: folder that paths in the recipe are relative to.
         work: folder of the intermediate files, kept for reruns; default: work/curate beside `out`.
+        limit: rows to read of each source, for a preview; omit to read all.
 
     Raises:
         BadInput: a source is absent or broken, too much of it is malformed, or no row is left.
     """
     work = work or out.parent / "work" / "curate"
     around = Surroundings(base_model=base_model, base=base, seed=recipe.seed)
-    sources, steps = _read_sources(recipe, base, work), []
+    sources, steps = _read_sources(recipe, base, work, limit), []
     rows = sources.folder
     key = sources.key
     for place, operation in enumerate(recipe.operations):
@@ -117,10 +119,17 @@ class _Step:
 
 
 def _remove_others(work: Path, kept: set[Path]) -> None:
-    """Results of earlier recipes, and halves of results that a killed run left."""
+    """Results of earlier recipes."""
     for folder in work.iterdir():
         if folder not in kept:
             shutil.rmtree(folder)
+
+
+def _start(folder: Path) -> None:
+    """An empty folder, whatever a killed run left in it."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
 
 def _write_rows(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
@@ -139,7 +148,7 @@ def _read_batches(path: Path) -> Iterator[pa.RecordBatch]:
 # --- sources --------------------------------------------------------------------------------------
 
 
-def _read_sources(recipe: DatasetRecipe, base: Path, work: Path) -> _Sources:
+def _read_sources(recipe: DatasetRecipe, base: Path, work: Path, limit: int | None) -> _Sources:
     paths = [base / source.path for source in recipe.sources]
     for path in paths:
         if not path.is_file():
@@ -149,11 +158,12 @@ def _read_sources(recipe: DatasetRecipe, base: Path, work: Path) -> _Sources:
         source.model_dump(mode="json", exclude={"path"}) | {"label": source.label}
         for source in recipe.sources
     ]
-    key = fingerprint([RECIPE_VERSION, digests, described, recipe.max_quarantined])
+    key = fingerprint([RECIPE_VERSION, digests, described, recipe.max_quarantined, limit])
     folder = work / f"sources-{key[:16]}"
     report = folder / "report.json"
     if not report.exists():
-        reading = _Reading()
+        _start(folder)
+        reading = _Reading(limit)
         batches = reading.batches(recipe.sources, paths, digests, recipe.max_quarantined)
         _write_rows(folder / "rows.arrow", ROW, batches)
         text = "".join(canonical_json(line) + "\n" for line in reading.quarantine)
@@ -171,6 +181,7 @@ def _read_sources(recipe: DatasetRecipe, base: Path, work: Path) -> _Sources:
 class _Reading:
     """Rows of all sources in batches, and what was set aside on the way."""
 
+    limit: int | None
     reports: list[SourceReport] = field(default_factory=list)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
 
@@ -185,6 +196,8 @@ class _Reading:
                     quarantined += 1
                     self.quarantine.append({"source": source.label, **record.__dict__})
                     continue
+                if rows == self.limit:
+                    break
                 rows += 1
                 batch.append(record)
                 if len(batch) == BATCH_ROWS:
@@ -194,13 +207,10 @@ class _Reading:
                 yield _record_batch(source, batch)
             if quarantined > most * (rows + quarantined):
                 first = next(line for line in self.quarantine if line["source"] == source.label)
-                raise BadInput(
-                    path,
-                    f"line {first['line']}",
-                    None,
-                    f"{first['reason']}; {quarantined} of {rows + quarantined} lines are malformed, more than "
-                    f"max_quarantined = {most:g}: correct the file, its format or the limit",
-                )
+                share = f"{quarantined} of {rows + quarantined} lines are malformed"
+                limit = f"more than max_quarantined = {most:g}"
+                fix = f"{first['reason']}; {share}, {limit}: correct the file or its format"
+                raise BadInput(path, f"line {first['line']}", None, fix)
             self.reports.append(
                 SourceReport(
                     name=source.label,
@@ -259,7 +269,7 @@ def _apply(operation: Operation, place: int, key: str, rows: Path, work: Path, a
     account = _Account(operation, place)
     verdicts = JUDGES[operation.op](operation, batches, around)
     judged = account.kept(zip(_read_batches(rows / "rows.arrow"), verdicts, strict=True))
-    folder.mkdir(parents=True, exist_ok=True)
+    _start(folder)
     with atomic_path(folder / "dropped.arrow") as temporary, pa.ipc.new_file(temporary, DROPPED) as writer:
         account.dropped = writer
         _write_rows(folder / "rows.arrow", ROW, judged)

@@ -31,6 +31,13 @@ _MIX = np.random.default_rng(SEED).integers(
     1, 2**63, size=PERMUTATIONS // BANDS, dtype=np.uint64
 ) | np.uint64(1)
 _VOCABULARY = 1 << 20
+_NUMBERS = frozenset(
+    words(
+        """zero two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+        seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand
+        million half third quarter first second twice double"""
+    )
+)
 _NAME = re.compile(r"(?<=[\w,;:] )[A-Z][a-z]+")
 
 
@@ -98,15 +105,17 @@ class _Candidate:
     """What verification needs of a row."""
 
     shingles: Hashes
-    telling: frozenset[str]
-    """Words with a digit, and names: rows that differ in one ask different questions."""
+    words: list[str]
+    names: set[str]
     id: str
 
-
-def _telling(prompt: str, completion: str, row: list[str]) -> frozenset[str]:
-    numbers = {word for word in row if any(character.isdigit() for character in word)}
-    names = {name.lower() for text in (prompt, completion) for name in _NAME.findall(text)}
-    return frozenset(numbers | names)
+    def telling(self, names: set[str]) -> list[str]:
+        """Numbers and names in their order: rows that differ in one ask different questions."""
+        return [
+            word
+            for word in self.words
+            if word in names or word in _NUMBERS or any(character.isdigit() for character in word)
+        ]
 
 
 def _read(rows: Batches, wanted: set[int], hashes: _WordHashes) -> dict[int, _Candidate]:
@@ -118,8 +127,9 @@ def _read(rows: Batches, wanted: set[int], hashes: _WordHashes) -> dict[int, _Ca
         ):
             if start + place in wanted:
                 row = words(f"{prompt} {completion}")
+                names = {name.lower() for text in (prompt, completion) for name in _NAME.findall(text)}
                 shingles = np.unique(_shingles(hashes.of(row)))
-                found[start + place] = _Candidate(shingles, _telling(prompt, completion, row), name)
+                found[start + place] = _Candidate(shingles, row, names, name)
         start += len(batch.ids)
     return found
 
@@ -127,7 +137,9 @@ def _read(rows: Batches, wanted: set[int], hashes: _WordHashes) -> dict[int, _Ca
 def _alike(one: _Candidate, other: _Candidate, threshold: float) -> bool:
     common = len(np.intersect1d(one.shingles, other.shingles, assume_unique=True))
     union = len(one.shingles) + len(other.shingles) - common
-    return common >= threshold * union and one.telling == other.telling
+    # A name of either: in upper case it is not seen as one, but stands in the other.
+    names = one.names | other.names
+    return common >= threshold * union and one.telling(names) == other.telling(names)
 
 
 def _firsts(pairs: set[tuple[int, int]], rows: dict[int, _Candidate], threshold: float) -> dict[int, int]:

@@ -1,0 +1,45 @@
+"""Looking into a dataset: its rows, and the dropped ones with operation and reason, as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from palio.curation.rows import BATCH_ROWS
+from palio.errors import BadInput
+
+
+def lines_of(
+    dataset: Path,
+    *,
+    dropped: bool = False,
+    operation: str | None = None,
+    source: str | None = None,
+    limit: int | None = None,
+) -> Iterator[str]:
+    """A block of text for every row of a dataset folder that is asked for, texts as they are.
+
+    Args:
+        dropped: the rows that operations dropped, instead of the training rows.
+        operation: of the dropped, only those of this operation (its name, or number and name).
+        source: only rows of this source.
+        limit: stop after so many rows.
+    """
+    path = dataset / ("dropped.parquet" if dropped else "train.parquet")
+    if not path.is_file():
+        raise BadInput(path, "", None, "no such file; give the folder of a curated dataset")
+    shown = 0
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=BATCH_ROWS):
+        for row in batch.to_pylist():
+            name = row.get("operation", "")
+            if source is not None and row["source"] != source:
+                continue
+            if operation is not None and operation not in (name, name.partition(" ")[2]):
+                continue
+            if shown == limit:
+                return
+            shown += 1
+            why = f"  dropped by {name}: {row['reason']}" if dropped else ""
+            yield f"--- {row['source']} {row['id']}{why}\n{row['prompt']}\n>>>{row['completion']}\n"
