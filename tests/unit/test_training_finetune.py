@@ -123,6 +123,7 @@ def test_full_fine_tuning_leaves_a_model_that_loads(entry: Entry) -> None:
     model = AutoModelForCausalLM.from_pretrained(entry.folder / "adapter")
     base = AutoModelForCausalLM.from_pretrained(entry.base / "model")
     assert not torch.equal(model.lm_head.weight, base.lm_head.weight)
+    assert "palio" not in (entry.folder / "adapter" / "config.json").read_text()
 
 
 def test_modules_that_match_nothing_are_named(entry: Entry) -> None:

@@ -8,9 +8,9 @@ The adapter is merged in fp32 and the merged model must give the logits of base 
 are the weights cast to the base model's own dtype.
 
 A QLoRA adapter is merged into the base model as it was when it was trained: quantised, then dequantised
-to plain weights. On the demo's model (25 steps, NF4) that package is at a KL divergence of 0.0008 from
-the trained model and answers its task as it did (0.0015 nats a token); merged into the base model that
-was never quantised it is at 0.33 and has 0.021 nats a token.
+to plain weights. On the demo's model (25 steps, NF4) that package is at a KL divergence below 1e-6 from
+the trained model, with the same loss on its task (0.0015 nats a token); merged into the base model that
+was never quantised it would be at 0.33, with a loss of 0.021.
 """
 
 from __future__ import annotations
@@ -186,8 +186,8 @@ def largest_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> fl
 
 def mean_divergence(reference: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     """Mean KL divergence of `other`'s next-token distributions from `reference`'s, in nats."""
-    ours = torch.cat(reference).log_softmax(-1)
-    theirs = torch.cat(other).log_softmax(-1)
+    ours = torch.cat(reference).double().log_softmax(-1)
+    theirs = torch.cat(other).double().log_softmax(-1)
     return (ours.exp() * (ours - theirs)).sum(-1).mean().item()
 
 

@@ -1,0 +1,122 @@
+"""Optimizer steps: what a saved state holds, what the schedule says, what a GPU must agree on."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from palio.config import FinetuneRecipe
+from palio.training.attention import NAME, row_bounds
+from palio.training.model import adapt
+from palio.training.rows import Row, flat_batch
+from palio.training.trainer import Trainer, learning_rate
+
+CPU = torch.device("cpu")
+CONFIG = LlamaConfig(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+
+
+def rows_of(count: int) -> list[Row]:
+    random = np.random.default_rng(0)
+    return [Row(n, random.integers(0, 97, 5 + n % 11).astype(np.int32), 3) for n in range(count)]
+
+
+def trainer_of(recipe: FinetuneRecipe, *, attention_backend: bool = True) -> Trainer:
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIG))
+    model._supports_attention_backend = attention_backend
+    return Trainer(adapt(model, recipe), rows_of(40), recipe, CPU)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_saved_state_goes_on_bit_by_bit(optimizer: str, method: str) -> None:
+    recipe = FinetuneRecipe.model_validate(
+        {
+            "optimizer": optimizer,
+            "method": method,
+            "max_steps": 6,
+            "lora_dropout": 0.2,
+            "neftune_alpha": 5.0,
+            "learning_rate": 1e-2,
+        }
+    )
+    whole = trainer_of(recipe)
+    reports = [whole.train_step() for _ in range(6)]
+    first = trainer_of(recipe)
+    for _ in range(3):
+        first.train_step()
+    file = io.BytesIO()
+    torch.save(first.state(), file)
+    file.seek(0)
+    second = trainer_of(recipe)
+    torch.manual_seed(99)  # a new process starts from any random state
+    second.restore(torch.load(file, weights_only=True))
+    again = [second.train_step() for _ in range(3)]
+    assert [report.loss for report in again] == [report.loss for report in reports[3:]]
+    theirs = second.trained()
+    assert all(torch.equal(value, theirs[name]) for name, value in whole.trained().items())
+
+
+def test_padded_rows_train_like_rows_end_to_end() -> None:
+    recipe = FinetuneRecipe(max_steps=5, learning_rate=1e-2)
+    flat, padded = trainer_of(recipe), trainer_of(recipe, attention_backend=False)
+    assert (flat.flat, padded.flat) == (True, False)
+    ours = [flat.train_step().loss for _ in range(5)]
+    assert ours == pytest.approx([padded.train_step().loss for _ in range(5)], rel=1e-4)
+    assert flat.validation_loss(rows_of(9)) == pytest.approx(padded.validation_loss(rows_of(9)), rel=1e-4)
+
+
+def test_validation_changes_nothing() -> None:
+    recipe = FinetuneRecipe(max_steps=4, lora_dropout=0.2, neftune_alpha=5.0)
+    with_it, without = trainer_of(recipe), trainer_of(recipe)
+    for _ in range(4):
+        with_it.validation_loss(rows_of(5))
+    torch.manual_seed(3)
+    ours = []
+    for _ in range(4):
+        ours.append(with_it.train_step().loss)
+        with_it.validation_loss(rows_of(5))
+    torch.manual_seed(3)
+    assert ours == [without.train_step().loss for _ in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "last"), [("linear", 0.05), ("cosine", 0.0062), ("constant_with_warmup", 1.0)]
+)
+def test_the_rate_rises_then_follows_the_schedule(scheduler: str, last: float) -> None:
+    recipe = FinetuneRecipe.model_validate(
+        {"scheduler": scheduler, "learning_rate": 1.0, "warmup_ratio": 0.2}
+    )
+    rates = [learning_rate(recipe, step, 25) for step in range(25)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[-1] == pytest.approx(last, abs=1e-3)
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_gpus_attention_keeps_rows_apart_as_the_cpus_does() -> None:
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIG), dtype=torch.bfloat16).to(device).eval()
+    rows = rows_of(6)
+    with torch.inference_mode():
+        ids = [torch.from_numpy(row.ids.astype(np.int64))[None].to(device) for row in rows]
+        alone = torch.cat([model(input_ids=row).logits[0] for row in ids])
+        model.set_attn_implementation(NAME)
+        batch = flat_batch(rows, device)
+        with row_bounds(batch.bounds, device):
+            out = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    torch.testing.assert_close(out.logits[0], alone, atol=0.02, rtol=0.02)
