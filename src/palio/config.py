@@ -355,9 +355,18 @@ class Scenario(Strict):
 
     run_entries: str
     """Path of a file in HELM's run-entries format; `~` and `$VARIABLES` are expanded."""
-    max_eval_instances: PositiveInt
-    """Instances of each run entry: every scenario has a budget of its own."""
+    max_eval_instances: PositiveInt | None = None
+    """Instances of each run entry."""
+    questions: PositiveInt | None = None
+    """Instances of all run entries together, instead: shared out evenly over the groups of the run file,
+    and in a group over its run entries."""
     metrics: dict[str, Metric] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Scenario:
+        if (self.max_eval_instances is None) == (self.questions is None):
+            raise ValueError("give either max_eval_instances or questions")
+        return self
 
 
 class Stage(Strict):
@@ -458,7 +467,8 @@ class ScenarioRuns(Strict):
     """A scenario's HELM runs. The digest stands for the run file's content, which may be secret."""
 
     run_entries: str
-    max_eval_instances: PositiveInt
+    max_eval_instances: PositiveInt | None = None
+    questions: PositiveInt | None = None
     sha256: str
 
 

@@ -30,6 +30,8 @@ from palio.provenance import canonical_json, fingerprint
 from palio.rules.check import approved_model
 
 GIB = 1024
+DEMO_SOURCES = "resources/demo_sources"
+"""Where the rule `generate_demo_data` puts its files."""
 
 
 def slice_of(model: BaseModel) -> str:
@@ -97,8 +99,13 @@ class Workflow:
         return entry is not None and entry.finetune is not None
 
     def source_files(self, wildcards: Any) -> list[str]:
+        """Data that is there or that a rule makes. A team's missing file does not stop the others' plan:
+        `curate` names it."""
         entry = self.entry(wildcards)
-        return [source.path for source in entry.dataset.sources] if entry and entry.dataset else []
+        if entry is None or entry.dataset is None:
+            return []
+        paths = [source.path for source in entry.dataset.sources]
+        return [path for path in paths if path.startswith(f"{DEMO_SOURCES}/") or Path(path).exists()]
 
     def base_model_manifest(self, wildcards: Any) -> str:
         return f"resources/base_models/{self.base_model_id(wildcards)}/manifest.json"

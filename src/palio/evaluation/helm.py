@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -58,26 +58,49 @@ def helm_version() -> str:
 # --- what to run -----------------------------------------------------------------------------------
 
 
-def run_descriptions(path: Path) -> list[str]:
-    """Descriptions in a file of HELM's run-entries format, in its order.
+def run_entries(path: Path) -> list[tuple[str, str]]:
+    """Description and group of the entries in a file of HELM's run-entries format, in its order.
+
+    The group is the entry's first, or the description of an entry without `groups`: a group of its own.
 
     Raises:
         BadInput: no such file, not HOCON, no entries, or an entry that fixes what the stage decides.
     """
     try:
         parsed = ConfigFactory.parse_string(path.read_text(encoding="utf-8"))
-        descriptions = [str(entry["description"]) for entry in parsed["entries"]]
+        entries = [
+            (description := str(entry["description"]), str((entry.get("groups", None) or [description])[0]))
+            for entry in parsed["entries"]
+        ]
     except FileNotFoundError:
         raise BadInput(path, "", None, "no such run-entries file; correct run_entries") from None
     except Exception as error:
         raise BadInput(path, "entries", None, f"not HELM's run-entries format ({error})") from None
-    if not descriptions:
+    if not entries:
         raise BadInput(path, "entries", None, "is empty; add at least one run entry")
-    for description in descriptions:
+    for description, _ in entries:
         for key in ("model", "max_eval_instances"):
             if re.search(rf"[:,]{key}=", description):
                 raise BadInput(path, "entries", description, f"drop {key}=, the stage sets it")
-    return descriptions
+    return entries
+
+
+def shares(total: int, parts: int) -> list[int]:
+    """`total` in `parts` whole numbers that differ by at most 1, the larger ones spread evenly."""
+    return [total * (part + 1) // parts - total * part // parts for part in range(parts)]
+
+
+def budgets(groups: Sequence[str], questions: int) -> list[int]:
+    """Questions of each run entry: even over the groups, and in a group even over its entries.
+
+    The sum is `questions`; with fewer questions than entries some get none.
+    """
+    names = list(dict.fromkeys(groups))
+    in_group = {
+        name: iter(shares(share, groups.count(name)))
+        for name, share in zip(names, shares(questions, len(names)), strict=True)
+    }
+    return [next(in_group[group]) for group in groups]
 
 
 def stage_runs(competition: Competition, stage: str) -> StageRuns:
@@ -90,7 +113,8 @@ def stage_runs(competition: Competition, stage: str) -> StageRuns:
             name: ScenarioRuns(
                 run_entries=scenario.run_entries,
                 max_eval_instances=scenario.max_eval_instances,
-                sha256=fingerprint(run_descriptions(expand(scenario.run_entries))),
+                questions=scenario.questions,
+                sha256=fingerprint(run_entries(expand(scenario.run_entries))),
             )
             for name, scenario in competition.stage(stage).scenarios.items()
         },
@@ -105,12 +129,17 @@ def stage_entries(runs: StageRuns) -> dict[str, list[str]]:
     """
     entries: dict[str, list[str]] = {}
     for name, scenario in runs.scenarios.items():
-        descriptions = run_descriptions(expand(scenario.run_entries))
-        if fingerprint(descriptions) != scenario.sha256:
+        found = run_entries(expand(scenario.run_entries))
+        if fingerprint(found) != scenario.sha256:
             raise BadInput(scenario.run_entries, "", None, "changed while the workflow ran; start it again")
-        settings = f"max_eval_instances={scenario.max_eval_instances},model={MODEL}"
+        if scenario.questions:
+            counts = budgets([group for _, group in found], scenario.questions)
+        else:
+            counts = [scenario.max_eval_instances or 0] * len(found)
         entries[name] = [
-            f"{description}{',' if ':' in description else ':'}{settings}" for description in descriptions
+            f"{description}{',' if ':' in description else ':'}max_eval_instances={count},model={MODEL}"
+            for (description, _), count in zip(found, counts, strict=True)
+            if count
         ]
     return entries
 
