@@ -62,8 +62,13 @@ def test_a_deleted_output_is_restored_without_training(entry: Entry) -> None:
     (entry.folder / "adapter.json").unlink()
     (entry.folder / "train.parquet").unlink()
     lines = len(read_ledger(entry.work() / "ledger.jsonl"))
+    trained = json.loads((entry.folder / "finetune.run.json").read_text())
     assert entry.finetune(max_steps=3) == first
     assert len(read_ledger(entry.work() / "ledger.jsonl")) == lines
+    restored = json.loads((entry.folder / "finetune.run.json").read_text())
+    assert (trained["restored"], restored["restored"]) == (False, True)
+    for fact in ("training_seconds", "tokens", "peak_memory_bytes", "device", "threads", "versions"):
+        assert restored[fact] == trained[fact]
     assert (entry.folder / "train.parquet").exists()
 
 

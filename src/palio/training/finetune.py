@@ -7,6 +7,7 @@ All training happens in a folder named by the fingerprint of what decides its re
         checkpoints/      what a killed attempt goes on from
         adapter/          the finished adapter
         train.parquet     its telemetry
+        training.json     what trained it, and how long: goes into finetune.run.json
         adapter.json      its manifest, written last
     adapter/, train.parquet, adapter.json    hard links to (copies of) the recipe's own
 
@@ -17,6 +18,7 @@ stays ended.
 from __future__ import annotations
 
 import fcntl
+import json
 import math
 import os
 import shutil
@@ -38,7 +40,7 @@ from transformers import AutoTokenizer
 
 from palio.config import FinetuneRecipe, Track
 from palio.errors import BadInput, Crashed, OutOfMemory, TimeLimit
-from palio.provenance import atomic_path, fingerprint, folder_sha256, library_versions, timed_run
+from palio.provenance import atomic_path, fingerprint, folder_sha256, library_versions, timed_run, write_json
 from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, read_record
 from palio.training.checkpoint import load_checkpoint, save_checkpoint
 from palio.training.ledger import Ledger
@@ -103,17 +105,20 @@ def finetune(
     if threads is not None:
         torch.set_num_threads(threads)
     with timed_run(entry_dir / "finetune.run.json", fingerprint=key) as run, _sole_process(work):
-        run["versions"] = library_versions(*TRACED)
         run["restored"] = (work / "adapter.json").is_file()
         if not run["restored"]:
             device = training_device(track)
-            run["threads"] = torch.get_num_threads()
-            run.update(hardware(device))
             training = _Training(recipe, track, device, base_model / "model", dataset / "train.parquet", work)
             result = training.run(model_manifest.id)
-            run["training_seconds"] = round(result.pop("seconds"), 3)
-            run["peak_memory_bytes"] = peak_memory(device)
-            run["tokens"] = training.tokens
+            facts = {
+                "versions": library_versions(*TRACED),
+                "threads": torch.get_num_threads(),
+                "training_seconds": round(result.pop("seconds"), 3),
+                "tokens": training.tokens,
+                "peak_memory_bytes": peak_memory(device),
+                **hardware(device),
+            }
+            write_json(work / "training.json", facts)
             AdapterManifest(
                 competition=competition,
                 track=track_id,
@@ -128,6 +133,7 @@ def finetune(
                 **result,
             ).write(work / "adapter.json")
             shutil.rmtree(work / "checkpoints", ignore_errors=True)
+        run.update(json.loads((work / "training.json").read_text(encoding="utf-8")))
         return _publish(work, entry_dir)
 
 
@@ -255,6 +261,7 @@ class _Training:
             self.telemetry = state.pop("telemetry")
             self.best = state.pop("best")
             self.validations_since_best = state.pop("validations_since_best")
+            self.tokens = state.pop("tokens")
             trainer.restore(state)
             _console.print(f"resumed from step {trainer.step} of {trainer.steps}", highlight=False)
 
@@ -331,6 +338,7 @@ class _Training:
             "telemetry": self.telemetry,
             "best": self.best,
             "validations_since_best": self.validations_since_best,
+            "tokens": self.tokens,
         }
         save_checkpoint(self.checkpoints, trainer.step, {**trainer.state(), **progress})
         self.slowest_save = max(self.slowest_save, time.monotonic() - clock)
