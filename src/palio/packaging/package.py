@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from palio.errors import Crashed
 from palio.provenance import folder_sha256, timed_run
@@ -61,6 +62,7 @@ def build_package(
     """
     base = read_record(BaseModelManifest, base_model / "manifest.json")
     trained = read_record(AdapterManifest, entry_dir / "adapter.json") if adapter else None
+    disable_progress_bar()  # of transformers' loading and saving: only noise in a log
     building = entry_dir / "work" / "package.tmp"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)

@@ -37,6 +37,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from palio.config import FinetuneRecipe, Track
 from palio.errors import BadInput, Crashed, OutOfMemory, TimeLimit
@@ -100,6 +101,7 @@ def finetune(
             "dataset": data_manifest.sha256,
         }
     )
+    disable_progress_bar()  # of transformers' loading and saving: only noise in a log
     work = entry_dir / "work" / "train" / key[:16]
     work.mkdir(parents=True, exist_ok=True)
     if threads is not None:
