@@ -98,12 +98,14 @@ def test_the_winners_base_models_are_pinned() -> None:
 
 
 def test_the_competition_plans_from_a_fresh_clone_without_the_teams_data(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    clone.mkdir()
     for name in ("Snakefile", "rules", "config", "profiles"):
-        (tmp_path / name).symlink_to(ROOT / name)
+        (clone / name).symlink_to(ROOT / name)
     python = Path(sys.executable)
     ended = subprocess.run(
         [str(python.with_name("snakemake")), "--configfile", "config/neurips2023.yaml", "-n", "--quiet"],
-        cwd=tmp_path,
+        cwd=clone,
         env={**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}", "HOME": str(tmp_path)},
         capture_output=True,
         text=True,

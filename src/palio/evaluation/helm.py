@@ -257,7 +257,7 @@ def log_error(folder: Path, run: str | None = None) -> str:
         text = text.rpartition(f"Error when running {run}:")[2]
         text = text.partition("Error when running ")[0]
     pattern = re.compile(r"^(?:\S+ \S+ \w+ +)?\s*((?:\w+\.)*\w*(?:Error|Exception|NotFound)\b.*)$", re.M)
-    found = [line for line in pattern.findall(text) if not line.startswith(("RunnerError", "Error when"))]
+    found = [line for line in pattern.findall(text) if not re.match(r"(\w+\.)*RunnerError|Error when", line)]
     return str(found[-1])[:300] if found else ""
 
 
