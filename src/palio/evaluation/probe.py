@@ -1,0 +1,348 @@
+"""Conformance of a running server, before HELM spends GPU hours on it.
+
+Each check looks for one defect seen in the entries of 2023. A required check that fails would cost an
+entry its run or its scores; a warning costs points or time. Requests are short, and the whole probe takes
+well under a minute of a healthy server.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import requests
+from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+
+PROMPT = "The following are the days of the week: Monday, Tuesday, Wednesday,"
+FIRST_REPLY_SECONDS = 300.0
+"""A server may load its model on the first request."""
+REPLY_SECONDS = 60.0
+TYPICAL_TOKENS = 20
+"""New tokens of a timed request; most of HELM's are fewer than 10."""
+
+
+class ProbeCheck(BaseModel):
+    """One check's outcome."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    required: bool
+    state: Literal["pass", "fail", "skipped"]
+    why: str
+    """What was seen."""
+    fix: str
+    """What to change; empty for a check that passed."""
+
+
+class ProbeReport(BaseModel):
+    """All checks of one server, in the order they ran."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    checks: tuple[ProbeCheck, ...]
+    planned_requests: int
+    time_limit: float
+    """Seconds."""
+    projected_seconds: float | None
+    """Of the stage, from the timed requests; None if they failed."""
+
+    @property
+    def conforms(self) -> bool:
+        """Whether every required check passed."""
+        return all(check.state == "pass" for check in self.checks if check.required)
+
+    @property
+    def failed(self) -> list[str]:
+        return [check.name for check in self.checks if check.state == "fail"]
+
+
+class Defect(Exception):
+    """What a check saw; its message is the check's `why`."""
+
+
+@dataclass
+class Client:
+    """HELM's view of a server: JSON posted to three paths."""
+
+    base_url: str
+    timeout: float = REPLY_SECONDS
+
+    def post(self, path: str, body: dict[str, Any], *, rejectable: bool = False) -> dict[str, Any] | None:
+        """The reply as a dict; None for a clean 4xx where the request may be refused.
+
+        Raises:
+            Defect: no reply, another status, or not a JSON object.
+        """
+        try:
+            reply = requests.post(f"{self.base_url}/{path}", json=body, timeout=self.timeout)
+        except requests.Timeout:
+            raise Defect(f"/{path} gave no reply in {self.timeout:.0f} s") from None
+        except requests.RequestException as error:
+            raise Defect(f"/{path} broke the connection ({type(error).__name__})") from None
+        if rejectable and 400 <= reply.status_code < 500:
+            return None
+        if reply.status_code != 200:
+            raise Defect(f"/{path} answered HTTP {reply.status_code}")
+        try:
+            content = reply.json()
+        except ValueError:
+            raise Defect(f"/{path} did not answer with JSON") from None
+        if not isinstance(content, dict):
+            raise Defect(f"/{path} answered with a JSON {type(content).__name__}, not an object")
+        return content
+
+    def process(self, prompt: str = PROMPT, **settings: Any) -> dict[str, Any]:
+        """A completion, asked for as HELM does."""
+        content = self.post("process", helm_body(prompt, **settings))
+        assert content is not None
+        for key in ("text", "tokens", "logprob", "request_time"):
+            if key not in content:
+                raise Defect(f"/process answered without {key}")
+        if not isinstance(content["text"], str) or not isinstance(content["tokens"], list):
+            raise Defect("/process: text must be a string and tokens a list")
+        return content
+
+
+def helm_body(prompt: str, **settings: Any) -> dict[str, Any]:
+    """What HELM 0.5.16 posts to /process."""
+    return {
+        "prompt": prompt,
+        "temperature": 1e-7,
+        "num_return_sequences": 1,
+        "max_new_tokens": 8,
+        "top_p": 1,
+        "echo_prompt": False,
+        "top_k_per_token": 1,
+        "stop_sequences": [],
+    } | settings
+
+
+# --- the checks --------------------------------------------------------------------------------------
+
+
+def answers_the_prompt_alone(client: Client) -> None:
+    patient = Client(client.base_url, FIRST_REPLY_SECONDS)
+    content = patient.post("process", {"prompt": PROMPT})
+    if not content or "text" not in content:
+        raise Defect("/process answered without text")
+
+
+def answers_helms_body(client: Client) -> None:
+    client.process()
+
+
+def accepts_unknown_fields(client: Client) -> None:
+    client.process(field_of_a_later_version=1)
+
+
+def numbers_are_finite(client: Client) -> None:
+    content = client.process()
+    parts: list[Any] = [
+        token.get("logprob") if isinstance(token, dict) else None for token in content["tokens"]
+    ]
+    for value in [content["logprob"], content["request_time"], *parts]:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise Defect(f"a log-probability or time is {value!r}")
+    if abs(sum(parts) - content["logprob"]) > max(0.05, 0.02 * abs(content["logprob"])):
+        raise Defect(f"logprob is {content['logprob']:.3f}, its tokens' add up to {sum(parts):.3f}")
+
+
+def request_time_is_seconds(client: Client) -> None:
+    started = time.monotonic()
+    said = float(client.process()["request_time"])
+    took = time.monotonic() - started
+    if not 0 <= said <= took + 0.05:
+        raise Defect(f"request_time says {said:.3f}, the whole request took {took:.3f} s")
+
+
+def echo_prompt_in_all_forms(client: Client) -> None:
+    for value in (True, False, None):
+        content = client.process(echo_prompt=value)
+        starts = content["text"].lstrip().startswith(PROMPT[:20])
+        if starts != (value is True):
+            raise Defect(f"echo_prompt={value} answered {'with' if starts else 'without'} the prompt")
+
+
+def zero_temperature_repeats(client: Client) -> None:
+    for temperature in (0, 1e-7):
+        found = {client.process(temperature=temperature, max_new_tokens=16)["text"] for _ in range(3)}
+        if len(found) > 1:
+            raise Defect(f"temperature {temperature:g} gave {len(found)} different answers to one prompt")
+
+
+def accepts_temperature_one(client: Client) -> None:
+    client.process(temperature=1.0)
+
+
+def counts_new_tokens(client: Client) -> None:
+    for wanted in (1, 5, 64):
+        found = len(client.process(max_new_tokens=wanted)["tokens"])
+        if found > wanted:  # fewer is the model's own end
+            raise Defect(f"max_new_tokens={wanted} gave {found} tokens")
+
+
+def cuts_at_stop_sequences(client: Client) -> None:
+    free = client.process(max_new_tokens=24)["text"]
+    words = free.split()
+    if len(words) < 2:
+        raise Defect(f"cannot tell: a free completion of 24 tokens was {free!r}")
+    stop = words[1]
+    cut = client.process(max_new_tokens=24, stop_sequences=[stop])["text"]
+    if stop in cut.rstrip().removesuffix(stop):
+        raise Defect(f"went on behind the stop sequence {stop!r}")
+
+
+def survives_any_prompt(client: Client) -> None:
+    prompts = {f"{n} words": "word " * n for n in (10, 2000, 2047, 2048, 4000)}
+    for name, prompt in (prompts | {"empty": "", "emoji": "\U0001f40e\U0001f3fd ü \u0000 ok"}).items():
+        try:
+            client.post("process", helm_body(prompt, max_new_tokens=2), rejectable=True)
+        except Defect as defect:
+            raise Defect(f"prompt of {name}: {defect}") from None
+    client.process()
+
+
+def tokenizes_and_decodes(client: Client) -> None:
+    content = client.post("tokenize", {"text": PROMPT, "truncation": False, "max_length": 2048})
+    if not content or not isinstance(content.get("tokens"), list) or "request_time" not in content:
+        raise Defect("/tokenize answered without tokens or request_time")
+    back = client.post("decode", {"tokens": content["tokens"]})
+    text = (back or {}).get("text")
+    if not isinstance(text, str) or PROMPT not in text:
+        raise Defect(f"decode(tokenize(text)) is {text!r}")
+
+
+def truncates_when_tokenizing(client: Client) -> None:
+    content = client.post("tokenize", {"text": PROMPT, "truncation": True, "max_length": 4})
+    found = len((content or {}).get("tokens", []))
+    if not 0 < found <= 4:
+        raise Defect(f"truncation to 4 tokens gave {found}")
+
+
+def serves_in_parallel(client: Client) -> None:
+    # Answers may differ in the noise of a batch; that each comes is what counts.
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: client.process(), range(8)))
+    client.process()
+
+
+@dataclass(frozen=True)
+class CheckOf:
+    name: str
+    required: bool
+    run: Callable[[Client], None]
+    fix: str
+
+
+CHECKS = (
+    CheckOf(
+        "prompt alone", True, answers_the_prompt_alone, "give every field of the request but prompt a default"
+    ),
+    CheckOf("HELM's request", True, answers_helms_body, "answer text, tokens, logprob and request_time"),
+    CheckOf("unknown fields", True, accepts_unknown_fields, "ignore fields that you do not know"),
+    CheckOf(
+        "finite numbers", True, numbers_are_finite, "replace NaN and infinities; logprob is its tokens' sum"
+    ),
+    CheckOf("request_time", False, request_time_is_seconds, "return the seconds the request took"),
+    CheckOf(
+        "echo_prompt",
+        True,
+        echo_prompt_in_all_forms,
+        "accept true, false and null; echo only when it is true",
+    ),
+    CheckOf(
+        "temperature 0", True, zero_temperature_repeats, "decode greedily where temperature is below 1e-5"
+    ),
+    CheckOf("temperature 1", True, accepts_temperature_one, "sample where temperature is above 0"),
+    CheckOf(
+        "max_new_tokens",
+        True,
+        counts_new_tokens,
+        "return the new tokens only, at most max_new_tokens of them",
+    ),
+    CheckOf("stop sequences", False, cuts_at_stop_sequences, "cut the completion at the first stop sequence"),
+    CheckOf(
+        "any prompt", True, survives_any_prompt, "cut long prompts to the context, or answer 4xx; never crash"
+    ),
+    CheckOf("decode", True, tokenizes_and_decodes, "serve /tokenize and /decode, the inverse of each other"),
+    CheckOf(
+        "tokenize, truncated", True, truncates_when_tokenizing, "return at most max_length tokens on request"
+    ),
+    CheckOf(
+        "parallel requests",
+        True,
+        serves_in_parallel,
+        "queue requests; do not block or share state among them",
+    ),
+)
+
+
+def probe(base_url: str, *, planned_requests: int, time_limit: float) -> ProbeReport:
+    """Run every check against a server. `time_limit` is the stage's, in seconds.
+
+    A server that does not answer the first two checks is asked no more: the rest are `skipped`.
+    """
+    client = Client(base_url.rstrip("/"))
+    checks: list[ProbeCheck] = []
+    for check in CHECKS:
+        if any(done.state == "fail" for done in checks[:2]) and len(checks) >= 2:
+            checks.append(_outcome(check, "skipped", "the server does not answer", check.fix))
+            continue
+        try:
+            check.run(client)
+            checks.append(_outcome(check, "pass", "as it should be", ""))
+        except Defect as defect:
+            checks.append(_outcome(check, "fail", str(defect), check.fix))
+    speed = CheckOf("speed", True, lambda client: None, "batch requests, or use a smaller or quantised model")
+    projected = None
+    if any(done.state == "skipped" for done in checks):
+        checks.append(_outcome(speed, "skipped", "the server does not answer", speed.fix))
+    else:
+        try:
+            projected = planned_requests * _seconds_per_request(client)
+            why = f"{planned_requests} requests take about {projected:.0f} s of {time_limit:.0f} s"
+            fits = projected <= time_limit
+            checks.append(_outcome(speed, "pass" if fits else "fail", why, "" if fits else speed.fix))
+        except Defect as defect:
+            checks.append(_outcome(speed, "fail", str(defect), speed.fix))
+    return ProbeReport(
+        checks=tuple(checks),
+        planned_requests=planned_requests,
+        time_limit=time_limit,
+        projected_seconds=projected,
+    )
+
+
+def _outcome(check: CheckOf, state: Literal["pass", "fail", "skipped"], why: str, fix: str) -> ProbeCheck:
+    return ProbeCheck(name=check.name, required=check.required, state=state, why=why, fix=fix)
+
+
+def _seconds_per_request(client: Client) -> float:
+    """With 8 in flight, a prompt of about 500 words each; the median of three rounds."""
+    rounds = []
+    for n in range(3):
+        started = time.monotonic()
+        with ThreadPoolExecutor(8) as pool:
+            prompts = [f"Question {n}.{i}: " + "what is the word? " * 125 for i in range(8)]
+            list(pool.map(lambda text: client.process(text, max_new_tokens=TYPICAL_TOKENS), prompts))
+        rounds.append((time.monotonic() - started) / 8)
+    return statistics.median(rounds)
+
+
+def probe_table(report: ProbeReport) -> Table:
+    """The report for a terminal."""
+    table = Table("check", "", "why", "fix", title="Conformance", title_justify="left")
+    styles = {"pass": "green", "fail": "red", "skipped": "yellow"}
+    for check in report.checks:
+        state = "warning" if check.state == "fail" and not check.required else check.state
+        style = "yellow" if state == "warning" else styles[check.state]
+        table.add_row(check.name, f"[{style}]{state}[/{style}]", check.why, check.fix)
+    return table
