@@ -34,7 +34,7 @@ class Verb(click.Command):
     """A command whose help ends with an example that runs on the demo."""
 
     def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
-        super().__init__(*args, epilog=f"\b\nExample:\n  {example}", **kwargs)
+        super().__init__(*args, **{"epilog": f"\b\nExample:\n  {example}", **kwargs})
 
 
 class Palio(click.Group):
