@@ -3,13 +3,13 @@ rule fetch_base_model:
         manifest="resources/base_models/{base_model}/manifest.json",
     log:
         "logs/fetch_base_model/{base_model}.log",
-    params:
-        source=W.base_model,
-        approved_as=W.approved_as,
     retries: 2  # a download; what has arrived is kept
     resources:
         mem_mb=8192,
         runtime=240,
+    params:
+        source=W.base_model,
+        approved_as=W.approved_as,
     shell:
         "palio fetch-base-model"
         " --source {params.source:q}"

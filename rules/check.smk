@@ -1,6 +1,8 @@
 rule check_entry:
     input:
-        stages=ancient(expand("resources/stages/{stage}/stage.json", stage=["open", "closed"])),
+        stages=ancient(
+            expand("resources/stages/{stage}/stage.json", stage=["open", "closed"])
+        ),
     output:
         check="results/{track}/{entry}/check.json",
     log:

@@ -21,13 +21,13 @@ rule curate_dataset:
         card="results/{track}/{entry}/dataset/card.md",
     log:
         "results/{track}/{entry}/logs/curate.log",
+    resources:
+        mem_mb=8192,
+        runtime=240,
     params:
         competition=W.competition.competition,
         recipe=W.dataset_recipe,
         base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
-    resources:
-        mem_mb=8192,
-        runtime=240,
     shell:
         "palio curate"
         " --competition-id {params.competition}"
@@ -46,13 +46,13 @@ rule measure_contamination:
         contamination="results/{track}/{entry}/contamination.json",
     log:
         "results/{track}/{entry}/logs/contamination.log",
+    resources:
+        mem_mb=8192,
+        runtime=60,
     params:
         competition=W.competition.competition,
         open_store=W.stage_runs["open"].store,
         closed_store=W.stage_runs["closed"].store,
-    resources:
-        mem_mb=8192,
-        runtime=60,
     shell:
         "palio measure-contamination"
         " --competition-id {params.competition}"

@@ -10,16 +10,16 @@ rule helm_open:
         instances="results/{track}/{entry}/helm/open/instances.parquet",
     log:
         "results/{track}/{entry}/logs/open.log",
-    params:
-        runs=W.runs("open"),
-        limits=W.limits("open"),
-        track=W.track_limits,
     threads: W.cpus
     resources:
         gpu=1,
         gpu_model=W.gpu_model,
         mem_mb=W.mem_mb,
         runtime=W.stage_minutes("open"),  # the stage's limit and a margin to load the model
+    params:
+        runs=W.runs("open"),
+        limits=W.limits("open"),
+        track=W.track_limits,
     shell:
         "palio evaluate"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
@@ -42,12 +42,12 @@ use rule helm_open as helm_closed with:
         instances="results/{track}/{entry}/helm/closed/instances.parquet",
     log:
         "results/{track}/{entry}/logs/closed.log",
-    params:
-        runs=W.runs("closed"),
-        limits=W.limits("closed"),
-        track=W.track_limits,
     resources:
         gpu=1,
         gpu_model=W.gpu_model,
         mem_mb=W.mem_mb,
         runtime=W.stage_minutes("closed"),
+    params:
+        runs=W.runs("closed"),
+        limits=W.limits("closed"),
+        track=W.track_limits,

@@ -11,17 +11,17 @@ rule finetune:
         telemetry="results/{track}/{entry}/train.parquet",
     log:
         "results/{track}/{entry}/logs/finetune.log",
-    params:
-        competition=W.competition.competition,
-        recipe=W.finetune_recipe,
-        track=W.track_limits,
-        base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
     threads: W.cpus
     resources:
         gpu=1,
         gpu_model=W.gpu_model,
         mem_mb=W.mem_mb,
         runtime=W.finetune_minutes,  # the track's budget is the trainer's; the margin is for loading and saving
+    params:
+        competition=W.competition.competition,
+        recipe=W.finetune_recipe,
+        track=W.track_limits,
+        base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
     shell:
         "palio finetune"
         " --competition-id {params.competition}"

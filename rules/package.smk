@@ -7,14 +7,16 @@ rule build_package:
         package="results/{track}/{entry}/package.json",
     log:
         "results/{track}/{entry}/logs/package.log",
-    params:
-        competition=W.competition.competition,
-        adapter=lambda wildcards: "--adapter" if W.finetuned(wildcards) else "--no-adapter",
-        base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
     threads: W.cpus
     resources:
         mem_mb=W.mem_mb,
         runtime=120,
+    params:
+        competition=W.competition.competition,
+        adapter=lambda wildcards: (
+            "--adapter" if W.finetuned(wildcards) else "--no-adapter"
+        ),
+        base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
     shell:
         "OMP_NUM_THREADS={threads} palio package"
         " --competition-id {params.competition}"

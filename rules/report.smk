@@ -5,12 +5,10 @@ rule report:
         report="results/report/index.html",
     log:
         "logs/report.log",
-    params:
-        competition=W.whole(),
     resources:
         mem_mb=4096,
         runtime=60,
+    params:
+        competition=W.whole(),
     shell:
-        "palio report"
-        " --competition {params.competition:q}"
-        " > {log:q} 2>&1"
+        "palio report" " --competition {params.competition:q}" " > {log:q} 2>&1"

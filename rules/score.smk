@@ -1,6 +1,8 @@
 rule score:
     input:
-        records=lambda wildcards: W.of_entries(wildcards.track, ("open.json", "closed.json")),
+        records=lambda wildcards: W.of_entries(
+            wildcards.track, ("open.json", "closed.json")
+        ),
         contamination=lambda wildcards: W.datasets(wildcards.track),
     output:
         leaderboard="results/leaderboard/{track}.json",
@@ -9,12 +11,12 @@ rule score:
         markdown="results/leaderboard/{track}.md",
     log:
         "logs/score/{track}.log",
-    params:
-        competition=W.whole(),
-        teams=lambda wildcards: W.teams(wildcards.track),
     resources:
         mem_mb=4096,
         runtime=60,
+    params:
+        competition=W.whole(),
+        teams=lambda wildcards: W.teams(wildcards.track),
     shell:
         "palio score"
         " --competition {params.competition:q}"

@@ -3,11 +3,11 @@ rule prepare_stage:
         record="resources/stages/{stage}/stage.json",
     log:
         "logs/prepare_stage/{stage}.log",
-    params:
-        runs=lambda wildcards: W.runs(wildcards.stage),
     resources:
         mem_mb=8192,
         runtime=120,
+    params:
+        runs=lambda wildcards: W.runs(wildcards.stage),
     shell:
         "palio prepare-stage"
         " --runs {params.runs:q}"
