@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from palio.training.ledger import Ledger, beat_interval, charged, read_ledger
+from palio.training.ledger import Ledger, beat_interval, charged, joules, read_ledger
 
 ENDLESS = """
 import sys, time
@@ -70,3 +70,24 @@ def test_the_ledger_is_only_appended_to(tmp_path: Path) -> None:
     second = path.read_text()
     assert second.startswith(first)
     assert json.loads(first.splitlines()[0])["device"] == "cpu"
+
+
+def test_energy_is_counted_over_all_attempts(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    for readings in ([1000.0, 1040.0], [7.0, 9.5]):  # the counter starts anew with the driver
+        with Ledger(path, 100, meter=iter(readings).__next__):
+            pass
+    assert joules(read_ledger(path)) == 42.5
+
+
+def test_energy_nobody_metered_is_unknown_rather_than_zero(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "ledger.jsonl", 100):
+        pass
+    assert joules(read_ledger(tmp_path / "ledger.jsonl")) is None
+
+
+def test_what_is_left_falls_below_zero_when_the_budget_is_overdrawn(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "ledger.jsonl", 0.1) as ledger:
+        assert 0 < ledger.left() <= 0.1
+        time.sleep(0.2)
+        assert ledger.left() < 0

@@ -17,7 +17,6 @@ stays ended.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -44,7 +43,8 @@ from palio.errors import BadInput, Crashed, OutOfMemory, TimeLimit
 from palio.provenance import atomic_path, fingerprint, folder_sha256, library_versions, timed_run, write_json
 from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, read_record
 from palio.training.checkpoint import load_checkpoint, save_checkpoint
-from palio.training.ledger import Ledger
+from palio.training.device import energy_meter, hardware, training_device
+from palio.training.ledger import Ledger, joules, read_ledger, sole_process
 from palio.training.model import load_model, save_adapter
 from palio.training.rows import Row, split, tokenise
 from palio.training.trainer import NonFiniteLossError, StepReport, Trainer, peak_memory
@@ -103,10 +103,9 @@ def finetune(
     )
     disable_progress_bar()  # of transformers' loading and saving: only noise in a log
     work = entry_dir / "work" / "train" / key[:16]
-    work.mkdir(parents=True, exist_ok=True)
     if threads is not None:
         torch.set_num_threads(threads)
-    with timed_run(entry_dir / "finetune.run.json", fingerprint=key) as run, _sole_process(work):
+    with timed_run(entry_dir / "finetune.run.json", fingerprint=key) as run, sole_process(work):
         run["restored"] = (work / "adapter.json").is_file()
         if not run["restored"]:
             device = training_device(track)
@@ -117,7 +116,9 @@ def finetune(
                 "threads": torch.get_num_threads(),
                 "training_seconds": round(result.pop("seconds"), 3),
                 "tokens": training.tokens,
+                "energy_joules": joules(read_ledger(work / "ledger.jsonl")),
                 "peak_memory_bytes": peak_memory(device),
+                "memory_cap_gb": track.gpu_memory_gb,
                 **hardware(device),
             }
             write_json(work / "training.json", facts)
@@ -137,35 +138,6 @@ def finetune(
             shutil.rmtree(work / "checkpoints", ignore_errors=True)
         run.update(json.loads((work / "training.json").read_text(encoding="utf-8")))
         return _publish(work, entry_dir)
-
-
-def training_device(track: Track) -> torch.device:
-    """The one GPU, capped at the track's memory, or the CPU on a track without a GPU."""
-    if not torch.cuda.is_available():
-        if track.gpu_memory_gb is not None:
-            fix = "no CUDA GPU is visible; run on a node with one"
-            raise BadInput("track", "gpu_memory_gb", track.gpu_memory_gb, fix)
-        return torch.device("cpu")
-    if torch.cuda.device_count() > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        fix = f"{torch.cuda.device_count()} GPUs are visible and the rules allow one; set it to one GPU"
-        raise BadInput("environment", "CUDA_VISIBLE_DEVICES", visible, fix)
-    if track.gpu_memory_gb is not None:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, track.gpu_memory_gb * 1e9 / total))
-    return torch.device("cuda")
-
-
-def hardware(device: torch.device) -> dict[str, str]:
-    """What trains: for the ledger and the run's sidecar, never for a record."""
-    if device.type != "cuda":
-        return {"device": "cpu"}
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "device": torch.cuda.get_device_name(),
-        "gpu_uuid": str(properties.uuid),
-        "cuda": str(torch.version.cuda),
-    }
 
 
 class _Training:
@@ -197,9 +169,10 @@ class _Training:
         try:
             trainer = self._trainer(rows)
             budget = float(self.track.training_budget)
+            ledger_file, meter = self.work / "ledger.jsonl", energy_meter(self.device)
             with (
                 _signals() as caught,
-                Ledger(self.work / "ledger.jsonl", budget, **hardware(self.device)) as ledger,
+                Ledger(ledger_file, budget, meter=meter, **hardware(self.device)) as ledger,
             ):
                 self._resume(trainer)
                 state = self._train(trainer, ledger, caught)
@@ -270,15 +243,16 @@ class _Training:
     def _train(
         self, trainer: Trainer, ledger: Ledger, caught: set[int]
     ) -> Literal["finished", "budget_reached"]:
-        budget = ledger.budget
         with _progress(trainer.steps, trainer.step) as show:
             patience = self.recipe.patience or math.inf
             while trainer.step < trainer.steps and self.validations_since_best < patience:
                 # Kept in reserve: the slowest step, two saves, a validation, 2 s for what is not measured.
                 reserve = self.slowest_step + 2 * self.slowest_save + self.slowest_validation + 2.0
-                if ledger.used() + reserve >= budget:
+                if ledger.left() <= reserve:
                     if trainer.step == 0:
-                        raise TimeLimit(f"the training budget of {budget:g} s ended before the first step")
+                        raise TimeLimit(
+                            f"the training budget of {ledger.budget:g} s ended before the first step"
+                        )
                     self._validate(trainer)
                     return "budget_reached"
                 try:
@@ -288,7 +262,7 @@ class _Training:
                         f"training diverged: {error}; lower finetune.learning_rate or mend those rows"
                     ) from None
                 self._note(report, ledger)
-                show(report, budget - ledger.used())
+                show(report, ledger.left())
                 due = trainer.step % self.recipe.save_steps == 0
                 if due:
                     self._validate(trainer)
@@ -380,17 +354,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-@contextmanager
-def _sole_process(work: Path) -> Iterator[None]:
-    """Two processes on one run would spoil its checkpoints: an orphan of a killed controller, say."""
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Crashed(f"another process is training in {work}; wait for it or end it") from None
-        yield
 
 
 @contextmanager

@@ -4,16 +4,22 @@
 a thread of its own, and an `end`; its length is measured on the monotonic clock, so a moved system clock
 changes nothing. An attempt that was killed has no end: it is charged its last beat and one interval more,
 so that dying never pays.
+
+    with sole_process(work), Ledger(work / "ledger.jsonl", budget) as ledger:
+        while ledger.left() > reserve: ...
+        ledger.outcome = "finished"
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -57,12 +63,33 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-class Ledger:
-    """One attempt's clock: `with Ledger(path, budget) as ledger: ... ledger.used()`."""
+def joules(lines: list[dict[str, Any]]) -> float | None:
+    """Energy of all attempts, of a killed one up to its last beat; None if no attempt was metered."""
+    energy = {line["attempt"]: line["joules"] for line in lines if "joules" in line}
+    return round(sum(energy.values()), 1) if energy else None
 
-    def __init__(self, path: Path, budget: float, **facts: Any) -> None:
-        """`facts` (device, GPU) stand in the start line beside host, process and SLURM job."""
-        self.path, self.budget, self.facts = path, budget, facts
+
+@contextmanager
+def sole_process(work: Path) -> Iterator[None]:
+    """Two processes on one run would spoil its checkpoints: an orphan of a killed controller, say."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Crashed(f"another process is training in {work}; wait for it or end it") from None
+        yield
+
+
+class Ledger:
+    """One attempt's clock, running inside the `with` block."""
+
+    def __init__(
+        self, path: Path, budget: float, *, meter: Callable[[], float | None] | None = None, **facts: Any
+    ) -> None:
+        """`budget` is in seconds. `facts` (device, GPU) stand in the start line beside host, process and
+        SLURM job. `meter` reads a counter of joules, or None where there is none."""
+        self.path, self.budget, self.meter, self.facts = path, budget, meter, facts
         before = charged(read_ledger(path))
         self.before = sum(before.values())
         self.attempt = f"{len(before) + 1}-{os.getpid()}"
@@ -83,12 +110,17 @@ class Ledger:
             )
         return self.before + time.monotonic() - self._started
 
+    def left(self) -> float:
+        """Seconds left of the budget; below zero once it is overdrawn. Raises as `used` does."""
+        return self.budget - self.used()
+
     def __enter__(self) -> Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # A torn last line is closed, so that this attempt's first line stands alone.
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             self._append("\n")
         self._started = time.monotonic()
+        self._joules = self.meter() if self.meter else None
         self._write(
             "start",
             interval=self.interval,
@@ -108,15 +140,19 @@ class Ledger:
         self._stop.set()
         self._thread.join()
         with suppress(OSError):  # an attempt without an end is charged a little more, that is all
-            self._write("end", seconds=self._seconds(), outcome=self.outcome)
+            self._write("end", **self._measured(), outcome=self.outcome)
 
-    def _seconds(self) -> float:
-        return round(time.monotonic() - self._started, 3)
+    def _measured(self) -> dict[str, float]:
+        values = {"seconds": round(time.monotonic() - self._started, 3)}
+        now = self.meter() if self.meter else None
+        if now is not None and self._joules is not None:
+            values["joules"] = round(now - self._joules, 1)
+        return values
 
     def _beat(self) -> None:
         while not self._stop.wait(self.interval):
             try:
-                self._write("beat", seconds=self._seconds())
+                self._write("beat", **self._measured())
             except OSError as error:
                 self._lost = error
                 return
