@@ -20,6 +20,7 @@ rule helm_open:
         runs=W.runs("open"),
         limits=W.limits("open"),
         track=W.track_limits,
+        isolation=W.isolation,
     shell:
         "palio evaluate"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
@@ -28,6 +29,7 @@ rule helm_open:
         " --track {params.track:q}"
         " --instances {input.instances:q}"
         " --threads {threads}"
+        " {params.isolation:q}"
         " > {log:q} 2>&1"
 
 
@@ -51,3 +53,4 @@ use rule helm_open as helm_closed with:
         runs=W.runs("closed"),
         limits=W.limits("closed"),
         track=W.track_limits,
+        isolation=W.isolation,

@@ -1,11 +1,13 @@
 # Checkpoints, ledger and finished adapters live in work/, named by content: Snakemake may delete the
-# outputs before a rerun, the trainer finds its work again.
+# outputs before a rerun, the trainer finds its work again. A command entry's own program trains in the same
+# budget, confined.
 rule finetune:
     input:
         check=ancient("results/{track}/{entry}/check.json"),
         base_model=W.base_model_manifest,
         dataset="results/{track}/{entry}/dataset/manifest.json",
         rows=ancient("results/{track}/{entry}/dataset/train.parquet"),
+        program=W.program_files,
     output:
         adapter="results/{track}/{entry}/adapter.json",
         telemetry="results/{track}/{entry}/train.parquet",
@@ -19,14 +21,14 @@ rule finetune:
         runtime=W.finetune_minutes,  # the track's budget is the trainer's; the margin is for loading and saving
     params:
         competition=W.competition.competition,
-        recipe=W.finetune_recipe,
+        training=W.training,
         track=W.track_limits,
         base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
     shell:
         "palio finetune"
         " --competition-id {params.competition}"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
-        " --recipe {params.recipe:q}"
+        " {params.training:q}"
         " --track {params.track:q}"
         " --base-model {params.base_model:q}"
         " --threads {threads}"

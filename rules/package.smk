@@ -3,6 +3,7 @@ rule build_package:
         check=ancient("results/{track}/{entry}/check.json"),
         base_model=W.base_model_manifest,
         adapter=W.adapter_manifest,
+        program=W.program_files,
     output:
         package="results/{track}/{entry}/package.json",
     log:
@@ -13,14 +14,12 @@ rule build_package:
         runtime=120,
     params:
         competition=W.competition.competition,
-        adapter=lambda wildcards: (
-            "--adapter" if W.finetuned(wildcards) else "--no-adapter"
-        ),
+        handed_in=W.handed_in,
         base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
     shell:
         "OMP_NUM_THREADS={threads} palio package"
         " --competition-id {params.competition}"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
-        " {params.adapter}"
+        " {params.handed_in:q}"
         " --base-model {params.base_model:q}"
         " > {log:q} 2>&1"

@@ -122,6 +122,9 @@ competition_option = click.option(
 entry_dir_option = click.option(
     "--entry-dir", type=ExistingPath, required=True, help="The entry's folder, results/<track>/<entry>."
 )
+isolation_option = click.option(
+    "--isolation", default="{}", help="JSON of the competition's isolation, for the entry's own program."
+)
 competition_id_option = click.option("--competition-id", required=True, help="The competition's id.")
 
 
@@ -274,14 +277,20 @@ def measure_contamination(competition_id: str, entry_dir: Path, open_store: Path
 @palio.command(cls=Verb, example="snakemake --profile local results/laptop/curated/adapter.json")
 @competition_id_option
 @entry_dir_option
-@click.option("--recipe", required=True, help="JSON of the entry's finetune section.")
+@click.option("--recipe", help="JSON of the entry's finetune section.")
+@click.option("--program", help="JSON of the entry's command section, instead.")
+@isolation_option
+@click.option("--network", is_flag=True, help="Let the program reach the network.")
 @click.option("--track", "track_limits", required=True, help="JSON of the track's limits.")
 @click.option("--base-model", type=ExistingPath, required=True, help="Folder of the base model.")
 @click.option("--threads", type=int, help="CPU threads; default: torch's choice.")
 def finetune(
     competition_id: str,
     entry_dir: Path,
-    recipe: str,
+    recipe: str | None,
+    program: str | None,
+    isolation: str,
+    network: bool,
     track_limits: str,
     base_model: Path,
     threads: int | None,
@@ -289,8 +298,12 @@ def finetune(
     """Fine-tune the base model on the entry's dataset inside the track's budget. Resumes where it stopped."""
     from palio.config import FinetuneRecipe, Track, parse
 
+    if (recipe is None) == (program is None):
+        raise click.UsageError("give either --recipe or --program")
     track, entry = track_and_entry(entry_dir)
     with entry_step("finetune", entry_dir):
+        if recipe is None:
+            raise PalioError("command entries are not run yet")
         from palio.training.finetune import finetune as run
 
         run(
@@ -311,10 +324,15 @@ def finetune(
 @entry_dir_option
 @click.option("--base-model", type=ExistingPath, required=True, help="Folder of the base model.")
 @click.option("--adapter/--no-adapter", default=True, help="Without: package the untuned base model.")
-def package(competition_id: str, entry_dir: Path, base_model: Path, adapter: bool) -> None:
+@click.option("--server", help="JSON of the entry's server section: package the team's own server.")
+def package(
+    competition_id: str, entry_dir: Path, base_model: Path, adapter: bool, server: str | None
+) -> None:
     """Merge the adapter into the base model, verify the logits, write a folder that transformers loads."""
     track, entry = track_and_entry(entry_dir)
     with entry_step("package", entry_dir):
+        if server is not None:
+            raise PalioError("server entries are not packaged yet")
         from palio.packaging.package import build_package
 
         build_package(
@@ -350,8 +368,15 @@ def serve(
 @click.option("--track", "track_limits", required=True, help="JSON of the track's limits.")
 @click.option("--instances", type=ExistingPath, required=True, help="The stage's record.")
 @click.option("--threads", type=int, help="CPU threads of the model server.")
+@isolation_option
 def evaluate(
-    entry_dir: Path, runs: str, limits: str, track_limits: str, instances: Path, threads: int | None
+    entry_dir: Path,
+    runs: str,
+    limits: str,
+    track_limits: str,
+    instances: Path,
+    threads: int | None,
+    isolation: str,
 ) -> None:
     """Serve an entry's package and run HELM on it for one stage, inside the stage's time limit."""
     from palio.config import StageLimits, StageRuns, Track, parse

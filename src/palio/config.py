@@ -33,6 +33,7 @@ from palio.provenance import fingerprint
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 REVISION_PATTERN = re.compile(r"[0-9a-f]{40}")
+IMAGE_PATTERN = re.compile(r"docker://[\w./:-]+@sha256:[0-9a-f]{64}")
 STAGES = ("open", "closed")
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)")
@@ -301,22 +302,79 @@ class FinetuneRecipe(Strict):
         return self
 
 
+class Program(Strict):
+    """What a team hands in to be run: it sees these files, the inputs of its contract and the system."""
+
+    contract: Literal[1] = 1
+    """Version of docs/command_entries.md or docs/server_entries.md that it was written for."""
+    run: Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)]
+    """A line for `sh -c`, or a program and its arguments; runs in the folder of the files."""
+    files: str | None = None
+    """The team's folder, at /entry and read-only; holds no symbolic links."""
+    image: str | None = None
+    """`docker://name@sha256:<digest>` or a `.sif` file, in place of the organizer's system."""
+
+    @model_validator(mode="after")
+    def _something_to_run(self) -> Program:
+        if self.files is None and self.image is None:
+            raise ValueError("give files, image, or both")
+        if self.image and not (self.image.endswith(".sif") or IMAGE_PATTERN.fullmatch(self.image)):
+            raise ValueError(
+                "write image as docker://name@sha256:<64 hex digits> or as a path to a .sif file"
+            )
+        return self
+
+
+class ServerProgram(Program):
+    port: Annotated[int, Field(ge=1024, le=65535)] = 8080
+    """Where the server listens, in a network of its own; the variable PORT says it too."""
+
+
+PARTS = {
+    "recipe": ("dataset", "finetune"),
+    "command": ("dataset", "command"),
+    "server": ("server",),
+}
+"""The sections that an entry of each kind has beside those that all have."""
+
+
 class Entry(Strict):
     """One submission of one team to one track. Its id is the name of its file."""
 
     team: str = Field(min_length=1)
     track: str
-    kind: Literal["recipe"] = "recipe"
+    kind: Literal["recipe", "command", "server"] = "recipe"
     title: str = ""
     base_model: BaseModelSource
     dataset: DatasetRecipe | None = None
     finetune: FinetuneRecipe | None = None
+    command: Program | None = None
+    """The team's own training program."""
+    server: ServerProgram | None = None
+    """The team's own inference server."""
 
     @model_validator(mode="after")
-    def _both_or_none(self) -> Entry:
-        if (self.dataset is None) != (self.finetune is None):
+    def _parts_of_its_kind(self) -> Entry:
+        parts = PARTS[self.kind]
+        for other in {part for parts in PARTS.values() for part in parts}.difference(parts):
+            if getattr(self, other) is not None:
+                raise ValueError(f"kind {self.kind} has no section {other}; remove it, or correct the kind")
+        missing = [part for part in parts if getattr(self, part) is None]
+        if self.kind == "recipe" and len(missing) == 1:
             raise ValueError("give both dataset and finetune, or neither for an untuned base model")
+        if self.kind != "recipe" and missing:
+            raise ValueError(f"kind {self.kind} needs the section {missing[0]}; add it")
         return self
+
+    @property
+    def trained(self) -> bool:
+        """Whether fine-tuning belongs to its run here."""
+        return self.finetune is not None or self.command is not None
+
+    @property
+    def program(self) -> Program | None:
+        """What of the team's own is run, if anything."""
+        return self.command or self.server
 
 
 # --- competition -----------------------------------------------------------------------------------
@@ -424,6 +482,23 @@ class RuleSet(Strict):
     max_length: PositiveInt = 2048
     """Tokens of prompt and completion together."""
     max_entries_per_team: PositiveInt = 3
+    network_in_training: bool = False
+    """Whether a command entry may reach the network while it trains."""
+
+
+class Isolation(Strict):
+    """The confinement of what teams hand in to be run; docs/security.md says what it promises."""
+
+    unconfined: bool = False
+    """Run teams' programs although this machine cannot confine them."""
+    visible: tuple[str, ...] = ()
+    """More folders of the system that they may read, beside /usr, /lib* and Palio's environment."""
+    processes: PositiveInt = 4096
+    """Processes and threads of one program."""
+    scratch_gb: PositiveFloat = 4
+    """In /tmp and in /dev/shm, each; it is memory."""
+    output_gb: PositiveFloat = 50
+    """What a training program may write to its output folder."""
 
 
 class Competition(Strict):
@@ -441,6 +516,7 @@ class Competition(Strict):
     withdrawn: dict[str, str] = {}
     """Entry id: why it was withdrawn. Shown in the leaderboard, not run."""
     scoring: Scoring = Scoring()
+    isolation: Isolation = Isolation()
     tracks: dict[str, Track] = Field(min_length=1)
     stages: Stages
 

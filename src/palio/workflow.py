@@ -94,9 +94,9 @@ class Workflow:
     # --- inputs
 
     def finetuned(self, wildcards: Any) -> bool:
-        """Whether the entry has data and training, or is an untuned base model."""
+        """Whether the entry is trained here: it is not an untuned base model or a team's server."""
         entry = self.entry(wildcards)
-        return entry is not None and entry.finetune is not None
+        return entry is not None and entry.trained
 
     def source_files(self, wildcards: Any) -> list[str]:
         """Data that is there or that a rule makes. A team's missing file does not stop the others' plan:
@@ -107,8 +107,19 @@ class Workflow:
         paths = [source.path for source in entry.dataset.sources]
         return [path for path in paths if path.startswith(f"{DEMO_SOURCES}/") or Path(path).exists()]
 
-    def base_model_manifest(self, wildcards: Any) -> str:
-        return f"resources/base_models/{self.base_model_id(wildcards)}/manifest.json"
+    def program_files(self, wildcards: Any) -> list[str]:
+        """What the team hands in to be run: a change of it is a change of the entry."""
+        entry = self.entry(wildcards)
+        if entry is None or entry.program is None:
+            return []
+        files, image = entry.program.files, entry.program.image or ""
+        found = [str(path) for path in Path(files).rglob("*") if path.is_file()] if files else []
+        return sorted(found) + ([image] if image.endswith(".sif") and Path(image).exists() else [])
+
+    def base_model_manifest(self, wildcards: Any) -> list[str]:
+        """None for a broken entry file: its check fails, and says why."""
+        known = self.entry(wildcards) is not None
+        return [f"resources/base_models/{self.base_model_id(wildcards)}/manifest.json"] if known else []
 
     def adapter_manifest(self, wildcards: Any) -> list[str]:
         entry_dir = f"results/{wildcards.track}/{wildcards.entry}"
@@ -166,9 +177,25 @@ class Workflow:
         entry = self.entry(wildcards)
         return slice_of(entry.dataset) if entry and entry.dataset else ""
 
-    def finetune_recipe(self, wildcards: Any) -> str:
+    def training(self, wildcards: Any) -> list[str]:
+        """Options of `palio finetune`: the recipe, or the team's own program and its confinement."""
         entry = self.entry(wildcards)
-        return slice_of(entry.finetune) if entry and entry.finetune else ""
+        if entry and entry.command:
+            network = ["--network"] if self.rules.network_in_training else []
+            return ["--program", slice_of(entry.command), *self.isolation(wildcards), *network]
+        return ["--recipe", slice_of(entry.finetune)] if entry and entry.finetune else []
+
+    def handed_in(self, wildcards: Any) -> list[str]:
+        """Options of `palio package`: what the package is made of."""
+        entry = self.entry(wildcards)
+        if entry and entry.server:
+            return ["--server", slice_of(entry.server)]
+        return ["--adapter" if self.finetuned(wildcards) else "--no-adapter"]
+
+    def isolation(self, wildcards: Any) -> list[str]:
+        """The confinement of the entry's own program, if it has one."""
+        entry = self.entry(wildcards)
+        return ["--isolation", slice_of(self.competition.isolation)] if entry and entry.program else []
 
     def track_limits(self, wildcards: Any) -> str:
         track = self.competition.tracks[wildcards.track]

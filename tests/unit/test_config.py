@@ -107,6 +107,49 @@ def test_a_wrong_entry_is_named_with_its_key(
     assert line in str(error.value)
 
 
+FILES = {"run": "python train.py", "files": "f"}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"kind": "command"}, "kind command has no section finetune; remove it, or correct the kind"),
+        ({"command": FILES}, "kind recipe has no section command"),
+        ({"kind": "command", "finetune": None}, "kind command needs the section command; add it"),
+        ({"kind": "server", "dataset": None, "finetune": None}, "kind server needs the section server"),
+        (
+            {"kind": "command", "finetune": None, "command": {"run": "x"}},
+            "command: give files, image, or both",
+        ),
+        (
+            {"kind": "command", "finetune": None, "command": {"run": "x", "image": "docker://a/b:latest"}},
+            "write image as docker://name@sha256:<64 hex digits>",
+        ),
+        (
+            {"kind": "command", "finetune": None, "command": FILES | {"fils": "x"}},
+            "command.fils is 'x': unknown key; did you mean files?",
+        ),
+        (
+            {"kind": "command", "finetune": None, "command": FILES | {"contract": 2}},
+            "command.contract is 2",
+        ),
+    ],
+)
+def test_an_entry_has_the_sections_of_its_kind(
+    curated: dict[str, Any], change: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(BadInput) as error:
+        parse(Entry, curated | change, "acme.yaml")
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_kind_is_recipe_unless_it_is_said(curated: dict[str, Any]) -> None:
+    entry = parse(Entry, curated, "acme.yaml")
+    assert entry.kind == "recipe"
+    assert entry.program is None
+
+
 def test_an_unknown_operation_is_answered_with_the_known_ones(curated: dict[str, Any]) -> None:
     curated["dataset"]["operations"] = [{"op": "polish"}]
     with pytest.raises(BadInput, match=r"unknown operation; use one of .*drop_exact_duplicates"):

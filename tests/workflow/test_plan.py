@@ -18,6 +18,13 @@ def test_a_fresh_clone_plans_every_step_of_every_entry(folder: WorkingFolder) ->
     assert {rule for rule, of in plan if not of} >= {"fetch_base_model", "prepare_stage", "score", "report"}
 
 
+def test_a_server_entry_is_neither_curated_nor_trained(folder: WorkingFolder) -> None:
+    folder.edit_yaml("config/config.yaml", lambda config: config.update(entries=["config/entries/examples"]))
+    plan = folder.plan()
+    assert {rule for rule, of in plan if of == "peft_script"} == STEPS | TRAINING
+    assert {rule for rule, of in plan if of == "server2023"} == STEPS
+
+
 def test_the_slurm_profile_plans_the_same_as_the_local_one(folder: WorkingFolder) -> None:
     assert folder.plan(profile="slurm") == folder.plan()
 
