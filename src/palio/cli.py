@@ -348,7 +348,7 @@ def package(
 @palio.command(cls=Verb, example="palio serve results/laptop/curated/package --port 8080")
 @click.argument("package", type=ExistingPath)
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--threads", type=int, help="CPU threads; default: torch's choice.")
 @click.option("--gpu-memory-gb", type=float, help="Cap on GPU memory.")

@@ -1,0 +1,170 @@
+"""The HTTP side of a model server: HELM's contract over an `Engine`.
+
+    POST /process    prompt and settings → text, tokens, logprob, request_time
+    POST /tokenize   text → tokens (ids)
+    POST /decode     tokens → text
+    GET  /health     200 while requests are answered, 503 with the reason when they are not
+    GET  /metrics    counters in Prometheus' text format
+
+Nonsense gets a 4xx with a reason, a full queue 429, a passed deadline 504. No prompt is ever logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Response
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel, BeforeValidator, Field
+
+from palio.errors import BadInput
+from palio.serving.engine import BadRequest, Completion, Engine, QueueFull, Request
+
+DEADLINE_SECONDS = 2700.0
+"""Below the 3000 s after which HELM's client gives up on a request."""
+READY = "palio serves on "
+"""What `serve` prints, followed by its address, once it takes requests."""
+
+Flag = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: () if value is None else value)]
+
+
+class ProcessBody(BaseModel):
+    """What HELM posts; every field but the prompt has a default, unknown ones are ignored."""
+
+    prompt: str
+    max_new_tokens: int = Field(default=64, ge=0)
+    temperature: float = Field(default=1e-7, ge=0, le=100, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k_per_token: int = Field(default=1, ge=1, le=100)
+    num_return_sequences: int = Field(default=1, ge=1, le=64)
+    echo_prompt: Flag = False
+    stop_sequences: Texts = ()
+    seed: int = 0
+
+
+class TokenizeBody(BaseModel):
+    text: str
+    truncation: Flag = False
+    max_length: int = Field(default=2048, ge=1)
+
+
+class DecodeBody(BaseModel):
+    tokens: list[int]
+
+
+def build_app(engine: Engine, *, deadline: float = DEADLINE_SECONDS) -> FastAPI:
+    """`deadline`: seconds after which a request is given up."""
+    app = FastAPI(title="Palio model server")
+
+    @app.post("/process")
+    async def process(body: ProcessBody, http: HttpRequest) -> dict[str, Any]:
+        started = time.monotonic()
+        stops = tuple(stop for stop in body.stop_sequences if stop)
+        request = Request(**body.model_dump(exclude={"stop_sequences"}), stop_sequences=stops)
+        # Tokenizing a long prompt takes milliseconds: not in the thread that answers everybody.
+        future = await asyncio.to_thread(engine.submit, request)
+        answer = asyncio.wrap_future(future)
+        gone = asyncio.ensure_future(_disconnected(http))
+        waiting: set[asyncio.Future[Any]] = {answer, gone}
+        try:
+            await asyncio.wait(waiting, timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                return _reply(answer.result(), time.monotonic() - started)
+        finally:
+            gone.cancel()
+            answer.cancel()
+        raise HTTPException(504, f"not answered within {deadline:.0f} s")
+
+    @app.post("/tokenize")
+    def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        started = time.monotonic()
+        tokens = engine.tokenize(body.text, body.max_length if body.truncation else None)
+        return {"tokens": tokens, "request_time": time.monotonic() - started}
+
+    @app.post("/decode")
+    def decode(body: DecodeBody) -> dict[str, Any]:
+        started = time.monotonic()
+        text = engine.decode(body.tokens)
+        return {"text": text, "request_time": time.monotonic() - started}
+
+    @app.get("/health")
+    async def health() -> Response:
+        failure = engine.failure()
+        return JSONResponse({"ok": not failure, "reason": failure}, 503 if failure else 200)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        lines = [f"palio_{name} {value:.12g}" for name, value in engine.metrics().items()]
+        return PlainTextResponse("\n".join(lines) + "\n")
+
+    app.exception_handler(BadRequest)(_refuse(422))
+    app.exception_handler(QueueFull)(_refuse(429, {"Retry-After": "5"}))
+    return app
+
+
+def _refuse(
+    status: int, headers: dict[str, str] | None = None
+) -> Callable[[HttpRequest, Exception], Awaitable[Response]]:
+    async def reply(http: HttpRequest, error: Exception) -> Response:
+        return JSONResponse({"detail": str(error)}, status, headers)
+
+    return reply
+
+
+def _reply(completions: list[Completion], seconds: float) -> dict[str, Any]:
+    """The first completion in the fields HELM reads; all of them under `completions`."""
+    contents = [
+        {
+            "text": one.text,
+            "tokens": [
+                {"text": token.text, "logprob": token.logprob, "top_logprob": token.top_logprob}
+                for token in one.tokens
+            ],
+            "logprob": one.logprob,
+        }
+        for one in completions
+    ]
+    several = {"completions": contents} if len(contents) > 1 else {}
+    return {**contents[0], **several, "request_time": seconds}
+
+
+async def _disconnected(http: HttpRequest) -> None:
+    """Ends when the client closes its connection (the body has been read by then)."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def serve(
+    package: Path, *, host: str, port: int, device: str, threads: int | None, gpu_memory_gb: float | None
+) -> None:
+    """Load the package and serve it until SIGINT or SIGTERM. Port 0 takes any that is free.
+
+    Raises:
+        BadInput: no such package, device or port.
+        OutOfMemory: the model does not fit.
+    """
+    from palio.serving.transformers_engine import TransformersEngine
+
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise BadInput("--port", "", port, f"{error.strerror}; choose another, or 0 for any") from None
+    engine = TransformersEngine(package, device=device, threads=threads, gpu_memory_gb=gpu_memory_gb)
+    try:
+        listener.listen(2048)
+        print(f"{READY}http://{host}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
+        config = uvicorn.Config(build_app(engine), log_level="warning", access_log=False)
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        engine.close()
