@@ -457,7 +457,7 @@ def report(competition: str, results: Path, leaderboards: Path, out: Path) -> No
     """One self-contained HTML file with leaderboards, plots and a page per entry."""
     from palio.report.build import build_report
 
-    build_report(competition_of(competition), results, out)
+    build_report(competition_of(competition), results=results, leaderboards=leaderboards, out=out)
     print(out / "index.html")
 
 

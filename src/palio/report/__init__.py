@@ -1,0 +1,1 @@
+"""The report: one self-contained HTML file, and its figures as SVG and PNG. Pure over records."""

@@ -1,0 +1,334 @@
+"""Figures as lists of marks, written as SVG or PNG: one description, so that both agree.
+
+Coordinates are CSS pixels from the top left. Colours are names in `PALETTE`: an SVG refers to them as
+classes, so that the page (or the file's own style sheet) gives them a light and a dark value; a PNG is
+drawn in the light ones.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle as CirclePatch
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path as MatplotlibPath
+
+Point = tuple[float, float]
+Anchor = Literal["start", "middle", "end"]
+
+PALETTE = {
+    "paper": ("#ffffff", "#1a1d23"),
+    "ink": ("#1f2328", "#e8e6e1"),
+    "muted": ("#5a616b", "#a9b0ba"),
+    "rule": ("#dcd8d0", "#3a404a"),
+    "open": ("#1f6f8b", "#63b7d6"),
+    "closed": ("#a3481f", "#eb9a68"),
+    "good": ("#2f7d55", "#6fc497"),
+    "dropped": ("#b6aea2", "#6b6f78"),
+    "source0": ("#1f6f8b", "#63b7d6"),
+    "source1": ("#c2852c", "#e3b562"),
+    "source2": ("#6a8f3c", "#a3c974"),
+    "source3": ("#8a5a97", "#c596d3"),
+    "source4": ("#b8574c", "#ec938a"),
+    "source5": ("#6d6a75", "#a5a3ad"),
+}
+"""Light and dark value by name. Text colours reach a contrast of 4.5 on `paper` in both."""
+
+HEAT = (
+    ("#f7f3ec", "#20242b"),
+    ("#e9edec", "#22303a"),
+    ("#d6e4e8", "#243a46"),
+    ("#bfd8e1", "#264553"),
+    ("#a5cad8", "#285161"),
+    ("#8bbccd", "#2a5d70"),
+    ("#2f7591", "#5fa5bf"),
+    ("#266983", "#74b5cd"),
+    ("#1d5c75", "#8ac5da"),
+    ("#154e65", "#a2d5e7"),
+    ("#0e4054", "#bce5f3"),
+)
+"""Win rates 0, 0.1, … 1: light and dark value. The jump after step 5 keeps every step's text legible."""
+HEAT_INVERTED = 6
+"""First step whose text is in the paper's colour."""
+
+LIGHT = {name: pair[0] for name, pair in PALETTE.items()} | {
+    f"heat{step}": pair[0] for step, pair in enumerate(HEAT)
+}
+POINTS_PER_PIXEL = 0.75  # at 96 pixels an inch
+DEJAVU_SCALE = 0.9  # matplotlib's own font is wider than a browser's
+PNG_SCALE = 2
+
+SOURCES = 6
+"""Colours of sources; the seventh shares that of the first."""
+
+
+def css() -> str:
+    """Style rules for every colour name, as fill (`.f-ink`) and stroke (`.s-ink`), light and dark."""
+    named = {**PALETTE, **{f"heat{step}": pair for step, pair in enumerate(HEAT)}}
+
+    def rules(theme: int) -> str:
+        return ":root{" + "".join(f"--{name}:{pair[theme]};" for name, pair in named.items()) + "}"
+
+    classes = "".join(f".f-{name}{{fill:var(--{name})}}" for name in named)
+    classes += "".join(f".s-{name}{{stroke:var(--{name});fill:none}}" for name in PALETTE)
+    classes += "".join(
+        f".h{step}{{background:var(--heat{step});color:var(--{'paper' if step >= HEAT_INVERTED else 'ink'})}}"
+        for step in range(len(HEAT))
+    )
+    text = "svg text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}"
+    return f"{rules(0)}@media(prefers-color-scheme:dark){{{rules(1)}}}{classes}{text}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A path of absolute commands: M and L with one point, C with three, Z with none."""
+
+    commands: tuple[tuple[str, tuple[Point, ...]], ...]
+    fill: str | None = None
+    stroke: str | None = None
+    width: float = 1.0
+    opacity: float = 1.0
+    dashed: bool = False
+    tip: str = ""
+
+    def svg(self) -> str:
+        data = "".join(
+            letter + " ".join(f"{_number(x)} {_number(y)}" for x, y in points)
+            for letter, points in self.commands
+        )
+        named = f"f-{self.fill}" if self.fill else f"s-{self.stroke}"
+        more = f' stroke-width="{_number(self.width)}"' if self.stroke and self.width != 1 else ""
+        more += ' stroke-dasharray="3 3"' if self.dashed else ""
+        more += f' opacity="{self.opacity:g}"' if self.opacity != 1 else ""
+        return _element("path", f'class="{named}" d="{data}"{more}', self.tip)
+
+    def paint(self, figure: Figure) -> None:
+        vertices: list[Point] = []
+        steps: list[np.uint8] = []
+        for letter, points in self.commands:
+            vertices += points or (vertices[0],)
+            steps += [_CODES[letter]] * max(len(points), 1)
+        figure.axes[0].add_patch(
+            PathPatch(
+                MatplotlibPath(vertices, steps),
+                facecolor=LIGHT[self.fill] if self.fill else "none",
+                edgecolor=LIGHT[self.stroke] if self.stroke else "none",
+                linewidth=self.width * POINTS_PER_PIXEL if self.stroke else 0,
+                linestyle=(0, (3, 3)) if self.dashed else "solid",
+                alpha=self.opacity,
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Dot:
+    x: float
+    y: float
+    radius: float
+    fill: str
+    tip: str = ""
+
+    def svg(self) -> str:
+        place = f'cx="{_number(self.x)}" cy="{_number(self.y)}" r="{_number(self.radius)}"'
+        return _element("circle", f'class="f-{self.fill}" {place}', self.tip)
+
+    def paint(self, figure: Figure) -> None:
+        circle = CirclePatch((self.x, self.y), self.radius, facecolor=LIGHT[self.fill], edgecolor="none")
+        figure.axes[0].add_patch(circle)
+
+
+@dataclass(frozen=True)
+class Label:
+    x: float
+    y: float
+    """Of the baseline."""
+    text: str
+    anchor: Anchor = "start"
+    size: float = 12
+    fill: str = "ink"
+    bold: bool = False
+    upright: bool = False
+    """Turned by 90 degrees, to be read from below."""
+
+    def svg(self) -> str:
+        x, y = _number(self.x), _number(self.y)
+        more = f' text-anchor="{self.anchor}"' if self.anchor != "start" else ""
+        more += ' font-weight="600"' if self.bold else ""
+        more += f' transform="rotate(-90 {x} {y})"' if self.upright else ""
+        place = f'class="f-{self.fill}" x="{x}" y="{y}" font-size="{_number(self.size)}"{more}'
+        return f"<text {place}>{escape(self.text)}</text>"
+
+    def paint(self, figure: Figure) -> None:
+        figure.axes[0].text(
+            self.x,
+            self.y,
+            self.text,
+            ha={"start": "left", "middle": "center", "end": "right"}[self.anchor],
+            va="baseline",
+            rotation=90 if self.upright else 0,
+            rotation_mode="anchor",
+            fontsize=self.size * POINTS_PER_PIXEL * DEJAVU_SCALE,
+            fontweight="bold" if self.bold else "normal",
+            color=LIGHT[self.fill],
+            parse_math=False,  # a team called $x^2$ keeps its name
+        )
+
+
+Mark = Shape | Dot | Label
+
+_CODES = {
+    "M": MatplotlibPath.MOVETO,
+    "L": MatplotlibPath.LINETO,
+    "C": MatplotlibPath.CURVE4,
+    "Z": MatplotlibPath.CLOSEPOLY,
+}
+
+
+def _element(name: str, attributes: str, tip: str) -> str:
+    if not tip:
+        return f"<{name} {attributes}/>"
+    return f"<{name} {attributes}><title>{escape(tip)}</title></{name}>"
+
+
+@dataclass
+class Drawing:
+    """A figure of `width` × `height` pixels. `title` is its text alternative."""
+
+    width: float
+    height: float
+    title: str
+    marks: list[Mark] = field(default_factory=list)
+
+    def line(
+        self, points: Sequence[Point], stroke: str, *, width: float = 1, dashed: bool = False, tip: str = ""
+    ) -> None:
+        commands = (("M", (points[0],)), *(("L", (point,)) for point in points[1:]))
+        self.marks.append(Shape(commands, stroke=stroke, width=width, dashed=dashed, tip=tip))
+
+    def rectangle(self, x: float, y: float, width: float, height: float, fill: str, *, tip: str = "") -> None:
+        corners = ((x + width, y), (x + width, y + height), (x, y + height))
+        commands = (("M", ((x, y),)), *(("L", (corner,)) for corner in corners), ("Z", ()))
+        self.marks.append(Shape(commands, fill=fill, tip=tip))
+
+    def ribbon(
+        self, start: Point, end: Point, widths: Point, fill: str, *, opacity: float = 0.6, tip: str = ""
+    ) -> None:
+        """A band that falls from `start` to `end` (their left ends), `widths` wide there."""
+        (x0, y0), (x1, y1) = start, end
+        middle = (y0 + y1) / 2
+        commands: tuple[tuple[str, tuple[Point, ...]], ...] = (
+            ("M", ((x0, y0),)),
+            ("C", ((x0, middle), (x1, middle), (x1, y1))),
+            ("L", ((x1 + widths[1], y1),)),
+            ("C", ((x1 + widths[1], middle), (x0 + widths[0], middle), (x0 + widths[0], y0))),
+            ("Z", ()),
+        )
+        self.marks.append(Shape(commands, fill=fill, opacity=opacity, tip=tip))
+
+    def dot(self, x: float, y: float, radius: float, fill: str, *, tip: str = "") -> None:
+        self.marks.append(Dot(x, y, radius, fill, tip))
+
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        *,
+        anchor: Anchor = "start",
+        size: float = 12,
+        fill: str = "ink",
+        bold: bool = False,
+        upright: bool = False,
+    ) -> None:
+        self.marks.append(Label(x, y, text, anchor, size, fill, bold, upright))
+
+    @property
+    def svg(self) -> Markup:
+        """For a page that has the rules of `css()`."""
+        return self._svg("")
+
+    @property
+    def svg_file(self) -> str:
+        """Stands alone: namespace, style sheet and background."""
+        background = f'<rect class="f-paper" width="{_number(self.width)}" height="{_number(self.height)}"/>'
+        size = f' width="{_number(self.width)}" height="{_number(self.height)}"'
+        return str(
+            self._svg(f"<style>{css()}</style>{background}", f' xmlns="http://www.w3.org/2000/svg"{size}')
+        )
+
+    def _svg(self, head: str, attributes: str = "") -> Markup:
+        box = f"0 0 {_number(self.width)} {_number(self.height)}"
+        body = "".join(mark.svg() for mark in self.marks)
+        # Escaped piece by piece: every text goes through escape(), the rest is ours.
+        return Markup(  # noqa: S704
+            f'<svg{attributes} viewBox="{box}" role="img" aria-label="{escape(self.title)}">'
+            f"{head}{body}</svg>"
+        )
+
+    def png(self) -> bytes:
+        figure = Figure(figsize=(self.width / 96, self.height / 96), dpi=96 * PNG_SCALE)
+        FigureCanvasAgg(figure)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        axes.set_xlim(0, self.width)
+        axes.set_ylim(self.height, 0)
+        for mark in self.marks:
+            mark.paint(figure)
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", metadata={"Title": self.title, "Software": None})
+        return stream.getvalue()
+
+
+def text_width(text: str, size: float) -> float:
+    """Estimated pixels of `text`: fonts differ, so this errs on the wide side."""
+    return len(text) * size * 0.57
+
+
+def place_labels(
+    points: Iterable[tuple[float, float, str]], size: float, box: tuple[float, float, float, float]
+) -> list[tuple[float, float, Anchor, str] | None]:
+    """Where each point's label can stand without touching a point or an earlier label, or None.
+
+    `points` are (x, y, text), most important first; `box` is left, top, right, bottom.
+    """
+    placed = list(points)
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in placed]
+    found: list[tuple[float, float, Anchor, str] | None] = []
+    for x, y, text in placed:
+        wide = text_width(text, size)
+        spots: tuple[tuple[float, float, Anchor], ...] = (
+            (x + 8, y + size / 3, "start"),
+            (x - 8, y + size / 3, "end"),
+            (x, y - 9, "middle"),
+            (x, y + size + 6, "middle"),
+            (x + 6, y - 7, "start"),
+            (x - 6, y - 7, "end"),
+            (x + 6, y + size + 3, "start"),
+            (x - 6, y + size + 3, "end"),
+        )
+        for at, baseline, anchor in spots:
+            left = at - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
+            area = (left, baseline - size * 0.8, left + wide, baseline + size * 0.2)
+            inside = box[0] <= area[0] and box[1] <= area[1] and area[2] <= box[2] and area[3] <= box[3]
+            if inside and not any(_touch(area, other) for other in taken):
+                taken.append(area)
+                found.append((at, baseline, anchor, text))
+                break
+        else:
+            found.append(None)
+    return found
+
+
+def _touch(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -1,0 +1,437 @@
+"""The report's figures, each a pure function of records. None where there is nothing to draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from palio.records import Analysis, DatasetManifest, EntryUncertainty, Leaderboard
+from palio.report.drawing import HEAT, HEAT_INVERTED, SOURCES, Drawing, Point, place_labels, text_width
+from palio.report.files import Telemetry
+
+WIDTH = 640.0
+NARROW = 420.0
+SMALL = 11.0
+ROW = 24.0
+MOST_BUMPS = 12
+"""Entries and removals of the leave-one-out figure: the first ranks."""
+PRIZES = 3
+
+
+@dataclass(frozen=True)
+class BudgetUse:
+    """What an entry used of the track's limits, in seconds; None where it is not known."""
+
+    entry: str
+    used: dict[str, tuple[float, float] | None]
+    """Step -> (used, limit)."""
+
+
+def figures_of_track(
+    board: Leaderboard, analysis: Analysis | None, used: Sequence[BudgetUse]
+) -> dict[str, Drawing]:
+    """By file name."""
+    drawn = {
+        "open-vs-closed": open_against_closed(board, analysis),
+        "rank-intervals": rank_intervals(board, analysis),
+        "win-rates": win_rate_heat_map(board),
+        "leave-one-out": leave_one_out(board, analysis),
+        "budget-use": budget_use(board.track, used),
+    }
+    return {name: drawing for name, drawing in drawn.items() if drawing is not None}
+
+
+def open_against_closed(board: Leaderboard, analysis: Analysis | None) -> Drawing | None:
+    """A dot per entry, open score across, closed score up, with 95 % intervals; None with one stage only."""
+    if not board.entries or not {"open", "closed"} <= set(board.stage_weights):
+        return None
+    left, top, side = 56.0, 14.0, WIDTH - 56 - 14
+    drawing = Drawing(
+        WIDTH, top + side + 48, f"Open against closed score of {_entries(board)}, {board.track}"
+    )
+
+    def at(x: float, y: float) -> Point:
+        return left + x * side, top + (1 - y) * side
+
+    for tick in range(0, 11, 2):
+        share = tick / 10
+        drawing.line([at(share, 0), at(share, 1)], "rule")
+        drawing.line([at(0, share), at(1, share)], "rule")
+        drawing.text(
+            at(share, 0)[0], top + side + 18, f"{share:g}", anchor="middle", size=SMALL, fill="muted"
+        )
+        drawing.text(left - 8, at(0, share)[1] + 4, f"{share:g}", anchor="end", size=SMALL, fill="muted")
+    drawing.line([at(0, 0), at(1, 1)], "muted", dashed=True)
+    # The part of the diagonal that dots seldom reach.
+    drawing.text(left + 10, top + side - 26, "as good on closed as on open", size=SMALL, fill="muted")
+    drawing.line([(left + 40, top + side - 38), at(0.1, 0.1)], "rule")
+    drawing.text(left + side / 2, top + side + 40, "open score", anchor="middle")
+    drawing.text(16, top + side / 2, "closed score", anchor="middle", upright=True)
+
+    sureness = _sureness(analysis)
+    spots = []
+    for one in board.entries:
+        x, y = one.stage_scores["open"], one.stage_scores["closed"]
+        if of := sureness.get(one.entry):
+            across, up = of.stage_scores["open"], of.stage_scores["closed"]
+            drawing.line([at(across.low, y), at(across.high, y)], "dropped")
+            drawing.line([at(x, up.low), at(x, up.high)], "dropped")
+        spots.append((*at(x, y), one.entry))
+    for one, (x, y, _) in zip(board.entries, spots, strict=True):
+        told = f"{one.entry}: open {one.stage_scores['open']:.3f}, closed {one.stage_scores['closed']:.3f}"
+        drawing.dot(x, y, 5.5, "closed" if one.rank <= PRIZES else "open", tip=f"{told}, rank {one.rank}")
+    for one, label in zip(
+        board.entries, place_labels(spots, SMALL, (left, 0, WIDTH, top + side)), strict=True
+    ):
+        if label:
+            x, y, anchor, text = label
+            drawing.text(x, y, text, anchor=anchor, size=SMALL, bold=one.rank <= PRIZES)
+    return drawing
+
+
+def rank_intervals(board: Leaderboard, analysis: Analysis | None) -> Drawing | None:
+    """A line per entry from its best to its worst plausible rank; None without an analysis."""
+    sureness = _sureness(analysis)
+    if not sureness:
+        return None
+    left = _label_width([one.entry for one in board.entries])
+    n = len(board.entries)
+    drawing = Drawing(
+        WIDTH, 34 + n * ROW + 6, f"Ranks of {_entries(board)} with 95 % intervals, {board.track}"
+    )
+
+    def at(rank: float) -> float:
+        return left + (rank - 1) / max(n - 1, 1) * (WIDTH - left - 24) + 8
+
+    bottom = 34 + n * ROW
+    for rank in _rank_ticks(n):
+        drawing.line([(at(rank), 26), (at(rank), bottom)], "rule")
+        drawing.text(at(rank), 16, f"{rank}", anchor="middle", size=SMALL, fill="muted")
+    drawing.text(left - 12, 16, "rank", anchor="end", size=SMALL, fill="muted")
+    for place, one in enumerate(board.entries):
+        of, y = sureness[one.entry], 34 + (place + 0.5) * ROW
+        group = "open" if of.group % 2 == 0 else "closed"
+        tip = f"{one.entry}: rank {one.rank}, 95 % interval {of.rank.low:.0f} to {of.rank.high:.0f}"
+        drawing.text(left - 12, y + 4, _cut(one.entry), anchor="end", bold=one.rank <= PRIZES)
+        drawing.line([(at(of.rank.low), y), (at(of.rank.high), y)], group, width=4, tip=tip)
+        drawing.dot(at(one.rank), y, 6, group, tip=tip)
+    return drawing
+
+
+def win_rate_heat_map(board: Leaderboard) -> Drawing | None:
+    """Mean win rate of every entry in every scenario; None without entries."""
+    if not board.entries:
+        return None
+    scenarios = scenarios_of(board)
+    left, top, cell = _label_width([one.entry for one in board.entries]), 0.0, 0.0
+    cell = max(44.0, (WIDTH - left) / len(scenarios))
+    top = 34 + max(text_width(name, SMALL) for _, name in scenarios)
+    width = left + cell * len(scenarios)
+    drawing = Drawing(width, top + len(board.entries) * ROW, f"Win rates of {_entries(board)}, {board.track}")
+    for place, (stage, name) in enumerate(scenarios):
+        x = left + place * cell
+        if place == 0 or scenarios[place - 1][0] != stage:
+            drawing.text(x + 2, 14, stage, bold=True, fill=stage if stage in ("open", "closed") else "ink")
+        drawing.text(x + cell / 2 + 4, top - 8, name, size=SMALL, fill="muted", upright=True)
+    for row, one in enumerate(board.entries):
+        y = top + row * ROW
+        drawing.text(left - 10, y + ROW / 2 + 4, _cut(one.entry), anchor="end", bold=one.rank <= PRIZES)
+        for place, (stage, name) in enumerate(scenarios):
+            rate = one.scenario_win_rates[stage].get(name)
+            x = left + place * cell
+            tip = f"{one.entry}, {name}: {'no value' if rate is None else format(rate, '.3f')}"
+            if rate is None:
+                drawing.text(x + cell / 2, y + ROW / 2 + 4, "–", anchor="middle", fill="muted")
+                continue
+            step = heat_step(rate)
+            drawing.rectangle(x + 1, y + 1, cell - 2, ROW - 2, f"heat{step}", tip=tip)
+            ink = "paper" if step >= HEAT_INVERTED else "ink"
+            drawing.text(x + cell / 2, y + ROW / 2 + 4, f"{rate:.2f}", anchor="middle", size=SMALL, fill=ink)
+    return drawing
+
+
+def heat_step(rate: float) -> int:
+    return round(rate * (len(HEAT) - 1))
+
+
+def stages_of(board: Leaderboard) -> list[str]:
+    """In the order of the columns."""
+    return list(dict.fromkeys(column.stage for column in board.columns))
+
+
+def scenarios_of(board: Leaderboard) -> list[tuple[str, str]]:
+    """(stage, scenario) in the order of the columns."""
+    return list(dict.fromkeys((column.stage, column.scenario) for column in board.columns))
+
+
+def leave_one_out(board: Leaderboard, analysis: Analysis | None) -> Drawing | None:
+    """How the order changes when one entry leaves: lines that stay level are ranks that do not depend on it.
+
+    Each column leaves out one entry; the others keep the places of the full ranking, its own stays empty.
+    """
+    robustness = analysis.robustness if analysis else None
+    if robustness is None or len(board.entries) < 3:
+        return None
+    full = [one.entry for one in board.entries]
+    shown = full[:MOST_BUMPS]
+    removals = [one for one in robustness.without_entry if one.removed in shown]
+    left, top = _label_width(shown), 30 + max(text_width(_cut(name), SMALL) for name in shown)
+    step = max(34.0, (WIDTH - left - 20) / (len(removals) + 1))
+    height = top + len(shown) * ROW + 8
+    drawing = Drawing(left + step * (len(removals) + 1), height, f"Ranks without one entry, {board.track}")
+
+    def at(column: int, place: int) -> Point:
+        return left + step * (column + 0.5), top + (place + 0.5) * ROW
+
+    columns = [full]
+    for removal in removals:
+        free = [place for place, name in enumerate(full) if name != removal.removed]
+        order: list[str] = [""] * len(full)
+        for place, name in zip(free, removal.order, strict=True):
+            order[place] = name
+        columns.append(order)
+    drawing.text(left - 12, top - 8, "without", anchor="end", size=SMALL, fill="muted")
+    drawing.text(at(0, 0)[0] + 4, top - 8, "nobody", size=SMALL, fill="muted", upright=True)
+    for column, removal in enumerate(removals, 1):
+        ink = "closed" if removal.moved else "muted"
+        name = _cut(removal.removed)
+        drawing.text(
+            at(column, 0)[0] + 4, top - 8, name, size=SMALL, fill=ink, bold=bool(removal.moved), upright=True
+        )
+        drawing.text(
+            at(column, 0)[0], at(0, full.index(removal.removed))[1] + 4, "×", anchor="middle", fill="muted"
+        )
+    for place, name in enumerate(shown):
+        drawing.text(left - 12, at(0, place)[1] + 4, _cut(name), anchor="end", bold=place < PRIZES)
+        here: list[Point] = []
+        for column, order in enumerate(columns):
+            if name in order and order.index(name) < len(shown):
+                here.append(at(column, order.index(name)))
+            elif len(here) > 1:
+                drawing.line(here, _series(place), width=2, tip=name)
+                here = []
+            else:
+                here = []
+        if len(here) > 1:
+            drawing.line(here, _series(place), width=2, tip=name)
+        for column, order in enumerate(columns):
+            if name in order and order.index(name) < len(shown):
+                spot = order.index(name)
+                moved = "" if spot == place else f", without {removals[column - 1].removed}: {spot + 1}"
+                drawing.dot(*at(column, spot), 4.5, _series(place), tip=f"{name}: rank {place + 1}{moved}")
+    return drawing
+
+
+def budget_use(track: str, used: Sequence[BudgetUse]) -> Drawing | None:
+    """Share of each limit that every entry used; None where nothing is known."""
+    if not any(of is not None for one in used for of in one.used.values()):
+        return None
+    steps = list(used[0].used)
+    left = _label_width([one.entry for one in used])
+    wide = (WIDTH - left) / len(steps)
+    drawing = Drawing(WIDTH, 30 + len(used) * ROW, f"Use of the limits, {track}")
+    for place, step in enumerate(steps):
+        drawing.text(left + place * wide, 14, step, size=SMALL, fill="muted")
+    for row, one in enumerate(used):
+        y = 26 + row * ROW
+        drawing.text(left - 12, y + ROW / 2 + 4, _cut(one.entry), anchor="end")
+        for place, step in enumerate(steps):
+            x, bar = left + place * wide, wide - 58
+            of = one.used[step]
+            if of is None:
+                drawing.text(x, y + ROW / 2 + 4, "–", fill="muted")
+                continue
+            share = of[0] / of[1]
+            drawing.rectangle(x, y + 6, bar, ROW - 12, "rule")
+            tip = f"{one.entry}, {step}: {duration(of[0])} of {duration(of[1])}"
+            drawing.rectangle(
+                x, y + 6, bar * min(share, 1), ROW - 12, "good" if share < 0.9 else "closed", tip=tip
+            )
+            drawing.text(x + bar + 6, y + ROW / 2 + 4, f"{share:.0%}", size=SMALL, fill="muted")
+    return drawing
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 41 s, 12 min, 16.2 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+# --- of one entry ----------------------------------------------------------------------------------------
+
+
+def training_curve(telemetry: Telemetry) -> Drawing | None:
+    """Training loss by step, and validation loss where rows were held out."""
+    if not telemetry.step:
+        return None
+    left, top, right, bottom = 46.0, 12.0, NARROW - 10, 200.0
+    drawing = Drawing(NARROW, 240, f"Training loss over {telemetry.step[-1]} steps")
+    validation = [
+        (step, loss)
+        for step, loss in zip(telemetry.step, telemetry.validation_loss, strict=True)
+        if loss is not None
+    ]
+    losses = [*telemetry.loss, *(loss for _, loss in validation)]
+    ticks = _ticks(0.0, max(losses))
+    last, most = max(telemetry.step[-1], 1), ticks[-1]
+
+    def at(step: float, loss: float) -> Point:
+        return left + step / last * (right - left), bottom - loss / most * (bottom - top)
+
+    for tick in ticks:
+        y = at(0, tick)[1]
+        drawing.line([(left, y), (right, y)], "rule")
+        drawing.text(left - 6, y + 4, f"{tick:g}", anchor="end", size=SMALL, fill="muted")
+    for tick in _ticks(0, last):
+        if tick <= last:
+            drawing.text(at(tick, 0)[0], bottom + 16, f"{tick:g}", anchor="middle", size=SMALL, fill="muted")
+    drawing.text((left + right) / 2, bottom + 34, "optimizer step", anchor="middle", size=SMALL, fill="muted")
+    points = [at(step, loss) for step, loss in zip(telemetry.step, telemetry.loss, strict=True)]
+    drawing.line(_thinned(points), "open", width=1.5, tip="training loss")
+    if validation:
+        drawing.line([at(*one) for one in validation], "closed", width=1.5, tip="validation loss")
+        for step, loss in validation:
+            drawing.dot(*at(step, loss), 3, "closed", tip=f"step {step}: validation loss {loss:.3f}")
+        drawing.text(right, top + 10, "validation loss", anchor="end", size=SMALL, fill="closed")
+    drawing.text(
+        right, top + (24 if validation else 10), "training loss", anchor="end", size=SMALL, fill="open"
+    )
+    return drawing
+
+
+def _thinned(points: Sequence[Point], most: int = 400) -> list[Point]:
+    """At most so many points, each the mean of as many neighbours: a page holds no more pixels."""
+    size = math.ceil(len(points) / most)
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [
+        (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups
+    ]
+
+
+def row_flow(manifest: DatasetManifest) -> Drawing | None:
+    """A Sankey diagram from the sources (top) through the operations to the dataset (bottom)."""
+    total = sum(source.rows for source in manifest.sources)
+    if total == 0:
+        return None
+    left, right, gap, band = 10.0, NARROW - 150, 46.0, 10.0
+    per_row = (right - left) / total
+    levels = len(manifest.operations) + 1
+    drawing = Drawing(
+        NARROW, 40 + levels * (gap + band) - gap + 26, f"Rows of {manifest.entry} through the operations"
+    )
+    rows = {source.name: source.rows for source in manifest.sources}
+    colour = {name: f"source{place % SOURCES}" for place, name in enumerate(rows)}
+    y = 30.0
+    drawing.text(left, 18, f"{total:,} rows read".replace(",", " "), size=SMALL, bold=True)
+    _bands(drawing, rows, colour, left, y, per_row, band)
+    for number, operation in enumerate(manifest.operations, 1):
+        after = {name: count - operation.dropped_by_source.get(name, 0) for name, count in rows.items()}
+        lost = operation.rows_in - operation.rows_out
+        x_before = x_after = left
+        start, end = y + band, y + band + gap
+        x_lost = left + operation.rows_out * per_row
+        for name, count in rows.items():
+            kept, gone = after[name], count - after[name]
+            tip = f"{name}: {kept} of {count} kept by {operation.op}"
+            wide = (kept * per_row, kept * per_row)
+            drawing.ribbon((x_before, start), (x_after, end), wide, colour[name], opacity=0.45, tip=tip)
+            if gone:
+                drawing.ribbon(
+                    (x_before + kept * per_row, start),
+                    (x_lost + 6, end - 8),
+                    (gone * per_row, gone * per_row),
+                    "dropped",
+                    tip=f"{name}: {gone} dropped by {operation.op}",
+                )
+                x_lost += gone * per_row
+            x_before, x_after = x_before + count * per_row, x_after + kept * per_row
+        middle = (start + end) / 2
+        drawing.text(right + 14, middle - 2, f"{number} {operation.op}", size=SMALL, bold=True)
+        told = (
+            f"−{lost} rows"
+            if lost
+            else f"{operation.changed} rewritten"
+            if operation.changed
+            else "nothing to do"
+        )
+        drawing.text(right + 14, middle + 13, told, size=SMALL, fill="muted")
+        rows, y = after, end
+        _bands(drawing, rows, colour, left, y, per_row, band)
+    kept = sum(rows.values())
+    drawing.text(left, y + band + 18, f"{kept:,} rows to train on".replace(",", " "), size=SMALL, bold=True)
+    return drawing
+
+
+def _bands(
+    drawing: Drawing,
+    rows: dict[str, int],
+    colour: dict[str, str],
+    x: float,
+    y: float,
+    per_row: float,
+    height: float,
+) -> None:
+    for name, count in rows.items():
+        drawing.rectangle(x, y, count * per_row, height, colour[name], tip=f"{name}: {count} rows")
+        x += count * per_row
+
+
+def length_histogram(manifest: DatasetManifest, part: str) -> Drawing | None:
+    """Rows by length of their prompt or completion, in bins of powers of two characters."""
+    counts = manifest.characters.get(part, [])
+    first = next((place for place, count in enumerate(counts) if count), None)
+    if first is None:
+        return None
+    shown = list(enumerate(counts))[first:]
+    bar = min(40.0, 200.0 / len(shown))
+    drawing = Drawing(max(150, bar * len(shown) + 10), 122, f"Lengths of {part}s of {manifest.entry}")
+    drawing.text(0, 12, f"{part}, characters", size=SMALL, fill="muted")
+    for place, (power, count) in enumerate(shown):
+        high = 70 * count / max(counts)
+        low, top = (0, 0) if power == 0 else (2 ** (power - 1), 2**power - 1)
+        tip = f"{low} to {top} characters: {count} rows"
+        drawing.rectangle(place * bar, 96 - high, bar - 2, high, "open", tip=tip)
+        drawing.text(place * bar + bar / 2, 112, f"{low}", anchor="middle", size=9, fill="muted")
+    return drawing
+
+
+# --- parts -----------------------------------------------------------------------------------------------
+
+
+def _sureness(analysis: Analysis | None) -> dict[str, EntryUncertainty]:
+    found = analysis.uncertainty if analysis else None
+    return {one.entry: one for one in found.entries} if found else {}
+
+
+def _entries(board: Leaderboard) -> str:
+    return f"{len(board.entries)} entries" if len(board.entries) != 1 else "one entry"
+
+
+LONGEST_LABEL = 26
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
+
+
+def _label_width(names: Sequence[str]) -> float:
+    return max((text_width(_cut(name), 12) for name in names), default=0) + 20
+
+
+def _series(place: int) -> str:
+    return f"source{place % SOURCES}"
+
+
+def _rank_ticks(n: int) -> list[int]:
+    step = 1 if n <= 12 else 5 if n <= 60 else 50 if n <= 500 else 100
+    return [1, *range(step, n + 1, step)] if step > 1 else list(range(1, n + 1))
+
+
+def _ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers from `low` to at least `high`."""
+    raw = max(high - low, 1e-9) / about
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw)
+    return [low + step * number for number in range(math.ceil((high - low) / step - 1e-9) + 1)]

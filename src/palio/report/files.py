@@ -1,0 +1,168 @@
+"""What the workflow left of one entry. Whatever is not there is a `Missing` with the reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from palio.errors import BadInput
+from palio.records import (
+    AdapterManifest,
+    Contamination,
+    DatasetManifest,
+    PackageManifest,
+    Record,
+    StageRecord,
+    read_record,
+)
+
+EXAMPLES = 3
+"""Operations show the texts of one dropped row for each of their so many most frequent reasons."""
+LONGEST_TEXT = 240
+"""Characters shown of a row's prompt or completion."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why there is nothing to show."""
+
+    reason: str
+
+
+@dataclass
+class Reason:
+    """Rows dropped for one reason. Of duplicates one cluster: the reason names the row that was kept."""
+
+    reason: str
+    source: str
+    prompt: str
+    completion: str
+    """Of the first of them, shortened."""
+    ids: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Dropped:
+    """What one operation dropped."""
+
+    rows: int = 0
+    reasons: list[Reason] = field(default_factory=list)
+    """Most frequent first; of a large dataset only those."""
+
+    @property
+    def listed(self) -> int:
+        return sum(len(one.ids) for one in self.reasons)
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """Columns of the training's table, one value per optimizer step."""
+
+    step: list[int]
+    loss: list[float]
+    elapsed_seconds: list[float]
+    memory_bytes: list[int]
+    validation_loss: list[float | None]
+
+
+@dataclass(frozen=True)
+class EntryFiles:
+    dataset: DatasetManifest | Missing
+    dropped: dict[str, Dropped]
+    """By operation ("2 drop_refusals")."""
+    contamination: Contamination | Missing
+    adapter: AdapterManifest | Missing
+    telemetry: Telemetry | Missing
+    package: PackageManifest | Missing
+    stages: dict[str, StageRecord | Missing]
+    runs: dict[str, dict[str, Any] | Missing]
+    """The sidecars: what finetune, package, open and closed took."""
+
+
+def read_entry(folder: Path, stages: Sequence[str], why_missing: str, listed: int) -> EntryFiles:
+    """Read an entry's folder, results/<track>/<entry>.
+
+    Args:
+        why_missing: the reason for what is not there.
+        listed: dropped rows to name, per operation.
+    """
+    found = _Reader(folder, why_missing)
+    return EntryFiles(
+        dataset=found.record(DatasetManifest, "dataset/manifest.json"),
+        dropped=dropped_rows(folder / "dataset" / "dropped.parquet", listed),
+        contamination=found.record(Contamination, "contamination.json"),
+        adapter=found.record(AdapterManifest, "adapter.json"),
+        telemetry=found.telemetry(),
+        package=found.record(PackageManifest, "package.json"),
+        stages={stage: found.record(StageRecord, f"{stage}.json") for stage in stages},
+        runs={step: found.sidecar(step) for step in ("finetune", "package", *stages)},
+    )
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    folder: Path
+    why_missing: str
+
+    def record(self, model: type[AnyRecord], name: str) -> AnyRecord | Missing:
+        if not (self.folder / name).exists():
+            return Missing(self.why_missing)
+        try:
+            return read_record(model, self.folder / name)
+        except BadInput as error:
+            return Missing(str(error))
+
+    def sidecar(self, step: str) -> dict[str, Any] | Missing:
+        try:
+            content: dict[str, Any] = json.loads((self.folder / f"{step}.run.json").read_text("utf-8"))
+        except (FileNotFoundError, ValueError):
+            return Missing(self.why_missing)
+        return content
+
+    def telemetry(self) -> Telemetry | Missing:
+        path = self.folder / "train.parquet"
+        columns = list(Telemetry.__dataclass_fields__)
+        try:
+            table = pq.read_table(path, columns=columns)
+        except FileNotFoundError:
+            return Missing(self.why_missing)
+        except pa.ArrowInvalid as error:
+            return Missing(f"{path} is not readable: {error}")
+        return Telemetry(**{name: table[name].to_pylist() for name in columns})
+
+
+def dropped_rows(path: Path, listed: int) -> dict[str, Dropped]:
+    """Every operation's dropped rows by reason, most frequent first; beyond `listed` rows only counted."""
+    if not path.exists():
+        return {}
+    found: dict[str, dict[str, Reason]] = {}
+    for batch in pq.ParquetFile(path).iter_batches():
+        for row in batch.to_pylist():
+            of = found.setdefault(row["operation"], {})
+            if row["reason"] not in of:
+                prompt, completion = _shortened(row["prompt"]), _shortened(row["completion"])
+                of[row["reason"]] = Reason(row["reason"], row["source"], prompt, completion)
+            of[row["reason"]].ids.append(row["id"])
+    return {operation: _most_frequent(list(of.values()), listed) for operation, of in found.items()}
+
+
+def _most_frequent(reasons: list[Reason], listed: int) -> Dropped:
+    kept = Dropped(rows=sum(len(one.ids) for one in reasons))
+    for one in sorted(reasons, key=lambda one: -len(one.ids)):
+        one.ids = one.ids[: listed - kept.listed]
+        if one.ids:
+            kept.reasons.append(one)
+    return kept
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
