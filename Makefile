@@ -1,16 +1,21 @@
 # make demo    the demo competition on this machine        make test    all tests
 # make check   formatters, linters, types                  make lock    refresh envs/lock.txt
+# make slurm-demo    the demo competition on a SLURM cluster of its own, started on this machine
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: env demo test check lock system
+.PHONY: env demo slurm-demo test check lock system
 
 demo: env
 	snakemake --profile local
 	@cat results/leaderboard/*.md
 	@echo "Report: $(CURDIR)/results/report/index.html"
+
+slurm-demo: env system
+	python -m tests.slurm.cluster snakemake --profile slurm
+	@cat results/leaderboard/*.md
 
 test: env system
 	python -m pytest
