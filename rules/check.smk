@@ -1,5 +1,6 @@
 rule check_entry:
     input:
+        base_model=W.checked_model,  # its model card is held against the rules
         stages=ancient(
             expand("resources/stages/{stage}/stage.json", stage=["open", "closed"])
         ),
@@ -10,12 +11,12 @@ rule check_entry:
     params:
         file=W.entry_file,
         against=W.against(),
-        entries_of_team=W.entries_of_team,
+        neighbours=W.neighbours,
         # re-runs the check when what the rules look at changes, not when a learning rate does
         identity=W.identity,
     shell:
         "palio check {params.file:q}"
         " --against {params.against:q}"
-        " --entries-of-team {params.entries_of_team}"
+        " --neighbours {params.neighbours:q}"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
         " > {log:q} 2>&1"

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from palio import __version__
-from palio.errors import PalioError, State
+from palio.errors import PalioError, RuleViolation, State
 
 if TYPE_CHECKING:
     from palio.config import Competition
 
 BUG_EXIT_CODE = 70
+RULE_VIOLATION_EXIT_CODE = RuleViolation.exit_code
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 DEFAULT_CONFIG = "config/config.yaml"
 
@@ -54,10 +55,7 @@ def palio() -> None:
 def main() -> NoReturn:
     """Entry point. A user's mistake ends in one line, never in a traceback."""
     try:
-        palio(standalone_mode=False)
-        sys.exit(0)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        sys.exit(palio(standalone_mode=False) or 0)  # click returns an Exit's code, verbs return None
     except click.ClickException as error:
         error.show()
         sys.exit(2)
@@ -132,49 +130,55 @@ def track_and_entry(entry_dir: Path) -> tuple[str, str]:
     return entry_dir.parent.name, entry_dir.name
 
 
-@palio.command(cls=Verb, example="palio check config/entries/demo/curated.yaml")
+@palio.command(cls=Verb, example="palio check config/entries/demo")
 @click.argument("files", nargs=-1, required=True, type=ExistingPath)
 @competition_option
 @click.option("--against", help="JSON slice of the competition, in place of --competition.")
-@click.option("--entries-of-team", type=int, help="Default: counted in the file's folder.")
+@click.option("--neighbours", help="JSON of the other entries; default: found in the file's folder.")
 @click.option("--entry-dir", type=ExistingPath, help="Write check.json here (one FILE only).")
-@click.option("--json", "as_json", is_flag=True, help="Print violations as JSON lines.")
+@click.option("--json", "as_json", is_flag=True, help="Print violations and notices as JSON lines.")
 def check(
     files: tuple[Path, ...],
     competition: str,
     against: str | None,
-    entries_of_team: int | None,
+    neighbours: str | None,
     entry_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Check entry files against the competition's rules, before any GPU time is spent."""
-    from palio.config import CheckedAgainst, parse
-    from palio.rules.entry_file import EntryViolations, check_file
+    """Check entry files, or folders of them, against the competition's rules, before GPU time is spent.
+
+    A violation names rule, key, why and fix. A notice is for the organizers and stops nothing.
+    """
+    from palio.config import CheckedAgainst, Neighbours, parse
+    from palio.rules.entry_file import check_file
 
     rules = (
         parse(CheckedAgainst, json.loads(against), "--against")
         if against
         else competition_of(competition).checked_against
     )
-    exit_code = 0
-    for file in files:
-        try:
-            if entry_dir is None:
-                check_file(file, rules, entries_of_team)
-            else:
-                with entry_step("check", entry_dir):
-                    check_file(file, rules, entries_of_team).write(entry_dir / "check.json")
-            if not as_json:
+    around = parse(Neighbours, json.loads(neighbours), "--neighbours") if neighbours else None
+    clean = True
+    for file in (
+        one for given in files for one in (sorted(given.glob("*.y*ml")) if given.is_dir() else [given])
+    ):
+        checked = check_file(file, rules, around)
+        clean = clean and checked.record is not None
+        if as_json:
+            for level, found in (("violation", checked.violations), ("notice", checked.notices)):
+                for one in found:
+                    print(json.dumps({"file": str(file), "level": level, **one.model_dump()}))
+        else:
+            for one in checked.notices:
+                print(f"notice: {file}: {one}", file=sys.stderr)
+            for one in checked.violations:
+                print(f"error: {file}: {one}", file=sys.stderr)
+            if checked.record:
                 print(f"{file}: clean")
-        except PalioError as error:
-            exit_code = error.exit_code
-            if as_json:
-                found = error.violations if isinstance(error, EntryViolations) else []
-                for fault in [one.model_dump() for one in found] or [{"why": str(error)}]:
-                    print(json.dumps({"file": str(file), **fault}))
-            else:
-                print(f"error: {error}", file=sys.stderr)
-    raise click.exceptions.Exit(exit_code)
+        if entry_dir is not None:
+            with entry_step("check", entry_dir):
+                checked.require_clean().write(entry_dir / "check.json")
+    raise click.exceptions.Exit(0 if clean else RULE_VIOLATION_EXIT_CODE)
 
 
 @palio.command(
@@ -190,7 +194,6 @@ def fetch_base_model_verb(source: str, approved_as: str, offline: bool, out: Pat
     """Bring a base model into a folder of safetensors with a manifest of hashes."""
     from palio.base_model import fetch_base_model
     from palio.config import BaseModelSource, parse
-    from palio.errors import RuleViolation
 
     wanted = parse(BaseModelSource, json.loads(source), "base_model")
     if not approved_as:

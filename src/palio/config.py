@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import (
@@ -64,9 +64,9 @@ Weight = Annotated[float, BeforeValidator(_fraction), Field(gt=0, le=1)]
 
 
 class Strict(BaseModel):
-    """Frozen, and an unknown key is an error."""
+    """Frozen; an unknown key and a number that is infinite or none at all are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 # --- base models -----------------------------------------------------------------------------------
@@ -124,6 +124,17 @@ class RowTemplate(Strict):
     prompt: str
     completion: str
 
+    @model_validator(mode="after")
+    def _is_jinja(self) -> RowTemplate:
+        import jinja2
+
+        for key in ("prompt", "completion"):
+            try:
+                jinja2.Environment(autoescape=False).parse(getattr(self, key))  # noqa: S701 (parsed, never rendered)
+            except jinja2.TemplateSyntaxError as error:
+                raise ValueError(f"{key} is not a Jinja template: {error}") from None
+        return self
+
 
 class DataSource(Strict):
     """One file of training data."""
@@ -138,8 +149,10 @@ class DataSource(Strict):
     """Shown in the data card; default: the file's stem."""
     licence: str
     """SPDX id, checked against the competition's approved licences."""
+    url: str | None = None
+    """Where the public finds the data."""
     generator: str | None = None
-    """The model or program that wrote the data; omit for human-written data."""
+    """The model (`org/name` of the hub) or program that wrote the data; omit for human-written data."""
 
     @model_validator(mode="after")
     def _format_or_template(self) -> DataSource:
@@ -163,6 +176,15 @@ class DropRefusals(Strict):
 
     op: Literal["drop_refusals"]
     patterns: tuple[str, ...] = (r"as an ai\b", r"\bi (cannot|can't|am unable to)\b", r"^i don't know")
+
+    @model_validator(mode="after")
+    def _are_expressions(self) -> DropRefusals:
+        for pattern in self.patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return self
 
 
 class DropDisagreement(Strict):
@@ -342,6 +364,8 @@ class Entry(Strict):
     """One submission of one team to one track. Its id is the name of its file."""
 
     team: str = Field(min_length=1)
+    team_members: tuple[str, ...] = ()
+    """Names of the people in the team."""
     track: str
     kind: Literal["recipe", "command", "server"] = "recipe"
     title: str = ""
@@ -465,7 +489,10 @@ class ApprovedModel(Strict):
     family: str
     sources: tuple[str, ...] = Field(min_length=1)
     """Patterns with `*` for `kind:address`, e.g. hub:mistralai/Mistral-7B-v0.1."""
-    licence: str
+    licences: tuple[str, ...] = Field(min_length=1)
+    """Of the family's models, as their model cards on the hub write them, e.g. apache-2.0."""
+    outputs_train: tuple[str, ...] | None = None
+    """Families that what these models write may train; omit for any."""
 
 
 class RuleSet(Strict):
@@ -475,15 +502,32 @@ class RuleSet(Strict):
     base_models: tuple[ApprovedModel, ...] = Field(min_length=1)
     refused_names: tuple[str, ...] = ()
     """Patterns in a base model's address that are refused even inside an approved family."""
-    data_licences: tuple[str, ...] = Field(min_length=1)
-    refused_generators: tuple[str, ...] = ()
-    """Patterns of models and programs whose output must not be trained on."""
     require_revision: bool = True
+    data_licences: tuple[str, ...] = Field(min_length=1)
+    team_folders: tuple[str, ...] = ("resources/teams",)
+    """Folders that teams' data and programs lie in: never the stages' instances, or anybody's home."""
+    require_url: bool = True
+    """Whether a data source must say where the public finds it."""
+    refused_generators: tuple[str, ...] = ()
+    """Patterns of models whose output must not be trained on, named so in the violation."""
+    approved_generators: tuple[str, ...] = ()
+    """Patterns of programs, and of models that are no approved base model, whose output may train any."""
     max_length: PositiveInt = 2048
     """Tokens of prompt and completion together."""
     max_entries_per_team: PositiveInt = 3
     network_in_training: bool = False
     """Whether a command entry may reach the network while it trains."""
+    max_team_size: PositiveInt | None = None
+    """People in a team; omit for no limit."""
+
+    @model_validator(mode="after")
+    def _families_exist(self) -> RuleSet:
+        families = {model.family for model in self.base_models}
+        for model in self.base_models:
+            for family in model.outputs_train or ():
+                if family not in families:
+                    raise ValueError(f"outputs_train of {model.family} names {family!r}, which is no family")
+        return self
 
 
 class Isolation(Strict):
@@ -539,6 +583,24 @@ class CheckedAgainst(Strict):
     tracks: tuple[str, ...]
 
 
+class Alike(Strict):
+    """Another entry of the track that is nearly the same as one's own."""
+
+    entry: str
+    team: str
+    differs: tuple[str, ...]
+    """Keys in which the two differ, besides names and seeds."""
+
+
+class Neighbours(Strict):
+    """What the rules look at of the other entries."""
+
+    entries_of_team: PositiveInt = 1
+    """Of the same team in the same track, this one included."""
+    alike: tuple[Alike, ...] = ()
+    """By entry id."""
+
+
 class ScenarioRuns(Strict):
     """A scenario's HELM runs. The digest stands for the run file's content, which may be secret."""
 
@@ -581,16 +643,46 @@ def expand(path: str) -> Path:
     return Path(os.path.expandvars(path)).expanduser()
 
 
+class Fault(NamedTuple):
+    """What is wrong with one key of a file."""
+
+    kind: str
+    """pydantic's name of the error, e.g. missing."""
+    key: str
+    value: str | int | float | bool | None
+    """None where it is a whole section."""
+    fix: str
+
+
+def faults(model: type[BaseModel], data: object) -> list[Fault]:
+    """Everything that keeps `data` from being a `model`; empty if nothing does."""
+    try:
+        model.model_validate(data)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        # A list whose only item is wrong is also reported as empty: a consequence, not a fault.
+        inner = {fault["loc"][:depth] for fault in found for depth in range(1, len(fault["loc"]))}
+        return [_fault(model, fault) for fault in found if fault["loc"] not in inner]
+    return []
+
+
+def _fault(model: type[BaseModel], fault: Mapping[str, Any]) -> Fault:
+    value = fault.get("input")
+    return Fault(
+        kind=fault["type"],
+        key=".".join(str(part) for part in fault["loc"]),
+        value=value if isinstance(value, str | int | float | bool) else None,
+        fix=_fix(model, fault),
+    )
+
+
 def parse(model: type[Model], data: object, file: str | Path) -> Model:
     """Validate `data` as `model`; the first fault becomes one `BadInput` line."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in fault["loc"])
-        value = fault.get("input")
-        shown = value if isinstance(value, str | int | float | bool) else None
-        raise BadInput(file, key, shown, _fix(model, fault)) from None
+        fault = _fault(model, error.errors(include_url=False)[0])
+        raise BadInput(file, fault.key, fault.value, fault.fix) from None
 
 
 def _fix(model: type[BaseModel], fault: Mapping[str, Any]) -> str:
@@ -601,6 +693,8 @@ def _fix(model: type[BaseModel], fault: Mapping[str, Any]) -> str:
         return f"unknown key; did you mean {near[0]}?" if near else "unknown key; remove it"
     if fault["type"] == "missing":
         return "is missing; add it"
+    if fault["type"] == "model_type":
+        return "is no section; write it as lines of key: value"
     if fault["type"] == "union_tag_invalid":
         return f"unknown operation; use one of {fault['ctx']['expected_tags']}"
     return str(fault["msg"]).removeprefix("Value error, ")
@@ -615,7 +709,7 @@ def _field_names(model: type[BaseModel]) -> set[str]:
     return names
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml, if there
     """YAML's own rule, that keys of a mapping differ, which PyYAML does not check."""
 
 

@@ -64,7 +64,8 @@ class Violation(BaseModel):
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.why}; {self.fix} [{self.rule}]"
+        where = f"{self.key}: " if self.key else ""
+        return f"{where}{self.why}; {self.fix} [{self.rule}]"
 
 
 class Check(Record):
@@ -73,6 +74,8 @@ class Check(Record):
     entry: str
     rules_version: str
     base_model_family: str
+    notices: list[Violation] = []
+    """What the organizers should look at; it does not stop the entry."""
 
 
 class BaseModelManifest(Record):

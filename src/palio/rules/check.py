@@ -7,40 +7,47 @@ stand in config/rules/*.yaml.
 from __future__ import annotations
 
 import fnmatch
+import functools
+import re
 from collections.abc import Iterator
 
-from palio.config import REVISION_PATTERN, ApprovedModel, BaseModelSource, Entry, RuleSet
+from palio.config import REVISION_PATTERN, ApprovedModel, BaseModelSource, DataSource, Entry, RuleSet
 from palio.records import Violation
 
 
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(fnmatch.translate(pattern.casefold()))
+
+
 def matches(pattern: str, text: str) -> bool:
-    return fnmatch.fnmatchcase(text.casefold(), pattern.casefold())
+    return _compiled(pattern).match(text.casefold()) is not None
+
+
+def first_match(patterns: tuple[str, ...], text: str) -> str | None:
+    return next((pattern for pattern in patterns if matches(pattern, text)), None)
 
 
 def approved_model(source: BaseModelSource, rules: RuleSet) -> ApprovedModel | None:
     """The approved family that a base model belongs to, if any."""
-    address = source.address
-    if any(matches(pattern, address) for pattern in rules.refused_names):
+    return approved_address(source.address, rules)
+
+
+def approved_address(address: str, rules: RuleSet) -> ApprovedModel | None:
+    """As `approved_model`, of `kind:address`."""
+    if first_match(rules.refused_names, address):
         return None
-    for model in rules.base_models:
-        if any(matches(pattern, address) for pattern in model.sources):
-            return model
-    return None
+    return next((model for model in rules.base_models if first_match(model.sources, address)), None)
 
 
-def violations(
-    entry: Entry, rules: RuleSet, *, tracks: tuple[str, ...], entries_of_team: int
-) -> list[Violation]:
-    """Every rule that `entry` breaks; empty if it may run.
-
-    `entries_of_team` counts the team's entries in the same track, this one included.
-    """
+def violations(entry: Entry, rules: RuleSet, *, tracks: tuple[str, ...]) -> list[Violation]:
+    """Every rule that `entry` by itself breaks; empty if it may run."""
     return [
         *_track(entry, tracks),
+        *_team(entry, rules),
         *_base_model(entry, rules),
         *_data(entry, rules),
         *_length(entry, rules),
-        *_entries_of_team(entry, rules, entries_of_team),
     ]
 
 
@@ -54,18 +61,32 @@ def _track(entry: Entry, tracks: tuple[str, ...]) -> Iterator[Violation]:
         )
 
 
+def _team(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
+    members = len(set(entry.team_members))
+    if rules.max_team_size is not None and members > rules.max_team_size:
+        yield Violation(
+            rule="team.size",
+            key="team_members",
+            why=f"{entry.team} has {members} members",
+            fix=f"a team has at most {rules.max_team_size}",
+        )
+
+
+# --- base model --------------------------------------------------------------------------------------
+
+
 def _base_model(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
     source = entry.base_model
-    refused = [pattern for pattern in rules.refused_names if matches(pattern, source.address)]
-    families = ", ".join(sorted({model.family for model in rules.base_models}))
+    refused = first_match(rules.refused_names, source.address)
     if refused:
         yield Violation(
             rule="base_model.instruction_tuned",
             key=f"base_model.{source.kind}",
-            why=f"{source.address} matches {refused[0]}: instruction-tuned models are not base models",
+            why=f"{source.address} matches {refused}: instruction-tuned models are not base models",
             fix="start from the family's base model",
         )
     elif approved_model(source, rules) is None:
+        families = ", ".join(sorted({model.family for model in rules.base_models}))
         yield Violation(
             rule="base_model.approved",
             key=f"base_model.{source.kind}",
@@ -81,6 +102,9 @@ def _base_model(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
         )
 
 
+# --- data --------------------------------------------------------------------------------------------
+
+
 def _data(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
     for index, source in enumerate(entry.dataset.sources if entry.dataset else ()):
         key = f"dataset.sources.{index}"
@@ -91,14 +115,58 @@ def _data(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
                 why=f"{source.licence!r} is not an approved licence for {source.label}",
                 fix=f"use data under one of {', '.join(rules.data_licences)}",
             )
-        for pattern in rules.refused_generators:
-            if source.generator and matches(pattern, source.generator):
-                yield Violation(
-                    rule="data.generator",
-                    key=f"{key}.generator",
-                    why=f"output of {source.generator} must not be trained on",
-                    fix="remove this source",
-                )
+        if source.generator:
+            yield from _generator(entry, source, source.generator, f"{key}.generator", rules)
+        elif rules.require_url and not source.url:
+            yield Violation(
+                rule="data.public",
+                key=f"{key}.url",
+                why=f"nobody can tell where {source.label} comes from; training data must be public",
+                fix="give the address where the public finds it",
+            )
+
+
+def _generator(
+    entry: Entry, source: DataSource, generator: str, key: str, rules: RuleSet
+) -> Iterator[Violation]:
+    """Generated data comes from an approved base model, under that model's licence."""
+    if first_match(rules.refused_generators, generator):
+        yield Violation(
+            rule="data.generator",
+            key=key,
+            why=f"output of {generator} must not be trained on",
+            fix="remove this source",
+        )
+        return
+    if first_match(rules.approved_generators, generator):
+        return
+    if first_match(rules.refused_names, f"hub:{generator}"):
+        yield Violation(
+            rule="data.generator_tuned",
+            key=key,
+            why=f"{generator} is instruction-tuned, and {source.label} may come from a base model only",
+            fix="remove this source, or generate it with the family's base model",
+        )
+        return
+    model = approved_address(f"hub:{generator}", rules)
+    if model is None:
+        yield Violation(
+            rule="data.generator_approved",
+            key=key,
+            why=f"{generator} is no approved base model, and {source.label} may come from no other",
+            fix="write the generator as org/name of the hub; if it is right so, remove this source",
+        )
+        return
+    own = approved_model(entry.base_model, rules)
+    trainable = model.outputs_train
+    if trainable is not None and own is not None and own.family not in trainable:
+        families = ", ".join(trainable)
+        yield Violation(
+            rule="data.generator_licence",
+            key=key,
+            why=f"the licence of {generator} lets its output train {families} only, not {own.family}",
+            fix="remove this source, or start from such a model",
+        )
 
 
 def _length(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
@@ -108,14 +176,4 @@ def _length(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
             key="finetune.max_length",
             why=f"{entry.finetune.max_length} tokens are more than the limit of {rules.max_length}",
             fix=f"set it to at most {rules.max_length}",
-        )
-
-
-def _entries_of_team(entry: Entry, rules: RuleSet, entries_of_team: int) -> Iterator[Violation]:
-    if entries_of_team > rules.max_entries_per_team:
-        yield Violation(
-            rule="team.entries",
-            key="team",
-            why=f"{entry.team} has {entries_of_team} entries in track {entry.track}",
-            fix=f"keep at most {rules.max_entries_per_team}",
         )

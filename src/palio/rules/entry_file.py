@@ -1,56 +1,182 @@
-"""Check one entry file as it lies on disk: schema, rules, its team's other entries, its sources."""
+"""Check entry files as they lie on disk: schema, rules, neighbours, where sources lie, the base model's card.
+
+Works offline: of the base model it reads what is there of resources/base_models/<id>/model.
+"""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from palio.config import CheckedAgainst, Entry, load_entry, load_rules
+from palio.config import (
+    ID_PATTERN,
+    CheckedAgainst,
+    Decontaminate,
+    Entry,
+    Fault,
+    Neighbours,
+    RuleSet,
+    faults,
+    load_entry,
+    load_rules,
+    read_yaml,
+)
 from palio.errors import BadInput, RuleViolation
 from palio.records import Check, Violation
 from palio.rules.check import approved_model, violations
+from palio.rules.lineage import lineage_violations, model_facts
+from palio.rules.neighbours import neighbours, violations_among
+
+BASE_MODELS = Path("resources/base_models")
+OPEN_STAGE = "resources/stages/open"
+HEAD = 1 << 16
+"""Bytes of a source by which, with its size, it is told from others."""
 
 
 class EntryViolations(RuleViolation):
-    """An entry breaks rules; `violations` holds each."""
+    """An entry breaks rules; the message is one line with each."""
 
     def __init__(self, file: Path, found: list[Violation]) -> None:
         super().__init__("; ".join(f"{file}: {violation}" for violation in found))
-        self.violations = found
 
 
-def check_file(file: Path, against: CheckedAgainst, entries_of_team: int | None = None) -> Check:
-    """The record of a clean entry. `entries_of_team` is counted in the file's folder if not given.
+@dataclass(frozen=True)
+class Checked:
+    """One entry file and all that is to be said of it."""
 
-    Raises:
-        BadInput: the file is no valid entry.
-        EntryViolations: it is one, and breaks rules.
-    """
+    file: Path
+    violations: list[Violation]
+    notices: list[Violation] = field(default_factory=list)
+    record: Check | None = None
+    """None with violations."""
+
+    def require_clean(self) -> Check:
+        """The record of a clean entry. Raises EntryViolations otherwise."""
+        if self.record is None:
+            raise EntryViolations(self.file, self.violations)
+        return self.record
+
+
+def check_file(file: Path, against: CheckedAgainst, around: Neighbours | None = None) -> Checked:
+    """Hold one entry file against the rules. `around` is found in the file's folder if not given."""
+    found = list(_schema(file))
+    if found:
+        return Checked(file, found)
     entry = load_entry(file)
-    rules = load_rules(Path(against.rules))
-    if entries_of_team is None:
-        entries_of_team = _entries_of_team(entry, file)
-    found = violations(entry, rules, tracks=against.tracks, entries_of_team=entries_of_team)
+    rules = _rules(Path(against.rules))
+    around = around or folder_neighbours(file.parent.resolve()).get(file.stem, Neighbours())
+    broken, notices = violations_among(file.stem, entry, rules, around)
+    found = [*violations(entry, rules, tracks=against.tracks), *broken, *_places(entry, rules)]
+    for folder in (BASE_MODELS / entry.base_model.id / "model", Path(entry.base_model.path or os.devnull)):
+        if folder.is_dir():
+            found += lineage_violations(entry.base_model, model_facts(folder), rules)
+            break
     family = approved_model(entry.base_model, rules)
     if found or family is None:
-        raise EntryViolations(file, found)
-    return Check(
+        return Checked(file, found, notices)
+    record = Check(
         competition=against.competition,
         track=entry.track,
         entry=file.stem,
         rules_version=rules.version,
         base_model_family=family.family,
+        notices=notices,
     )
+    return Checked(file, [], notices, record)
 
 
-def _entries_of_team(entry: Entry, file: Path) -> int:
-    """Entries of the same team and track in the folder of `file`, `file` included."""
-    count = 1
-    for path in file.parent.glob("*.yaml"):
-        if path.name == file.name:
-            continue
+@functools.cache
+def folder_neighbours(folder: Path) -> dict[str, Neighbours]:
+    """Of the valid entry files in a folder, which is read once a process."""
+    entries = {}
+    for path in sorted(folder.glob("*.yaml")):
         try:
-            other = load_entry(path)
+            entries[path.stem] = load_entry(path)
         except BadInput:  # reported by its own check
             continue
-        count += (other.team, other.track) == (entry.team, entry.track)
-    return count
+    return neighbours(entries, source_content)
+
+
+def source_content(path: str) -> str:
+    """What a source's file holds, in short: size and hash of its head; its path if it is not there."""
+    try:
+        with Path(path).open("rb") as stream:
+            head = hashlib.sha256(stream.read(HEAD)).hexdigest()
+            return f"{stream.seek(0, os.SEEK_END)}:{head}"
+    except OSError:
+        return path
+
+
+_rules = functools.cache(load_rules)
+
+
+# --- schema --------------------------------------------------------------------------------------------
+
+
+def _schema(file: Path) -> Iterator[Violation]:
+    """Everything that keeps the file from being an entry."""
+    if not ID_PATTERN.fullmatch(file.stem) or file.suffix != ".yaml":
+        yield Violation(
+            rule="schema.id",
+            key="",
+            why=f"the file's name {file.name!r} is no entry id",
+            fix="rename it to <id>.yaml, the id of letters, digits, - and _",
+        )
+    try:
+        content = read_yaml(file)
+    except BadInput as error:
+        why, _, fix = str(error).removeprefix(f"{file}: ").partition("; ")
+        yield Violation(rule="schema.file", key="", why=why, fix=fix or "correct it")
+        return
+    for fault in faults(Entry, content):
+        yield _schema_violation(fault)
+
+
+_SCHEMA_RULES = {"missing": "schema.missing", "extra_forbidden": "schema.unknown_key"}
+
+
+def _schema_violation(fault: Fault) -> Violation:
+    why, separator, fix = fault.fix.partition("; ")
+    if not separator:
+        why, fix = "is wrong" if fault.value is None else f"is {fault.value!r}", fault.fix
+    return Violation(rule=_SCHEMA_RULES.get(fault.kind, "schema.value"), key=fault.key, why=why, fix=fix)
+
+
+# --- where an entry's files may lie ---------------------------------------------------------------------
+
+
+def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
+    """What a team brings lies in the teams' folders, links followed: not in a stage's store, not in a home."""
+    sources = entry.dataset.sources if entry.dataset else ()
+    brought = [("data.path", f"dataset.sources.{i}.path", source.path) for i, source in enumerate(sources)]
+    if entry.program:
+        brought.append(("program.path", f"{entry.kind}.files", entry.program.files or ""))
+        image = entry.program.image or ""
+        brought.append(
+            ("program.path", f"{entry.kind}.image", "" if image.startswith("docker://") else image)
+        )
+    for rule, key, path in brought:
+        if path and not _inside(path, rules.team_folders):
+            yield Violation(
+                rule=rule,
+                key=key,
+                why=f"{path} does not lie in {' or '.join(rules.team_folders)}",
+                fix=f"put it into a folder of your team there, {rules.team_folders[0]}/<team>/",
+            )
+    for index, operation in enumerate(entry.dataset.operations if entry.dataset else ()):
+        if isinstance(operation, Decontaminate) and not _inside(operation.instances, (OPEN_STAGE,)):
+            yield Violation(
+                rule="data.path",
+                key=f"dataset.operations.{index}.instances",
+                why=f"{operation.instances} is not the open stage's",
+                fix="leave it out: the open stage's instances are the default",
+            )
+
+
+def _inside(path: str, folders: tuple[str, ...]) -> bool:
+    real = Path(path).resolve()
+    return any(real.is_relative_to(Path(folder).resolve()) for folder in folders)

@@ -1,0 +1,110 @@
+"""What a downloaded base model says of itself: licence and lineage, from its model card and config.
+
+A model whose name is approved may still be a fine-tuned one, or under a licence of its own. Its files are
+untrusted: what cannot be read says nothing, and is no error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from palio.config import BaseModelSource, RuleSet
+from palio.records import Violation
+from palio.rules.check import approved_address, approved_model, first_match
+
+MAX_CARD = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    licences: tuple[str, ...] = ()
+    """As the card names them; empty if it names none."""
+    made_from: tuple[str, ...] = ()
+    """Models of the hub that this one was made from, `org/name`."""
+    relation: str = ""
+    """How, as the hub calls it: finetune, adapter, merge, quantized."""
+    trained_as: str = ""
+    """Name or path that the config was saved from."""
+
+
+def model_facts(folder: Path) -> ModelFacts:
+    """Of a model folder; all empty where there is neither card nor config."""
+    card = _front_matter(folder / "README.md")
+    config = _json(folder / "config.json")
+    named = config.get("_name_or_path")
+    relation = card.get("base_model_relation")
+    return ModelFacts(
+        licences=(*_texts(card.get("license")), *_texts(card.get("license_name"))),
+        made_from=_texts(card.get("base_model")),
+        relation=relation if isinstance(relation, str) else "",
+        trained_as=named if isinstance(named, str) else "",
+    )
+
+
+def lineage_violations(source: BaseModelSource, facts: ModelFacts, rules: RuleSet) -> Iterator[Violation]:
+    """What a base model's own words break of the rules; nothing for a model that is not approved anyway."""
+    model = approved_model(source, rules)
+    if model is None:
+        return
+    key = f"base_model.{source.kind}"
+    approved = {licence.casefold() for licence in model.licences}
+    if facts.licences and not approved & {licence.casefold() for licence in facts.licences}:
+        yield Violation(
+            rule="base_model.licence",
+            key=key,
+            why=f"its model card says licence {', '.join(facts.licences)}",
+            fix=f"use a model of {model.family} under {' or '.join(model.licences)}",
+        )
+    for origin in facts.made_from:
+        quantised = facts.relation == "quantized" and approved_address(f"hub:{origin}", rules) is not None
+        if not quantised:
+            yield Violation(
+                rule="base_model.lineage",
+                key=key,
+                why=f"its model card says that it was made from {origin} ({facts.relation or 'finetune'})",
+                fix="start from a base model, trained from nothing",
+            )
+    refused = first_match(rules.refused_names, facts.trained_as)
+    if refused:
+        yield Violation(
+            rule="base_model.lineage",
+            key=key,
+            why=f"its config was saved from {facts.trained_as}, which matches {refused}",
+            fix="start from the family's base model",
+        )
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
+    """The YAML between the card's first two lines of dashes."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as stream:
+            text = stream.read(MAX_CARD)
+    except OSError:
+        return {}
+    if not text.startswith("---\n"):
+        return {}
+    try:
+        content = yaml.safe_load(text[4:].partition("\n---")[0])
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """A text, or the texts of a list."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(one for one in values if isinstance(one, str) and one)

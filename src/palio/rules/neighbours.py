@@ -1,0 +1,137 @@
+"""One entry beside the others: how many its team has in the track, and which are nearly the same.
+
+Two entries are nearly the same if they start from the same base model, share 90 % of their sources and
+operations (Jaccard; the settings of an operation count as one), and train alike: equal choices, and
+numbers within 10 % of each other. Names, licences, seeds and the order of sources do not tell them apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from palio.config import Alike, Entry, Neighbours, RuleSet
+from palio.provenance import canonical_json
+from palio.records import Violation
+
+SHARED_DATA = 0.9
+NUMBERS_WITHIN = 0.1
+_SEEDS = frozenset({"seed", "save_steps"})
+
+
+def neighbours(
+    entries: Mapping[str, Entry], content: Callable[[str], str] = lambda path: path
+) -> dict[str, Neighbours]:
+    """What the rules look at, by entry id. `content` names what a source's path holds: equal names, equal
+    data."""
+    of_team = Counter((entry.team, entry.track) for entry in entries.values())
+    alike: defaultdict[str, list[Alike]] = defaultdict(list)
+    for one, other, differs in _alike_pairs(entries, content):
+        alike[one].append(Alike(entry=other, team=entries[other].team, differs=differs))
+        alike[other].append(Alike(entry=one, team=entries[one].team, differs=differs))
+    return {
+        name: Neighbours(
+            entries_of_team=of_team[entry.team, entry.track],
+            alike=tuple(sorted(alike[name], key=lambda one: one.entry)),
+        )
+        for name, entry in entries.items()
+    }
+
+
+def violations_among(
+    name: str, entry: Entry, rules: RuleSet, around: Neighbours
+) -> tuple[list[Violation], list[Violation]]:
+    """Rules broken beside the others, and what the organizers should look at.
+
+    An entry nearly the same as an earlier one (by id) of its own team is refused. One nearly the same as
+    another team's is shown only: else whoever copies an entry could stop it.
+    """
+    broken: list[Violation] = []
+    notices: list[Violation] = []
+    if around.entries_of_team > rules.max_entries_per_team:
+        broken.append(
+            Violation(
+                rule="team.entries",
+                key="team",
+                why=f"{entry.team} has {around.entries_of_team} entries in track {entry.track}",
+                fix=f"keep at most {rules.max_entries_per_team}",
+            )
+        )
+    for other in around.alike:
+        what = f" but for {', '.join(other.differs)}" if other.differs else ""
+        own = other.team == entry.team
+        if own and other.entry > name:
+            continue
+        (broken if own else notices).append(
+            Violation(
+                rule="entry.duplicate",
+                key="",
+                why=f"is nearly the same as {other.entry} of {other.team}{what}",
+                fix="withdraw one of them" if own else "ask both teams",
+            )
+        )
+    return broken, notices
+
+
+@dataclass(frozen=True)
+class _Likeness:
+    """What two entries are compared by."""
+
+    data: frozenset[str]
+    choices: str
+    numbers: Mapping[str, float]
+
+
+def _alike_pairs(
+    entries: Mapping[str, Entry], content: Callable[[str], str]
+) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    groups: defaultdict[tuple[str, str, str], list[tuple[str, _Likeness]]] = defaultdict(list)
+    for name, entry in sorted(entries.items()):
+        likeness = _likeness(entry, content)
+        groups[entry.track, entry.base_model.id, likeness.choices].append((name, likeness))
+    for group in groups.values():
+        for (name, one), (other_name, other) in combinations(group, 2):
+            differs = _differs(one, other)
+            if differs is not None:
+                yield name, other_name, differs
+
+
+def _likeness(entry: Entry, content: Callable[[str], str]) -> _Likeness:
+    data: list[str] = []
+    if entry.dataset:
+        for source in entry.dataset.sources:
+            shape = source.model_dump(mode="json", include={"format", "template"})
+            data.append(canonical_json(["source", content(source.path), shape]))
+        data += [
+            canonical_json(["operation", operation.model_dump(mode="json")])
+            for operation in entry.dataset.operations
+        ]
+    settings = entry.finetune.model_dump(mode="json", exclude=set(_SEEDS)) if entry.finetune else {}
+    numbers = {key: float(value) for key, value in settings.items() if _is_number(value)}
+    choices = {key: value for key, value in settings.items() if key not in numbers}
+    if entry.program:
+        choices["program"] = entry.program.model_dump(mode="json")
+    return _Likeness(frozenset(data), canonical_json(choices), numbers)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _differs(one: _Likeness, other: _Likeness) -> tuple[str, ...] | None:
+    """Keys in which two entries of equal choices differ; None if they are not nearly the same."""
+    both = len(one.data & other.data)
+    if both < SHARED_DATA * (len(one.data) + len(other.data) - both):
+        return None
+    for key, value in one.numbers.items():
+        if value != (own := other.numbers[key]) and not math.isclose(value, own, rel_tol=NUMBERS_WITHIN):
+            return None
+    return (*(("dataset",) if one.data != other.data else ()), *_changed(one.numbers, other.numbers))
+
+
+def _changed(one: Mapping[str, float], other: Mapping[str, float]) -> Sequence[str]:
+    return [f"finetune.{key}" for key, value in one.items() if value != other[key]]
