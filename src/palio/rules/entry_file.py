@@ -150,7 +150,7 @@ def _schema_violation(fault: Fault) -> Violation:
 
 
 def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
-    """What a team brings lies in the teams' folders, links followed: not in a stage's store, not in a home."""
+    """What a team brings lies in the teams' folders, links followed: not in a stage's store or a home."""
     sources = entry.dataset.sources if entry.dataset else ()
     brought = [("data.path", f"dataset.sources.{i}.path", source.path) for i, source in enumerate(sources)]
     if entry.program:
