@@ -364,6 +364,38 @@ def serve(
     run(package, host=host, port=port, device=device, threads=threads, gpu_memory_gb=gpu_memory_gb)
 
 
+@palio.command(cls=Verb, example="palio probe http://127.0.0.1:8080")
+@click.argument("url")
+@competition_option
+@click.option("--stage", type=click.Choice(["open", "closed"]), default="open", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def probe(url: str, competition: str, stage: str, as_json: bool) -> None:
+    """Check that a running server does what HELM asks of it, and how long the stage would take.
+
+    Ends with code 3 if a required check fails: the server would not be evaluated.
+    """
+    from rich.console import Console
+
+    from palio.errors import RuleViolation
+    from palio.evaluation.helm import stage_runs
+    from palio.evaluation.probe import probe as run
+    from palio.evaluation.probe import probe_table
+    from palio.evaluation.stage import planned_requests
+
+    settings = competition_of(competition)
+    report = run(
+        url,
+        planned_requests=planned_requests(stage_runs(settings, stage)),
+        time_limit=settings.stage(stage).time_limit,
+    )
+    if as_json:
+        print(report.model_dump_json(indent=2))
+    else:
+        Console().print(probe_table(report))
+    if not report.conforms:
+        raise click.exceptions.Exit(RuleViolation.exit_code)
+
+
 @palio.command(cls=Verb, example="snakemake --profile local results/laptop/curated/open.json")
 @entry_dir_option
 @click.option("--runs", required=True, help="JSON slice of the stage: what to run.")

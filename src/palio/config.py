@@ -456,7 +456,14 @@ class Stage(Strict):
     weight: Weight
     """Share of the final score; the stages' weights add up to 1."""
     time_limit: Seconds
-    """Wall clock of the whole stage for one entry; what is unanswered then is missing."""
+    """Wall clock of the whole stage for one entry; nothing is asked after it."""
+    unanswered: Literal["missing", "wrong"] = "missing"
+    """What a question counts that got no answer in time, or an error: `missing` leaves its HELM run without
+    a value, `wrong` scores it as an empty completion, as in 2023."""
+    cut_at_stop_sequences: bool = True
+    """Completions end at HELM's stop sequences, also of servers that ignore them."""
+    scale: PositiveFloat = 1
+    """Factor on every scenario's budget."""
     margin: Seconds = Field(default=1800, validate_default=False)
     """Added to the limit for the job's time limit: loading the model, summarising."""
     threads: PositiveInt = 8
@@ -627,11 +634,13 @@ class StageRuns(Strict):
 
 
 class StageLimits(Strict):
-    """What an evaluation of a prepared stage may use."""
+    """How a prepared stage is asked, see `Stage`."""
 
     time_limit: PositiveInt
     """Seconds."""
     threads: PositiveInt
+    unanswered: Literal["missing", "wrong"] = "missing"
+    cut_at_stop_sequences: bool = True
 
 
 # --- reading ---------------------------------------------------------------------------------------

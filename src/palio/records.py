@@ -9,6 +9,7 @@ results/<track>/<entry>/
     contamination.json            Contamination
     adapter.json                  AdapterManifest     adapter/, train.parquet
     package.json                  PackageManifest     package/
+    probe.json                    ProbeReport         of its server
     open.json, closed.json        StageRecord         helm/<stage>/{metrics,instances}.parquet
     work/                         what must survive a retry; never a declared output
     work/failures/<step>.json     StepFailure
@@ -212,6 +213,43 @@ class PackageManifest(Record):
         return fingerprint(self.files)
 
 
+class ProbeCheck(BaseModel):
+    """Outcome of one check of a running server."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    required: bool
+    """A required check that fails ends the entry before HELM runs; the others cost points or time."""
+    state: Literal["pass", "fail", "skipped"]
+    why: str
+    """What was seen."""
+    fix: str
+    """What to change; empty for a check that passed."""
+
+
+class ProbeReport(Record):
+    """Conformance of one server, its checks in the order they ran. Holds measured times: not content."""
+
+    package_fingerprint: str | None = None
+    """Of the package that was served, if the workflow did."""
+    checks: tuple[ProbeCheck, ...]
+    planned_requests: int
+    time_limit: float
+    """Seconds."""
+    projected_seconds: float | None
+    """Of the stage, from the timed requests; None if they failed."""
+
+    @property
+    def conforms(self) -> bool:
+        """Whether every required check passed."""
+        return all(check.state == "pass" for check in self.checks if check.required)
+
+    @property
+    def failed(self) -> list[str]:
+        return [check.name for check in self.checks if check.state == "fail"]
+
+
 class HelmRun(BaseModel):
     """One HELM run (one run spec) and how it ended."""
 
@@ -222,8 +260,9 @@ class HelmRun(BaseModel):
     state: State
     reason: str = ""
     instances: int
-    """Evaluation instances planned, over all splits and perturbations."""
+    """Evaluation instances planned, over all splits."""
     answered: int
+    """Of these, how many got an answer to every request: the plain one and the perturbed ones."""
 
 
 class StageRecord(Record):
@@ -237,8 +276,13 @@ class StageRecord(Record):
     instances_sha256: str
     helm_version: str
     state: State
-    """finished: every run is; time_limit: some are missing, the stage's limit ran out."""
+    """finished: every instance is answered; time_limit: some are not, the stage's limit ran out."""
     reason: str = ""
+    unanswered: Literal["missing", "wrong"] = "missing"
+    """What an unanswered instance counts: `wrong` scores it as an empty completion."""
+    cut_at_stop_sequences: bool = True
+    completions_cut: int = 0
+    """Answers that went on behind a stop sequence and were cut there."""
     runs: list[HelmRun]
     metrics_sha256: str
     instances_table_sha256: str

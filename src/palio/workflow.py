@@ -225,7 +225,7 @@ class Workflow:
 
     def limits(self, stage: str) -> str:
         settings = self.competition.stage(stage)
-        return slice_of(StageLimits(time_limit=settings.time_limit, threads=settings.threads))
+        return slice_of(StageLimits(**{name: getattr(settings, name) for name in StageLimits.model_fields}))
 
     def whole(self) -> str:
         return canonical_json(self.competition.model_dump(mode="json", exclude_none=True))

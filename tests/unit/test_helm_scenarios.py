@@ -235,7 +235,7 @@ def test_helm_makes_the_instances_of_both_stages_offline(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PALIO_HELM_DATA", str(SHARED))
     runs = stage_of(tmp_path, RUNS)
-    cache = runs.store / "helm" / fingerprint(stage_entries(runs))[:16] / "output" / "scenarios"
+    cache = runs.store / "data" / "scenarios"
     for name in ("mmlu", "big_bench", "truthful_qa", "gsm", "bbq"):
         shutil.copytree(SHARED / name, cache / name, copy_function=os.symlink)
     record = prepare_stage(runs, tmp_path / "stage.json")
@@ -272,7 +272,7 @@ def test_summaries_and_mathematics_are_scored_offline(
         "MATH": ["palio_math:subject=algebra,level=1"],
     }
     entries = stage_entries(stage_of(tmp_path, runs))
-    write_helm_folder(tmp_path / "helm", entries, base_url=None)  # HELM's toy model, which echoes words
+    write_helm_folder(tmp_path / "helm", entries, tmp_path / "data")  # HELM's toy model, which echoes words
     assert run_helm(tmp_path / "helm", threads=1).code == 0
     values = {
         (run.scenario, row["metric"]): row["value"]

@@ -64,17 +64,13 @@ def test_the_closed_stage_asks_5000_questions_in_five_scenarios(competition: Com
     assert len(entries["MATH"]) == 35
 
 
-def test_one_setting_scales_a_scenario_and_drops_what_gets_no_question(competition: Competition) -> None:
-    stage = competition.stages.open
-    smaller = stage.scenarios["MMLU"].model_copy(update={"questions": 24})
-    scaled = competition.model_copy(
-        update={
-            "stages": competition.stages.model_copy(
-                update={"open": stage.model_copy(update={"scenarios": {"MMLU": smaller}})}
-            )
-        }
-    )
-    assert asked(stage_entries(stage_runs(scaled, "open"))["MMLU"]) == [1] * 24  # two of each of 12 topics
+def test_one_setting_scales_a_stage_and_drops_what_gets_no_question(competition: Competition) -> None:
+    stage = competition.stages.open.model_copy(update={"scale": 1 / 9})
+    stages = competition.stages.model_copy(update={"open": stage})
+    entries = stage_entries(stage_runs(competition.model_copy(update={"stages": stages}), "open"))
+    assert asked(entries["MMLU"]) == [1] * 24  # two of each of 12 topics
+    assert asked(entries["GSM8K"]) == [2]
+    assert sum(asked(entries["BIG-bench"])) == 36
 
 
 def test_ethics_is_one_scenario_of_fifteen_columns_and_summaries_have_five(competition: Competition) -> None:

@@ -1,14 +1,18 @@
 """Evaluate one package in one stage: HELM against a server, under the stage's time limit.
 
-What HELM has finished survives everything: it lies in a folder named by package and stage, outside
-the step's declared outputs, so a rerun repeats only unfinished HELM runs, and the seconds already
-used count against the limit.
+Before the open stage the server is probed: one that does not speak HELM's contract is not asked further.
+What is answered survives everything: HELM's runs and the client's journal lie in a folder named by
+package and stage, outside the step's declared outputs, so a rerun asks only what has no answer, and the
+seconds already used count against the limit.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,8 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from palio.config import StageLimits, StageRuns
-from palio.errors import Crashed, State
+from palio.errors import Crashed, RuleViolation, State
 from palio.evaluation import helm
+from palio.evaluation.helm import BROKEN, LIMIT
+from palio.evaluation.probe import probe
 from palio.evaluation.stage import StagePlan
 from palio.provenance import atomic_path, file_sha256, fingerprint, timed_run, write_json
 from palio.records import (
@@ -27,12 +33,16 @@ from palio.records import (
     METRICS_SCHEMA,
     HelmRun,
     PackageManifest,
+    ProbeReport,
     StageInstances,
     StageRecord,
     read_record,
 )
 
 PROGRESS_SECONDS = 15.0
+SCORING_SECONDS = 900.0
+"""HELM's own work after the limit: instances and metrics of what is left, without asking."""
+LOG_LINES = 3
 
 
 class Server(Protocol):
@@ -65,51 +75,86 @@ def evaluate(
     """Run the stage, write entry_dir/helm/<stage>/*.parquet and entry_dir/<stage>.json.
 
     `instances` is the stage's record written by `prepare_stage`. A stage whose limit ran out is a
-    finished step with the state `time_limit`.
+    finished step with the state `time_limit`. The open stage writes entry_dir/probe.json first.
 
     Raises:
-        Crashed: the server died or a HELM run failed; the finished runs are kept for the next attempt.
+        RuleViolation: the server fails a required check of the probe.
+        Crashed: the server died or a HELM run failed; what is answered is kept for the next attempt.
     """
     stage = runs.stage
     package = read_record(PackageManifest, entry_dir / "package.json")
     prepared = read_record(StageInstances, instances)
     plan = StagePlan(runs.store)
-    key = fingerprint([package.fingerprint, prepared.sha256, prepared.helm_version])[:16]
-    folder = work_folder(runs, entry_dir, key)
-    _share_data(folder, plan)
+    decides = [package.fingerprint, prepared.sha256, prepared.helm_version, limits.cut_at_stop_sequences]
+    folder = work_folder(runs, entry_dir, fingerprint(decides)[:16])
+    folder.mkdir(parents=True, exist_ok=True)
+    _forget_unanswered(folder)
 
     with timed_run(entry_dir / f"{stage}.run.json", limit_seconds=limits.time_limit) as run:
         clock = UsedTime(folder / "used_seconds.json")
-        timed_out = False
-        server_died = False
+        died, overtime = "", False
         if not _complete(folder, plan):
-            with start_server(entry_dir / "package", folder / "server.log") as server:
-                helm.write_helm_folder(folder, plan.entries, base_url=server.base_url)
-                ended = helm.run_helm(
-                    folder,
-                    threads=limits.threads,
-                    time_limit=max(0.0, limits.time_limit - clock.used),
-                    tick=Progress(folder, plan, limits.time_limit, clock),
-                )
-                clock.add(ended.seconds)
-                timed_out = ended.code is None
-                server_died = not server.alive()
-        outcomes = [_outcome(folder, stage, planned, timed_out) for planned in plan.runs]
-        run["used_seconds"] = round(clock.used, 1)
-        run["requests"] = plan.requests
+            log = folder / "server.log"
+            with start_server(entry_dir / "package", log) as server:
+                if stage == "open":
+                    _check_conformance(server, plan, limits, package, entry_dir / "probe.json")
+                watch = Watch(folder, plan, limits.time_limit, clock, server)
+                ended = _ask(folder, plan, limits, clock, watch)
+                if not server.alive():
+                    died = "the model server died" + (last_lines(log) if stage == "open" else "")
+                overtime = ended.code is None and not died
+        outcomes = [_outcome(folder, stage, limits, planned, overtime) for planned in plan.runs]
+        answered = sum(one.answered for one in outcomes)
+        run |= {"used_seconds": round(clock.used, 1), "requests": plan.requests, "answered": answered}
 
     failed = [one for one in outcomes if one.state is State.CRASHED]
     if failed:
-        what = (
-            "the model server died" if server_died else f"{len(failed)} of {len(outcomes)} HELM runs failed"
-        )
+        what = died or f"{len(failed)} of {len(outcomes)} HELM runs failed"
+        why = failed[0].reason or "no result"
         where = f"see {folder}/helm.log" if stage == "open" else "the logs are in the closed store"
-        raise Crashed(f"{what}; first {failed[0].run}: {failed[0].reason or 'no result'}; {where}")
-    return _write_results(runs, entry_dir, folder, package, prepared, outcomes)
+        raise Crashed(f"{what}; first {failed[0].run}: {why}; {where}")
+    return _write_results(runs, limits, entry_dir, folder, package, prepared, outcomes)
+
+
+def _ask(folder: Path, plan: StagePlan, limits: StageLimits, clock: UsedTime, watch: Watch) -> helm.HelmExit:
+    left = max(0.0, limits.time_limit - clock.used)
+    asking = helm.Asking(watch.server.base_url, limits.cut_at_stop_sequences, time.time() + left)
+    helm.write_helm_folder(folder, plan.entries, plan.data, asking)
+    ended = helm.run_helm(
+        folder,
+        threads=limits.threads,
+        time_limit=left + SCORING_SECONDS,
+        offline=True,
+        tick=watch,
+    )
+    clock.add(min(left, ended.seconds))
+    return ended
+
+
+def _check_conformance(
+    server: Server, plan: StagePlan, limits: StageLimits, package: PackageManifest, record: Path
+) -> None:
+    """Probe the server and keep the report; one of the same package that passed is not repeated."""
+    if record.exists():
+        before = read_record(ProbeReport, record)
+        if before.conforms and before.package_fingerprint == package.fingerprint:
+            return
+    report = probe(server.base_url, planned_requests=plan.requests, time_limit=limits.time_limit)
+    report = report.model_copy(update={"package_fingerprint": package.fingerprint})
+    report.write(record)
+    for check in report.checks:
+        if check.state == "fail":
+            print(f"probe: {check.name}: {check.why}; {check.fix}", file=sys.stderr, flush=True)
+    if not report.conforms:
+        first = next(check for check in report.checks if check.required and check.state != "pass")
+        broken = [check.name for check in report.checks if check.required and check.state == "fail"]
+        others = f" (and {len(broken) - 1} more, see {record})" if len(broken) > 1 else ""
+        raise RuleViolation(f"the server fails the check {first.name}: {first.why}; {first.fix}{others}")
 
 
 def _write_results(
     runs: StageRuns,
+    limits: StageLimits,
     entry_dir: Path,
     folder: Path,
     package: PackageManifest,
@@ -127,14 +172,18 @@ def _write_results(
     tables = entry_dir / "helm" / stage
     _write_table(tables / "metrics.parquet", metrics, METRICS_SCHEMA)
     _write_table(tables / "instances.parquet", instances, INSTANCES_SCHEMA)
-    missing = sum(one.instances - one.answered for one in outcomes)
+    planned = sum(one.instances for one in outcomes)
+    missing = planned - sum(one.answered for one in outcomes)
     record = StageRecord(
         **where,
         package_fingerprint=package.fingerprint,
         instances_sha256=prepared.sha256,
         helm_version=prepared.helm_version,
-        state=State.TIME_LIMIT if missing else State.FINISHED,
-        reason=f"{missing} instances unanswered when the stage's limit ran out" if missing else "",
+        state=State.TIME_LIMIT if any(LIMIT in one.reason for one in outcomes) else State.FINISHED,
+        reason=f"{missing} of {planned} instances unanswered" if missing else "",
+        unanswered=limits.unanswered,
+        cut_at_stop_sequences=limits.cut_at_stop_sequences,
+        completions_cut=_journal(folder).count(b'"cut": true'),
         runs=outcomes,
         metrics_sha256=file_sha256(tables / "metrics.parquet"),
         instances_table_sha256=file_sha256(tables / "instances.parquet"),
@@ -161,37 +210,60 @@ class UsedTime:
         write_json(self.path, {"seconds": round(self.used, 1)})
 
 
-class Progress:
-    """A line on stderr every quarter of a minute, and the used time on disk."""
+class Watch:
+    """Beside a running HELM: a line on stderr every quarter of a minute, the used time on disk, and the end
+    of it when the server is dead."""
 
-    def __init__(self, folder: Path, plan: StagePlan, limit: float, clock: UsedTime) -> None:
-        self.folder, self.plan, self.limit, self.clock = folder, plan, limit, clock
+    def __init__(self, folder: Path, plan: StagePlan, limit: float, clock: UsedTime, server: Server) -> None:
+        self.folder, self.plan, self.limit, self.clock, self.server = folder, plan, limit, clock, server
         self.shown = 0.0
+        self.answered_before = _answers(folder)
 
-    def __call__(self, seconds: float) -> None:
-        if seconds - self.shown < PROGRESS_SECONDS:
-            return
-        self.shown = seconds
-        self.clock.add(seconds)
+    def __call__(self, seconds: float) -> bool:
+        if seconds - self.shown >= PROGRESS_SECONDS:
+            self.shown = seconds
+            self.clock.add(min(seconds, self.limit - self.clock.before))
+            print(self.line(seconds), file=sys.stderr, flush=True)
+        return self.server.alive()
+
+    def line(self, seconds: float) -> str:
+        """Requests answered, HELM runs done, time used and where it will end at the rate so far."""
+        answered = _answers(self.folder)
         done = sum(run.complete for run in helm.run_folders(self.folder))
-        used = f"{self.clock.used:.0f} s of {self.limit:.0f} s used"
-        print(f"{done} of {len(self.plan.runs)} HELM runs done, {used}", file=sys.stderr, flush=True)
+        rate = (answered - self.answered_before) / seconds
+        left = self.plan.requests - answered
+        expected = f"{self.clock.used + left / rate:.0f} s" if rate > 0 else "unknown"
+        return (
+            f"{answered} of {self.plan.requests} requests answered, {done} of {len(self.plan.runs)} HELM runs"
+            f" done, {self.clock.used:.0f} s of {self.limit:.0f} s used, end expected at {expected}"
+        )
 
 
-def _share_data(folder: Path, plan: StagePlan) -> None:
-    """The scenario data that HELM downloaded once serves every entry."""
-    output = folder / "output"
-    output.mkdir(parents=True, exist_ok=True)
-    for name in ("scenarios", "perturbations"):
-        shared = (plan.data_folder / name).resolve()
-        shared.mkdir(parents=True, exist_ok=True)
-        link = output / name
-        if not link.is_symlink():
-            link.symlink_to(shared, target_is_directory=True)
+def _journal(folder: Path) -> bytes:
+    journal = folder / helm.JOURNAL
+    return journal.read_bytes() if journal.exists() else b""
+
+
+def _answers(folder: Path) -> int:
+    return _journal(folder).count(b"\n")
+
+
+def last_lines(log: Path) -> str:
+    """The end of a log, on one line, for an error message."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    said = " | ".join(line.strip() for line in lines[-LOG_LINES:] if line.strip())
+    return f", its last lines: {said[:500]}" if said else ""
 
 
 def _finished(folder: Path) -> dict[str, helm.RunFolder]:
     return {run.name: run for run in helm.run_folders(folder) if run.complete}
+
+
+def _forget_unanswered(folder: Path) -> None:
+    """HELM skips complete runs; one with an unanswered question is to be asked again."""
+    for run in _finished(folder).values():
+        if run.unanswered():
+            shutil.rmtree(run.path)
 
 
 def _complete(folder: Path, plan: StagePlan) -> bool:
@@ -199,23 +271,33 @@ def _complete(folder: Path, plan: StagePlan) -> bool:
     return all(run["run"] in finished for run in plan.runs)
 
 
-def _outcome(folder: Path, stage: str, planned: dict[str, str | int], timed_out: bool) -> HelmRun:
-    name = str(planned["run"])
-    state, reason, answered = State.FINISHED, "", int(planned["instances"])
-    if name not in _finished(folder):
+def _outcome(
+    folder: Path, stage: str, limits: StageLimits, planned: dict[str, str | int], overtime: bool
+) -> HelmRun:
+    name, instances = str(planned["run"]), int(planned["instances"])
+    state, reason, answered = State.FINISHED, "", instances
+    run = _finished(folder).get(name)
+    if run is None:
         answered = 0
-        if timed_out:
-            state, reason = State.TIME_LIMIT, "the stage's limit ran out"
-        else:
-            state, reason = State.CRASHED, helm.log_error(folder)
-            if stage == "closed":  # a message may quote a prompt
-                reason = helm.error_class(reason)
+        state, reason = State.CRASHED, helm.log_error(folder, name) or helm.log_error(folder)
+        if stage == "closed":  # a message may quote a prompt
+            reason = helm.error_class(reason)
+        if overtime:
+            state, reason = State.TIME_LIMIT, LIMIT
+    elif lost := run.unanswered():
+        answered = instances - len(lost)
+        whys = Counter(lost.values())
+        reason = "; ".join(f"{count} unanswered: {why}" for why, count in whys.most_common(3))
+        if any(why.startswith(BROKEN) for why in whys):
+            state = State.CRASHED
+        elif limits.unanswered == "missing":
+            state = State.TIME_LIMIT if LIMIT in whys else State.CRASHED
     return HelmRun(
         scenario=str(planned["scenario"]),
         run=name,
         state=state,
         reason=reason,
-        instances=int(planned["instances"]),
+        instances=instances,
         answered=answered,
     )
 

@@ -8,13 +8,16 @@ Layout of a HELM folder that this module makes:
     run_entries.conf   what we ask for
     config/            model_deployments.yaml, model_metadata.yaml, tokenizer_configs.yaml
     output/            HELM's own: scenarios/ (data), runs/stage/<run>/*.json
+    answers.jsonl      the client's journal, see `palio.evaluation.client`
     helm.log           may show prompts: never copied anywhere
 """
 
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
+import math
 import os
 import re
 import signal
@@ -48,7 +51,16 @@ RUN_FILES = (
     "per_instance_stats.json",
 )
 """A HELM run is complete when all of these exist."""
+RUNTIME = "_runtime"
 POLL_SECONDS = 0.5
+JOURNAL = "answers.jsonl"
+DATA_FOLDERS = ("scenarios", "perturbations")
+"""HELM's caches of what it downloads, below its output folder."""
+LIMIT = "the stage's limit ran out"
+BROKEN = "connection broken"
+"""Begins of a request's error, written by the client, that say more than that one request failed."""
+NETWORK_ERRORS = re.compile("URLError|ConnectionError|OfflineModeIsEnabled|LocalEntryNotFound|Max retries")
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 def helm_version() -> str:
@@ -104,7 +116,12 @@ def budgets(groups: Sequence[str], questions: int) -> list[int]:
 
 
 def stage_runs(competition: Competition, stage: str) -> StageRuns:
-    """The slice of a competition that decides a stage's instances, run files read and digested."""
+    """The slice of a competition that decides a stage's instances: run files digested, budgets scaled."""
+    settings = competition.stage(stage)
+
+    def scaled(budget: int | None) -> int | None:
+        return None if budget is None else max(1, round(budget * settings.scale))
+
     return StageRuns(
         competition=competition.competition,
         stage="open" if stage == "open" else "closed",
@@ -112,11 +129,11 @@ def stage_runs(competition: Competition, stage: str) -> StageRuns:
         scenarios={
             name: ScenarioRuns(
                 run_entries=scenario.run_entries,
-                max_eval_instances=scenario.max_eval_instances,
-                questions=scenario.questions,
+                max_eval_instances=scaled(scenario.max_eval_instances),
+                questions=scaled(scenario.questions),
                 sha256=fingerprint(run_entries(expand(scenario.run_entries))),
             )
-            for name, scenario in competition.stage(stage).scenarios.items()
+            for name, scenario in settings.scenarios.items()
         },
     )
 
@@ -144,23 +161,52 @@ def stage_entries(runs: StageRuns) -> dict[str, list[str]]:
     return entries
 
 
-def write_helm_folder(folder: Path, entries: Mapping[str, list[str]], *, base_url: str | None) -> None:
-    """Run entries and model registration. Without `base_url` the model is HELM's own toy tokenizer,
-    enough for a dry run that only makes the instances."""
+@dataclass(frozen=True)
+class Asking:
+    """How HELM's requests reach an entry's server."""
+
+    base_url: str
+    cut_at_stop_sequences: bool
+    deadline: float
+    """Seconds since the epoch."""
+
+
+def write_helm_folder(
+    folder: Path, entries: Mapping[str, list[str]], data: Path, asking: Asking | None = None
+) -> None:
+    """Run entries, model registration, and links to the scenarios' data in the folder `data`.
+
+    Without `asking` the model is HELM's own toy, enough for a dry run that only makes the instances.
+    """
     lines = [
         canonical_json({"description": description, "priority": 1, "groups": [GROUP_PREFIX + scenario]})
         for scenario, descriptions in entries.items()
         for description in descriptions
     ]
     write_text(folder / "run_entries.conf", "entries: [\n" + "\n".join(lines) + "\n]\n")
-    at = {"base_url": base_url} if base_url else {}
-    client = "http_model_client.HTTPModelClient" if base_url else "simple_client.SimpleClient"
+    for name in DATA_FOLDERS:
+        (data / name).mkdir(parents=True, exist_ok=True)
+        link = folder / "output" / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to((data / name).resolve(), target_is_directory=True)
+    client = {"class_name": "helm.clients.simple_client.SimpleClient", "args": {}}
+    if asking:
+        client = {
+            "class_name": "palio.evaluation.client.EntryClient",
+            "args": {
+                "base_url": asking.base_url,
+                "journal": str((folder / JOURNAL).resolve()),
+                "cut": asking.cut_at_stop_sequences,
+                "deadline": asking.deadline,
+            },
+        }
     deployment = {
         "name": MODEL,
         "model_name": MODEL,
-        "tokenizer_name": MODEL if base_url else "simple/tokenizer1",
+        "tokenizer_name": MODEL if asking else "simple/tokenizer1",
         "max_sequence_length": CONTEXT_TOKENS,
-        "client_spec": {"class_name": f"helm.clients.{client}", "args": at},
+        "client_spec": client,
     }
     model = {
         "name": MODEL,
@@ -175,7 +221,7 @@ def write_helm_folder(folder: Path, entries: Mapping[str, list[str]], *, base_ur
         "name": MODEL,
         "tokenizer_spec": {
             "class_name": "helm.tokenizers.http_model_tokenizer.HTTPModelTokenizer",
-            "args": at,
+            "args": {"base_url": asking.base_url} if asking else {},
         },
         "end_of_text_token": "",
         "prefix_token": "",
@@ -194,7 +240,7 @@ class HelmExit:
     """How a `helm-run` ended."""
 
     code: int | None
-    """None: stopped by us at the time limit."""
+    """None: stopped by us."""
     seconds: float
 
 
@@ -204,12 +250,13 @@ def run_helm(
     threads: int,
     time_limit: float | None = None,
     dry_run: bool = False,
-    tick: Callable[[float], None] = lambda seconds: None,
+    offline: bool = False,
+    tick: Callable[[float], bool] = lambda seconds: True,
 ) -> HelmExit:
     """Run `helm-run` on a folder of `write_helm_folder`; completed runs in it are kept and skipped.
 
-    `time_limit` is in seconds of wall clock; at its end HELM's process group is killed. `tick` is
-    called about twice a second with the seconds so far. The log is appended to folder/helm.log.
+    HELM's process group is killed after `time_limit` seconds of wall clock, or when `tick`, which is
+    called about twice a second with the seconds so far, says False. The log is appended to folder/helm.log.
     """
     command = [
         str(Path(sys.executable).with_name("helm-run")),
@@ -223,21 +270,38 @@ def run_helm(
         "--skip-completed-runs",
         *(["--dry-run"] if dry_run else []),
     ]
+    environment = os.environ | nltk_environment() | (OFFLINE if offline else {})
     started = time.monotonic()
     with (folder / "helm.log").open("ab") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=environment,
         )
         try:
             while (code := process.poll()) is None:
                 seconds = time.monotonic() - started
-                tick(seconds)
-                if time_limit is not None and seconds >= time_limit:
+                if not tick(seconds) or (time_limit is not None and seconds >= time_limit):
                     return HelmExit(None, seconds)
                 time.sleep(POLL_SECONDS)
             return HelmExit(code, time.monotonic() - started)
         finally:
             _kill_group(process)
+
+
+def nltk_environment() -> dict[str, str]:
+    """NLTK_DATA with the tokenizer punkt_tab, which a package ships; empty if it is not installed."""
+    found = importlib.util.find_spec("llama_index")
+    folders = [
+        Path(folder) / "core" / "_static" / "nltk_cache"
+        for folder in (found.submodule_search_locations or [] if found else [])
+    ]
+    there = [str(folder) for folder in folders if folder.is_dir()]
+    given = os.environ.get("NLTK_DATA")
+    return {"NLTK_DATA": os.pathsep.join([*([given] if given else []), *there])} if there else {}
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -251,14 +315,31 @@ def log_error(folder: Path, run: str | None = None) -> str:
 
     May quote a prompt: callers of the closed stage keep `error_class` of it only.
     """
+    pattern = re.compile(r"^(?:\S+ \S+ \w+ +)?\s*((?:\w+\.)*\w*(?:Error|Exception|NotFound)\b.*)$", re.M)
+    for name, text in reversed(_failures(folder)):
+        if run in (None, name):
+            found = [line for line in pattern.findall(text) if not re.match(r"(\w+\.)*RunnerError", line)]
+            if found:
+                return str(found[-1])[:300]
+    return ""
+
+
+def _failures(folder: Path) -> list[tuple[str, str]]:
+    """Plain name of a run that failed ("" for HELM itself) and the log from there to the next failure."""
     log = folder / "helm.log"
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    if run is not None:
-        text = text.rpartition(f"Error when running {run}:")[2]
-        text = text.partition("Error when running ")[0]
-    pattern = re.compile(r"^(?:\S+ \S+ \w+ +)?\s*((?:\w+\.)*\w*(?:Error|Exception|NotFound)\b.*)$", re.M)
-    found = [line for line in pattern.findall(text) if not re.match(r"(\w+\.)*RunnerError|Error when", line)]
-    return str(found[-1])[:300] if found else ""
+    before, *parts = re.split(r"Error when running (\S+):\n", text)
+    return [
+        ("", before),
+        *((plain_name(name), after) for name, after in zip(*[iter(parts)] * 2, strict=True)),
+    ]
+
+
+def asks_for_download(folder: Path) -> str:
+    """The run whose data HELM could not download, and the part of HELM that wanted it."""
+    run, text = _failures(folder)[-1]
+    part = re.findall(r"benchmark/(?:scenarios|augmentations)/(\w+)\.py", text)
+    return f"{run} ({part[-1]})" if part else run
 
 
 def error_class(error: str) -> str:
@@ -266,6 +347,12 @@ def error_class(error: str) -> str:
 
 
 # --- reading ---------------------------------------------------------------------------------------
+
+
+def plain_name(name: str) -> str:
+    """A run's name without our settings: `mmlu:subject=anatomy`, not `…,max_eval_instances=5,model=…`."""
+    name = re.sub(r"([:,])(max_eval_instances|model|groups)=[^,]*", r"\1", name)
+    return re.sub(r",+", ",", name).replace(":,", ":").rstrip(":,")
 
 
 @dataclass(frozen=True)
@@ -277,9 +364,7 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """Without our settings: `mmlu:subject=anatomy`, not `…,max_eval_instances=5,model=…`."""
-        name = re.sub(r"([:,])(max_eval_instances|model|groups)=[^,]*", r"\1", str(self.spec["name"]))
-        return re.sub(r",+", ",", name).replace(":,", ":").rstrip(":,")
+        return plain_name(str(self.spec["name"]))
 
     @property
     def scenario(self) -> str:
@@ -298,6 +383,14 @@ class RunFolder:
     def read(self, name: str) -> Any:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
+    def unanswered(self) -> dict[str, str]:
+        """Why, by id, of the instances of a complete run for which a request got no answer."""
+        return {
+            str(state["instance"]["id"]): str(state["result"].get("error", ""))
+            for state in self.read("scenario_state.json")["request_states"]
+            if not state["result"]["success"]
+        }
+
 
 def run_folders(folder: Path) -> list[RunFolder]:
     """Every run that wrote its run spec, complete or not, by name."""
@@ -310,17 +403,18 @@ def statistics(run: RunFolder) -> Iterator[dict[str, Any]]:
     """metric, split, perturbation, value of every aggregate of a complete run.
 
     Aggregates over perturbations (`computed_on: worst`) are kept only if the inputs were perturbed:
-    otherwise HELM repeats the plain value under their name.
+    otherwise HELM repeats the plain value under their name. Measured times are left out: they are not the
+    same twice.
     """
     for stat in run.read("stats.json"):
         name = stat["name"]
         key = _perturbation(run, name.get("perturbation"))
-        if key is not False:
+        if key is not False and not name["name"].endswith(RUNTIME):
             yield {
                 "metric": name["name"],
                 "split": name.get("split") or "",
                 "perturbation": key,
-                "value": stat.get("mean"),
+                "value": _finite(stat.get("mean")),
             }
 
 
@@ -333,14 +427,19 @@ def instance_statistics(run: RunFolder) -> Iterator[dict[str, Any]]:
         for stat in row["stats"]:
             name = stat["name"]
             own = _perturbation(run, name.get("perturbation")) if name.get("perturbation") else key
-            if own is not False:
+            if own is not False and not name["name"].endswith(RUNTIME):
                 yield {
                     "instance": str(row["instance_id"]),
                     "metric": name["name"],
                     "split": name.get("split") or "",
                     "perturbation": own,
-                    "value": stat.get("mean"),
+                    "value": _finite(stat.get("mean")),
                 }
+
+
+def _finite(value: float | None) -> float | None:
+    """None for the infinities and NaN that a server's log-probabilities bring into a mean."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _perturbation(run: RunFolder, perturbation: dict[str, Any] | None) -> str | bool | None:
@@ -365,20 +464,29 @@ class RunPlan:
     requests: int
 
 
-def plan_stage(folder: Path, stage_name: str, entries: Mapping[str, list[str]]) -> list[RunPlan]:
+def plan_stage(
+    folder: Path, stage_name: str, entries: Mapping[str, list[str]], data: Path, *, offline: bool = False
+) -> list[RunPlan]:
     """Let HELM make every evaluation instance of a stage without asking a model.
+
+    Data that is not in the folder `data` is downloaded, unless `offline`.
 
     Raises:
         BadInput: HELM does not know a run entry or cannot make its instances.
     """
-    write_helm_folder(folder, entries, base_url=None)
-    ended = run_helm(folder, threads=1, dry_run=True)
+    write_helm_folder(folder, entries, data)
+    ended = run_helm(folder, threads=1, dry_run=True, offline=offline)
     if ended.code != 0:
         error = log_error(folder)
-        unknown = re.search(r"Unknown run spec name: (\S+)", error)
         where = f"stages.{stage_name}.scenarios"
-        if unknown:
+        if unknown := re.search(r"Unknown run spec name: (\S+)", error):
             raise BadInput(where, "run_entries", unknown[1], f"HELM {helm_version()} has no such scenario")
+        if NETWORK_ERRORS.search(error):
+            fix = (
+                f"its data is not in {data} and cannot be downloaded here; run `palio fetch-data --stage"
+                f" {stage_name}` where there is a network, or with --source and a folder of the files"
+            )
+            raise BadInput(where, asks_for_download(folder), None, fix)
         shown = error if stage_name == "open" else error_class(error)
         raise BadInput(where, "", None, f"HELM cannot make the instances ({shown}); see {folder}/helm.log")
     plans = []

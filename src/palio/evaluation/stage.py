@@ -8,12 +8,15 @@ A stage's store: open under resources/, closed under the competition's `closed_s
 
     <store>/runs.json          what the runs of a stage are, for `evaluate` (ids only)
     <store>/instances.parquet  scenario, run, instance, text, reference
-    <store>/helm/              HELM's dry run; its output/scenarios/ is the data cache of all entries
+    <store>/helm/              HELM's dry run
+    <store>/data/              scenarios/ and perturbations/ as HELM caches them, for all entries
+    <store>/data.json          sha256 of every file in data/, written by `fetch_data`
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -46,7 +49,7 @@ def prepare_stage(runs: StageRuns, out: Path) -> StageInstances:
     # A folder per content: runs of an earlier plan must not be taken for this one's.
     folder = store / "helm" / fingerprint(entries)[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    plans = plan_stage(folder, runs.stage, entries)
+    plans = plan_stage(folder, runs.stage, entries, store / "data")
     rows = [
         {"scenario": plan.scenario, "run": plan.run, "instance": i, "text": text, "reference": reference}
         for plan in plans
@@ -58,7 +61,6 @@ def prepare_stage(runs: StageRuns, out: Path) -> StageInstances:
         store / "runs.json",
         {
             "entries": entries,
-            "helm": str(folder),
             "runs": [
                 {
                     "scenario": plan.scenario,
@@ -90,10 +92,17 @@ class StagePlan:
     def __init__(self, store: Path) -> None:
         content = json.loads((store / "runs.json").read_text(encoding="utf-8"))
         self.entries: dict[str, list[str]] = content["entries"]
-        self.data_folder = Path(content["helm"]) / "output"
-        """HELM's output folder of the dry run, whose data caches the entries' runs share."""
+        self.data = store / "data"
         self.runs: list[dict[str, str | int]] = content["runs"]
 
     @property
     def requests(self) -> int:
         return sum(int(run["requests"]) for run in self.runs)
+
+
+def planned_requests(runs: StageRuns) -> int:
+    """Requests of a prepared stage; of one that is not, its budget, which leaves out perturbed inputs."""
+    if (runs.store / "runs.json").exists():
+        return StagePlan(runs.store).requests
+    descriptions = [one for of in stage_entries(runs).values() for one in of]
+    return sum(int(re.findall(r"max_eval_instances=(\d+)", one)[0]) for one in descriptions)

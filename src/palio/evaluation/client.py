@@ -1,0 +1,195 @@
+"""The HELM client of an entry's server: `helm-run` loads it by the name in model_deployments.yaml.
+
+It speaks HELM's HTTP contract, as HELM's own client does, and mends what cost entries their scores in 2023:
+
+- a completion is cut at the first stop sequence, also if the server went on behind it;
+- an answer is kept in a journal as soon as it is there, so that a stage that was stopped or crashed asks
+  only what it has not asked;
+- a request that the server refuses or garbles is one unanswered question, not a lost HELM run;
+- a server that cannot be reached is tried for seconds, not for minutes.
+
+An unanswered question is an unsuccessful request in HELM's scenario_state.json, which HELM scores as an
+empty completion; what that counts for is the stage's `unanswered`.
+
+The journal, answers.jsonl: one line per answer, `key` (sha256 of the request), `reply` (the server's own) and
+whether the completion was cut. It shows completions and lies where HELM's output lies.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import requests
+from helm.clients.client import Client
+from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult, Token
+
+from palio.evaluation.helm import BROKEN, LIMIT
+from palio.provenance import fingerprint
+
+REPLY_SECONDS = 600.0
+"""A reply that takes longer is not waited for."""
+UNREACHABLE_WAITS = (0.5, 2.0, 8.0)
+"""Seconds between attempts to reach a server that does not accept the connection or breaks it."""
+
+
+class EntryClient(Client):  # type: ignore[misc]
+    """Answers from the journal, else from the server, until the deadline.
+
+    Args:
+        base_url: of the server.
+        journal: path of answers.jsonl.
+        cut: whether completions are cut at stop sequences.
+        deadline: seconds since the epoch; nothing is asked after it, and nothing waited for.
+    """
+
+    def __init__(self, base_url: str, journal: str, cut: bool, deadline: float) -> None:
+        self.base_url = base_url
+        self.journal = Journal(Path(journal))
+        self.cut = cut
+        self.deadline = deadline
+        self.reachable = True
+
+    def make_request(self, request: Request) -> RequestResult:
+        body = {
+            "prompt": request.prompt,
+            "temperature": request.temperature or 1e-7,
+            "num_return_sequences": request.num_completions,
+            "max_new_tokens": request.max_tokens,
+            "top_p": request.top_p,
+            "echo_prompt": request.echo_prompt,
+            "top_k_per_token": request.top_k_per_token,
+            "stop_sequences": request.stop_sequences,
+        }
+        # HELM sets `random` where equal requests are to be answered anew.
+        key = fingerprint([body, request.random])
+        reply = self.journal.replies.get(key)
+        cached = reply is not None
+        try:
+            if reply is None:
+                reply = self._ask(body)
+            completion = whole = completion_of(reply)
+        except Unanswered as why:
+            return unanswered(str(why))
+        if self.cut:
+            kept = len(request.prompt) if request.echo_prompt else 0
+            completion = cut_completion(whole, request.stop_sequences, kept)
+        if not cached:
+            self.journal.add(key, reply, cut=completion is not whole)
+        return RequestResult(
+            success=True,
+            cached=cached,
+            completions=[completion],
+            embedding=[],
+            request_time=float(reply["request_time"]),
+        )
+
+    def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
+        for wait in (*(UNREACHABLE_WAITS if self.reachable else ()), None):
+            left = self.deadline - time.time()
+            if left <= 0:
+                raise Unanswered(LIMIT)
+            try:
+                answer = requests.post(
+                    f"{self.base_url}/process", json=body, timeout=min(left, REPLY_SECONDS)
+                )
+                break
+            except requests.Timeout:
+                raise Unanswered(
+                    LIMIT if left < REPLY_SECONDS else f"no reply in {REPLY_SECONDS:.0f} s"
+                ) from None
+            except requests.RequestException as error:
+                if wait is None:
+                    self.reachable = False  # the next request tries once
+                    raise Unanswered(f"{BROKEN} ({type(error).__name__})") from None
+                time.sleep(wait)
+        self.reachable = True
+        if answer.status_code != 200:
+            raise Unanswered(f"HTTP {answer.status_code}")
+        try:
+            reply = answer.json()
+        except ValueError:
+            raise Unanswered("the reply is not JSON") from None
+        if not isinstance(reply, dict):
+            raise Unanswered("the reply is not a JSON object")
+        return reply
+
+
+class Unanswered(Exception):
+    """Why a request has no answer. Never quotes prompt or reply."""
+
+
+def unanswered(why: str) -> RequestResult:
+    flags = ErrorFlags(is_retriable=False, is_fatal=False)  # HELM goes on, with an empty completion
+    return RequestResult(
+        success=False, cached=False, error=why, error_flags=flags, completions=[], embedding=[]
+    )
+
+
+class Journal:
+    """Answers on disk, safe against threads of this process and a kill at any time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = threading.Lock()
+        self.replies: dict[str, dict[str, Any]] = {}
+        path.touch()
+        with path.open("rb+") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):  # a kill tore the last line: it never happened
+                    lines.truncate(lines.tell() - len(line))
+                    break
+                entry = json.loads(line)
+                self.replies[entry["key"]] = entry["reply"]
+
+    def add(self, key: str, reply: dict[str, Any], *, cut: bool) -> None:
+        line = json.dumps({"key": key, "cut": cut, "reply": reply}) + "\n"
+        with self.lock:
+            self.replies[key] = reply
+            with self.path.open("ab") as lines:
+                lines.write(line.encode())
+
+
+def completion_of(reply: dict[str, Any]) -> GeneratedOutput:
+    """A server's reply as HELM takes it.
+
+    Raises:
+        Unanswered: a field is missing or of another kind.
+    """
+    try:
+        text = reply["text"]
+        tokens = [
+            Token(text=str(token["text"]), logprob=float(token["logprob"])) for token in reply["tokens"]
+        ]
+        logprob = float(reply["logprob"])
+        float(reply["request_time"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise Unanswered(f"the reply lacks a field or has it wrong ({type(error).__name__})") from None
+    if not isinstance(text, str):
+        raise Unanswered("the reply's text is not a string")
+    return GeneratedOutput(text=text, logprob=logprob, tokens=tokens)
+
+
+def cut_completion(completion: GeneratedOutput, stops: list[str], kept: int = 0) -> GeneratedOutput:
+    """The completion up to its first stop sequence, looked for behind the first `kept` characters.
+
+    Tokens are kept up to the one in which the cut falls; if they do not spell the text (a tokenizer
+    without spaces, say), all of them are.
+    """
+    places = [place for stop in stops if stop and (place := completion.text.find(stop, kept)) >= 0]
+    if not places:
+        return completion
+    text = completion.text[: min(places)]
+    tokens, length = completion.tokens, 0
+    if "".join(token.text for token in tokens) == completion.text[kept:]:
+        ends = []
+        for token in tokens:
+            length += len(token.text)
+            ends.append(length)
+        tokens = [token for token, end in zip(tokens, ends, strict=True) if end <= len(text) - kept]
+    logprob = math.fsum(token.logprob for token in tokens)
+    return GeneratedOutput(text=text, logprob=logprob, tokens=tokens)
