@@ -32,4 +32,5 @@ rule finetune:
         " --track {params.track:q}"
         " --base-model {params.base_model:q}"
         " --threads {threads}"
+        " --telemetry {W.telemetry:q}"  # not a param: where training is told and what it costs re-runs nothing
         " > {log:q} 2>&1"

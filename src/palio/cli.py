@@ -287,6 +287,8 @@ def measure_contamination(competition_id: str, entry_dir: Path, open_store: Path
 @click.option("--track", "track_limits", required=True, help="JSON of the track's limits.")
 @click.option("--base-model", type=ExistingPath, required=True, help="Folder of the base model.")
 @click.option("--threads", type=int, help="CPU threads; default: torch's choice.")
+@click.option("--telemetry", default="{}", help="JSON of the competition's telemetry section.")
+@click.option("--retrain", is_flag=True, help="Replace a finished adapter that was trained otherwise.")
 def finetune(
     competition_id: str,
     entry_dir: Path,
@@ -297,9 +299,11 @@ def finetune(
     track_limits: str,
     base_model: Path,
     threads: int | None,
+    telemetry: str,
+    retrain: bool,
 ) -> None:
     """Fine-tune the base model on the entry's dataset inside the track's budget. Resumes where it stopped."""
-    from palio.config import FinetuneRecipe, Track, parse
+    from palio.config import FinetuneRecipe, Telemetry, Track, parse
 
     if (recipe is None) == (program is None):
         raise click.UsageError("give either --recipe or --program")
@@ -319,6 +323,8 @@ def finetune(
             track_id=track,
             entry=entry,
             threads=threads,
+            telemetry=parse(Telemetry, json.loads(telemetry), "--telemetry"),
+            retrain=retrain,
         )
 
 

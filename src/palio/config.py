@@ -288,6 +288,12 @@ class FinetuneRecipe(Strict):
     gradient_accumulation: PositiveInt = 1
     max_length: PositiveInt = 2048
     """Tokens of prompt and completion together; longer rows are dropped and counted, never cut."""
+    chat_template: bool = False
+    """Put rows through the tokenizer's chat template, as a user's turn and the answer to it. HELM sends
+    prompts as they are: only for a package whose server applies the template too."""
+    group_by_length: bool = False
+    """Steps of rows of like length. Rows lie end to end and need none; it saves padding with the
+    architectures that cannot (Bloom, Falcon with ALiBi, MPT)."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -305,6 +311,9 @@ class FinetuneRecipe(Strict):
     """Train direction and magnitude apart (arXiv 2402.09353): better at small lora_r, slower."""
     quantization: Literal["nf4", "fp4", "int8"] = "nf4"
     """Of the frozen base model with qlora; the 4-bit ones with double quantisation."""
+    lora_init: Literal["default", "pissa", "loftq"] = "default"
+    """What the adapter starts from: no change; with lora, the base weights' main directions (PiSSA, arXiv
+    2404.02948); with qlora, what 4 bits lost of the base weights (LoftQ, arXiv 2310.08659)."""
     neftune_alpha: PositiveFloat | None = None
     """Noise on the embeddings while training (arXiv 2310.05914), e.g. 5; omit for none."""
     gradient_checkpointing: bool = False
@@ -321,6 +330,14 @@ class FinetuneRecipe(Strict):
     def _patience_needs_validation(self) -> FinetuneRecipe:
         if self.patience is not None and self.validation_rows == 0:
             raise ValueError("patience needs validation_rows; give both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _init_fits_method(self) -> FinetuneRecipe:
+        if self.lora_init == "pissa" and (self.method != "lora" or self.dora or self.modules_to_save):
+            raise ValueError("lora_init: pissa needs method lora, without dora and modules_to_save")
+        if self.lora_init == "loftq" and (self.method != "qlora" or self.quantization == "int8"):
+            raise ValueError("lora_init: loftq needs method qlora with 4 bits (nf4 or fp4)")
         return self
 
 
@@ -492,6 +509,14 @@ class Scoring(Strict):
     """Entry ids that the analysis also measures everybody against; omit for five at evenly spaced ranks."""
 
 
+class Telemetry(Strict):
+    """What training tells besides its records. Changes no result, so a change of it re-runs nothing."""
+
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    usd_per_hour: dict[str, PositiveFloat] = {}
+    """Price of an hour on a track's hardware, by track: for the cost in finetune.run.json."""
+
+
 class ApprovedModel(Strict):
     family: str
     sources: tuple[str, ...] = Field(min_length=1)
@@ -568,6 +593,7 @@ class Competition(Strict):
     """Entry id: why it was withdrawn. Shown in the leaderboard, not run."""
     scoring: Scoring = Scoring()
     isolation: Isolation = Isolation()
+    telemetry: Telemetry = Telemetry()
     tracks: dict[str, Track] = Field(min_length=1)
     stages: Stages
 

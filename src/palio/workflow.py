@@ -240,6 +240,10 @@ class Workflow:
             }
         )
 
+    @property
+    def telemetry(self) -> str:
+        return slice_of(self.competition.telemetry)
+
     # --- resources
 
     def cpus(self, wildcards: Any) -> int:
