@@ -201,6 +201,21 @@ def fetch_base_model_verb(source: str, approved_as: str, offline: bool, out: Pat
     fetch_base_model(wanted, out, offline=offline)
 
 
+@palio.command("fetch-data", cls=Verb, example="palio fetch-data --stage open")
+@competition_option
+@click.option("--stage", type=click.Choice(["open", "closed"]), required=True)
+@click.option("--source", type=ExistingPath, help="Folder of data that is there already, as HELM caches it.")
+def fetch_data_verb(competition: str, stage: str, source: Path | None) -> None:
+    """Bring all data of a stage into its store, on a machine with a network; the rest runs without."""
+    from palio.evaluation.helm import stage_runs
+    from palio.evaluation.stage import fetch_data
+
+    digests = fetch_data(stage_runs(competition_of(competition), stage), source)
+    for name in sorted({"/".join(path.split("/")[:2]) for path in digests}):
+        of = [digest for path, digest in digests.items() if path.startswith(f"{name}/")]
+        print(f"{stage} {name}: {len(of)} files")
+
+
 @palio.command(
     "prepare-stage", cls=Verb, example="snakemake --profile local resources/stages/open/stage.json"
 )
