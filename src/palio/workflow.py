@@ -231,10 +231,10 @@ class Workflow:
         return canonical_json(self.competition.model_dump(mode="json", exclude_none=True))
 
     def teams(self, track: str) -> str:
-        """Entry -> team: what the leaderboard shows of the entry files."""
+        """Entry -> team and title: what leaderboard and report show of the entry files."""
         return canonical_json(
             {
-                name: entry.team if entry else self.faults[name]
+                name: [entry.team, entry.title] if entry else self.faults[name]
                 for (at, name), entry in self.entries.items()
                 if at == track
             }
