@@ -1,13 +1,13 @@
 """`palio <verb>`: parse, call one function, map errors to exit codes. Heavy imports stand in the verbs.
 
 Exit codes: 0 done, 1 an error named on one line, 2 bad input, 3 rule violation, 4 time limit,
-5 out of memory, 6 a program of the entry died, 70 a bug of ours (with its traceback).
+5 out of memory, 6 a program of the entry died, 7 interrupted by the machine or a signal: start again,
+8 not tried again in this run, 70 a bug of ours (with its traceback).
 """
 
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 BUG_EXIT_CODE = 70
 RULE_VIOLATION_EXIT_CODE = RuleViolation.exit_code
-SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 DEFAULT_CONFIG = "config/config.yaml"
 
 ExistingPath = click.Path(path_type=Path)
@@ -72,35 +71,11 @@ def main() -> NoReturn:
 
 @contextmanager
 def entry_step(step: str, entry_dir: Path) -> Iterator[None]:
-    """Leave a StepFailure beside the outputs if the step does not finish, for the standings to show."""
-    from palio.records import StepFailure
+    """One attempt at a step of an entry, on record whatever ends it."""
+    from palio.operating.attempt import attempt
 
-    failure = entry_dir / "work" / "failures" / f"{step}.json"
-    failure.unlink(missing_ok=True)
-
-    def record(state: State, reason: str) -> None:
-        log = str(entry_dir / "logs" / f"{step}.log")
-        StepFailure(step=step, state=state, reason=reason, log=log).write(failure)
-
-    def stop(signum: int, frame: object) -> NoReturn:
-        sys.exit(SIGTERM_EXIT_CODE)
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
+    with attempt(step, entry_dir):
         yield
-    except PalioError as error:
-        record(error.state, str(error))
-        raise
-    except KeyboardInterrupt:
-        record(State.CRASHED, "interrupted")
-        raise
-    except SystemExit as error:
-        if error.code == SIGTERM_EXIT_CODE:
-            record(State.CRASHED, "stopped by SIGTERM: the job's time limit, or cancelled")
-        raise
-    except Exception as error:
-        record(State.CRASHED, f"{type(error).__name__}: a bug in Palio; its traceback is in the log")
-        raise
 
 
 def competition_of(given: str) -> Competition:
@@ -122,6 +97,9 @@ entry_dir_option = click.option(
 )
 isolation_option = click.option(
     "--isolation", default="{}", help="JSON of the competition's isolation, for the entry's own program."
+)
+fresh_start_option = click.option(
+    "--fresh-start", type=int, metavar="N", help="The organizer's Nth grant: set earlier work and time aside."
 )
 competition_id_option = click.option("--competition-id", required=True, help="The competition's id.")
 
@@ -316,14 +294,18 @@ def finetune(
     threads: int | None,
     telemetry: str,
     retrain: bool,
+    fresh_start: int | None,
 ) -> None:
     """Fine-tune the base model on the entry's dataset inside the track's budget. Resumes where it stopped."""
     from palio.config import FinetuneRecipe, Telemetry, Track, parse
+    from palio.operating.attempt import set_aside
 
     if (recipe is None) == (program is None):
         raise click.UsageError("give either --recipe or --program")
     track, entry = track_and_entry(entry_dir)
     with entry_step("finetune", entry_dir):
+        if fresh_start:
+            set_aside(entry_dir / "work" / "train", fresh_start)
         if recipe is None:
             raise PalioError("command entries are not run yet")
         from palio.training.finetune import finetune as run
@@ -425,6 +407,7 @@ def probe(url: str, competition: str, stage: str, as_json: bool) -> None:
 @click.option("--instances", type=ExistingPath, required=True, help="The stage's record.")
 @click.option("--threads", type=int, help="CPU threads of the model server.")
 @isolation_option
+@fresh_start_option
 def evaluate(
     entry_dir: Path,
     runs: str,
@@ -433,16 +416,21 @@ def evaluate(
     instances: Path,
     threads: int | None,
     isolation: str,
+    fresh_start: int | None,
 ) -> None:
     """Serve an entry's package and run HELM on it for one stage, inside the stage's time limit."""
     from palio.config import StageLimits, StageRuns, Track, parse
     from palio.evaluation.evaluate import StartServer
     from palio.evaluation.evaluate import evaluate as run
+    from palio.evaluation.evaluate import work_folder
+    from palio.operating.attempt import set_aside
 
     stage = parse(StageRuns, json.loads(runs), "--runs")
     track = parse(Track, json.loads(track_limits), "track")
 
     with entry_step(stage.stage, entry_dir):
+        if fresh_start:
+            set_aside(work_folder(stage, entry_dir, "key").parent, fresh_start)
         from palio.serving.process import ServerProcess
 
         def start_server(package: Path, log: Path) -> Any:

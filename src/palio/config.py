@@ -591,6 +591,12 @@ class Competition(Strict):
     """Folder for everything of the closed stage that shows a prompt; `~` and `$VARIABLES` are expanded."""
     withdrawn: dict[str, str] = {}
     """Entry id: why it was withdrawn. Shown in the leaderboard, not run."""
+    retries: dict[str, dict[str, PositiveInt]] = {}
+    """Entry id -> step -> how often the organizer has granted it a fresh start."""
+    notify: str | None = None
+    """The organizer's shell line for news of a run; omit for none."""
+    stalled_after: Seconds = Field(default=3600, validate_default=False)
+    """A running step that has written nothing to its log for so long is news."""
     scoring: Scoring = Scoring()
     isolation: Isolation = Isolation()
     telemetry: Telemetry = Telemetry()
@@ -603,6 +609,13 @@ class Competition(Strict):
     @property
     def checked_against(self) -> CheckedAgainst:
         return CheckedAgainst(competition=self.competition, rules=self.rules, tracks=tuple(self.tracks))
+
+
+class Overrides(Strict):
+    """The organizer's decisions in a running competition; they win over its config."""
+
+    withdrawn: dict[str, str] = {}
+    retries: dict[str, dict[str, PositiveInt]] = {}
 
 
 # --- slices: what one step needs of a competition, so that only its own changes re-run it --------------
@@ -788,7 +801,7 @@ def load_competition(data: Path | Mapping[str, Any], file: str | Path = "config"
     content: object = data
     if isinstance(data, Path):
         content, file = read_yaml(data), data
-    competition = parse(Competition, content, file)
+    competition = parse(Competition, _overridden(content), file)
     if not ID_PATTERN.fullmatch(competition.competition):
         raise BadInput(file, "competition", competition.competition, "use letters, digits, - and _ only")
     for kind in ("tracks", *(f"stages.{name}.scenarios" for name in STAGES)):
@@ -801,6 +814,26 @@ def load_competition(data: Path | Mapping[str, Any], file: str | Path = "config"
     if inside and not competition.demo:
         raise BadInput(file, "closed_store", competition.closed_store, "give a folder outside the repository")
     return competition
+
+
+def overrides_file(competition: str) -> Path:
+    """Where `palio withdraw` and `palio retry` write down the organizer's decisions."""
+    return Path("config/overrides") / f"{competition}.yaml"
+
+
+def load_overrides(competition: str) -> Overrides:
+    path = overrides_file(competition)
+    return parse(Overrides, read_yaml(path), path) if path.exists() else Overrides()
+
+
+def _overridden(content: object) -> object:
+    """A competition's content with its overrides, which win."""
+    if not isinstance(content, Mapping) or not ID_PATTERN.fullmatch(str(content.get("competition"))):
+        return content  # the model says what is wrong
+    overrides = load_overrides(str(content["competition"]))
+    withdrawn = {**(content.get("withdrawn") or {}), **overrides.withdrawn}
+    retries = {**(content.get("retries") or {}), **overrides.retries}
+    return {**content, "withdrawn": withdrawn, "retries": retries}
 
 
 def entry_files(competition: Competition, file: str | Path = "config") -> dict[str, Path]:

@@ -20,7 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from palio.errors import Crashed, TimeLimit
+from palio.errors import Crashed, Interrupted, TimeLimit
 from palio.records import AdapterManifest, BaseModelManifest, StepFailure, read_record
 from palio.training.ledger import charged, read_ledger
 from palio.training.trainer import StepReport, Trainer
@@ -86,7 +86,7 @@ def test_sigterm_saves_at_once_and_the_next_start_goes_on(entry: Entry) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.stderr is not None
     rest = process.stderr.read()
-    assert process.wait() == Crashed.exit_code
+    assert process.wait() == Interrupted.exit_code
     assert "stopped by SIGTERM at step" in rest
     assert "Traceback" not in rest
     assert "start again to go on" in failure(entry).reason
@@ -206,7 +206,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_stops_with_the_place_and_the_next_start_goes_on(tiny: Path, small_disk: Path) -> None:
     entry = Entry.create(small_disk / "e", tiny)
-    with pytest.raises(Crashed, match=r"checkpoint of step 1 could not be saved in .*make room"):
+    with pytest.raises(Interrupted, match=r"checkpoint of step 1 could not be saved in .*make room"):
         entry.finetune(max_steps=6, save_steps=2, method="full")
     assert not list((entry.work() / "checkpoints").iterdir())
     subprocess.run(["mount", "-o", "remount,size=300m", str(small_disk)], check=True)
@@ -280,7 +280,7 @@ def test_memory_run_out_is_a_state_with_the_peak_and_advice(entry: Entry) -> Non
 def test_two_processes_do_not_train_in_one_folder(entry: Entry) -> None:
     process = entry.start(max_steps=200)
     wait_for_step(process, 1)
-    with pytest.raises(Crashed, match="another process is training"):
+    with pytest.raises(Interrupted, match="another process is training"):
         entry.finetune(max_steps=200)
     process.kill()
     process.wait()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from palio.errors import Crashed
+from palio.errors import Interrupted
 from palio.provenance import file_sha256, write_json
 
 KEPT = 2
@@ -41,7 +41,7 @@ def save_checkpoint(folder: Path, step: int, seconds: float, state: dict[str, An
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         shutil.rmtree(building, ignore_errors=True)
         free = shutil.disk_usage(folder).free // 2**20
-        raise Crashed(
+        raise Interrupted(
             f"the checkpoint of step {step} could not be saved in {folder} ({free} MiB free: "
             f"{str(error).partition(chr(10))[0]}); make room and start again, "
             "training goes on from the checkpoint before"

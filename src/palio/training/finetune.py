@@ -36,7 +36,7 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from palio.config import FinetuneRecipe, Telemetry, Track
-from palio.errors import BadInput, Crashed, OutOfMemory, TimeLimit
+from palio.errors import BadInput, Crashed, Interrupted, OutOfMemory, TimeLimit
 from palio.provenance import atomic_path, fingerprint, folder_sha256, library_versions, timed_run, write_json
 from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, read_record
 from palio.training.checkpoint import load_checkpoint, save_checkpoint
@@ -77,7 +77,8 @@ def finetune(
 
     `base_model` and `dataset` are folders with a manifest.json. `threads` are CPU threads of torch.
     `retrain` allows that the adapter in `entry_dir` is replaced by one of another fingerprint.
-    Raises BadInput, TimeLimit, OutOfMemory or Crashed; a rerun goes on from the last checkpoint.
+    Raises BadInput, TimeLimit, OutOfMemory, Crashed or Interrupted; a rerun goes on
+    from the last checkpoint.
     """
     telemetry = telemetry or Telemetry()
     model_manifest = read_record(BaseModelManifest, base_model / "manifest.json")
@@ -308,7 +309,7 @@ class _Training:
                     self._checkpoint(trainer, ledger)
                 if signal.SIGTERM in seen:
                     ledger.outcome = "stopped"
-                    raise Crashed(
+                    raise Interrupted(
                         f"stopped by SIGTERM at step {trainer.step} of {trainer.steps}; "
                         "start again to go on from there"
                     )
@@ -371,7 +372,8 @@ class _Training:
                 pq.write_table(pa.Table.from_pylist(self.telemetry, SCHEMA), temporary)
         except OSError as error:
             self._checkpoint(trainer, ledger)
-            raise Crashed(f"the adapter could not be saved ({error}); make room and start again") from error
+            why = f"the adapter could not be saved ({error}); make room and start again"
+            raise Interrupted(why) from error
 
 
 def _publish(work: Path, entry_dir: Path) -> AdapterManifest:
