@@ -21,6 +21,7 @@ rule helm_open:
         limits=W.limits("open"),
         track=W.track_limits,
         isolation=W.isolation,
+        again=W.again("open"),
     shell:
         "palio evaluate"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
@@ -30,6 +31,7 @@ rule helm_open:
         " --instances {input.instances:q}"
         " --threads {threads}"
         " {params.isolation:q}"
+        " {params.again:q}"
         " > {log:q} 2>&1"
 
 
@@ -54,3 +56,4 @@ use rule helm_open as helm_closed with:
         limits=W.limits("closed"),
         track=W.track_limits,
         isolation=W.isolation,
+        again=W.again("closed"),

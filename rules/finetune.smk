@@ -22,6 +22,7 @@ rule finetune:
     params:
         competition=W.competition.competition,
         training=W.training,
+        again=W.again("finetune"),
         track=W.track_limits,
         base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
     shell:
@@ -29,6 +30,7 @@ rule finetune:
         " --competition-id {params.competition}"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
         " {params.training:q}"
+        " {params.again:q}"
         " --track {params.track:q}"
         " --base-model {params.base_model:q}"
         " --threads {threads}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from palio import __version__
-from palio.errors import PalioError, RuleViolation, State
+from palio.errors import BadInput, PalioError, RuleViolation
 
 if TYPE_CHECKING:
     from palio.config import Competition
@@ -420,9 +420,8 @@ def evaluate(
 ) -> None:
     """Serve an entry's package and run HELM on it for one stage, inside the stage's time limit."""
     from palio.config import StageLimits, StageRuns, Track, parse
-    from palio.evaluation.evaluate import StartServer
+    from palio.evaluation.evaluate import StartServer, work_folder
     from palio.evaluation.evaluate import evaluate as run
-    from palio.evaluation.evaluate import work_folder
     from palio.operating.attempt import set_aside
 
     stage = parse(StageRuns, json.loads(runs), "--runs")
@@ -581,6 +580,67 @@ def report(competition: str, results: Path, leaderboards: Path, out: Path) -> No
 
     build_report(competition_of(competition), results=results, leaderboards=leaderboards, out=out)
     print(out / "index.html")
+
+
+@palio.command(cls=Verb, example="palio status --watch")
+@competition_option
+@click.option("--results", type=ExistingPath, default=Path("results"), show_default=True)
+@click.option("--watch", is_flag=True, help="Show it again every few seconds, until Ctrl-C.")
+@click.option("--html", type=ExistingPath, help="Write the same as one HTML page.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def status(competition: str, results: Path, watch: bool, html: Path | None, as_json: bool) -> None:
+    """Where every entry is: waiting, running (node, budget, end), done, or failed and why. Takes no lock."""
+    from dataclasses import asdict
+
+    from palio.operating import controller, status_view
+    from palio.operating.status import competition_status
+    from palio.provenance import write_text
+
+    def look() -> Any:
+        now = competition_status(competition_of(competition), results, controller.running())
+        if html:
+            write_text(html, status_view.html_page(now))
+        return now
+
+    if watch:
+        status_view.watch_status(look)
+    elif as_json:
+        print(json.dumps(asdict(look()), indent=2))
+    else:
+        status_view.print_status(look())
+
+
+@palio.command(cls=Verb, example='palio withdraw raw --why "the team asked to"')
+@competition_option
+@click.argument("entry")
+@click.option("--why", required=True, help="Shown in the leaderboard.")
+def withdraw(competition: str, entry: str, why: str) -> None:
+    """Take an entry out of a running competition, on record in config/overrides/."""
+    from palio.operating import overrides
+
+    overrides.withdraw(competition_of(competition), entry, why)
+    print(f"{entry} is withdrawn; start the workflow again to score without it")
+
+
+@palio.command(cls=Verb, example="palio retry curated --step open")
+@competition_option
+@click.argument("entry")
+@click.option("--step", "steps", multiple=True, help="finetune, open or closed; default: what failed.")
+@click.option("--results", type=ExistingPath, default=Path("results"), show_default=True)
+def retry(competition: str, entry: str, steps: tuple[str, ...], results: Path) -> None:
+    """Grant steps of an entry a fresh start: new budget, nothing kept. On record in config/overrides/."""
+    from palio.operating import overrides
+    from palio.operating.status import competition_status
+
+    found = competition_of(competition)
+    if not steps:
+        entries = competition_status(found, results).entries
+        mine = [one for one in entries if one.entry == entry]
+        steps = tuple(step.step for one in mine for step in one.steps if step.state == "failed")
+        if mine and not steps:
+            raise BadInput("--step", "", None, f"no step of {entry} has failed; name the one to run again")
+    overrides.retry(found, entry, list(steps))
+    print(f"{entry}: {', '.join(steps)} will start afresh with the next run of the workflow")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS)
 NEAR_LIMIT_SECONDS = 240.0
 """A SIGTERM with less left than this is the time limit's: SLURM warns up to a minute early, the profile
 asks for the warning two minutes before the end."""
+NODE_STATES = ("NODE_FAIL", "BOOT_FAIL", "PREEMPTED")
 KILLS_ALLOWED = 2
 """Deaths without a word in one run, before they count as the entry's own."""
 
@@ -94,16 +95,15 @@ def refusal(earlier: list[Attempt], run: str, job: str | None, job_state: str) -
         return (last.state, last.reason) if own_fault else None
     if job is not None and last.job == job:
         return None  # SLURM itself started the job again: its node was lost
-    if job_state == "OUT_OF_MEMORY":
-        return State.OUT_OF_MEMORY, f"SLURM ended job {last.job}: more memory than the track's ram_gb"
-    if job_state in ("TIMEOUT", "DEADLINE"):
-        return State.TIME_LIMIT, f"SLURM ended job {last.job} at its time limit"
-    if job_state in ("NODE_FAIL", "BOOT_FAIL", "PREEMPTED"):
-        return None
+    ended_by_slurm = {
+        "OUT_OF_MEMORY": (State.OUT_OF_MEMORY, f"job {last.job} used more memory than the track's ram_gb"),
+        "TIMEOUT": (State.TIME_LIMIT, f"the time limit of job {last.job} ran out"),
+    }
     killed = sum(attempt.state is None for attempt in mine)
-    if killed >= KILLS_ALLOWED:
-        return State.CRASHED, f"killed {killed} times without a word: out of memory, or a node in trouble"
-    return None
+    if job_state in NODE_STATES or (killed < KILLS_ALLOWED and job_state not in ended_by_slurm):
+        return None
+    unknown = f"killed {killed} times without a word: out of memory, or a node in trouble"
+    return ended_by_slurm.get(job_state, (State.CRASHED, unknown))
 
 
 def set_aside(work: Path, grant: int) -> None:
@@ -123,41 +123,9 @@ def attempt(step: str, entry_dir: Path) -> Iterator[None]:
 
     Raises NotRetried without running it, if it failed in this run of the workflow by its own fault.
     """
-    earlier = [one for one in read_attempts(entry_dir) if one.step == step]
-    number = len(earlier) + 1
-    failure = entry_dir / "work" / "failures" / f"{step}.json"
-    run, job = os.environ.get(RUN_VARIABLE, ""), slurm.own_job()
-
-    def record(state: State, reason: str) -> None:
-        StepFailure(step=step, state=state, reason=reason, log=_log(entry_dir, step)).write(failure)
-
-    last_job = earlier[-1].job if earlier and earlier[-1].state is None else None
-    if found := refusal(earlier, run, job, slurm.state(last_job) if run and last_job else ""):
-        state, reason = found
-        if not failure.exists():
-            record(state, reason)
-        raise NotRetried(f"not tried again in this run of the workflow: {reason}")
-
-    failure.unlink(missing_ok=True)
-    _keep_log(entry_dir, step, number)
-    at = {"step": step, "number": number}
-    _append(
-        entry_dir,
-        event="start",
-        **at,
-        started=round(time.time(), 3),
-        node=os.environ.get("SLURMD_NODENAME") or platform.node(),
-        pid=os.getpid(),
-        run=run,
-        job=job,
-        gpu=os.environ.get("CUDA_VISIBLE_DEVICES"),
-    )
-
-    def end(state: State, reason: str = "") -> None:
-        with suppress(OSError):  # what ended the step may be a full disk
-            if state is not State.FINISHED:
-                record(state, reason)
-            _append(entry_dir, event="end", **at, ended=round(time.time(), 3), state=state, reason=reason)
+    record = _Record(step, entry_dir)
+    record.refuse_what_failed()
+    record.begin()
 
     def stop(signum: int, frame: object) -> NoReturn:
         sys.exit(SIGTERM_EXIT_CODE)
@@ -166,68 +134,106 @@ def attempt(step: str, entry_dir: Path) -> Iterator[None]:
     try:
         yield
     except Interrupted as error:
-        end(*_interruption(job, str(error)))
+        record.end(*_interruption(str(error)))
         raise
     except PalioError as error:
-        end(error.state, str(error))
+        record.end(error.state, str(error))
         raise
     except KeyboardInterrupt:
-        end(State.INTERRUPTED, "interrupted")
+        record.end(State.INTERRUPTED, "interrupted")
         raise
     except SystemExit as error:
         if error.code != SIGTERM_EXIT_CODE:
             raise
-        end(*_interruption(job, "stopped by SIGTERM"))
+        record.end(*_interruption("stopped by SIGTERM"))
         raise Interrupted("stopped by SIGTERM; start again to go on") from None
     except OSError as error:
         if error.errno not in DISK_ERRORS:
-            end(State.CRASHED, _bug(error))
+            record.end(State.CRASHED, _bug(error))
             raise
         reason = f"the disk failed ({error}); make room and start again"
-        end(State.INTERRUPTED, reason)
+        record.end(State.INTERRUPTED, reason)
         raise Interrupted(reason) from error
     except Exception as error:
-        end(State.CRASHED, _bug(error))
+        record.end(State.CRASHED, _bug(error))
         raise
     else:
-        end(State.FINISHED)
+        record.end(State.FINISHED)
 
 
 def _bug(error: Exception) -> str:
     return f"{type(error).__name__}: a bug in Palio; its traceback is in the log"
 
 
-def _interruption(job: str | None, reason: str) -> tuple[State, str]:
+def _interruption(reason: str) -> tuple[State, str]:
     """A stop from outside: by the time limit, which is the entry's, or by somebody or something else."""
+    job = slurm.own_job()
     if job is None:
         return State.INTERRUPTED, reason
-    left, state = slurm.seconds_left(job), slurm.state(job)
-    if state in ("TIMEOUT", "DEADLINE") or (
-        left is not None and left < NEAR_LIMIT_SECONDS and state != "CANCELLED"
-    ):
+    left = slurm.seconds_left(job)
+    if left is not None and left < NEAR_LIMIT_SECONDS:
         return State.TIME_LIMIT, "the job's time limit ran out"
     return State.INTERRUPTED, f"{reason}, in SLURM job {job}"
 
 
-def _append(entry_dir: Path, **line: Any) -> None:
-    path = entry_dir / "work" / "attempts.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, (json.dumps(line) + "\n").encode())
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+class _Record:
+    """The files that tell of an attempt."""
 
+    def __init__(self, step: str, entry_dir: Path) -> None:
+        self.step, self.entry_dir = step, entry_dir
+        self.log = entry_dir / "logs" / f"{step}.log"
+        self.failure = entry_dir / "work" / "failures" / f"{step}.json"
+        self.earlier = [one for one in read_attempts(entry_dir) if one.step == step]
+        self.number = len(self.earlier) + 1
+        self.run, self.job = os.environ.get(RUN_VARIABLE, ""), slurm.own_job()
 
-def _log(entry_dir: Path, step: str) -> str:
-    return str(entry_dir / "logs" / f"{step}.log")
+    def refuse_what_failed(self) -> None:
+        last = self.earlier[-1] if self.earlier else None
+        died = last is not None and last.state is None and last.job is not None and self.run
+        state_of_job = slurm.state(last.job) if last and last.job and died else ""
+        if found := refusal(self.earlier, self.run, self.job, state_of_job):
+            state, reason = found
+            if not self.failure.exists():
+                self._fail(state, reason)
+            raise NotRetried(f"not tried again in this run of the workflow: {reason}")
 
+    def begin(self) -> None:
+        self.failure.unlink(missing_ok=True)
+        self._keep_log()
+        self._append(
+            event="start",
+            started=round(time.time(), 3),
+            node=os.environ.get("SLURMD_NODENAME") or platform.node(),
+            pid=os.getpid(),
+            run=self.run,
+            job=self.job,
+            gpu=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        )
 
-def _keep_log(entry_dir: Path, step: str, number: int) -> None:
-    """A second name for the log that the rule has just opened: it stays when Snakemake deletes the first."""
-    log, kept = Path(_log(entry_dir, step)), entry_dir / "work" / "logs" / f"{step}.{number}.log"
-    if log.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError):  # a file system without hard links: the last log is the only one then
-            os.link(log, kept)
+    def end(self, state: State, reason: str = "") -> None:
+        with suppress(OSError):  # what ended the step may be a full disk
+            if state is not State.FINISHED:
+                self._fail(state, reason)
+            self._append(event="end", ended=round(time.time(), 3), state=state, reason=reason)
+
+    def _fail(self, state: State, reason: str) -> None:
+        StepFailure(step=self.step, state=state, reason=reason, log=str(self.log)).write(self.failure)
+
+    def _append(self, **line: Any) -> None:
+        path = self.entry_dir / "work" / "attempts.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"step": self.step, "number": self.number, **line}) + "\n"
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, text.encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def _keep_log(self) -> None:
+        """A second name for the log that the rule has just opened: Snakemake deletes the first."""
+        if self.log.exists():
+            kept = self.entry_dir / "work" / "logs" / f"{self.step}.{self.number}.log"
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # a file system without hard links: the last log is the only one then
+                os.link(self.log, kept)

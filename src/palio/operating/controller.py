@@ -1,9 +1,9 @@
 """The controller: the one Snakemake that runs in a folder, from its start to its end.
 
-Its lock is a flock on `.snakemake/palio.lock`, which the kernel gives back when the process is gone, however it
-went. So a controller that was killed needs no unlocking: the next one starts by cancelling what the killed
-one left queued or running in SLURM, which would otherwise write beside the same steps submitted again. What
-those jobs had done is in the entries' work/ folders, and is gone on with.
+Its lock is a flock on `.snakemake/palio.lock`, which the kernel gives back when the process is gone,
+however it went. So a controller that was killed needs no unlocking: the next one starts by cancelling what
+the killed one left queued or running in SLURM, which would otherwise write beside the same steps submitted
+again. What those jobs had done is in the entries' work/ folders, and is gone on with.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def cancel_orphans() -> list[slurm.Job]:
     """Cancel the jobs of earlier controllers of this folder; only the one that holds its lock may."""
     orphans = [job for job in slurm.jobs(Path.cwd()) if job.name.startswith(RUN_NAME)]
     for job in orphans:
-        print(f"cancelling job {job.id} ({job.comment}, {job.state.lower()}) of an earlier run", file=sys.stderr)
+        print(
+            f"cancelling job {job.id} ({job.comment}, {job.state.lower()}) of an earlier run", file=sys.stderr
+        )
     slurm.cancel(job.id for job in orphans)
     return orphans
 
@@ -111,7 +113,8 @@ class Watch:
         for entry in entries:
             for step in entry.steps:
                 key = (entry.track, entry.entry, step.step, str(step.attempt), step.state)
-                silent = now - step.heard if step.state == "running" and step.heard else 0.0
+                heard = step.heard if step.state == "running" else None
+                silent = now - heard if heard is not None else 0.0
                 if key in self._told:
                     continue
                 if step.state == "failed":

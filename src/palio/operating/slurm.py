@@ -40,12 +40,19 @@ def ask(*command: str) -> str:
     """A SLURM command's output. Raises `PalioError` with its own words if it fails."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS, stdin=subprocess.DEVNULL
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=COMMAND_SECONDS,
+            stdin=subprocess.DEVNULL,
         )
     except FileNotFoundError:
         raise PalioError(f"{command[0]} is not on this machine; run on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
-        raise PalioError(f"{command[0]} did not answer within {COMMAND_SECONDS:g} s; is slurmctld up?") from None
+        raise PalioError(
+            f"{command[0]} did not answer within {COMMAND_SECONDS:g} s; is slurmctld up?"
+        ) from None
     if done.returncode != 0:
         said = " ".join((done.stderr or done.stdout).split())
         raise PalioError(f"{' '.join(command[:2])}: {said}")

@@ -12,7 +12,7 @@ import platform
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -163,44 +163,27 @@ class _Place:
 def _step(step: str, at: _Place) -> StepStatus:
     attempts = [one for one in read_attempts(at.folder) if one.step == step]
     last = attempts[-1] if attempts else None
-    job = at.queued(step)
-    log = at.log(step)
-    common = {"step": step, "attempt": len(attempts), "log": str(log)}
+    job, log = at.queued(step), at.log(step)
     used, budget = _used(step, at)
+    known = StepStatus(step, "waiting", attempt=len(attempts), log=str(log), used=used, budget=budget)
+    if last:
+        seconds = (last.ended or at.now) - last.started
+        known = replace(known, node=last.node, job=last.job, started=last.started, seconds=seconds)
     if last and last.state is None and _alive(last, job, at):
-        return StepStatus(
-            **common,
-            state="running",
-            node=last.node,
-            job=last.job,
-            started=last.started,
-            seconds=at.now - last.started,
-            used=used,
-            budget=budget,
-            ends=_end(log, at.now, used, budget),
-            heard=log.stat().st_mtime if log.exists() else last.started,
-        )
-    ended = {
-        "node": last.node if last else "",
-        "job": last.job if last else None,
-        "started": last.started if last else None,
-        "seconds": last.ended - last.started if last and last.ended else None,
-        "used": used,
-        "budget": budget,
-    }
+        heard = log.stat().st_mtime if log.exists() else last.started
+        return replace(known, state="running", ends=_end(log, at.now, used, budget), heard=heard)
     if job:
         why = job.reason if job.state == "PENDING" else job.state.lower()
-        return StepStatus(**common, state="queued", job=job.id, reason=why)
+        return replace(known, state="queued", job=job.id, reason=why)
     if (at.folder / STEPS[step].record).exists():
-        return StepStatus(**common, state="done", reason=_note(step, at), **ended)
+        return replace(known, state="done", reason=_note(step, at))
     failure = at.folder / "work" / "failures" / f"{step}.json"
     if failure.exists():
         found = json.loads(failure.read_text(encoding="utf-8"))
-        common["log"] = found["log"] or common["log"]
-        return StepStatus(**common, state="failed", reason=f"{found['state']}: {found['reason']}", **ended)
+        return replace(known, state="failed", reason=f"{found['state']}: {found['reason']}")
     if last and last.state is None:
-        return StepStatus(**common, state="waiting", reason=f"lost on {last.node}; runs again", **ended)
-    return StepStatus(**common, state="waiting")
+        return replace(known, reason=f"lost on {last.node}; runs again")
+    return known
 
 
 def _alive(last: Attempt, job: slurm.Job | None, at: _Place) -> bool:
@@ -256,7 +239,9 @@ def _end(log: Path, now: float, used: float | None, budget: float | None) -> flo
     if budget is None:
         return None
     left = budget - (used or 0.0)
-    found = list(_PROGRESS.finditer(log.read_text(encoding="utf-8", errors="replace"))) if log.exists() else []
+    found = (
+        list(_PROGRESS.finditer(log.read_text(encoding="utf-8", errors="replace"))) if log.exists() else []
+    )
     if found and used:
         done, total = (int(number) for number in found[-1].groups() if number)
         if done:
