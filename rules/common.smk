@@ -4,6 +4,10 @@
 #   resources/stages/<stage>/stage.json     the stage's instances, made once by HELM
 #   results/<track>/<entry>/                one entry; logs/ and work/ inside it
 #   results/{leaderboard,standings,report}/
+#
+# No edge between two rules is only ancient(): where an upstream job is due, Snakemake leaves its downstream jobs
+# to the edges and asks them nothing itself, so behind an ancient() edge a changed recipe or a missing output would
+# wait for the next start. A step that starts again finds what it had finished instead.
 from palio.demo.data import FAMILIES as DEMO_FAMILIES
 from palio.errors import BadInput, PalioError
 from palio.operating import controller

@@ -39,7 +39,7 @@ use rule helm_open as helm_closed with:
     input:
         package="results/{track}/{entry}/package.json",
         instances="resources/stages/closed/stage.json",
-        open=ancient("results/{track}/{entry}/open.json"),
+        open="results/{track}/{entry}/open.json",
     output:
         record="results/{track}/{entry}/closed.json",
         metrics="results/{track}/{entry}/helm/closed/metrics.parquet",

@@ -3,7 +3,7 @@
 # budget, confined.
 rule finetune:
     input:
-        check=ancient("results/{track}/{entry}/check.json"),
+        check="results/{track}/{entry}/check.json",
         base_model=W.base_model_manifest,
         dataset="results/{track}/{entry}/dataset/manifest.json",
         rows=ancient("results/{track}/{entry}/dataset/train.parquet"),
