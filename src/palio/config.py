@@ -725,11 +725,14 @@ def _fault(model: type[BaseModel], fault: Mapping[str, Any]) -> Fault:
 
 
 def parse(model: type[Model], data: object, file: str | Path) -> Model:
-    """Validate `data` as `model`; the first fault becomes one `BadInput` line."""
+    """Validate `data` as `model`; one fault becomes one `BadInput` line."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        fault = _fault(model, error.errors(include_url=False)[0])
+        faults = error.errors(include_url=False)
+        # a misspelt key is missing under its right name, too: the spelling is what to mend
+        first = next((one for one in faults if one["type"] == "extra_forbidden"), faults[0])
+        fault = _fault(model, first)
         raise BadInput(file, fault.key, fault.value, fault.fix) from None
 
 
