@@ -9,8 +9,6 @@ rule score:
         csv="results/leaderboard/{track}.csv",
         parquet="results/leaderboard/{track}.parquet",
         markdown="results/leaderboard/{track}.md",
-        latex="results/leaderboard/{track}.tex",
-        analysis="results/leaderboard/{track}.analysis.json",
     log:
         "logs/score/{track}.log",
     resources:
@@ -32,5 +30,3 @@ rule standings:
         competition=W.whole(),
     shell:
         "palio standings --competition {params.competition:q}"
-        " && palio report --competition {params.competition:q}"
-        " --leaderboards results/standings --out results/standings/report"
