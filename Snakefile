@@ -23,11 +23,13 @@ include: "rules/package.smk"
 include: "rules/evaluate.smk"
 include: "rules/score.smk"
 include: "rules/report.smk"
+include: "rules/published.smk"
 
 
 localrules:
     all,
     standings,
+    published,
 
 
 rule all:

@@ -1,9 +1,6 @@
 rule check_entry:
     input:
         base_model=W.checked_model,  # its model card is held against the rules
-        stages=ancient(
-            expand("resources/stages/{stage}/stage.json", stage=["open", "closed"])
-        ),
     output:
         check="results/{track}/{entry}/check.json",
     log:

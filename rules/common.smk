@@ -4,8 +4,13 @@
 #   resources/stages/<stage>/stage.json     the stage's instances, made once by HELM
 #   results/<track>/<entry>/                one entry; logs/ and work/ inside it
 #   results/{leaderboard,standings,report}/
+#
+# No edge between two rules is only ancient(): where an upstream job is due, Snakemake leaves its downstream jobs
+# to the edges and asks them nothing itself, so behind an ancient() edge a changed recipe or a missing output would
+# wait for the next start. A step that starts again finds what it had finished instead.
 from palio.demo.data import FAMILIES as DEMO_FAMILIES
-from palio.errors import BadInput
+from palio.errors import BadInput, PalioError
+from palio.operating import controller
 from palio.workflow import Workflow
 
 try:
@@ -20,3 +25,25 @@ wildcard_constraints:
     track="|".join(W.tracks),
     entry="[A-Za-z0-9][A-Za-z0-9_-]*",
     stage="open|closed",
+
+
+# Of a run, never of its jobs. Standings run beside another run, so they take nothing over.
+onstart:
+    if any(job.rule.name != "standings" for job in workflow.dag.needrun_jobs()):
+        try:
+            controller.take_over(on_slurm=not workflow.local_exec)
+        except PalioError as fault:
+            raise WorkflowError(str(fault)) from None
+        controller.watch(W.competition)
+
+
+onsuccess:
+    controller.notify(W.competition, "finish", "every step is done")
+
+
+onerror:
+    controller.notify(
+        W.competition,
+        "failure",
+        "the run ended with steps that failed; palio status names them",
+    )

@@ -11,7 +11,7 @@ rule generate_demo_data:
 
 rule curate_dataset:
     input:
-        check=ancient("results/{track}/{entry}/check.json"),
+        check="results/{track}/{entry}/check.json",
         base_model=W.base_model_manifest,  # its tokenizer counts tokens
         sources=W.source_files,
     output:

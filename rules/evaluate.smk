@@ -21,6 +21,7 @@ rule helm_open:
         limits=W.limits("open"),
         track=W.track_limits,
         isolation=W.isolation,
+        again=W.again("open"),
     shell:
         "palio evaluate"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
@@ -30,6 +31,7 @@ rule helm_open:
         " --instances {input.instances:q}"
         " --threads {threads}"
         " {params.isolation:q}"
+        " {params.again:q}"
         " > {log:q} 2>&1"
 
 
@@ -37,7 +39,7 @@ use rule helm_open as helm_closed with:
     input:
         package="results/{track}/{entry}/package.json",
         instances="resources/stages/closed/stage.json",
-        open=ancient("results/{track}/{entry}/open.json"),
+        open="results/{track}/{entry}/open.json",
     output:
         record="results/{track}/{entry}/closed.json",
         metrics="results/{track}/{entry}/helm/closed/metrics.parquet",
@@ -54,3 +56,4 @@ use rule helm_open as helm_closed with:
         limits=W.limits("closed"),
         track=W.track_limits,
         isolation=W.isolation,
+        again=W.again("closed"),

@@ -3,7 +3,7 @@
 # budget, confined.
 rule finetune:
     input:
-        check=ancient("results/{track}/{entry}/check.json"),
+        check="results/{track}/{entry}/check.json",
         base_model=W.base_model_manifest,
         dataset="results/{track}/{entry}/dataset/manifest.json",
         rows=ancient("results/{track}/{entry}/dataset/train.parquet"),
@@ -22,6 +22,7 @@ rule finetune:
     params:
         competition=W.competition.competition,
         training=W.training,
+        again=W.again("finetune"),
         track=W.track_limits,
         base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
     shell:
@@ -29,7 +30,9 @@ rule finetune:
         " --competition-id {params.competition}"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
         " {params.training:q}"
+        " {params.again:q}"
         " --track {params.track:q}"
         " --base-model {params.base_model:q}"
         " --threads {threads}"
+        " --telemetry {W.telemetry:q}"  # not a param: where training is told and what it costs re-runs nothing
         " > {log:q} 2>&1"

@@ -1,6 +1,6 @@
 rule build_package:
     input:
-        check=ancient("results/{track}/{entry}/check.json"),
+        check="results/{track}/{entry}/check.json",
         base_model=W.base_model_manifest,
         adapter=W.adapter_manifest,
         program=W.program_files,

@@ -1,8 +1,10 @@
 rule report:
     input:
         leaderboards=expand("results/leaderboard/{track}.json", track=W.tracks),
+        analyses=expand("results/leaderboard/{track}.analysis.json", track=W.tracks),
     output:
         report="results/report/index.html",
+        figures=directory("results/report/figures"),
     log:
         "logs/report.log",
     resources:

@@ -9,6 +9,8 @@ rule score:
         csv="results/leaderboard/{track}.csv",
         parquet="results/leaderboard/{track}.parquet",
         markdown="results/leaderboard/{track}.md",
+        latex="results/leaderboard/{track}.tex",
+        analysis="results/leaderboard/{track}.analysis.json",
     log:
         "logs/score/{track}.log",
     resources:
@@ -30,3 +32,5 @@ rule standings:
         competition=W.whole(),
     shell:
         "palio standings --competition {params.competition:q}"
+        " && palio report --competition {params.competition:q}"
+        " --leaderboards results/standings --out results/standings/report"

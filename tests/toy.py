@@ -94,9 +94,10 @@ class Toy:
     def reply(self, body: dict[str, Any], started: float, crowded: bool) -> Response:
         defect, prompt = self.defect, body["prompt"]
         if defect == "not JSON":
-            return Response("ok")
+            return Response(self.answer(prompt) if self.answer else "ok")
         long = defect == "dies on long prompts" and len(prompt.split()) > 2040
-        if long or (defect == "dies after 20 requests" and self.served > 20):
+        last = {"dies at once": 0, "dies after 20 requests": 20}.get(defect)
+        if long or (last is not None and self.served > last):
             self.dead = True
             self.stop()
             time.sleep(1)  # the connection breaks first

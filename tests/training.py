@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from palio.config import BaseModelSource, FinetuneRecipe, Track
+from palio.config import BaseModelSource, FinetuneRecipe, Telemetry, Track
 from palio.provenance import file_sha256, folder_sha256
 from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest
 
@@ -39,8 +39,6 @@ def tiny_base_model(out: Path, tokenizer_of: Path, dtype: torch.dtype = torch.fl
     for path in tokenizer_of.iterdir():
         if path.name.startswith(("tokenizer", "chat_template")):
             shutil.copy(path, out / "model" / path.name)
-    for path in (out / "model").iterdir():
-        path.chmod(0o644)  # as of a fetched base model: a team's program may run as another user
     manifest = BaseModelManifest(
         id="tiny", source=BaseModelSource(path="tiny"), files=folder_sha256(out / "model")
     )
@@ -91,7 +89,14 @@ class Entry:
             characters={},
         ).write(dataset / "manifest.json")
 
-    def finetune(self, *, track: dict[str, Any] | None = None, **recipe: Any) -> AdapterManifest:
+    def finetune(
+        self,
+        *,
+        track: dict[str, Any] | None = None,
+        telemetry: dict[str, Any] | None = None,
+        retrain: bool = True,
+        **recipe: Any,
+    ) -> AdapterManifest:
         """Run the step in this process."""
         from palio.training.finetune import finetune
 
@@ -107,6 +112,8 @@ class Entry:
             track_id="t",
             entry="e",
             threads=1,
+            telemetry=Telemetry.model_validate(telemetry or {}),
+            retrain=retrain,
         )
 
     def start(self, *, budget: str = "600s", **recipe: Any) -> subprocess.Popen[str]:

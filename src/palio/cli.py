@@ -1,13 +1,13 @@
 """`palio <verb>`: parse, call one function, map errors to exit codes. Heavy imports stand in the verbs.
 
 Exit codes: 0 done, 1 an error named on one line, 2 bad input, 3 rule violation, 4 time limit,
-5 out of memory, 6 a program of the entry died, 70 a bug of ours (with its traceback).
+5 out of memory, 6 a program of the entry died, 7 interrupted by the machine or a signal: start again,
+8 not tried again in this run, 70 a bug of ours (with its traceback).
 """
 
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from palio import __version__
-from palio.errors import PalioError, RuleViolation, State
+from palio.errors import BadInput, PalioError, RuleViolation
 
 if TYPE_CHECKING:
     from palio.config import Competition
 
 BUG_EXIT_CODE = 70
 RULE_VIOLATION_EXIT_CODE = RuleViolation.exit_code
-SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 DEFAULT_CONFIG = "config/config.yaml"
 
 ExistingPath = click.Path(path_type=Path)
@@ -72,35 +71,11 @@ def main() -> NoReturn:
 
 @contextmanager
 def entry_step(step: str, entry_dir: Path) -> Iterator[None]:
-    """Leave a StepFailure beside the outputs if the step does not finish, for the standings to show."""
-    from palio.records import StepFailure
+    """One attempt at a step of an entry, on record whatever ends it."""
+    from palio.operating.attempt import attempt
 
-    failure = entry_dir / "work" / "failures" / f"{step}.json"
-    failure.unlink(missing_ok=True)
-
-    def record(state: State, reason: str) -> None:
-        log = str(entry_dir / "logs" / f"{step}.log")
-        StepFailure(step=step, state=state, reason=reason, log=log).write(failure)
-
-    def stop(signum: int, frame: object) -> NoReturn:
-        sys.exit(SIGTERM_EXIT_CODE)
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
+    with attempt(step, entry_dir):
         yield
-    except PalioError as error:
-        record(error.state, str(error))
-        raise
-    except KeyboardInterrupt:
-        record(State.CRASHED, "interrupted")
-        raise
-    except SystemExit as error:
-        if error.code == SIGTERM_EXIT_CODE:
-            record(State.CRASHED, "stopped by SIGTERM: the job's time limit, or cancelled")
-        raise
-    except Exception as error:
-        record(State.CRASHED, f"{type(error).__name__}: a bug in Palio; its traceback is in the log")
-        raise
 
 
 def competition_of(given: str) -> Competition:
@@ -122,6 +97,9 @@ entry_dir_option = click.option(
 )
 isolation_option = click.option(
     "--isolation", default="{}", help="JSON of the competition's isolation, for the entry's own program."
+)
+fresh_start_option = click.option(
+    "--fresh-start", type=int, metavar="N", help="The organizer's Nth grant: set earlier work and time aside."
 )
 competition_id_option = click.option("--competition-id", required=True, help="The competition's id.")
 
@@ -199,6 +177,21 @@ def fetch_base_model_verb(source: str, approved_as: str, offline: bool, out: Pat
     if not approved_as:
         raise RuleViolation(f"base_model: {wanted.address} is not approved; it is not downloaded")
     fetch_base_model(wanted, out, offline=offline)
+
+
+@palio.command("fetch-data", cls=Verb, example="palio fetch-data --stage open")
+@competition_option
+@click.option("--stage", type=click.Choice(["open", "closed"]), required=True)
+@click.option("--source", type=ExistingPath, help="Folder of data that is there already, as HELM caches it.")
+def fetch_data_verb(competition: str, stage: str, source: Path | None) -> None:
+    """Bring all data of a stage into its store, on a machine with a network; the rest runs without."""
+    from palio.evaluation.helm import stage_runs
+    from palio.evaluation.stage import fetch_data
+
+    digests = fetch_data(stage_runs(competition_of(competition), stage), source)
+    for name in sorted({"/".join(path.split("/")[:2]) for path in digests}):
+        of = [digest for path, digest in digests.items() if path.startswith(f"{name}/")]
+        print(f"{stage} {name}: {len(of)} files")
 
 
 @palio.command(
@@ -287,6 +280,8 @@ def measure_contamination(competition_id: str, entry_dir: Path, open_store: Path
 @click.option("--track", "track_limits", required=True, help="JSON of the track's limits.")
 @click.option("--base-model", type=ExistingPath, required=True, help="Folder of the base model.")
 @click.option("--threads", type=int, help="CPU threads; default: torch's choice.")
+@click.option("--telemetry", default="{}", help="JSON of the competition's telemetry section.")
+@click.option("--retrain", is_flag=True, help="Replace a finished adapter that was trained otherwise.")
 def finetune(
     competition_id: str,
     entry_dir: Path,
@@ -297,32 +292,22 @@ def finetune(
     track_limits: str,
     base_model: Path,
     threads: int | None,
+    telemetry: str,
+    retrain: bool,
+    fresh_start: int | None,
 ) -> None:
     """Fine-tune the base model on the entry's dataset inside the track's budget. Resumes where it stopped."""
-    from palio.config import FinetuneRecipe, Isolation, Program, Track, parse
+    from palio.config import FinetuneRecipe, Telemetry, Track, parse
+    from palio.operating.attempt import set_aside
 
     if (recipe is None) == (program is None):
         raise click.UsageError("give either --recipe or --program")
     track, entry = track_and_entry(entry_dir)
     with entry_step("finetune", entry_dir):
-        if program is not None:
-            from palio.training.command import finetune_by_command
-
-            finetune_by_command(
-                program=parse(Program, json.loads(program), "command"),
-                isolation=parse(Isolation, json.loads(isolation), "isolation"),
-                network=network,
-                track=parse(Track, json.loads(track_limits), "track"),
-                base_model=base_model,
-                dataset=entry_dir / "dataset",
-                entry_dir=entry_dir,
-                competition=competition_id,
-                track_id=track,
-                entry=entry,
-                threads=threads,
-            )
-            return
-        assert recipe is not None
+        if fresh_start:
+            set_aside(entry_dir / "work" / "train", fresh_start)
+        if recipe is None:
+            raise PalioError("command entries are not run yet")
         from palio.training.finetune import finetune as run
 
         run(
@@ -335,6 +320,8 @@ def finetune(
             track_id=track,
             entry=entry,
             threads=threads,
+            telemetry=parse(Telemetry, json.loads(telemetry), "--telemetry"),
+            retrain=retrain,
         )
 
 
@@ -420,6 +407,7 @@ def probe(url: str, competition: str, stage: str, as_json: bool) -> None:
 @click.option("--instances", type=ExistingPath, required=True, help="The stage's record.")
 @click.option("--threads", type=int, help="CPU threads of the model server.")
 @isolation_option
+@fresh_start_option
 def evaluate(
     entry_dir: Path,
     runs: str,
@@ -428,16 +416,20 @@ def evaluate(
     instances: Path,
     threads: int | None,
     isolation: str,
+    fresh_start: int | None,
 ) -> None:
     """Serve an entry's package and run HELM on it for one stage, inside the stage's time limit."""
     from palio.config import StageLimits, StageRuns, Track, parse
-    from palio.evaluation.evaluate import StartServer
+    from palio.evaluation.evaluate import StartServer, work_folder
     from palio.evaluation.evaluate import evaluate as run
+    from palio.operating.attempt import set_aside
 
     stage = parse(StageRuns, json.loads(runs), "--runs")
     track = parse(Track, json.loads(track_limits), "track")
 
     with entry_step(stage.stage, entry_dir):
+        if fresh_start:
+            set_aside(work_folder(stage, entry_dir, "key").parent, fresh_start)
         from palio.serving.process import ServerProcess
 
         def start_server(package: Path, log: Path) -> Any:
@@ -499,6 +491,84 @@ def _score(given: str, tracks: list[str], results: Path, out: Path, *, final: bo
         print_leaderboard(board, analysis)
 
 
+@palio.command(cls=Verb, example="palio rescore results/leaderboard/laptop.json --convention helm2023")
+@click.argument("leaderboard", type=ExistingPath)
+@competition_option
+@click.option("--results", type=ExistingPath, default=Path("results"), show_default=True)
+@click.option("--convention", help="How values become win rates; default: the competition's.")
+@click.option("--missing", help="Policy for missing values; default: the competition's.")
+def rescore(
+    leaderboard: Path, competition: str, results: Path, convention: str | None, missing: str | None
+) -> None:
+    """A new version of a leaderboard from the HELM results it was made from; nothing is run again."""
+    from palio.scoring.analysis import analyse_track
+    from palio.scoring.tables import print_leaderboard
+    from palio.scoring.versions import difference, read_leaderboard, write_version
+    from palio.scoring.versions import rescore as scored_again
+
+    rules = competition_of(competition)
+    before = read_leaderboard(leaderboard)
+    board = scored_again(before, rules, results, convention=convention, missing=missing)
+    analysis = analyse_track(rules, board, results)
+    written = write_version(board, leaderboard.parent, analysis)
+    print_leaderboard(board, analysis)
+    print(difference(before, board))
+    print(written)
+
+
+@palio.command(
+    cls=Verb, example="palio diff results/leaderboard/laptop.json results/leaderboard/versions/laptop.v2.json"
+)
+@click.argument("a", type=ExistingPath)
+@click.argument("b", type=ExistingPath)
+@click.option("--json", "as_json", is_flag=True, help="Print the record instead of text.")
+def diff(a: Path, b: Path, as_json: bool) -> None:
+    """Explain every rank that moved from leaderboard A to B, one change at a time."""
+    from palio.scoring.versions import difference, read_leaderboard
+
+    found = difference(read_leaderboard(a), read_leaderboard(b))
+    print(found.model_dump_json(indent=2) if as_json else found)
+
+
+@palio.command(cls=Verb, example="palio published resources/neurips2023 --fetch")
+@click.argument("folder", type=ExistingPath)
+@click.option("--fetch", is_flag=True, help="First download into FOLDER what is not there; sha256 checked.")
+@click.option("--convention", help="Score by this one; default: the one each file was made with.")
+@click.option("--out", type=ExistingPath, default=Path("results/published"), show_default=True)
+def published(folder: Path, fetch: bool, convention: str | None, out: Path) -> None:
+    """Recompute the published tables of NeurIPS 2023 in FOLDER, then analyse and report them like our own.
+
+    Exits with 1 if a published win rate or score does not follow from the metric columns.
+    """
+    from palio.report.build import published_report
+    from palio.scoring.analysis import analyse
+    from palio.scoring.published import REMARK, published_leaderboards
+    from palio.scoring.published import published as recomputed
+    from palio.scoring.published_figures import published_figures
+    from palio.scoring.published_files import fetch_published
+    from palio.scoring.tables import write_leaderboard
+
+    if fetch:
+        fetch_published(folder)
+    found = recomputed(folder)
+    for file in found.files:
+        print(file)
+    for track, agreement in found.open_against_hidden.items():
+        print(f"{track}: open against hidden scores, {agreement}")
+    print(
+        f"{len(found.files)} files, {found.cells} cells, {found.mismatches} mismatches, "
+        f"max_abs_error {found.max_abs_error:.2e}"
+    )
+    boards = []
+    for board in published_leaderboards(folder, convention):
+        analysis = analyse(board, remark=REMARK)
+        write_leaderboard(board, out, analysis)
+        boards.append((board, analysis))
+    published_report(boards, published_figures(folder), out / "report")
+    print(out / "report" / "index.html")
+    raise click.exceptions.Exit(1 if found.mismatches else 0)
+
+
 @palio.command(cls=Verb, example="palio report --out results/report")
 @competition_option
 @click.option("--results", type=ExistingPath, default=Path("results"), show_default=True)
@@ -510,6 +580,67 @@ def report(competition: str, results: Path, leaderboards: Path, out: Path) -> No
 
     build_report(competition_of(competition), results=results, leaderboards=leaderboards, out=out)
     print(out / "index.html")
+
+
+@palio.command(cls=Verb, example="palio status --watch")
+@competition_option
+@click.option("--results", type=ExistingPath, default=Path("results"), show_default=True)
+@click.option("--watch", is_flag=True, help="Show it again every few seconds, until Ctrl-C.")
+@click.option("--html", type=ExistingPath, help="Write the same as one HTML page.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def status(competition: str, results: Path, watch: bool, html: Path | None, as_json: bool) -> None:
+    """Where every entry is: waiting, running (node, budget, end), done, or failed and why. Takes no lock."""
+    from dataclasses import asdict
+
+    from palio.operating import controller, status_view
+    from palio.operating.status import competition_status
+    from palio.provenance import write_text
+
+    def look() -> Any:
+        now = competition_status(competition_of(competition), results, controller.running())
+        if html:
+            write_text(html, status_view.html_page(now))
+        return now
+
+    if watch:
+        status_view.watch_status(look)
+    elif as_json:
+        print(json.dumps(asdict(look()), indent=2))
+    else:
+        status_view.print_status(look())
+
+
+@palio.command(cls=Verb, example='palio withdraw raw --why "the team asked to"')
+@competition_option
+@click.argument("entry")
+@click.option("--why", required=True, help="Shown in the leaderboard.")
+def withdraw(competition: str, entry: str, why: str) -> None:
+    """Take an entry out of a running competition, on record in config/overrides/."""
+    from palio.operating import overrides
+
+    overrides.withdraw(competition_of(competition), entry, why)
+    print(f"{entry} is withdrawn; start the workflow again to score without it")
+
+
+@palio.command(cls=Verb, example="palio retry curated --step open")
+@competition_option
+@click.argument("entry")
+@click.option("--step", "steps", multiple=True, help="finetune, open or closed; default: what failed.")
+@click.option("--results", type=ExistingPath, default=Path("results"), show_default=True)
+def retry(competition: str, entry: str, steps: tuple[str, ...], results: Path) -> None:
+    """Grant steps of an entry a fresh start: new budget, nothing kept. On record in config/overrides/."""
+    from palio.operating import overrides
+    from palio.operating.status import competition_status
+
+    found = competition_of(competition)
+    if not steps:
+        entries = competition_status(found, results).entries
+        mine = [one for one in entries if one.entry == entry]
+        steps = tuple(step.step for one in mine for step in one.steps if step.state == "failed")
+        if mine and not steps:
+            raise BadInput("--step", "", None, f"no step of {entry} has failed; name the one to run again")
+    overrides.retry(found, entry, list(steps))
+    print(f"{entry}: {', '.join(steps)} will start afresh with the next run of the workflow")
 
 
 if __name__ == "__main__":

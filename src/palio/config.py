@@ -288,6 +288,12 @@ class FinetuneRecipe(Strict):
     gradient_accumulation: PositiveInt = 1
     max_length: PositiveInt = 2048
     """Tokens of prompt and completion together; longer rows are dropped and counted, never cut."""
+    chat_template: bool = False
+    """Put rows through the tokenizer's chat template, as a user's turn and the answer to it. HELM sends
+    prompts as they are: only for a package whose server applies the template too."""
+    group_by_length: bool = False
+    """Steps of rows of like length. Rows lie end to end and need none; it saves padding with the
+    architectures that cannot (Bloom, Falcon with ALiBi, MPT)."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -305,6 +311,9 @@ class FinetuneRecipe(Strict):
     """Train direction and magnitude apart (arXiv 2402.09353): better at small lora_r, slower."""
     quantization: Literal["nf4", "fp4", "int8"] = "nf4"
     """Of the frozen base model with qlora; the 4-bit ones with double quantisation."""
+    lora_init: Literal["default", "pissa", "loftq"] = "default"
+    """What the adapter starts from: no change; with lora, the base weights' main directions (PiSSA, arXiv
+    2404.02948); with qlora, what 4 bits lost of the base weights (LoftQ, arXiv 2310.08659)."""
     neftune_alpha: PositiveFloat | None = None
     """Noise on the embeddings while training (arXiv 2310.05914), e.g. 5; omit for none."""
     gradient_checkpointing: bool = False
@@ -321,6 +330,14 @@ class FinetuneRecipe(Strict):
     def _patience_needs_validation(self) -> FinetuneRecipe:
         if self.patience is not None and self.validation_rows == 0:
             raise ValueError("patience needs validation_rows; give both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _init_fits_method(self) -> FinetuneRecipe:
+        if self.lora_init == "pissa" and (self.method != "lora" or self.dora or self.modules_to_save):
+            raise ValueError("lora_init: pissa needs method lora, without dora and modules_to_save")
+        if self.lora_init == "loftq" and (self.method != "qlora" or self.quantization == "int8"):
+            raise ValueError("lora_init: loftq needs method qlora with 4 bits (nf4 or fp4)")
         return self
 
 
@@ -492,6 +509,14 @@ class Scoring(Strict):
     """Entry ids that the analysis also measures everybody against; omit for five at evenly spaced ranks."""
 
 
+class Telemetry(Strict):
+    """What training tells besides its records. Changes no result, so a change of it re-runs nothing."""
+
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    usd_per_hour: dict[str, PositiveFloat] = {}
+    """Price of an hour on a track's hardware, by track: for the cost in finetune.run.json."""
+
+
 class ApprovedModel(Strict):
     family: str
     sources: tuple[str, ...] = Field(min_length=1)
@@ -566,8 +591,15 @@ class Competition(Strict):
     """Folder for everything of the closed stage that shows a prompt; `~` and `$VARIABLES` are expanded."""
     withdrawn: dict[str, str] = {}
     """Entry id: why it was withdrawn. Shown in the leaderboard, not run."""
+    retries: dict[str, dict[str, PositiveInt]] = {}
+    """Entry id -> step -> how often the organizer has granted it a fresh start."""
+    notify: str | None = None
+    """The organizer's shell line for news of a run; omit for none."""
+    stalled_after: Seconds = Field(default=3600, validate_default=False)
+    """A running step that has written nothing to its log for so long is news."""
     scoring: Scoring = Scoring()
     isolation: Isolation = Isolation()
+    telemetry: Telemetry = Telemetry()
     tracks: dict[str, Track] = Field(min_length=1)
     stages: Stages
 
@@ -577,6 +609,13 @@ class Competition(Strict):
     @property
     def checked_against(self) -> CheckedAgainst:
         return CheckedAgainst(competition=self.competition, rules=self.rules, tracks=tuple(self.tracks))
+
+
+class Overrides(Strict):
+    """The organizer's decisions in a running competition; they win over its config."""
+
+    withdrawn: dict[str, str] = {}
+    retries: dict[str, dict[str, PositiveInt]] = {}
 
 
 # --- slices: what one step needs of a competition, so that only its own changes re-run it --------------
@@ -686,11 +725,14 @@ def _fault(model: type[BaseModel], fault: Mapping[str, Any]) -> Fault:
 
 
 def parse(model: type[Model], data: object, file: str | Path) -> Model:
-    """Validate `data` as `model`; the first fault becomes one `BadInput` line."""
+    """Validate `data` as `model`; one fault becomes one `BadInput` line."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        fault = _fault(model, error.errors(include_url=False)[0])
+        faults = error.errors(include_url=False)
+        # a misspelt key is missing under its right name, too: the spelling is what to mend
+        first = next((one for one in faults if one["type"] == "extra_forbidden"), faults[0])
+        fault = _fault(model, first)
         raise BadInput(file, fault.key, fault.value, fault.fix) from None
 
 
@@ -762,7 +804,7 @@ def load_competition(data: Path | Mapping[str, Any], file: str | Path = "config"
     content: object = data
     if isinstance(data, Path):
         content, file = read_yaml(data), data
-    competition = parse(Competition, content, file)
+    competition = parse(Competition, _overridden(content), file)
     if not ID_PATTERN.fullmatch(competition.competition):
         raise BadInput(file, "competition", competition.competition, "use letters, digits, - and _ only")
     for kind in ("tracks", *(f"stages.{name}.scenarios" for name in STAGES)):
@@ -775,6 +817,26 @@ def load_competition(data: Path | Mapping[str, Any], file: str | Path = "config"
     if inside and not competition.demo:
         raise BadInput(file, "closed_store", competition.closed_store, "give a folder outside the repository")
     return competition
+
+
+def overrides_file(competition: str) -> Path:
+    """Where `palio withdraw` and `palio retry` write down the organizer's decisions."""
+    return Path("config/overrides") / f"{competition}.yaml"
+
+
+def load_overrides(competition: str) -> Overrides:
+    path = overrides_file(competition)
+    return parse(Overrides, read_yaml(path), path) if path.exists() else Overrides()
+
+
+def _overridden(content: object) -> object:
+    """A competition's content with its overrides, which win."""
+    if not isinstance(content, Mapping) or not ID_PATTERN.fullmatch(str(content.get("competition"))):
+        return content  # the model says what is wrong
+    overrides = load_overrides(str(content["competition"]))
+    withdrawn = {**(content.get("withdrawn") or {}), **overrides.withdrawn}
+    retries = {**(content.get("retries") or {}), **overrides.retries}
+    return {**content, "withdrawn": withdrawn, "retries": retries}
 
 
 def entry_files(competition: Competition, file: str | Path = "config") -> dict[str, Path]:

@@ -5,7 +5,9 @@
     ├── RuleViolation     3   the entry breaks a rule of the competition
     ├── TimeLimit         4   a budget or limit ran out
     ├── OutOfMemory       5   the memory of the track was not enough
-    └── Crashed           6   a program of the entry, or one we started for it, died
+    ├── Crashed           6   a program of the entry, or one we started for it, died
+    ├── Interrupted       7   the machine's fault: a signal, a full disk, a lost node; start again
+    └── NotRetried        8   it failed before in this run of the workflow, by its own fault
 
 Each class carries the `State` that the standings show for it. Anything else that is raised is a bug
 of ours: it keeps its traceback, exits with 70 and counts as `crashed`.
@@ -24,6 +26,7 @@ class State(StrEnum):
     TIME_LIMIT = "time_limit"
     OUT_OF_MEMORY = "out_of_memory"
     CRASHED = "crashed"
+    INTERRUPTED = "interrupted"  # by the machine or the organizer; the entry did nothing wrong
     RULE_VIOLATION = "rule_violation"
     NOT_RUN = "not_run"
     NO_MENTION = "no_mention"  # a bias metric whose groups no completion mentions
@@ -67,3 +70,14 @@ class OutOfMemory(PalioError):
 class Crashed(PalioError):
     exit_code = 6
     state = State.CRASHED
+
+
+class Interrupted(PalioError):
+    exit_code = 7
+    state = State.INTERRUPTED
+
+
+class NotRetried(PalioError):
+    """Raised before a step begins; what it failed of is already on record."""
+
+    exit_code = 8

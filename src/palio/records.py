@@ -175,12 +175,11 @@ class AdapterManifest(Record):
     dataset_sha256: str
     recipe: dict[str, Any]
     state: Literal["finished", "budget_reached"]
-    steps: int | None
-    """None, as rows_too_long and final_loss, where a team's own program trained: it does not tell."""
-    planned_steps: int | None
+    steps: int
+    planned_steps: int
     rows: int
-    rows_too_long: int | None
-    final_loss: float | None
+    rows_too_long: int
+    final_loss: float
     """Mean training loss of the last ten steps."""
     best_step: int | None = None
     """The step handed in, where rows were held out for validation; None: the last."""
@@ -297,20 +296,6 @@ class StepFailure(Record):
     reason: str
     log: str | None = None
 
-
-TELEMETRY_SCHEMA = pa.schema(
-    [
-        pa.field("step", pa.int64(), nullable=False),
-        pa.field("loss", pa.float64(), nullable=False),
-        pa.field("learning_rate", pa.float64(), nullable=False),
-        pa.field("grad_norm", pa.float64(), nullable=False),
-        pa.field("tokens_per_second", pa.float64(), nullable=False),
-        pa.field("elapsed_seconds", pa.float64(), nullable=False),
-        pa.field("memory_bytes", pa.int64(), nullable=False),
-        pa.field("validation_loss", pa.float64()),
-    ]
-)
-"""One row per optimizer step; elapsed_seconds is of the budget, over all attempts."""
 
 METRICS_SCHEMA = pa.schema(
     [
@@ -565,6 +550,11 @@ class Correlation(Part):
     reason: str = ""
     """Why there is no value."""
 
+    def __str__(self) -> str:
+        if self.value is None or self.low is None or self.high is None:
+            return f"no correlation: {self.reason}"
+        return f"{self.value:.2f}, 95 % interval {self.low:.2f} to {self.high:.2f}, {self.n} entries"
+
 
 class ContaminationCount(Part):
     instances: int
@@ -621,3 +611,55 @@ class Analysis(Record):
     """None without scored entries."""
     overfitting: Overfitting | None
     """None without scored entries, or where only one stage is scored."""
+
+
+# --- figures of the competition's paper --------------------------------------------------------------
+
+RoundName = Literal["open", "hidden", "final"]
+
+
+class RoundPoint(Part):
+    """One entry in one round: a dot of the scatter plots."""
+
+    track: str
+    round: RoundName
+    entry: str
+    mean_win_rate: float
+
+
+class RoundPair(Part):
+    """How two rounds of a track agree, over the entries in both."""
+
+    track: str
+    x: RoundName
+    y: RoundName
+    pearson: Correlation
+
+
+class ColumnPoint(Part):
+    """One entry's value in one metric column: final round against the earlier round that has it."""
+
+    track: str
+    entry: str
+    column: str
+    earlier: float
+    final: float
+
+
+class FinalistPoint(Part):
+    """One finalist's win rate in one metric column, in the pool of all rounds and tracks."""
+
+    track: str
+    entry: str
+    column: str
+    win_rate: float
+
+
+class PublishedFigures(Record):
+    """Data of the paper's figures, as `palio.scoring.published_figures` explains them. With one track's files
+    only, pools are that track's, and values differ."""
+
+    points: list[RoundPoint]
+    pairs: list[RoundPair]
+    columns: list[ColumnPoint]
+    finalists: list[FinalistPoint]

@@ -8,7 +8,7 @@ not stop the workflow: the entry's `check_entry` fails and the standings say why
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -227,18 +227,33 @@ class Workflow:
         settings = self.competition.stage(stage)
         return slice_of(StageLimits(**{name: getattr(settings, name) for name in StageLimits.model_fields}))
 
+    def again(self, step: str) -> Callable[[Any], list[str]]:
+        """Options that give a step a fresh start, where `palio retry` granted one."""
+
+        def options(wildcards: Any) -> list[str]:
+            granted = self.competition.retries.get(wildcards.entry, {}).get(step)
+            return ["--fresh-start", str(granted)] if granted else []
+
+        return options
+
     def whole(self) -> str:
-        return canonical_json(self.competition.model_dump(mode="json", exclude_none=True))
+        """All that scores and reports depend on."""
+        operating = {"notify", "stalled_after", "retries"}
+        return canonical_json(self.competition.model_dump(mode="json", exclude_none=True, exclude=operating))
 
     def teams(self, track: str) -> str:
-        """Entry -> team: what the leaderboard shows of the entry files."""
+        """Entry -> team and title: what leaderboard and report show of the entry files."""
         return canonical_json(
             {
-                name: entry.team if entry else self.faults[name]
+                name: [entry.team, entry.title] if entry else self.faults[name]
                 for (at, name), entry in self.entries.items()
                 if at == track
             }
         )
+
+    @property
+    def telemetry(self) -> str:
+        return slice_of(self.competition.telemetry)
 
     # --- resources
 

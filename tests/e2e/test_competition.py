@@ -126,6 +126,24 @@ def test_a_setting_of_the_closed_stage_re_runs_no_training(untouched: WorkingFol
     assert not planned & {"finetune", "build_package", "curate_dataset", "helm_open", "check_entry"}
 
 
+def test_changes_in_several_places_are_all_seen_by_the_next_run(untouched: WorkingFolder) -> None:
+    """A check that is due must not hide a changed recipe or stage behind it."""
+
+    def change(config: dict[str, Any]) -> None:
+        for stage in config["stages"].values():
+            stage["time_limit"] = "11m"
+
+    untouched.edit_yaml("config/rules/demo.yaml", lambda rules: rules.update(version="demo-next"))
+    untouched.edit_yaml("config/config.yaml", change)
+    untouched.edit_entry("curated", lambda entry: entry["finetune"].update(learning_rate=0.0005))
+    planned = untouched.plan()
+    assert {("check_entry", "curated"), ("finetune", "curated")} <= planned
+    assert {
+        (f"helm_{stage}", entry) for stage in ("open", "closed") for entry in ("curated", "untuned")
+    } <= planned
+    assert planned >= FINISH
+
+
 def test_a_comment_and_another_order_of_keys_re_run_nothing(untouched: WorkingFolder) -> None:
     for file in ("config/config.yaml", f"{DEMO_ENTRIES}/curated.yaml", "config/rules/demo.yaml"):
         path = untouched.path / file

@@ -20,9 +20,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from palio.errors import Crashed, TimeLimit
+from palio.errors import Crashed, Interrupted, TimeLimit
 from palio.records import AdapterManifest, BaseModelManifest, StepFailure, read_record
 from palio.training.ledger import charged, read_ledger
+from palio.training.trainer import StepReport, Trainer
 from tests.training import Entry, tiny_base_model, wait_for_step
 
 
@@ -44,6 +45,12 @@ def attempts(entry: Entry) -> int:
     """Attempts whose clock has started."""
     ledgers = (entry.folder / "work" / "train").glob("*/ledger.jsonl")
     return sum(line["event"] == "start" for path in ledgers for line in read_ledger(path))
+
+
+def newest_checkpoint(entry: Entry) -> int:
+    """Step of the newest complete checkpoint."""
+    complete = (entry.work() / "checkpoints").glob("step-*/manifest.json")
+    return max(int(path.parent.name.partition("-")[2]) for path in complete)
 
 
 def test_three_kills_change_no_byte_and_no_second(entry: Entry, tiny: Path, tmp_path: Path) -> None:
@@ -79,12 +86,11 @@ def test_sigterm_saves_at_once_and_the_next_start_goes_on(entry: Entry) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.stderr is not None
     rest = process.stderr.read()
-    assert process.wait() == Crashed.exit_code
+    assert process.wait() == Interrupted.exit_code
     assert "stopped by SIGTERM at step" in rest
     assert "Traceback" not in rest
     assert "start again to go on" in failure(entry).reason
-    (checkpoint,) = (entry.work() / "checkpoints").iterdir()
-    reached = int(checkpoint.name.partition("-")[2])
+    reached = newest_checkpoint(entry)
     assert reached >= 10
     again = entry.start(max_steps=80, save_steps=1000)
     assert again.stderr is not None
@@ -98,7 +104,7 @@ def test_sigusr1_saves_and_goes_on(entry: Entry) -> None:
     process.send_signal(signal.SIGUSR1)
     assert process.stderr is not None
     deadline = time.monotonic() + 20
-    while not list((entry.work() / "checkpoints").glob("step-*/manifest.json")):
+    while newest_checkpoint(entry) < 10:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.stderr.read()
@@ -132,7 +138,7 @@ def test_a_run_killed_with_its_budget_used_hands_in_its_last_checkpoint(entry: E
     process.wait()
     with (entry.work() / "ledger.jsonl").open("a") as stream:
         stream.write(json.dumps({"event": "end", "attempt": "lost", "seconds": 29.0}) + "\n")
-    last = max(int(path.name.partition("-")[2]) for path in checkpoints.glob("step-*"))
+    last = newest_checkpoint(entry)
     manifest = entry.finetune(track={"training_budget": "30s"}, **recipe)
     assert (manifest.state, manifest.steps) == ("budget_reached", last)
 
@@ -140,6 +146,30 @@ def test_a_run_killed_with_its_budget_used_hands_in_its_last_checkpoint(entry: E
 def test_a_budget_gone_before_the_first_step_is_a_time_limit(entry: Entry) -> None:
     with pytest.raises(TimeLimit, match="ended before the first step"):
         entry.finetune(max_steps=5, track={"training_budget": "1s"})
+
+
+def test_what_was_trained_over_the_budget_is_not_handed_in(
+    entry: Entry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.train_step
+
+    def sometimes_slow(trainer: Trainer) -> StepReport:
+        if trainer.step == 13:
+            time.sleep(7)  # far longer than any step before
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", sometimes_slow)
+    manifest = entry.finetune(max_steps=100_000, save_steps=5, track={"training_budget": "6s"})
+    assert (manifest.state, manifest.steps) == ("budget_reached", 10)
+    assert pq.read_table(entry.folder / "train.parquet")["step"].to_pylist() == list(range(1, 11))
+
+
+def test_a_raised_budget_goes_on_where_the_smaller_one_ended(entry: Entry) -> None:
+    first = entry.finetune(max_steps=100_000, save_steps=50, track={"training_budget": "5s"})
+    second = entry.finetune(max_steps=100_000, save_steps=50, track={"training_budget": "8s"})
+    assert second.state == "budget_reached"
+    assert second.steps > first.steps
+    assert sum(charged(read_ledger(entry.work() / "ledger.jsonl")).values()) < 8
 
 
 def test_a_torn_checkpoint_is_skipped_for_the_one_before(entry: Entry, tiny: Path, tmp_path: Path) -> None:
@@ -176,11 +206,24 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_stops_with_the_place_and_the_next_start_goes_on(tiny: Path, small_disk: Path) -> None:
     entry = Entry.create(small_disk / "e", tiny)
-    with pytest.raises(Crashed, match=r"checkpoint of step 2 could not be saved in .*make room"):
+    with pytest.raises(Interrupted, match=r"checkpoint of step 1 could not be saved in .*make room"):
         entry.finetune(max_steps=6, save_steps=2, method="full")
     assert not list((entry.work() / "checkpoints").iterdir())
     subprocess.run(["mount", "-o", "remount,size=300m", str(small_disk)], check=True)
     assert entry.finetune(max_steps=6, save_steps=2, method="full").state == "finished"
+
+
+def test_a_disk_too_full_for_the_adapter_says_so_and_the_next_start_hands_it_in(
+    tiny: Path, small_disk: Path
+) -> None:
+    subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
+    entry = Entry.create(small_disk / "e", tiny)
+    recipe = {"max_steps": 3, "save_steps": 1000, "modules_to_save": ["lm_head"]}  # 6 MB, its checkpoint 19
+    with pytest.raises(Crashed, match="make room"):
+        entry.finetune(**recipe)
+    assert not (entry.folder / "adapter.json").exists()
+    subprocess.run(["mount", "-o", "remount,size=300m", str(small_disk)], check=True)
+    assert entry.finetune(**recipe).state == "finished"
 
 
 def test_a_loss_that_is_not_a_number_names_step_and_rows(tiny: Path, tmp_path: Path) -> None:
@@ -204,6 +247,7 @@ def test_a_loss_that_is_not_a_number_names_step_and_rows(tiny: Path, tmp_path: P
     entry.write_rows(rows)
     with pytest.raises(Crashed, match=r"diverged: the loss is nan at step \d+, on rows \[[\d, ]*\b5\b"):
         entry.finetune(max_steps=8, batch_size=4)
+    assert 0 <= newest_checkpoint(entry) < 8  # the state before that step is saved
 
 
 LIMITED = """
@@ -236,7 +280,7 @@ def test_memory_run_out_is_a_state_with_the_peak_and_advice(entry: Entry) -> Non
 def test_two_processes_do_not_train_in_one_folder(entry: Entry) -> None:
     process = entry.start(max_steps=200)
     wait_for_step(process, 1)
-    with pytest.raises(Crashed, match="another process is training"):
+    with pytest.raises(Interrupted, match="another process is training"):
         entry.finetune(max_steps=200)
     process.kill()
     process.wait()

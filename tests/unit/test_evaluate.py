@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from palio.config import ScenarioRuns, StageLimits, StageRuns
+from palio.config import StageRuns
 from palio.errors import Crashed, RuleViolation, State
-from palio.evaluation.evaluate import StartServer, evaluate
-from palio.evaluation.helm import run_entries
 from palio.evaluation.stage import prepare_stage
-from palio.provenance import fingerprint
-from palio.records import PackageManifest, ProbeReport, StageRecord, read_record
-from tests.toy import Toy, serving
+from palio.records import ProbeReport, StageRecord, read_record
+from tests.entry import packaged_entry, run_stage, scenario
+from tests.toy import Toy
 
 pytestmark = pytest.mark.timeout(240)
 SMALL, LARGE = 4, 40
-
-
-def stage_of(folder: Path, **instances: int) -> StageRuns:
-    """An open stage of HELM's own made-up tasks: short (no few-shot examples) and without downloads."""
-    scenarios = {}
-    for mode, count in instances.items():
-        path = folder / f"{mode}.conf"
-        description = f"synthetic_reasoning:mode={mode}"
-        path.write_text(f'entries: [{{description: "{description}", priority: 1}}]')
-        scenarios[mode] = ScenarioRuns(
-            run_entries=str(path), max_eval_instances=count, sha256=fingerprint(run_entries(path))
-        )
-    return StageRuns(competition="test", stage="open", closed_store="closed", scenarios=scenarios)
 
 
 @pytest.fixture(scope="module")
@@ -48,59 +31,26 @@ def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def stage(home: Path) -> StageRuns:
-    runs = stage_of(home, pattern_match=SMALL, variable_substitution=LARGE)
+    """HELM's own made-up tasks, which need no data."""
+    scenarios = {
+        mode: scenario(home / f"{mode}.conf", f"synthetic_reasoning:mode={mode}", instances=count)
+        for mode, count in (("pattern_match", SMALL), ("variable_substitution", LARGE))
+    }
+    runs = StageRuns(competition="test", stage="open", closed_store="closed", scenarios=scenarios)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         prepare_stage(runs, home / "stage.json")
     return runs
 
 
-def entry(folder: Path, name: str = "acme", *, probed: bool = True) -> Path:
-    """An entry's folder with a package; `probed`: its server has passed the probe before."""
-    entry_dir = folder / "results" / "laptop" / name
-    package = PackageManifest(
-        competition="test",
-        track="laptop",
-        entry=name,
-        base_model="toy",
-        base_model_fingerprint="0",
-        adapter_fingerprint=None,
-        dtype="float32",
-        parameters=1,
-        max_logit_difference=None,
-        files={"model.safetensors": "1"},
-    )
-    package.write(entry_dir / "package.json")
-    if probed:
-        ProbeReport(
-            package_fingerprint=package.fingerprint,
-            checks=(),
-            planned_requests=0,
-            time_limit=0,
-            projected_seconds=None,
-        ).write(entry_dir / "probe.json")
-    return entry_dir
-
-
-def starts(toy: Toy) -> StartServer:
-    @contextmanager
-    def start(package: Path, log: Path) -> Iterator[Toy]:
-        log.write_text("loading\nToyError: out of words\n")
-        with serving(toy) as served:
-            yield served
-
-    return start
-
-
 def run(stage: StageRuns, entry_dir: Path, toy: Toy, **limits: object) -> StageRecord:
-    settings = StageLimits.model_validate({"time_limit": 600, "threads": 8} | limits)
-    return evaluate(stage, settings, Path("stage.json"), entry_dir, starts(toy))
+    return run_stage(stage, Path("stage.json"), entry_dir, toy, **limits)
 
 
 def test_the_limit_stops_the_asking_and_a_rerun_asks_only_the_rest(
     stage: StageRuns, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    entry_dir = entry(tmp_path)
+    entry_dir = packaged_entry(tmp_path)
     slow = Toy(seconds=2.0)  # 4 + 40 questions, 4 at a time: 22 s besides HELM's own
     started = time.monotonic()
     stopped = run(stage, entry_dir, slow, time_limit=18, threads=4)
@@ -131,7 +81,7 @@ def test_the_limit_stops_the_asking_and_a_rerun_asks_only_the_rest(
 def test_a_package_evaluated_twice_gives_the_same_records_and_tables(
     stage: StageRuns, tmp_path: Path
 ) -> None:
-    first, second = (entry(tmp_path / name) for name in ("first", "second"))
+    first, second = (packaged_entry(tmp_path / name) for name in ("first", "second"))
     for entry_dir in (first, second):
         run(stage, entry_dir, Toy())
     for file in ("open.json", "helm/open/metrics.parquet", "helm/open/instances.parquet"):
@@ -140,11 +90,11 @@ def test_a_package_evaluated_twice_gives_the_same_records_and_tables(
 
 def test_a_server_that_ignores_stop_sequences_is_cut_and_counted(stage: StageRuns, tmp_path: Path) -> None:
     toy = Toy("ignores stops", answer=lambda prompt: "one two\nand more")
-    assert run(stage, entry(tmp_path), toy).completions_cut == SMALL + LARGE
+    assert run(stage, packaged_entry(tmp_path), toy).completions_cut == SMALL + LARGE
 
 
 def test_a_server_that_does_not_conform_is_named_before_helm_starts(stage: StageRuns, tmp_path: Path) -> None:
-    entry_dir = entry(tmp_path, probed=False)
+    entry_dir = packaged_entry(tmp_path, probed=False)
     with pytest.raises(RuleViolation, match="check decode: /decode answered HTTP 404; serve /tokenize"):
         run(stage, entry_dir, Toy("no decode"))
     assert read_record(ProbeReport, entry_dir / "probe.json").failed == ["decode"]
@@ -152,7 +102,7 @@ def test_a_server_that_does_not_conform_is_named_before_helm_starts(stage: Stage
 
 
 def test_a_refused_request_is_one_unanswered_question(stage: StageRuns, tmp_path: Path) -> None:
-    entry_dir = entry(tmp_path)
+    entry_dir = packaged_entry(tmp_path)
     refusing = Toy(refuses=lambda number: number == 4)
     with pytest.raises(Crashed, match=r"1 of 2 HELM runs failed; first .*: 1 unanswered: HTTP 500"):
         run(stage, entry_dir, refusing)
@@ -170,6 +120,6 @@ def test_a_refused_request_is_one_unanswered_question(stage: StageRuns, tmp_path
 def test_a_dead_server_ends_the_stage_at_once_with_its_last_words(stage: StageRuns, tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(Crashed) as death:
-        run(stage, entry(tmp_path), Toy("dies after 20 requests"))
+        run(stage, packaged_entry(tmp_path), Toy("dies after 20 requests"))
     assert time.monotonic() - started < 30
     assert "the model server died, its last lines: loading | ToyError: out of words" in str(death.value)

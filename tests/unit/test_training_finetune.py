@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -11,14 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from palio.config import FinetuneRecipe
 from palio.errors import BadInput, Crashed
 from palio.provenance import folder_sha256
+from palio.quantization import evaluation_mode
 from palio.records import AdapterManifest, read_record
-from palio.training.finetune import TELEMETRY_SCHEMA
 from palio.training.ledger import read_ledger
+from palio.training.model import load_model
 from palio.training.rows import Row, split
+from palio.training.telemetry import SCHEMA
 from tests.training import Entry, tiny_base_model
 
 
@@ -37,7 +41,7 @@ def test_training_leaves_adapter_telemetry_and_manifest_that_agree(entry: Entry)
     assert read_record(AdapterManifest, entry.folder / "adapter.json") == manifest
     assert folder_sha256(entry.folder / "adapter") == manifest.files
     table = pq.read_table(entry.folder / "train.parquet")
-    assert table.schema.equals(TELEMETRY_SCHEMA)
+    assert table.schema.equals(SCHEMA)
     assert table["step"].to_pylist() == [1, 2, 3, 4, 5, 6]
     losses = table["loss"].to_pylist()
     assert losses[-1] < losses[0]
@@ -72,6 +76,14 @@ def test_a_deleted_output_is_restored_without_training(entry: Entry) -> None:
     assert (entry.folder / "train.parquet").exists()
 
 
+def test_a_finished_adapter_is_replaced_by_another_training_only_on_demand(entry: Entry) -> None:
+    first = entry.finetune(max_steps=2)
+    with pytest.raises(BadInput, match=r"adapter\.json: fingerprint.*give --retrain to replace it"):
+        entry.finetune(max_steps=3, retrain=False)
+    assert read_record(AdapterManifest, entry.folder / "adapter.json") == first
+    assert entry.finetune(max_steps=2, retrain=False) == first
+
+
 def test_another_recipe_trains_anew_and_loses_nothing_of_the_first(entry: Entry) -> None:
     first = entry.finetune(max_steps=3)
     second = entry.finetune(max_steps=3, learning_rate=1e-2)
@@ -100,6 +112,8 @@ def test_a_changed_finished_adapter_is_not_handed_out(entry: Entry) -> None:
         {"method": "lora", "dora": True, "rslora": True},
         {"method": "lora", "neftune_alpha": 5.0},
         {"method": "lora", "modules_to_save": ["lm_head"]},
+        {"method": "lora", "lora_init": "pissa"},
+        {"method": "qlora", "lora_init": "loftq"},
         {"method": "qlora"},
         {"method": "qlora", "quantization": "fp4", "validation_rows": 8, "save_steps": 1},
         {"method": "qlora", "quantization": "int8"},
@@ -154,6 +168,34 @@ def test_a_track_with_a_gpu_needs_one(entry: Entry) -> None:
         entry.finetune(max_steps=1, track={"gpu_memory_gb": 24})
 
 
+def test_a_second_visible_gpu_is_refused(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(BadInput, match=r"CUDA_VISIBLE_DEVICES is '0,1': 2 GPUs.*the rules allow one"):
+        entry.finetune(max_steps=1)
+
+
+def test_a_tokenizer_without_a_pad_token_trains_since_nothing_is_padded(tiny: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    tokenizer = AutoTokenizer.from_pretrained(base / "model")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(base / "model")
+    assert AutoTokenizer.from_pretrained(base / "model").pad_token_id is None
+    assert Entry.create(tmp_path / "entry", base).finetune(max_steps=2).state == "finished"
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tiny: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    tokenizer = AutoTokenizer.from_pretrained(base / "model")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(base / "model")
+    with pytest.raises(BadInput, match="no end-of-sequence token; add eos_token"):
+        Entry.create(tmp_path / "entry", base).finetune(max_steps=2)
+
+
 def test_dropped_rows_are_counted(entry: Entry) -> None:
     entry.write_rows(
         [{"prompt": "a b c", "completion": " d"}] * 4 + [{"prompt": "x " * 90, "completion": "y"}]
@@ -185,6 +227,93 @@ def test_the_fused_adapter_is_pefts_own(entry: Entry, monkeypatch: pytest.Monkey
     assert entry.finetune(max_steps=3, lora_dropout=0.1).fingerprint == fused.fingerprint
     plain = pq.read_table(entry.folder / "train.parquet")["loss"].to_pylist()
     assert losses == pytest.approx(plain, rel=1e-5)
+
+
+def test_pissa_hands_in_an_adapter_for_the_base_model_as_it_was(entry: Entry) -> None:
+    # Without a learning rate to speak of, base and adapter together are the base model.
+    entry.finetune(max_steps=2, lora_init="pissa", learning_rate=1e-12, lora_r=8)
+    assert logits_apart(entry.base / "model", entry.folder / "adapter") < 1e-4
+    entry.finetune(max_steps=10, lora_init="pissa", lora_r=8)
+    assert logits_apart(entry.base / "model", entry.folder / "adapter") > 1e-2
+
+
+def test_loftq_starts_nearer_to_the_base_model_than_quantising_alone(tiny: Path) -> None:
+    ids = torch.arange(100, 140)[None]
+    whole = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
+
+    def apart(**settings: object) -> float:
+        recipe = FinetuneRecipe.model_validate({"method": "qlora", "lora_r": 16, **settings})
+        model = evaluation_mode(load_model(tiny / "model", recipe, torch.device("cpu")))
+        with torch.inference_mode():
+            return float((model(ids).logits - whole(ids).logits).abs().mean())
+
+    assert apart(lora_init="loftq") < 0.7 * apart()
+
+
+def logits_apart(model: Path, adapter: Path) -> float:
+    """Largest difference of a logit between the model with and without the adapter."""
+    base = AutoModelForCausalLM.from_pretrained(model).eval()
+    ids = torch.arange(100, 140)[None]
+    with torch.inference_mode():
+        before = base(ids).logits
+        after = PeftModel.from_pretrained(base, adapter).eval()(ids).logits
+    return float((before - after).abs().max())
+
+
+def test_rows_through_the_chat_template_are_learned_on_the_answer_alone(entry: Entry) -> None:
+    plain = entry.finetune(max_steps=2)
+    chat = entry.finetune(max_steps=2, chat_template=True)
+    assert chat.rows == plain.rows
+    assert chat.files != plain.files
+
+
+def test_a_chat_template_that_is_not_there_is_refused(tiny: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    tokenizer = AutoTokenizer.from_pretrained(base / "model")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(base / "model")
+    (base / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(BadInput, match=r"chat_template is True: the base model's tokenizer has none"):
+        Entry.create(tmp_path / "entry", base).finetune(max_steps=2, chat_template=True)
+
+
+def test_training_is_told_to_tensorboard_and_costed_and_the_manifest_does_not_know(entry: Entry) -> None:
+    plain = entry.finetune(max_steps=4, save_steps=2, validation_rows=8)
+    shutil.rmtree(entry.folder / "work")
+    told = entry.finetune(
+        max_steps=4,
+        save_steps=2,
+        validation_rows=8,
+        telemetry={"report_to": ["tensorboard"], "usd_per_hour": {"t": 3600.0}},
+    )
+    assert told == plain
+    run = json.loads((entry.folder / "finetune.run.json").read_text())
+    assert run["cost_usd"] == pytest.approx(run["training_seconds"], abs=1e-3)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(entry.folder / "work" / "dashboards" / "tensorboard")).Reload()
+    table = pq.read_table(entry.folder / "train.parquet")
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(table["loss"].to_pylist())
+    assert [event.step for event in events.Scalars("validation_loss")] == [2, 4]
+
+
+def test_a_dashboard_whose_library_is_missing_is_named(entry: Entry) -> None:
+    if importlib.util.find_spec("mlflow"):
+        pytest.skip("mlflow is installed")
+    with pytest.raises(BadInput, match=r"telemetry\.report_to is 'mlflow'.*pip install mlflow"):
+        entry.finetune(max_steps=1, telemetry={"report_to": ["mlflow"]})
+
+
+def test_a_dashboard_that_fails_does_not_end_training(
+    entry: Entry, capfd: pytest.CaptureFixture[str]
+) -> None:
+    blocked = entry.folder / "work" / "dashboards"
+    blocked.parent.mkdir()
+    blocked.write_text("a file where TensorBoard wants a folder")
+    assert entry.finetune(max_steps=2, telemetry={"report_to": ["tensorboard"]}).state == "finished"
+    assert "tensorboard is told no more" in capfd.readouterr().err
 
 
 def test_the_step_with_the_lowest_validation_loss_is_handed_in(entry: Entry) -> None:

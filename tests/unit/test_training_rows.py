@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,15 +90,48 @@ def test_rows_over_the_limit_are_left_out_whole_and_counted(base_model: object) 
 
 @settings(max_examples=30, deadline=None)
 @given(
-    count=st.integers(1, 60), batch=st.integers(1, 9), accumulate=st.integers(1, 3), epochs=st.integers(1, 3)
+    count=st.integers(1, 60),
+    batch=st.integers(1, 9),
+    accumulate=st.integers(1, 3),
+    epochs=st.integers(1, 3),
+    grouped=st.booleans(),
 )
-def test_every_row_is_seen_once_an_epoch(count: int, batch: int, accumulate: int, epochs: int) -> None:
-    recipe = FinetuneRecipe(batch_size=batch, gradient_accumulation=accumulate, epochs=epochs)
+def test_every_row_is_seen_once_an_epoch(
+    count: int, batch: int, accumulate: int, epochs: int, grouped: bool
+) -> None:
+    recipe = FinetuneRecipe(
+        batch_size=batch, gradient_accumulation=accumulate, epochs=epochs, group_by_length=grouped
+    )
     rows = rows_of(*[3] * count)
     seen = Counter(
         row.number for step in range(planned_steps(count, recipe)) for row in step_rows(rows, recipe, step)
     )
     assert seen == Counter(dict.fromkeys(range(count), epochs))
+
+
+def test_rows_through_the_chat_template_are_those_a_chat_server_makes(base_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    (row,), _ = tokenise(tokenizer, ["What is 1 + 1?"], ["2"], 100, chat=True)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 1 + 1?"}], add_generation_prompt=True, return_dict=False
+    )
+    assert row.ids[: row.prompt].tolist() == asked
+    assert tokenizer.decode(row.ids[row.prompt :]).startswith("2<|im_end|>")
+
+
+def test_grouping_by_length_sees_every_row_and_pads_less() -> None:
+    rows = rows_of(*np.random.default_rng(0).integers(2, 200, 1003).tolist())
+
+    def padded(*, grouped: bool) -> int:
+        recipe = FinetuneRecipe(batch_size=8, group_by_length=grouped)
+        steps = [step_rows(rows, recipe, step) for step in range(planned_steps(len(rows), recipe))]
+        assert sorted(row.number for step in steps for row in step) == list(range(1003))
+        assert len(steps[-1]) == 3
+        return sum(len(step) * max(len(row.ids) for row in step) for step in steps)
+
+    real = sum(len(row.ids) for row in rows)
+    assert padded(grouped=True) < 1.05 * real
+    assert padded(grouped=False) > 1.6 * real
 
 
 def test_epochs_differ_in_order_and_seeds_do_too() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from palio.config import FinetuneRecipe
 from palio.training.attention import NAME, row_bounds
 from palio.training.model import adapt
 from palio.training.rows import Row, flat_batch
-from palio.training.trainer import Trainer, learning_rate
+from palio.training.trainer import NonFiniteLossError, Trainer, learning_rate
 
 CPU = torch.device("cpu")
 CONFIG = LlamaConfig(
@@ -90,6 +91,44 @@ def test_validation_changes_nothing() -> None:
         with_it.validation_loss(rows_of(5))
     torch.manual_seed(3)
     assert ours == [without.train_step().loss for _ in range(4)]
+
+
+def test_fp16_skips_a_step_that_overflows_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a GPU without bf16; a CPU can compute fp16 too, only slowly.
+    monkeypatch.setattr("palio.training.trainer.compute_dtype", lambda device: torch.float16)
+    recipe = FinetuneRecipe(max_steps=12, learning_rate=1e-2)
+    trainer = trainer_of(recipe)
+    trainer._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = {name: value.clone() for name, value in trainer.trained().items()}
+    first = trainer.train_step()
+    assert not math.isfinite(first.grad_norm)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.trained().items())
+    trainer._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    losses = [trainer.train_step().loss for _ in range(8)]
+    monkeypatch.undo()
+    exact = trainer_of(recipe)
+    exact.step = 1
+    assert losses == pytest.approx([exact.train_step().loss for _ in range(8)], rel=0.01)
+
+
+def test_a_step_that_is_not_applied_leaves_no_trace() -> None:
+    recipe = FinetuneRecipe(max_steps=4, lora_dropout=0.2)
+    trainer, undisturbed = trainer_of(recipe), trainer_of(recipe)
+    for one in (trainer, undisturbed):
+        torch.manual_seed(3)
+        one.train_step()
+    expected = undisturbed.train_step().loss
+    torch.manual_seed(3)
+    trainer = trainer_of(recipe)
+    torch.manual_seed(3)
+    trainer.train_step()
+    weight = trainer.parameters[0]
+    kept = weight.detach().clone()
+    weight.data.fill_(torch.nan)
+    with pytest.raises(NonFiniteLossError):
+        trainer.train_step()
+    weight.data.copy_(kept)
+    assert trainer.train_step().loss == expected
 
 
 @pytest.mark.parametrize(

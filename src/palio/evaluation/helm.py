@@ -15,6 +15,8 @@ Layout of a HELM folder that this module makes:
 from __future__ import annotations
 
 import datetime
+import difflib
+import functools
 import importlib.util
 import json
 import math
@@ -70,13 +72,30 @@ def helm_version() -> str:
 # --- what to run -----------------------------------------------------------------------------------
 
 
+@functools.cache
+def known_run_specs() -> frozenset[str]:
+    """Names that a run entry may begin with: HELM's and those of installed plug-ins.
+
+    Read from the sources: importing HELM's registry takes seconds, and every start of the workflow asks.
+    """
+    helm = importlib.util.find_spec("helm")
+    folders = [Path(one) for one in (helm.submodule_search_locations or ())] if helm else []
+    sources = [path for folder in folders for path in folder.glob("benchmark/run_specs/**/*.py")]
+    for plug_in in metadata.entry_points(group="helm"):
+        found = importlib.util.find_spec(plug_in.module)
+        sources += [Path(found.origin)] if found and found.origin else []
+    pattern = re.compile(r"""@run_spec_function\(\s*["'](\w+)""")
+    return frozenset(name for path in sources for name in pattern.findall(path.read_text(encoding="utf-8")))
+
+
 def run_entries(path: Path) -> list[tuple[str, str]]:
     """Description and group of the entries in a file of HELM's run-entries format, in its order.
 
     The group is the entry's first, or the description of an entry without `groups`: a group of its own.
 
     Raises:
-        BadInput: no such file, not HOCON, no entries, or an entry that fixes what the stage decides.
+        BadInput: no such file, not HOCON, no entries, an entry that fixes what the stage decides, or one
+            that HELM does not know.
     """
     try:
         parsed = ConfigFactory.parse_string(path.read_text(encoding="utf-8"))
@@ -91,6 +110,11 @@ def run_entries(path: Path) -> list[tuple[str, str]]:
     if not entries:
         raise BadInput(path, "entries", None, "is empty; add at least one run entry")
     for description, _ in entries:
+        name = description.partition(":")[0]
+        if name not in known_run_specs():
+            near = difflib.get_close_matches(name, known_run_specs(), 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise BadInput(path, "entries", name, f"HELM {helm_version()} has no such scenario{hint}")
         for key in ("model", "max_eval_instances"):
             if re.search(rf"[:,]{key}=", description):
                 raise BadInput(path, "entries", description, f"drop {key}=, the stage sets it")
@@ -479,8 +503,6 @@ def plan_stage(
     if ended.code != 0:
         error = log_error(folder)
         where = f"stages.{stage_name}.scenarios"
-        if unknown := re.search(r"Unknown run spec name: (\S+)", error):
-            raise BadInput(where, "run_entries", unknown[1], f"HELM {helm_version()} has no such scenario")
         if NETWORK_ERRORS.search(error):
             fix = (
                 f"its data is not in {data} and cannot be downloaded here; run `palio fetch-data --stage"

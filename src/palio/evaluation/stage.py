@@ -17,14 +17,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from palio.config import StageRuns
+from palio.config import StageRuns, expand
+from palio.errors import BadInput
 from palio.evaluation.helm import helm_version, plan_stage, stage_entries
-from palio.provenance import atomic_path, fingerprint, write_json
+from palio.provenance import atomic_path, fingerprint, folder_sha256, write_json
 from palio.records import StageInstances
 
 INSTANCE_TEXTS = pa.schema(
@@ -38,18 +40,22 @@ INSTANCE_TEXTS = pa.schema(
 def prepare_stage(runs: StageRuns, out: Path) -> StageInstances:
     """Make the instances of a stage, write them to its store and their record to `out`.
 
+    With data from `fetch_data` no network is needed, nor used.
+
     Raises:
-        BadInput: HELM does not know a run entry, or cannot make its instances (data missing).
+        BadInput: HELM does not know a run entry, or cannot make its instances (data missing or changed); or
+            others can read what is closed.
     """
     store = runs.store
-    store.mkdir(parents=True, exist_ok=True)
-    if runs.stage == "closed":
-        store.parent.chmod(0o700)
+    make_store(runs)
     entries = stage_entries(runs)
+    fetched = (store / "data.json").exists()
+    if fetched:
+        _verify_data(store)
     # A folder per content: runs of an earlier plan must not be taken for this one's.
     folder = store / "helm" / fingerprint(entries)[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    plans = plan_stage(folder, runs.stage, entries, store / "data")
+    plans = plan_stage(folder, runs.stage, entries, store / "data", offline=fetched)
     rows = [
         {"scenario": plan.scenario, "run": plan.run, "instance": i, "text": text, "reference": reference}
         for plan in plans
@@ -84,6 +90,73 @@ def prepare_stage(runs: StageRuns, out: Path) -> StageInstances:
     )
     record.write(out)
     return record
+
+
+def make_store(runs: StageRuns) -> None:
+    """Make the stage's store; of the closed stage for its owner alone.
+
+    Raises:
+        BadInput: others can read the closed store, or a closed run file outside the repository.
+    """
+    if runs.stage == "closed":
+        private = runs.store.parent
+        private.parent.mkdir(parents=True, exist_ok=True)
+        private.mkdir(mode=0o700, exist_ok=True)
+        if (mode := private.stat().st_mode & 0o777) & 0o077:
+            raise BadInput(private, "mode", f"{mode:o}", "others can read the closed store; chmod 700 it")
+        for scenario in runs.scenarios.values():
+            path = expand(scenario.run_entries).resolve()
+            if not path.is_relative_to(Path.cwd()) and _others_can_read(path):
+                raise BadInput(path, "", None, "others can read this closed run file; chmod 700 its folder")
+    runs.store.mkdir(parents=True, exist_ok=True)
+
+
+def _others_can_read(path: Path) -> bool:
+    reachable = all(parent.stat().st_mode & 0o011 for parent in path.parents)
+    return bool(path.stat().st_mode & 0o044) and reachable
+
+
+# --- data -------------------------------------------------------------------------------------------
+
+
+def fetch_data(runs: StageRuns, source: Path | None = None) -> dict[str, str]:
+    """Bring all data that a stage reads into its store, so that nothing after it needs a network.
+
+    `source`: a folder with what was downloaded elsewhere, in the layout of HELM's caches:
+    <scenario>/… and perturbations/…; what is not in it is downloaded by HELM.
+
+    Returns:
+        sha256 of every file by its path in the store's data/; also written to data.json.
+
+    Raises:
+        BadInput: data is neither there nor can be downloaded, or as `make_store`.
+    """
+    make_store(runs)
+    data = runs.store / "data"
+    for folder in sorted(source.iterdir()) if source else []:
+        if folder.is_dir():
+            to = data / folder.name if folder.name == "perturbations" else data / "scenarios" / folder.name
+            shutil.copytree(folder, to, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    folder = runs.store / "helm" / "fetch"
+    shutil.rmtree(folder, ignore_errors=True)  # a run that is complete there would be skipped, with its data
+    folder.mkdir(parents=True)
+    plan_stage(folder, runs.stage, stage_entries(runs), data)
+    digests = _data_digests(data)
+    write_json(runs.store / "data.json", digests)
+    return digests
+
+
+def _data_digests(data: Path) -> dict[str, str]:
+    return {name: digest for name, digest in folder_sha256(data).items() if not name.endswith(".lock")}
+
+
+def _verify_data(store: Path) -> None:
+    fetched = json.loads((store / "data.json").read_text(encoding="utf-8"))
+    now = _data_digests(store / "data")
+    changed = [name for name in sorted(fetched) if now.get(name) != fetched[name]]
+    if changed:
+        fix = "changed since it was fetched; run `palio fetch-data` again"
+        raise BadInput(store / "data" / changed[0], "", None, fix)
 
 
 class StagePlan:

@@ -1,7 +1,7 @@
 """The report of a competition: one self-contained page, and its figures as SVG and PNG files.
 
     <out>/index.html                      leaderboards, how sure they are, a page per entry
-    <out>/figures/<track>-<name>.{svg,png}
+    <out>/figures/<track>-<name>.{svg,png}, and those of an appendix
 
 `build_report` reads a competition's results; `write_report` writes what it is given, so that any
 leaderboard (the published ones of 2023 too) has a report. The page works without scripts: they sort and
@@ -12,28 +12,38 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from palio import __version__
 from palio.config import STAGES, Competition, Entry, entry_files, load_entry
 from palio.errors import BadInput
-from palio.provenance import atomic_path, write_text
-from palio.records import Analysis, DidNotFinish, Leaderboard, ScoredEntry, read_record
-from palio.report import drawing, figures
-from palio.report.drawing import Drawing
-from palio.report.figures import BudgetUse
+from palio.provenance import atomic_path, fingerprint, write_text
+from palio.records import Analysis, DidNotFinish, Leaderboard, PublishedFigures, ScoredEntry, read_record
+from palio.report import figures
+from palio.report.drawing import Drawing, css
+from palio.report.figures import BudgetUse, figures_of_track
 from palio.report.files import EntryFiles, Missing, read_entry
+from palio.report.paper import Plate, paper_figures
 
 ROWS_LISTED = 4000
 """Dropped rows named on the page, over all entries and operations."""
 TYPICAL_OPERATIONS = 4
+ROUND_TITLES = {
+    "final": "final round",
+    "hidden": "hidden round",
+    "open": "open round",
+    "rounds": "open and hidden rounds paired",
+}
+"""Of the published leaderboards, in the order of the page."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +70,11 @@ class TrackReport:
     analysis: Analysis | None
     entries: list[EntryReport]
     """In the order of the leaderboard, then those that did not finish."""
-    used: list[BudgetUse] = field(default_factory=list)
-    figures: dict[str, Drawing] = field(default_factory=dict)
+    used: Sequence[BudgetUse] = ()
+
+    @cached_property
+    def figures(self) -> dict[str, Drawing]:
+        return figures_of_track(self.board, self.analysis, self.used)
 
 
 def build_report(competition: Competition, *, results: Path, leaderboards: Path, out: Path) -> None:
@@ -88,6 +101,20 @@ def build_report(competition: Competition, *, results: Path, leaderboards: Path,
     write_report(competition.title, tracks, out)
 
 
+def published_report(
+    boards: Sequence[tuple[Leaderboard, Analysis]], paper: PublishedFigures, out: Path
+) -> None:
+    """Report on the published tables of NeurIPS 2023, with the paper's figures."""
+    tracks = []
+    for name, told in ROUND_TITLES.items():
+        for board, analysis in boards:
+            track, _, round_ = board.track.rpartition("_")
+            if round_ == name:
+                title = f"{track}, {told}"
+                tracks.append(TrackReport(board.track, title, board, analysis, entry_reports(board)))
+    write_report("NeurIPS 2023, recomputed", tracks, out, paper_figures(paper))
+
+
 def _entries_of(competition: Competition) -> dict[str, Entry | None]:
     found: dict[str, Entry | None] = {}
     for name, path in entry_files(competition).items():
@@ -103,6 +130,8 @@ def read_board(path: Path) -> tuple[Leaderboard, Analysis | None]:
     board = read_record(Leaderboard, path)
     beside = path.with_suffix(".analysis.json")
     analysis = read_record(Analysis, beside) if beside.exists() else None
+    if analysis and analysis.leaderboard_fingerprint != fingerprint(board.model_dump(mode="json")):
+        analysis = None
     return board, analysis
 
 
@@ -137,19 +166,21 @@ def _used(
 # --- writing ---------------------------------------------------------------------------------------------
 
 
-def write_report(title: str, tracks: Sequence[TrackReport], out: Path) -> None:
+def write_report(
+    title: str, tracks: Sequence[TrackReport], out: Path, appendix: Sequence[Plate] = ()
+) -> None:
     """Write the figures, then the page."""
-    folder = out / "figures"
+    drawn = {plate.name: plate.drawing for plate in appendix}
     for track in tracks:
-        track.figures.update(figures.figures_of_track(track.board, track.analysis, track.used))
-        for name, drawn in track.figures.items():
-            write_text(folder / f"{track.id}-{name}.svg", drawn.svg_file)
-            with atomic_path(folder / f"{track.id}-{name}.png") as temporary:
-                temporary.write_bytes(drawn.png())
-    write_text(out / "index.html", page(title, tracks))
+        drawn |= {f"{track.id}-{name}": drawing for name, drawing in track.figures.items()}
+    for name, drawing in drawn.items():
+        write_text(out / "figures" / f"{name}.svg", drawing.svg_file)
+        with atomic_path(out / "figures" / f"{name}.png") as temporary:
+            temporary.write_bytes(drawing.png())
+    write_text(out / "index.html", page(title, tracks, appendix))
 
 
-def page(title: str, tracks: Sequence[TrackReport]) -> str:
+def page(title: str, tracks: Sequence[TrackReport], appendix: Sequence[Plate] = ()) -> str:
     """The whole page."""
     environment = Environment(
         loader=PackageLoader("palio.report", "page"),
@@ -159,7 +190,12 @@ def page(title: str, tracks: Sequence[TrackReport]) -> str:
         lstrip_blocks=True,
     )
     environment.tests["missing"] = lambda value: isinstance(value, Missing)
-    environment.filters |= {"duration": figures.duration, "bytes": _bytes, "count": _count}
+    environment.filters |= {
+        "duration": figures.duration,
+        "bytes": _bytes,
+        "count": _count,
+        "breakable": _breakable,
+    }
     environment.globals |= {
         "heat_step": figures.heat_step,
         "stages_of": figures.stages_of,
@@ -168,11 +204,12 @@ def page(title: str, tracks: Sequence[TrackReport]) -> str:
         "row_flow": figures.row_flow,
         "length_histogram": figures.length_histogram,
     }
-    style = drawing.css() + _asset("style.css")
+    style = css() + _asset("style.css")
     script = _asset("page.js")
     return environment.get_template("index.html.j2").render(
         title=title,
         tracks=tracks,
+        appendix=appendix,
         final=all(track.board.final for track in tracks),
         version=__version__,
         # Ours alone, and in the policy by hash: whatever an entry smuggles into a text does not run.
@@ -193,6 +230,11 @@ def _hash(text: str) -> str:
 
 def _bytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def _breakable(text: str) -> Markup:
+    """A long id may wrap after each underscore and slash."""
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[_/])", text))
 
 
 def _count(number: Any) -> str:

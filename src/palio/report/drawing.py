@@ -8,6 +8,7 @@ drawn in the light ones.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -262,18 +263,15 @@ class Drawing:
     def svg_file(self) -> str:
         """Stands alone: namespace, style sheet and background."""
         background = f'<rect class="f-paper" width="{_number(self.width)}" height="{_number(self.height)}"/>'
-        size = f' width="{_number(self.width)}" height="{_number(self.height)}"'
-        return str(
-            self._svg(f"<style>{css()}</style>{background}", f' xmlns="http://www.w3.org/2000/svg"{size}')
-        )
+        return str(self._svg(f"<style>{css()}</style>{background}", ' xmlns="http://www.w3.org/2000/svg"'))
 
     def _svg(self, head: str, attributes: str = "") -> Markup:
-        box = f"0 0 {_number(self.width)} {_number(self.height)}"
+        wide, high = _number(self.width), _number(self.height)
+        attributes += f' width="{wide}" height="{high}" viewBox="0 0 {wide} {high}"'
         body = "".join(mark.svg() for mark in self.marks)
         # Escaped piece by piece: every text goes through escape(), the rest is ours.
         return Markup(  # noqa: S704
-            f'<svg{attributes} viewBox="{box}" role="img" aria-label="{escape(self.title)}">'
-            f"{head}{body}</svg>"
+            f'<svg{attributes} role="img" aria-label="{escape(self.title)}">{head}{body}</svg>'
         )
 
     def png(self) -> bytes:
@@ -290,9 +288,55 @@ class Drawing:
         return stream.getvalue()
 
 
+@dataclass(frozen=True)
+class Axes:
+    """A plot inside a drawing: where the corner and the far ends of its scales are."""
+
+    drawing: Drawing
+    left: float
+    top: float
+    right: float
+    bottom: float
+    x: Point
+    y: Point
+    """Values at left and right, at bottom and top."""
+
+    def at(self, x: float, y: float) -> Point:
+        across = (x - self.x[0]) / (self.x[1] - self.x[0])
+        up = (y - self.y[0]) / (self.y[1] - self.y[0])
+        return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
+
+    def grid(self, x: Sequence[float], y: Sequence[float], *, upright: bool = True) -> None:
+        """Lines and numbers at these values; `upright`: lines at x too."""
+        for tick in x:
+            place, _ = self.at(tick, self.y[0])
+            if upright:
+                self.drawing.line([(place, self.top), (place, self.bottom)], "rule")
+            self.drawing.text(place, self.bottom + 16, f"{tick:g}", anchor="middle", size=11, fill="muted")
+        for tick in y:
+            _, place = self.at(self.x[0], tick)
+            self.drawing.line([(self.left, place), (self.right, place)], "rule")
+            self.drawing.text(self.left - 6, place + 4, f"{tick:g}", anchor="end", size=11, fill="muted")
+
+    def titles(self, x: str, y: str = "") -> None:
+        middle = (self.left + self.right) / 2
+        self.drawing.text(middle, self.bottom + 36, x, anchor="middle")
+        if y:
+            place = (self.top + self.bottom) / 2
+            self.drawing.text(self.left - 40, place, y, anchor="middle", upright=True)
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers from `low` to at least `high`."""
+    raw = max(high - low, 1e-9) / about
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw)
+    return [low + step * number for number in range(math.ceil((high - low) / step - 1e-9) + 1)]
+
+
 def text_width(text: str, size: float) -> float:
     """Estimated pixels of `text`: fonts differ, so this errs on the wide side."""
-    return len(text) * size * 0.57
+    return len(text) * size * 0.63
 
 
 def place_labels(

@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from palio.records import Analysis, DatasetManifest, EntryUncertainty, Leaderboard
-from palio.report.drawing import HEAT, HEAT_INVERTED, SOURCES, Drawing, Point, place_labels, text_width
+from palio.report.drawing import (
+    HEAT,
+    HEAT_INVERTED,
+    SOURCES,
+    Axes,
+    Drawing,
+    Point,
+    place_labels,
+    text_width,
+    ticks,
+)
 from palio.report.files import Telemetry
 
 WIDTH = 640.0
@@ -46,28 +56,13 @@ def open_against_closed(board: Leaderboard, analysis: Analysis | None) -> Drawin
     """A dot per entry, open score across, closed score up, with 95 % intervals; None with one stage only."""
     if not board.entries or not {"open", "closed"} <= set(board.stage_weights):
         return None
-    left, top, side = 56.0, 14.0, WIDTH - 56 - 14
-    drawing = Drawing(
-        WIDTH, top + side + 48, f"Open against closed score of {_entries(board)}, {board.track}"
-    )
-
-    def at(x: float, y: float) -> Point:
-        return left + x * side, top + (1 - y) * side
-
-    for tick in range(0, 11, 2):
-        share = tick / 10
-        drawing.line([at(share, 0), at(share, 1)], "rule")
-        drawing.line([at(0, share), at(1, share)], "rule")
-        drawing.text(
-            at(share, 0)[0], top + side + 18, f"{share:g}", anchor="middle", size=SMALL, fill="muted"
-        )
-        drawing.text(left - 8, at(0, share)[1] + 4, f"{share:g}", anchor="end", size=SMALL, fill="muted")
-    drawing.line([at(0, 0), at(1, 1)], "muted", dashed=True)
-    # The part of the diagonal that dots seldom reach.
-    drawing.text(left + 10, top + side - 26, "as good on closed as on open", size=SMALL, fill="muted")
-    drawing.line([(left + 40, top + side - 38), at(0.1, 0.1)], "rule")
-    drawing.text(left + side / 2, top + side + 40, "open score", anchor="middle")
-    drawing.text(16, top + side / 2, "closed score", anchor="middle", upright=True)
+    side = WIDTH - 56 - 14
+    drawing = Drawing(WIDTH, 14 + side + 48, f"Open against closed score of {_entries(board)}, {board.track}")
+    axes = Axes(drawing, 56, 14, 56 + side, 14 + side, (0, 1), (0, 1))
+    axes.grid(ticks(0, 1), ticks(0, 1))
+    axes.titles("open score", "closed score")
+    drawing.line([axes.at(0, 0), axes.at(1, 1)], "muted", dashed=True)
+    at = axes.at
 
     sureness = _sureness(analysis)
     spots = []
@@ -82,7 +77,7 @@ def open_against_closed(board: Leaderboard, analysis: Analysis | None) -> Drawin
         told = f"{one.entry}: open {one.stage_scores['open']:.3f}, closed {one.stage_scores['closed']:.3f}"
         drawing.dot(x, y, 5.5, "closed" if one.rank <= PRIZES else "open", tip=f"{told}, rank {one.rank}")
     for one, label in zip(
-        board.entries, place_labels(spots, SMALL, (left, 0, WIDTH, top + side)), strict=True
+        board.entries, place_labels(spots, SMALL, (axes.left, 0, WIDTH, axes.bottom)), strict=True
     ):
         if label:
             x, y, anchor, text = label
@@ -266,28 +261,18 @@ def training_curve(telemetry: Telemetry) -> Drawing | None:
     """Training loss by step, and validation loss where rows were held out."""
     if not telemetry.step:
         return None
-    left, top, right, bottom = 46.0, 12.0, NARROW - 10, 200.0
     drawing = Drawing(NARROW, 240, f"Training loss over {telemetry.step[-1]} steps")
     validation = [
         (step, loss)
         for step, loss in zip(telemetry.step, telemetry.validation_loss, strict=True)
         if loss is not None
     ]
-    losses = [*telemetry.loss, *(loss for _, loss in validation)]
-    ticks = _ticks(0.0, max(losses))
-    last, most = max(telemetry.step[-1], 1), ticks[-1]
-
-    def at(step: float, loss: float) -> Point:
-        return left + step / last * (right - left), bottom - loss / most * (bottom - top)
-
-    for tick in ticks:
-        y = at(0, tick)[1]
-        drawing.line([(left, y), (right, y)], "rule")
-        drawing.text(left - 6, y + 4, f"{tick:g}", anchor="end", size=SMALL, fill="muted")
-    for tick in _ticks(0, last):
-        if tick <= last:
-            drawing.text(at(tick, 0)[0], bottom + 16, f"{tick:g}", anchor="middle", size=SMALL, fill="muted")
-    drawing.text((left + right) / 2, bottom + 34, "optimizer step", anchor="middle", size=SMALL, fill="muted")
+    last = float(telemetry.step[-1])
+    scale = ticks(0, max([*telemetry.loss, *(loss for _, loss in validation)]))
+    axes = Axes(drawing, 46, 12, NARROW - 10, 196, (0, last), (0, scale[-1]))
+    axes.grid([tick for tick in ticks(0, last) if tick <= last], scale, upright=False)
+    axes.titles("optimizer step")
+    at, top, right = axes.at, axes.top, axes.right
     points = [at(step, loss) for step, loss in zip(telemetry.step, telemetry.loss, strict=True)]
     drawing.line(_thinned(points), "open", width=1.5, tip="training loss")
     if validation:
@@ -315,7 +300,7 @@ def row_flow(manifest: DatasetManifest) -> Drawing | None:
     total = sum(source.rows for source in manifest.sources)
     if total == 0:
         return None
-    left, right, gap, band = 10.0, NARROW - 150, 46.0, 10.0
+    left, right, gap, band = 4.0, 250.0, 46.0, 10.0
     per_row = (right - left) / total
     levels = len(manifest.operations) + 1
     drawing = Drawing(
@@ -417,7 +402,7 @@ def _cut(text: str) -> str:
 
 
 def _label_width(names: Sequence[str]) -> float:
-    return max((text_width(_cut(name), 12) for name in names), default=0) + 20
+    return max((text_width(_cut(name), 13) for name in names), default=0) + 20  # 12, bold
 
 
 def _series(place: int) -> str:
@@ -427,11 +412,3 @@ def _series(place: int) -> str:
 def _rank_ticks(n: int) -> list[int]:
     step = 1 if n <= 12 else 5 if n <= 60 else 50 if n <= 500 else 100
     return [1, *range(step, n + 1, step)] if step > 1 else list(range(1, n + 1))
-
-
-def _ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from `low` to at least `high`."""
-    raw = max(high - low, 1e-9) / about
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw)
-    return [low + step * number for number in range(math.ceil((high - low) / step - 1e-9) + 1)]

@@ -113,11 +113,7 @@ def _text(entries: Sequence[OverfittingEntry], correlation: Correlation) -> str:
     if correlation.value is None or correlation.low is None or correlation.high is None:
         first = f"Whether open and closed scores agree cannot be said: {correlation.reason}."
     else:
-        figures = (
-            f"Spearman {correlation.value:.2f}, 95 % interval {correlation.low:.2f} to "
-            f"{correlation.high:.2f}, "
-            f"{correlation.n} entries"
-        )
+        figures = f"Spearman {correlation}"
         if correlation.low > 0:
             first = (
                 f"Entries that did well on the open stage tended to do well on the closed one ({figures})."

@@ -21,14 +21,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from palio.errors import BadInput, State
 from palio.provenance import file_sha256
-from palio.records import Cell, Column, Correlation, Leaderboard
+from palio.records import Cell, Column, Correlation, Leaderboard, RoundName
 from palio.scoring.conventions import CONVENTIONS
 from palio.scoring.formula import Formula, scores
 from palio.scoring.leaderboard import Candidate, score
@@ -57,7 +56,6 @@ ALIASES = {
     ),
 }
 
-RoundName = Literal["open", "hidden", "final"]
 Values = dict[str, dict[str, float | None]]
 """entry as published -> column -> value."""
 

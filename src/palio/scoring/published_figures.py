@@ -14,70 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
-from palio.records import Correlation
+from palio.records import ColumnPoint, FinalistPoint, PublishedFigures, RoundName, RoundPair, RoundPoint
 from palio.scoring.conventions import tie_groups
 from palio.scoring.overfitting import pearson
-from palio.scoring.published import RoundName, Table, read_tables, stable_ids
+from palio.scoring.published import Table, read_tables, stable_ids
 
 PAIRS: tuple[tuple[RoundName, RoundName], ...] = (("open", "hidden"), ("hidden", "final"), ("open", "final"))
-
-
-class Point(BaseModel):
-    """One entry in one round: a dot of the scatter plots."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    track: str
-    round: RoundName
-    entry: str
-    mean_win_rate: float
-
-
-class RoundPair(BaseModel):
-    """How two rounds of a track agree, over the entries in both."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    track: str
-    x: RoundName
-    y: RoundName
-    pearson: Correlation
-
-
-class ColumnPoint(BaseModel):
-    """One entry's value in one metric column: final round against the earlier round that has it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    track: str
-    entry: str
-    column: str
-    earlier: float
-    final: float
-
-
-class FinalistPoint(BaseModel):
-    """One finalist's win rate in one metric column, in the pool described above."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    track: str
-    entry: str
-    column: str
-    win_rate: float
-
-
-class PublishedFigures(BaseModel):
-    """Data of the paper's figures. With one track's files only, pools are that track's, and values differ."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    points: list[Point]
-    pairs: list[RoundPair]
-    columns: list[ColumnPoint]
-    finalists: list[FinalistPoint]
 
 
 def published_figures(folder: Path) -> PublishedFigures:
@@ -85,7 +28,7 @@ def published_figures(folder: Path) -> PublishedFigures:
     tables = read_tables(folder)
     rates = _pooled_win_rates(tables)
     points = [
-        Point(
+        RoundPoint(
             track=table.track,
             round=table.round.name,
             entry=entry,
@@ -136,7 +79,7 @@ def _pooled_win_rates(tables: Sequence[Table]) -> list[Mapping[str, Mapping[str,
     ]
 
 
-def _pairs(points: Sequence[Point]) -> list[RoundPair]:
+def _pairs(points: Sequence[RoundPoint]) -> list[RoundPair]:
     found = []
     for track in sorted({point.track for point in points}):
         for x, y in PAIRS:

@@ -12,16 +12,16 @@ All training happens in a folder named by the fingerprint of what decides its re
     adapter/, train.parquet, adapter.json    hard links to (copies of) the recipe's own
 
 so going back to an earlier recipe restores its adapter in seconds, and a run that ended at its budget
-stays ended.
+stays ended unless the budget is raised.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,21 +32,19 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from palio.config import FinetuneRecipe, Track
-from palio.errors import BadInput, Crashed, OutOfMemory, TimeLimit
+from palio.config import FinetuneRecipe, Telemetry, Track
+from palio.errors import BadInput, Crashed, Interrupted, OutOfMemory, TimeLimit
 from palio.provenance import atomic_path, fingerprint, folder_sha256, library_versions, timed_run, write_json
-from palio.records import TELEMETRY_SCHEMA, AdapterManifest, BaseModelManifest, DatasetManifest, read_record
+from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, read_record
 from palio.training.checkpoint import load_checkpoint, save_checkpoint
 from palio.training.device import energy_meter, hardware, training_device
-from palio.training.handover import publish
 from palio.training.ledger import Ledger, joules, read_ledger, sole_process
 from palio.training.model import load_model, save_adapter
 from palio.training.rows import Row, split, tokenise
+from palio.training.telemetry import SCHEMA, Tell, console, dashboards, progress
 from palio.training.trainer import NonFiniteLossError, StepReport, Trainer, peak_memory
 
 RECIPE_VERSION = "1"
@@ -55,9 +53,10 @@ RECIPE_VERSION = "1"
 FINAL_STEPS = 10
 """`final_loss` is the mean loss of this many last steps: one step's is noise."""
 
-TRACED = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
+PROGRESS = ("telemetry", "best", "validations_since_best", "tokens", "slowest")
+"""What a checkpoint holds beside the trainer's own state."""
 
-_console = Console(stderr=True)
+TRACED = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 
 
 def finetune(
@@ -71,12 +70,17 @@ def finetune(
     track_id: str,
     entry: str,
     threads: int | None = None,
+    telemetry: Telemetry | None = None,
+    retrain: bool = False,
 ) -> AdapterManifest:
     """Train, resume or restore; leaves adapter/, train.parquet and adapter.json in `entry_dir`.
 
     `base_model` and `dataset` are folders with a manifest.json. `threads` are CPU threads of torch.
-    Raises BadInput, TimeLimit, OutOfMemory or Crashed; a rerun goes on from the last checkpoint.
+    `retrain` allows that the adapter in `entry_dir` is replaced by one of another fingerprint.
+    Raises BadInput, TimeLimit, OutOfMemory, Crashed or Interrupted; a rerun goes on
+    from the last checkpoint.
     """
+    telemetry = telemetry or Telemetry()
     model_manifest = read_record(BaseModelManifest, base_model / "manifest.json")
     data_manifest = read_record(DatasetManifest, dataset / "manifest.json")
     key = fingerprint(
@@ -87,16 +91,25 @@ def finetune(
             "dataset": data_manifest.sha256,
         }
     )
+    if not retrain:
+        _refuse_to_replace(entry_dir / "adapter.json", key)
     disable_progress_bar()  # of transformers' loading and saving: only noise in a log
     work = entry_dir / "work" / "train" / key[:16]
     if threads is not None:
         torch.set_num_threads(threads)
     with timed_run(entry_dir / "finetune.run.json", fingerprint=key) as run, sole_process(work):
-        run["restored"] = (work / "adapter.json").is_file()
+        run["restored"] = _ended(work, track)
         if not run["restored"]:
             device = training_device(track)
             training = _Training(recipe, track, device, base_model / "model", dataset / "train.parquet", work)
-            result = training.run(model_manifest.id)
+            with dashboards(
+                telemetry.report_to,
+                folder=entry_dir / "work" / "dashboards",
+                run=f"{competition}/{track_id}/{entry}",
+                key=key[:16],
+                recipe=recipe.model_dump(mode="json"),
+            ) as training.tell:
+                result = training.run(model_manifest.id)
             facts = {
                 "versions": library_versions(*TRACED),
                 "threads": torch.get_num_threads(),
@@ -121,9 +134,28 @@ def finetune(
                 files=folder_sha256(work / "adapter"),
                 **result,
             ).write(work / "adapter.json")
-            shutil.rmtree(work / "checkpoints", ignore_errors=True)
+            if result["state"] == "finished":
+                shutil.rmtree(work / "checkpoints", ignore_errors=True)
         run.update(json.loads((work / "training.json").read_text(encoding="utf-8")))
-        return publish(work, entry_dir)
+        price = telemetry.usd_per_hour.get(track_id)
+        run["cost_usd"] = price and round(price * run["training_seconds"] / 3600, 4)
+        return _publish(work, entry_dir)
+
+
+def _refuse_to_replace(file: Path, key: str) -> None:
+    """Hours of training are not overwritten by the way. Snakemake removes what a rule is to make anew."""
+    if file.is_file() and (kept := read_record(AdapterManifest, file).fingerprint) != key:
+        fix = "was trained with another recipe, dataset or base model; give --retrain to replace it"
+        raise BadInput(file, "fingerprint", kept[:16], fix)
+
+
+def _ended(work: Path, track: Track) -> bool:
+    """Whether `work` holds the adapter; one that ended at a smaller budget than today's is trained on."""
+    if not (work / "adapter.json").is_file():
+        return False
+    budgets = [line["budget"] for line in read_ledger(work / "ledger.jsonl") if line["event"] == "start"]
+    state = read_record(AdapterManifest, work / "adapter.json").state
+    return state == "finished" or max(budgets) >= track.training_budget
 
 
 class _Training:
@@ -146,7 +178,8 @@ class _Training:
         self.best: dict[str, Any] | None = None  # step, loss and parameters of the lowest validation loss
         self.validations_since_best = 0
         self.tokens = 0
-        self.slowest_step = self.slowest_save = self.slowest_validation = 0.0
+        self.slowest = {"step": 0.0, "save": 0.0, "validation": 0.0}  # seconds
+        self.tell: Tell = lambda row: None
 
     def run(self, base_model: str) -> dict[str, Any]:
         """Train to the end or to the budget and save; the values of the manifest that training decides."""
@@ -160,9 +193,16 @@ class _Training:
                 _signals() as caught,
                 Ledger(ledger_file, budget, meter=meter, **hardware(self.device)) as ledger,
             ):
-                self._resume(trainer)
+                self._resume(trainer, budget)
                 state = self._train(trainer, ledger, caught)
-                self._save(trainer, base_model)
+                if ledger.left() < 0:  # what was last done took far longer than ever before
+                    self._resume(trainer, budget)
+                    state = "budget_reached"
+                if trainer.step == 0:
+                    raise TimeLimit(
+                        f"the training budget of {budget:g} s ended before the first step was saved"
+                    )
+                self._save(trainer, base_model, ledger)
                 ledger.outcome = state
                 seconds = ledger.used()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -193,7 +233,12 @@ class _Training:
             fix = "the tokenizer has no end-of-sequence token; add eos_token to tokenizer_config.json"
             raise BadInput(self.model_folder, "eos_token", None, fix)
         prompts, completions = table["prompt"].to_pylist(), table["completion"].to_pylist()
-        rows, too_long = tokenise(tokenizer, prompts, completions, self.recipe.max_length)
+        if self.recipe.chat_template and tokenizer.chat_template is None:
+            raise BadInput(
+                "finetune", "chat_template", True, "the base model's tokenizer has none; leave it out"
+            )
+        chat = self.recipe.chat_template
+        rows, too_long = tokenise(tokenizer, prompts, completions, self.recipe.max_length, chat=chat)
         if not prompts:
             raise BadInput(self.dataset, "", None, "has no rows; loosen the dataset's operations")
         if not rows:
@@ -212,62 +257,79 @@ class _Training:
                 raise
             fix = "matches no module of the base model; name its linear layers or use all-linear"
             raise BadInput("finetune", "target_modules", self.recipe.target_modules, fix) from None
+        if self.recipe.lora_init == "pissa":
+            model.save_pretrained(self._initial)
         return Trainer(model, rows, self.recipe, self.device)
 
-    def _resume(self, trainer: Trainer) -> None:
-        state, torn = load_checkpoint(self.checkpoints, self.device)
-        for name in torn:
-            _console.print(f"checkpoint {name} is torn and left out", highlight=False)
+    @property
+    def _initial(self) -> Path:
+        """PiSSA's adapter before training; what is handed in is the difference to it."""
+        return self.checkpoints / "initial"
+
+    def _resume(self, trainer: Trainer, budget: float) -> None:
+        """Go to the last complete checkpoint inside the budget, or to the start."""
+        state, skipped = load_checkpoint(self.checkpoints, self.device, budget)
+        for why in skipped:
+            console.print(f"checkpoint {why} and left out", highlight=False)
         if state is not None:
-            self.telemetry = state.pop("telemetry")
-            self.best = state.pop("best")
-            self.validations_since_best = state.pop("validations_since_best")
-            self.tokens = state.pop("tokens")
+            for name, value in state.pop("progress").items():
+                setattr(self, name, value)
             trainer.restore(state)
-            _console.print(f"resumed from step {trainer.step} of {trainer.steps}", highlight=False)
+            console.print(f"resumed from step {trainer.step} of {trainer.steps}", highlight=False)
+        else:
+            trainer.step = 0
 
     def _train(
         self, trainer: Trainer, ledger: Ledger, caught: set[int]
     ) -> Literal["finished", "budget_reached"]:
-        with _progress(trainer.steps, trainer.step) as show:
+        with progress(trainer.steps, trainer.step) as show:
             patience = self.recipe.patience or math.inf
             while trainer.step < trainer.steps and self.validations_since_best < patience:
-                # Kept in reserve: the slowest step, two saves, a validation, 2 s for what is not measured.
-                reserve = self.slowest_step + 2 * self.slowest_save + self.slowest_validation + 2.0
-                if ledger.left() <= reserve:
-                    if trainer.step == 0:
-                        raise TimeLimit(
-                            f"the training budget of {ledger.budget:g} s ended before the first step"
-                        )
+                if ledger.left() <= self._reserve():
                     self._validate(trainer)
                     return "budget_reached"
                 try:
                     report = trainer.train_step()
                 except NonFiniteLossError as error:
+                    self._checkpoint(trainer, ledger)
                     raise Crashed(
-                        f"training diverged: {error}; lower finetune.learning_rate or mend those rows"
+                        f"training diverged: {error}; lower finetune.learning_rate or mend those rows "
+                        f"(the state before is saved in {self.checkpoints})"
                     ) from None
                 self._note(report, ledger)
                 show(report, ledger.left())
                 due = trainer.step % self.recipe.save_steps == 0
                 if due:
                     self._validate(trainer)
+                self.tell(self.telemetry[-1])
                 seen = set(caught)
                 caught -= seen
-                if due or seen:
-                    self._checkpoint(trainer)
+                # After the first step too: the reserve must know what a checkpoint costs.
+                if due or seen or trainer.step == 1:
+                    self._checkpoint(trainer, ledger)
                 if signal.SIGTERM in seen:
                     ledger.outcome = "stopped"
-                    raise Crashed(
+                    raise Interrupted(
                         f"stopped by SIGTERM at step {trainer.step} of {trainer.steps}; "
                         "start again to go on from there"
                     )
             self._validate(trainer)
         return "finished"
 
+    def _reserve(self) -> float:
+        """Seconds kept to end in time: a step, a validation, two saves, and 2 s for what is not measured."""
+        step = self.slowest["step"]
+        # Until one is measured, a validation of as many rows as a step has is taken to last as long.
+        rows = self.recipe.batch_size * self.recipe.gradient_accumulation
+        validation = self.slowest["validation"] or step * len(self.held_out) / rows
+        return step + validation + 2 * self.slowest["save"] + 2.0
+
+    def _measured(self, what: str, seconds: float) -> None:
+        self.slowest[what] = max(self.slowest[what], seconds)
+
     def _validate(self, trainer: Trainer) -> None:
         """Take the loss on the held-out rows, once for a step, and keep the best step's parameters."""
-        if not self.held_out or "validation_loss" in self.telemetry[-1]:
+        if not self.held_out or not self.telemetry or "validation_loss" in self.telemetry[-1]:
             return
         clock = time.monotonic()
         loss = trainer.validation_loss(self.held_out)
@@ -277,10 +339,10 @@ class _Training:
             parameters = {name: value.clone() for name, value in trainer.trained().items()}
             self.best = {"step": trainer.step, "loss": loss, "parameters": parameters}
             self.validations_since_best = 0
-        self.slowest_validation = max(self.slowest_validation, time.monotonic() - clock)
+        self._measured("validation", time.monotonic() - clock)
 
     def _note(self, report: StepReport, ledger: Ledger) -> None:
-        self.slowest_step = max(self.slowest_step, report.seconds)
+        self._measured("step", report.seconds)
         self.tokens += report.tokens
         self.telemetry.append(
             {
@@ -294,28 +356,48 @@ class _Training:
             }
         )
 
-    def _checkpoint(self, trainer: Trainer) -> None:
+    def _checkpoint(self, trainer: Trainer, ledger: Ledger) -> None:
         clock = time.monotonic()
-        progress = {
-            "telemetry": self.telemetry,
-            "best": self.best,
-            "validations_since_best": self.validations_since_best,
-            "tokens": self.tokens,
-        }
-        save_checkpoint(self.checkpoints, trainer.step, {**trainer.state(), **progress})
-        self.slowest_save = max(self.slowest_save, time.monotonic() - clock)
+        state = {**trainer.state(), "progress": {name: getattr(self, name) for name in PROGRESS}}
+        save_checkpoint(self.checkpoints, trainer.step, ledger.used(), state)
+        self._measured("save", time.monotonic() - clock)
 
-    def _save(self, trainer: Trainer, base_model: str) -> None:
+    def _save(self, trainer: Trainer, base_model: str, ledger: Ledger) -> None:
         shutil.rmtree(self.work / "adapter", ignore_errors=True)
         if self.best is not None:
             trainer.put(self.best["parameters"])
         try:
-            save_adapter(trainer.model, self.work / "adapter", base_model)
+            save_adapter(trainer.model, self.work / "adapter", base_model, self._initial)
             with atomic_path(self.work / "train.parquet") as temporary:
-                pq.write_table(pa.Table.from_pylist(self.telemetry, TELEMETRY_SCHEMA), temporary)
+                pq.write_table(pa.Table.from_pylist(self.telemetry, SCHEMA), temporary)
         except OSError as error:
-            self._checkpoint(trainer)
-            raise Crashed(f"the adapter could not be saved ({error}); make room and start again") from error
+            self._checkpoint(trainer, ledger)
+            why = f"the adapter could not be saved ({error}); make room and start again"
+            raise Interrupted(why) from error
+
+
+def _publish(work: Path, entry_dir: Path) -> AdapterManifest:
+    """Bring the finished adapter of `work` into the entry's folder, the manifest last."""
+    manifest = read_record(AdapterManifest, work / "adapter.json")
+    if folder_sha256(work / "adapter") != manifest.files:
+        raise Crashed(f"the finished adapter in {work} was changed; delete that folder to train again")
+    building = entry_dir / "work" / "adapter.tmp"
+    shutil.rmtree(building, ignore_errors=True)
+    shutil.copytree(work / "adapter", building, copy_function=_link)
+    (entry_dir / "adapter.json").unlink(missing_ok=True)
+    shutil.rmtree(entry_dir / "adapter", ignore_errors=True)
+    building.rename(entry_dir / "adapter")
+    with atomic_path(entry_dir / "train.parquet") as temporary:
+        shutil.copyfile(work / "train.parquet", temporary)
+    manifest.write(entry_dir / "adapter.json")
+    return manifest
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 @contextmanager
@@ -332,39 +414,6 @@ def _signals() -> Iterator[set[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _progress(steps: int, done: int) -> Iterator[Any]:
-    """A bar on a terminal; elsewhere a line for about every twentieth of the steps."""
-    if sys.stderr.isatty():
-        columns = (
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=_console) as bar:
-            task = bar.add_task("training", total=steps, completed=done, note="")
-
-            def draw(report: StepReport, left: float) -> None:
-                bar.update(task, completed=report.step, note=_line(report, left))
-
-            yield draw
-        return
-    every = max(1, steps // 20)
-
-    def write(report: StepReport, left: float) -> None:
-        if report.step % every == 0 or report.step in (1, steps):
-            _console.print(f"step {report.step}/{steps} {_line(report, left)}", highlight=False)
-
-    yield write
-
-
-def _line(report: StepReport, left: float) -> str:
-    speed = report.tokens / report.seconds
-    return f"loss {report.loss:.3f} {speed:.0f} tokens/s budget left {left:.0f} s"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from palio.errors import Crashed
+from palio.errors import Interrupted
 
 
 def beat_interval(budget: float) -> float:
@@ -77,7 +77,7 @@ def sole_process(work: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Crashed(f"another process is training in {work}; wait for it or end it") from None
+            raise Interrupted(f"another process is training in {work}; wait for it or end it") from None
         yield
 
 
@@ -102,10 +102,10 @@ class Ledger:
     def used(self) -> float:
         """Seconds of the budget used by all attempts up to now.
 
-        Raises Crashed if the ledger cannot be written: time that is not on record must not be used.
+        Raises Interrupted if the ledger cannot be written: time that is not on record must not be used.
         """
         if self._lost is not None:
-            raise Crashed(
+            raise Interrupted(
                 f"the budget ledger {self.path} cannot be written ({self._lost}); make room, start again"
             )
         return self.before + time.monotonic() - self._started

@@ -16,24 +16,32 @@ if TYPE_CHECKING:
     from palio.config import FinetuneRecipe
 
 
-def base_dtype(device: torch.device, method: str) -> torch.dtype:
-    """Of the frozen base model: bf16 on a GPU that has it, else fp32. What is trained is always fp32.
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What matrices are multiplied in: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU.
 
     On a CPU without bf16 instructions bf16 is many times slower than fp32.
     """
-    if method != "full" and device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def base_dtype(device: torch.device, method: str) -> torch.dtype:
+    """Of the base model: as it is computed with while frozen. What is trained is always fp32."""
+    return torch.float32 if method == "full" else compute_dtype(device)
 
 
 def load_model(folder: Path, recipe: FinetuneRecipe, device: torch.device) -> Any:
-    """The base model of `folder`, adapted as the recipe says. `LoRA modules that match nothing` is a
+    """The base model of `folder`, adapted as the recipe says. LoRA modules that match nothing are a
     ValueError of peft's."""
     settings: dict[str, Any] = {"dtype": base_dtype(device, recipe.method), "device_map": str(device)}
     if recipe.method == "qlora":
         settings["quantization_config"] = quantization(recipe.quantization, settings["dtype"])
     model = AutoModelForCausalLM.from_pretrained(folder, **settings)
-    return adapt(model, recipe)
+    adapted = adapt(model, recipe)
+    if recipe.lora_init == "loftq":
+        _loftq(adapted, folder)
+    return adapted
 
 
 def adapt(model: Any, recipe: FinetuneRecipe) -> Any:
@@ -55,10 +63,32 @@ def adapt(model: Any, recipe: FinetuneRecipe) -> Any:
         modules_to_save=list(recipe.modules_to_save) or None,
         use_rslora=recipe.rslora,
         use_dora=recipe.dora,
+        init_lora_weights="pissa_niter_16" if recipe.lora_init == "pissa" else True,
     )
     adapted = get_peft_model(model, settings)
     _fuse(adapted)
     return adapted
+
+
+@torch.no_grad()
+def _loftq(adapted: Any, folder: Path) -> None:
+    """Start every adapter at the best approximation of its rank to what quantising lost (LoftQ with one
+    alternation). peft's own needs a GPU and leaves out the adapter's scale."""
+    import bitsandbytes
+    from peft.tuners.lora import LoraLayer
+
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    for name, layer in adapted.get_base_model().named_modules():
+        base = layer.get_base_layer() if isinstance(layer, LoraLayer) else None
+        if not isinstance(base, bitsandbytes.nn.Linear4bit):
+            continue
+        kept = bitsandbytes.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).float()
+        lost = whole.get_submodule(name).weight.to(kept) - kept
+        rank = layer.r["default"]
+        left, values, right = torch.svd_lowrank(lost, q=min(2 * rank, *lost.shape), niter=4)
+        root = (values[:rank] / layer.scaling["default"]).sqrt()
+        layer.lora_A["default"].weight.copy_((right[:, :rank] * root).T)
+        layer.lora_B["default"].weight.copy_(left[:, :rank] * root)
 
 
 def _fuse(model: Any) -> None:
@@ -83,12 +113,15 @@ def _adapted_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), up, alpha=scale).view(out.shape)
 
 
-def save_adapter(model: Any, folder: Path, base_model: str) -> None:
+def save_adapter(model: Any, folder: Path, base_model: str, initial: Path) -> None:
     """Save what was trained: an adapter in peft's format or, after full fine-tuning, the model.
 
-    The files hold no path and no set in random order, so equal training gives equal bytes.
+    An adapter that started from PiSSA becomes one of twice the rank, for the base model as it was, by its
+    difference to the adapter in `initial`, if there is one. The files hold no path and no set in random
+    order, so equal training gives equal bytes.
     """
-    model.save_pretrained(folder)
+    converted = {"path_initial_model_for_weight_conversion": str(initial)} if initial.exists() else {}
+    model.save_pretrained(folder, **converted)
     for path in folder.iterdir():
         path.chmod(0o644)
     config = folder / "adapter_config.json"

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from palio.errors import BadInput
+
 if TYPE_CHECKING:
     from palio.config import FinetuneRecipe
 
@@ -32,25 +34,60 @@ class Row:
 
 
 def tokenise(
-    tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], max_length: int
+    tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], max_length: int, *, chat: bool = False
 ) -> tuple[list[Row], int]:
     """Rows of at most `max_length` tokens, and how many rows were longer and left out.
 
-    Prompt and completion are tokenised apart and without special tokens, so that a prompt has the same
-    tokens as when the model server sees it alone; the completion ends with the end-of-sequence token.
+    With `chat` prompt and completion are turns of the tokenizer's chat template. Raises BadInput where
+    the template has none for a prompt alone.
     """
     if not prompts:
         return [], 0
-    encode = {"add_special_tokens": False, "return_attention_mask": False}
-    before = tokenizer(list(prompts), **encode)["input_ids"]
-    after = tokenizer(list(completions), **encode)["input_ids"]
+    before, whole = (_chat if chat else _plain)(tokenizer, list(prompts), list(completions))
     rows = [
-        Row(number, np.asarray([*prompt, *completion, tokenizer.eos_token_id], dtype=np.int32), len(prompt))
-        for number, (prompt, completion) in enumerate(zip(before, after, strict=True))
+        Row(number, np.asarray(ids, dtype=np.int32), len(prompt))
+        for number, (prompt, ids) in enumerate(zip(before, whole, strict=True))
     ]
     # A row without a prompt would have its first token predicted from nothing.
     kept = [row for row in rows if len(row.ids) <= max_length and row.prompt > 0]
     return kept, len(rows) - len(kept)
+
+
+Ids = list[list[int]]
+"""Tokens of each row."""
+
+
+def _plain(tokenizer: Any, prompts: list[str], completions: list[str]) -> tuple[Ids, Ids]:
+    """Tokens of the prompts, and of the whole rows.
+
+    Prompt and completion are tokenised apart and without special tokens, so that a prompt has the same
+    tokens as when the model server sees it alone; the completion ends with the end-of-sequence token.
+    """
+    encode = {"add_special_tokens": False, "return_attention_mask": False}
+    before = tokenizer(prompts, **encode)["input_ids"]
+    after = tokenizer(completions, **encode)["input_ids"]
+    return before, [
+        [*prompt, *rest, tokenizer.eos_token_id] for prompt, rest in zip(before, after, strict=True)
+    ]
+
+
+def _chat(tokenizer: Any, prompts: list[str], completions: list[str]) -> tuple[Ids, Ids]:
+    """The same, of a user's turn and the answer to it in the chat template."""
+    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    answered = [
+        [*turn, {"role": "assistant", "content": completion}]
+        for turn, completion in zip(asked, completions, strict=True)
+    ]
+    before = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    whole = tokenizer.apply_chat_template(answered, return_dict=False)
+    if any(ids[: len(prompt)] != prompt for prompt, ids in zip(before, whole, strict=True)):
+        fix = "the chat template changes a prompt once it is answered; leave out finetune.chat_template"
+        raise BadInput("tokenizer", "chat_template", None, fix)
+    return before, whole
+
+
+WINDOW = 50
+"""Optimizer steps whose rows are sorted together by `group_by_length`: few enough to stay random."""
 
 
 def split(rows: Sequence[Row], held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
@@ -75,6 +112,13 @@ def step_rows(rows: Sequence[Row], recipe: FinetuneRecipe, step: int) -> list[Ro
     epoch, place = divmod(step, per_epoch)
     order = np.random.default_rng([recipe.seed, epoch]).permutation(len(rows))
     size = recipe.batch_size * recipe.gradient_accumulation
+    if recipe.group_by_length:
+        window, place = divmod(place, WINDOW)
+        order = order[window * WINDOW * size : (window + 1) * WINDOW * size]
+        order = order[np.argsort([len(rows[index].ids) for index in order], kind="stable")]
+        whole = len(order) // size  # the step of the rows that are left over stays the last
+        steps = np.random.default_rng([recipe.seed, epoch, window]).permutation(whole)
+        place = int(steps[place]) if place < whole else place
     return [rows[index] for index in order[place * size : (place + 1) * size]]
 
 

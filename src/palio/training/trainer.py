@@ -21,6 +21,7 @@ import torch
 
 from palio.quantization import evaluation_mode
 from palio.training.attention import NAME, row_bounds, row_lengths
+from palio.training.model import compute_dtype
 from palio.training.rows import Row, flat_batch, padded_batch, planned_steps, step_rows
 
 if TYPE_CHECKING:
@@ -93,12 +94,14 @@ class Trainer:
             inner.get_input_embeddings().register_forward_hook(_noise(recipe.neftune_alpha))
         if compile_layers:
             _compile_layers(inner)
-        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+        dtype = compute_dtype(device)
+        self._autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         model.train()
 
     def train_step(self) -> StepReport:
-        """One optimizer step. Raises NonFiniteLossError, with parameters untouched."""
-        clock = time.perf_counter()
+        """One optimizer step. Raises NonFiniteLossError, the trainer's state untouched."""
+        clock, random = time.perf_counter(), self._random()
         recipe, rows = self.recipe, step_rows(self.rows, self.recipe, self.step)
         rate = learning_rate(recipe, self.step, self.steps)
         for group in self.optimizer.param_groups:
@@ -109,23 +112,31 @@ class Trainer:
         ordered = rows if self.flat else sorted(rows, key=lambda row: len(row.ids))
         for start in range(0, len(ordered), recipe.batch_size):
             total += self._backward(ordered[start : start + recipe.batch_size], targets)
+        self._scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, recipe.max_grad_norm)
         loss, norm_value = total.item(), norm.item()
-        if not (math.isfinite(loss) and math.isfinite(norm_value)):
+        if not self._applicable(loss, norm_value):
             self.optimizer.zero_grad(set_to_none=True)
+            self._set_random(random)
             what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
             raise NonFiniteLossError(self.step + 1, what, rows)
-        self.optimizer.step()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         tokens = sum(len(row.ids) for row in rows)
         return StepReport(self.step, loss, rate, norm_value, tokens, time.perf_counter() - clock)
 
+    def _applicable(self, loss: float, norm: float) -> bool:
+        """A gradient that overflows fp16 skips its step and lowers the scale, down to 1."""
+        overflow = self._scaler.is_enabled() and self._scaler.get_scale() > 1
+        return math.isfinite(loss) and (math.isfinite(norm) or overflow)
+
     def _backward(self, rows: Sequence[Row], targets: int) -> torch.Tensor:
         """Add the gradient of the rows' share of the step's mean loss; returns that share."""
         with self._loss(rows) as loss:
             share = loss / targets
-            share.backward()  # type: ignore[no-untyped-call]
+            self._scaler.scale(share).backward()  # type: ignore[no-untyped-call]
         return share.detach()
 
     @torch.no_grad()
@@ -183,17 +194,25 @@ class Trainer:
             "step": self.step,
             "parameters": self.trained(),
             "optimizer": self.optimizer.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+            "scaler": self._scaler.state_dict(),
+            "random": self._random(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.put(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"].cpu())
-        if state["random_cuda"] is not None:
-            torch.cuda.set_rng_state(state["random_cuda"].cpu())
+        self._scaler.load_state_dict(state["scaler"])
+        self._set_random(state["random"])
+
+    def _random(self) -> list[torch.Tensor]:
+        """State of the random numbers on the CPU and, if that trains, on the GPU."""
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if self.device.type == "cuda" else [])]
+
+    def _set_random(self, states: list[torch.Tensor]) -> None:
+        torch.set_rng_state(states[0].cpu())
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state.cpu())
 
 
 def _noise(alpha: float) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:

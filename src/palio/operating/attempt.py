@@ -1,0 +1,239 @@
+"""One try at one step of an entry: what it leaves behind, and whether another may follow.
+
+    results/<track>/<entry>/work/attempts.jsonl            a line at the start and at the end of every attempt
+    results/<track>/<entry>/work/logs/<step>.<n>.log       each attempt's log: Snakemake deletes the last one
+    results/<track>/<entry>/work/failures/<step>.json      why the step has no result
+
+A profile may let Snakemake try again. Only what the machine did to an entry deserves that: an attempt
+whose predecessor in the same run of the workflow failed by its own fault ends at once with the same
+reason, and no GPU hour is spent. A predecessor that died without a word (a lost node, a kernel's kill) is
+judged by what SLURM says of its job.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from palio.errors import Interrupted, NotRetried, PalioError, State
+from palio.operating import slurm
+from palio.records import StepFailure
+
+RUN_VARIABLE = "PALIO_RUN"
+"""One run of Snakemake; the controller sets it, its jobs inherit it."""
+SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS)
+NEAR_LIMIT_SECONDS = 240.0
+"""A SIGTERM with less left than this is the time limit's: SLURM warns up to a minute early, the profile
+asks for the warning two minutes before the end."""
+NODE_STATES = ("NODE_FAIL", "BOOT_FAIL", "PREEMPTED")
+KILLS_ALLOWED = 2
+"""Deaths without a word in one run, before they count as the entry's own."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt, as its two lines tell it."""
+
+    step: str
+    number: int
+    """Counted for the step, from 1."""
+    started: float
+    """Seconds since 1970, as `ended`."""
+    node: str
+    pid: int
+    run: str
+    job: str | None
+    gpu: str | None
+    """CUDA_VISIBLE_DEVICES: the GPU that SLURM gave to the job."""
+    ended: float | None = None
+    state: State | None = None
+    """None: it runs, or died without a word."""
+    reason: str = ""
+
+
+def read_attempts(entry_dir: Path) -> list[Attempt]:
+    """All attempts of an entry in the order they began; a line that a crash tore is left out."""
+    path = entry_dir / "work" / "attempts.jsonl"
+    attempts: list[Attempt] = []
+    if not path.exists():
+        return attempts
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            values = json.loads(line)
+            if values.pop("event") == "start":
+                attempts.append(Attempt(**values))
+                continue
+            for index, one in enumerate(attempts):
+                if (one.step, one.number) == (values["step"], values["number"]):
+                    ended = {**vars(one), **values, "state": State(values["state"])}
+                    attempts[index] = Attempt(**ended)
+    return attempts
+
+
+def refusal(earlier: list[Attempt], run: str, job: str | None, job_state: str) -> tuple[State, str] | None:
+    """Why the next attempt in `run` may not start, or None.
+
+    `earlier` are the step's attempts so far, `job` is ours, `job_state` what SLURM says of the last one's.
+    """
+    mine = [attempt for attempt in earlier if attempt.run == run]
+    if not run or not mine:
+        return None
+    last = mine[-1]
+    if last.state is not None:
+        own_fault = last.state not in (State.FINISHED, State.INTERRUPTED)
+        return (last.state, last.reason) if own_fault else None
+    if job is not None and last.job == job:
+        return None  # SLURM itself started the job again: its node was lost
+    ended_by_slurm = {
+        "OUT_OF_MEMORY": (State.OUT_OF_MEMORY, f"job {last.job} used more memory than the track's ram_gb"),
+        "TIMEOUT": (State.TIME_LIMIT, f"the time limit of job {last.job} ran out"),
+    }
+    killed = sum(attempt.state is None for attempt in mine)
+    if job_state in NODE_STATES or (killed < KILLS_ALLOWED and job_state not in ended_by_slurm):
+        return None
+    unknown = f"killed {killed} times without a word: out of memory, or a node in trouble"
+    return ended_by_slurm.get(job_state, (State.CRASHED, unknown))
+
+
+def set_aside(work: Path, grant: int) -> None:
+    """Move a step's work out of the way, once for each fresh start that the organizer granted."""
+    kept = work.with_name(f"{work.name}.before-{grant}")
+    if kept.exists():
+        return  # this grant's fresh start has been made, and was interrupted
+    if work.exists():
+        work.rename(kept)
+    else:
+        kept.mkdir(parents=True)
+
+
+@contextmanager
+def attempt(step: str, entry_dir: Path) -> Iterator[None]:
+    """Run a step's body as one attempt. Whatever ends it is on record for the standings.
+
+    Raises NotRetried without running it, if it failed in this run of the workflow by its own fault.
+    """
+    record = _Record(step, entry_dir)
+    record.refuse_what_failed()
+    record.begin()
+
+    def stop(signum: int, frame: object) -> NoReturn:
+        sys.exit(SIGTERM_EXIT_CODE)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except Interrupted as error:
+        record.end(*_interruption(str(error)))
+        raise
+    except PalioError as error:
+        record.end(error.state, str(error))
+        raise
+    except KeyboardInterrupt:
+        record.end(State.INTERRUPTED, "interrupted")
+        raise
+    except SystemExit as error:
+        if error.code != SIGTERM_EXIT_CODE:
+            raise
+        record.end(*_interruption("stopped by SIGTERM"))
+        raise Interrupted("stopped by SIGTERM; start again to go on") from None
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            record.end(State.CRASHED, _bug(error))
+            raise
+        reason = f"the disk failed ({error}); make room and start again"
+        record.end(State.INTERRUPTED, reason)
+        raise Interrupted(reason) from error
+    except Exception as error:
+        record.end(State.CRASHED, _bug(error))
+        raise
+    else:
+        record.end(State.FINISHED)
+
+
+def _bug(error: Exception) -> str:
+    return f"{type(error).__name__}: a bug in Palio; its traceback is in the log"
+
+
+def _interruption(reason: str) -> tuple[State, str]:
+    """A stop from outside: by the time limit, which is the entry's, or by somebody or something else."""
+    job = slurm.own_job()
+    if job is None:
+        return State.INTERRUPTED, reason
+    left = slurm.seconds_left(job)
+    if left is not None and left < NEAR_LIMIT_SECONDS:
+        return State.TIME_LIMIT, "the job's time limit ran out"
+    return State.INTERRUPTED, f"{reason}, in SLURM job {job}"
+
+
+class _Record:
+    """The files that tell of an attempt."""
+
+    def __init__(self, step: str, entry_dir: Path) -> None:
+        self.step, self.entry_dir = step, entry_dir
+        self.log = entry_dir / "logs" / f"{step}.log"
+        self.failure = entry_dir / "work" / "failures" / f"{step}.json"
+        self.earlier = [one for one in read_attempts(entry_dir) if one.step == step]
+        self.number = len(self.earlier) + 1
+        self.run, self.job = os.environ.get(RUN_VARIABLE, ""), slurm.own_job()
+
+    def refuse_what_failed(self) -> None:
+        last = self.earlier[-1] if self.earlier else None
+        died = last is not None and last.state is None and last.job is not None and self.run
+        state_of_job = slurm.state(last.job) if last and last.job and died else ""
+        if found := refusal(self.earlier, self.run, self.job, state_of_job):
+            state, reason = found
+            if not self.failure.exists():
+                self._fail(state, reason)
+            raise NotRetried(f"not tried again in this run of the workflow: {reason}")
+
+    def begin(self) -> None:
+        self.failure.unlink(missing_ok=True)
+        self._keep_log()
+        self._append(
+            event="start",
+            started=round(time.time(), 3),
+            node=os.environ.get("SLURMD_NODENAME") or platform.node(),
+            pid=os.getpid(),
+            run=self.run,
+            job=self.job,
+            gpu=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        )
+
+    def end(self, state: State, reason: str = "") -> None:
+        with suppress(OSError):  # what ended the step may be a full disk
+            if state is not State.FINISHED:
+                self._fail(state, reason)
+            self._append(event="end", ended=round(time.time(), 3), state=state, reason=reason)
+
+    def _fail(self, state: State, reason: str) -> None:
+        StepFailure(step=self.step, state=state, reason=reason, log=str(self.log)).write(self.failure)
+
+    def _append(self, **line: Any) -> None:
+        path = self.entry_dir / "work" / "attempts.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"step": self.step, "number": self.number, **line}) + "\n"
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, text.encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def _keep_log(self) -> None:
+        """A second name for the log that the rule has just opened: Snakemake deletes the first."""
+        if self.log.exists():
+            kept = self.entry_dir / "work" / "logs" / f"{self.step}.{self.number}.log"
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # a file system without hard links: the last log is the only one then
+                os.link(self.log, kept)

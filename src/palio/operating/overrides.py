@@ -1,0 +1,51 @@
+"""The organizer's decisions in a running competition, kept as a file that can be read, reviewed and undone.
+
+config/overrides/<competition>.yaml is part of the competition's config (`load_competition` reads it): the
+next run of the workflow does what it says.
+"""
+
+from __future__ import annotations
+
+import yaml
+
+from palio.config import Competition, Overrides, entry_files, load_overrides, overrides_file
+from palio.errors import BadInput
+from palio.provenance import write_text
+
+RETRIED = ("finetune", "open", "closed")
+"""Steps that keep work and used time; the others simply run again with the next run of the workflow."""
+
+HEADER = "# Written by palio withdraw and palio retry; they win over the competition's config.\n"
+
+
+def withdraw(competition: Competition, entry: str, why: str) -> None:
+    """Take an entry out: it is not run any more, and the leaderboard shows why."""
+    _known(competition, entry)
+    overrides = load_overrides(competition.competition)
+    _write(competition, overrides, {"withdrawn": {**overrides.withdrawn, entry: why}})
+
+
+def retry(competition: Competition, entry: str, steps: list[str]) -> None:
+    """Grant steps of an entry a fresh start: work, used budget and finished results are set aside."""
+    _known(competition, entry)
+    for step in steps:
+        if step not in RETRIED:
+            fix = f"runs again by itself with the next run of the workflow; {', '.join(RETRIED)} need a grant"
+            raise BadInput("--step", "", step, fix)
+    overrides = load_overrides(competition.competition)
+    granted = dict(overrides.retries.get(entry, {}))
+    for step in steps:
+        granted[step] = granted.get(step, 0) + 1
+    _write(competition, overrides, {"retries": {**overrides.retries, entry: granted}})
+
+
+def _known(competition: Competition, entry: str) -> None:
+    known = entry_files(competition)
+    if entry not in known:
+        raise BadInput("ENTRY", "", entry, f"no entry has this id; use one of {', '.join(known)}")
+
+
+def _write(competition: Competition, overrides: Overrides, change: dict[str, object]) -> None:
+    content = overrides.model_copy(update=change).model_dump(exclude_defaults=True)
+    path = overrides_file(competition.competition)
+    write_text(path, HEADER + yaml.safe_dump(content, sort_keys=True, allow_unicode=True))

@@ -1,0 +1,123 @@
+"""What SLURM's own commands say, as plain values. Nothing here is called on a machine without SLURM."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from palio.errors import PalioError
+
+ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "STOPPED")
+COMMAND_SECONDS = 30.0
+"""A controller that is being restarted answers late."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of squeue."""
+
+    id: str
+    name: str
+    """Snakemake's run id: the same for all jobs of one controller."""
+    state: str
+    folder: Path
+    reason: str
+    """Why it waits, or the node it runs on."""
+    comment: str
+    """The rule and its wildcards, as the executor writes them."""
+
+
+def available() -> bool:
+    return shutil.which("squeue") is not None
+
+
+def ask(*command: str) -> str:
+    """A SLURM command's output. Raises `PalioError` with its own words if it fails."""
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=COMMAND_SECONDS,
+            stdin=subprocess.DEVNULL,
+        )
+    except FileNotFoundError:
+        raise PalioError(f"{command[0]} is not on this machine; run on a login node of the cluster") from None
+    except subprocess.TimeoutExpired:
+        raise PalioError(
+            f"{command[0]} did not answer within {COMMAND_SECONDS:g} s; is slurmctld up?"
+        ) from None
+    if done.returncode != 0:
+        said = " ".join((done.stderr or done.stdout).split())
+        raise PalioError(f"{' '.join(command[:2])}: {said}")
+    return done.stdout
+
+
+def jobs(folder: Path) -> list[Job]:
+    """My queued and running jobs that were submitted in `folder`."""
+    fields = "%i|%j|%T|%R|%k|%Z"
+    found = ask("squeue", "--noheader", "--me", f"--states={','.join(ACTIVE)}", f"--format={fields}")
+    here = folder.resolve()
+    listed = []
+    for line in found.splitlines():
+        identity, name, state, reason, comment, at = line.split("|", 5)
+        if Path(at).resolve() == here:
+            listed.append(Job(identity, name, state, Path(at), reason.strip("()"), comment))
+    return listed
+
+
+def cancel(ids: Iterable[str], seconds: float = 180) -> None:
+    """Cancel jobs and wait until their processes are gone."""
+    left = list(ids)
+    if not left:
+        return
+    ask("scancel", *left)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        active = ask("squeue", "--noheader", "--me", f"--states={','.join(ACTIVE)}", "--format=%i").split()
+        left = [job for job in left if job in active]
+        if not left:
+            return
+        time.sleep(1)
+    raise PalioError(f"jobs {', '.join(left)} do not end; look at them with scontrol show job {left[0]}")
+
+
+def state(job: str) -> str:
+    """SLURM's state of a job, such as NODE_FAIL, also after its end; empty if nobody knows it any more."""
+    try:
+        if known := ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").split():
+            return known[0]
+    except PalioError:
+        pass  # squeue forgets a job after MinJobAge; sacct, where there is accounting, does not
+    try:
+        found = ask("sacct", "-X", "--noheader", "--parsable2", f"--jobs={job}", "--format=State").split()
+    except PalioError:
+        return ""
+    return found[0] if found else ""
+
+
+def seconds_left(job: str) -> float | None:
+    """Until the job's time limit; None if it has none or SLURM does not say."""
+    try:
+        left = ask("squeue", "--noheader", f"--jobs={job}", "--format=%L").strip()
+    except PalioError:
+        return None
+    days, _, clock = left.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in parts):
+        return None
+    seconds = 0
+    for part in parts:
+        seconds = 60 * seconds + int(part)
+    return float(seconds + 86400 * int(days or 0))
+
+
+def own_job() -> str | None:
+    """The job that this process runs in."""
+    return os.environ.get("SLURM_JOB_ID")

@@ -1,0 +1,142 @@
+"""The status of a competition for people: a table for the terminal, and the same table as one HTML file."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from palio.operating.status import STEPS, EntryStatus, Status, StepStatus
+
+STYLES = {
+    "waiting": "dim",
+    "queued": "cyan",
+    "running": "bold yellow",
+    "done": "green",
+    "failed": "bold red",
+    "withdrawn": "dim italic",
+}
+TITLES = {"finetune": "fine-tune", "contamination": "overlap"}
+
+
+def span(seconds: float) -> str:
+    """`40 s`, `12 min`, `3 h 05`: what fits a cell."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d}"
+
+
+def cell(step: StepStatus) -> str:
+    """One step in a few words: where it runs, how much of its budget is used, when it will end."""
+    if step.state == "done":
+        took = f" {span(step.seconds)}" if step.seconds is not None else ""
+        return f"done{took}{' *' if step.reason else ''}"
+    if step.state == "running":
+        parts = [step.node, span(step.seconds or 0)]
+        if step.used is not None and step.budget:
+            parts.append(f"{100 * step.used / step.budget:.0f} % used")
+        if step.ends is not None:
+            parts.append(f"ends {time.strftime('%H:%M', time.localtime(step.ends))}")
+        return ", ".join(parts)
+    if step.state == "failed":
+        return step.reason.partition(":")[0]
+    if step.state == "queued":
+        return f"queued ({step.reason})"
+    return step.state
+
+
+def summary(status: Status) -> str:
+    counts: dict[str, int] = {}
+    for entry in status.entries:
+        counts[entry.state] = counts.get(entry.state, 0) + 1
+    parts = [f"{counts[state]} {state}" for state in STYLES if state in counts]
+    running = f"run by {status.controller}" if status.controller else "no run in this folder"
+    return f"{len(status.entries)} entries: {', '.join(parts)}; {running}"
+
+
+def reasons(status: Status) -> list[tuple[str, str]]:
+    """(entry and step, why and where to read more) of all that failed, waits with a reason, or has a note."""
+    lines = []
+    for entry in status.entries:
+        for step in entry.steps:
+            if step.reason and step.state != "queued":
+                log = f" (log: {step.log})" if step.state == "failed" else ""
+                lines.append((f"{entry.entry} {step.step}", f"{step.reason}{log}"))
+    return lines + [("note", note) for note in status.notes]
+
+
+def _cells(entry: EntryStatus) -> list[StepStatus | None]:
+    by_step = {step.step: step for step in entry.steps}
+    return [by_step.get(step) for step in STEPS]
+
+
+def terminal_view(status: Status) -> RenderableType:
+    table = Table(title=status.title, title_justify="left", caption=summary(status), caption_justify="left")
+    for column in ("track", "entry", *(TITLES.get(step, step) for step in STEPS)):
+        table.add_column(column)
+    for entry in status.entries:
+        steps = [Text(cell(step), STYLES[step.state]) if step else Text("–", "dim") for step in _cells(entry)]
+        table.add_row(entry.track, entry.entry, *steps)
+    return Group(table, *(Text(f"{what}: {why}", "red") for what, why in reasons(status)))
+
+
+def print_status(status: Status) -> None:
+    Console().print(terminal_view(status))
+
+
+def watch_status(look: Callable[[], Status], every: float = 5.0) -> None:
+    """The live view: the same table, again and again, until Ctrl-C."""
+    with Live(terminal_view(look()), auto_refresh=False, screen=True) as live, suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(every)
+            live.update(terminal_view(look()), refresh=True)
+
+
+def html_page(status: Status) -> str:
+    """One self-contained page; the browser loads it again every half minute."""
+    head = "".join(f"<th>{TITLES.get(step, step)}</th>" for step in STEPS)
+    rows = []
+    for entry in status.entries:
+        cells = "".join(
+            f'<td class="{step.state}" title="{html.escape(step.reason)}">{html.escape(cell(step))}</td>'
+            if step
+            else "<td>–</td>"
+            for step in _cells(entry)
+        )
+        rows.append(f"<tr><td>{html.escape(entry.track)}</td><th>{html.escape(entry.entry)}</th>{cells}</tr>")
+    why = "".join(
+        f"<li><b>{html.escape(what)}</b>: {html.escape(text)}</li>" for what, text in reasons(status)
+    )
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.time))
+    return _PAGE.format(
+        title=html.escape(status.title),
+        summary=html.escape(summary(status)),
+        at=at,
+        head=head,
+        rows="\n".join(rows),
+        why=f"<ul>{why}</ul>" if why else "",
+    )
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="30">
+<title>{title}: status</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #1a1a1a; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #e3e3e3; text-align: left; white-space: nowrap; }}
+thead th {{ border-bottom: 2px solid #999; font-weight: 600; }}
+.waiting, .withdrawn {{ color: #8a8a8a; }} .queued {{ color: #20708f; }} .done {{ color: #1d7a3a; }}
+.running {{ background: #fff4cf; font-weight: 600; }} .failed {{ background: #fde3e1; color: #a3120a; }}
+li {{ color: #a3120a; }} p {{ color: #555; }}
+</style></head><body><h1>{title}</h1><p>{summary}. {at}</p>
+<table><thead><tr><th>track</th><th>entry</th>{head}</tr></thead><tbody>
+{rows}
+</tbody></table>{why}</body></html>
+"""

@@ -1,0 +1,66 @@
+"""An entry's folder with a package, and a toy server for it, for tests of the evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from palio.config import ScenarioRuns, StageLimits, StageRuns
+from palio.evaluation.evaluate import StartServer, evaluate
+from palio.evaluation.helm import run_entries
+from palio.provenance import fingerprint
+from palio.records import PackageManifest, ProbeReport, StageRecord
+from tests.toy import Toy, serving
+
+
+def scenario(path: Path, *descriptions: str, instances: int) -> ScenarioRuns:
+    """A scenario of HELM runs; writes their run-entries file to `path`."""
+    lines = "\n".join(f'{{description: "{description}", priority: 1}}' for description in descriptions)
+    path.write_text(f"entries: [\n{lines}\n]\n")
+    return ScenarioRuns(
+        run_entries=str(path), max_eval_instances=instances, sha256=fingerprint(run_entries(path))
+    )
+
+
+def packaged_entry(folder: Path, name: str = "acme", *, probed: bool = True) -> Path:
+    """An entry's folder with a package's manifest; `probed`: its server has passed the probe before."""
+    entry_dir = folder / "results" / "laptop" / name
+    package = PackageManifest(
+        competition="test",
+        track="laptop",
+        entry=name,
+        base_model="toy",
+        base_model_fingerprint="0",
+        adapter_fingerprint=None,
+        dtype="float32",
+        parameters=1,
+        max_logit_difference=None,
+        files={"model.safetensors": "1"},
+    )
+    package.write(entry_dir / "package.json")
+    if probed:
+        ProbeReport(
+            package_fingerprint=package.fingerprint,
+            checks=(),
+            planned_requests=0,
+            time_limit=0,
+            projected_seconds=None,
+        ).write(entry_dir / "probe.json")
+    return entry_dir
+
+
+def starts(toy: Toy) -> StartServer:
+    @contextmanager
+    def start(package: Path, log: Path) -> Iterator[Toy]:
+        log.write_text("loading\nToyError: out of words\n")
+        with serving(toy) as served:
+            yield served
+
+    return start
+
+
+def run_stage(stage: StageRuns, record: Path, entry_dir: Path, toy: Toy, **limits: object) -> StageRecord:
+    """`evaluate` with a toy server; `record` is what `prepare_stage` wrote."""
+    settings = StageLimits.model_validate({"time_limit": 600, "threads": 8} | limits)
+    return evaluate(stage, settings, record, entry_dir, starts(toy))

@@ -1,0 +1,76 @@
+"""A competition on two tracks that is real in every step and costs seconds: a model of random weights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.folder import DEMO_ENTRIES, WorkingFolder
+from tests.slurm.cluster import Cluster
+
+TRACKS = ("a100", "rtx4090")
+
+
+def create(path: Path, tiny: Path) -> WorkingFolder:
+    """Two tracks without entries yet; one scenario of two questions in each stage."""
+    folder = WorkingFolder.create(path)
+    for entry in (folder.path / DEMO_ENTRIES).glob("*.yaml"):
+        entry.unlink()
+
+    def small(config: dict[str, Any]) -> None:
+        track = {**config["tracks"].pop("laptop"), "ram_gb": 4, "training_budget": "5m"}
+        for name in TRACKS:
+            config["tracks"][name] = {**track, "title": name, "gpu_model": name}
+        for stage in config["stages"].values():
+            for name in list(stage["scenarios"])[1:]:
+                del stage["scenarios"][name]
+            for scenario in stage["scenarios"].values():
+                scenario["max_eval_instances"] = 2
+
+    folder.edit_yaml("config/config.yaml", small)
+    rule = {"family": "tiny", "sources": [f"path:{tiny}"], "licence": "Apache-2.0"}
+    folder.edit_yaml("config/rules/demo.yaml", lambda rules: rules["base_models"].append(rule))
+
+    def impatient(profile: dict[str, Any]) -> None:
+        profile["slurm-init-seconds-before-status-checks"] = 3
+        profile["latency-wait"] = 5
+
+    folder.edit_yaml("profiles/slurm/config.yaml", impatient)
+    return folder
+
+
+def add_entry(folder: WorkingFolder, name: str, track: str, tiny: Path, **recipe: Any) -> None:
+    """An entry that trains for some steps, or with no recipe the untuned model."""
+    entry: dict[str, Any] = {"team": f"Contrada {name}", "track": track, "base_model": {"path": str(tiny)}}
+    if recipe:
+        source = {
+            "path": "resources/demo_sources/pattern_match.jsonl",
+            "licence": "CC0-1.0",
+            "generator": "palio demo-data",
+        }
+        entry["dataset"] = {"sources": [source]}
+        entry["finetune"] = {"learning_rate": 1e-3, "batch_size": 4, **recipe}
+    (folder.path / DEMO_ENTRIES / f"{name}.yaml").write_text(yaml.safe_dump(entry))
+
+
+@contextmanager
+def controller(folder: WorkingFolder, cluster: Cluster, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`snakemake --profile slurm`, as typed, running; killed at the end if it still does."""
+    command = [str(Path(sys.executable).with_name("snakemake")), "--profile", "slurm", *arguments]
+    with (folder.path / "snakemake.log").open("ab") as log:
+        process = subprocess.Popen(command, cwd=folder.path, env=cluster.environment, stdout=log, stderr=log)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def output(folder: WorkingFolder) -> str:
+    return (folder.path / "snakemake.log").read_text()

@@ -1,0 +1,255 @@
+"""Operating a run: attempts and what follows them, status, overrides, the controller's lock, news."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from palio.cli import palio
+from palio.config import load_competition
+from palio.errors import BadInput, Crashed, Interrupted, NotRetried, PalioError, State
+from palio.operating import controller
+from palio.operating.attempt import RUN_VARIABLE, Attempt, attempt, read_attempts, refusal, set_aside
+from palio.operating.controller import Watch
+from palio.operating.status import EntryStatus, StepStatus, competition_status
+from palio.operating.status_view import html_page
+from palio.records import StepFailure, read_record
+from tests.folder import WorkingFolder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> WorkingFolder:
+    return WorkingFolder.create(tmp_path / "competition")
+
+
+def an_attempt(state: State | None, *, run: str = "now", job: str | None = "7", number: int = 1) -> Attempt:
+    ended = 2.0 if state else None
+    return Attempt("finetune", number, 1.0, "n1", 1, run, job, "0", ended, state, "why" if state else "")
+
+
+@pytest.mark.parametrize(
+    ("earlier", "job_state", "refused"),
+    [
+        ([], "", None),
+        ([an_attempt(State.FINISHED)], "", None),
+        ([an_attempt(State.INTERRUPTED)], "", None),
+        ([an_attempt(State.CRASHED)], "", State.CRASHED),
+        ([an_attempt(State.OUT_OF_MEMORY)], "", State.OUT_OF_MEMORY),
+        ([an_attempt(State.TIME_LIMIT)], "", State.TIME_LIMIT),
+        ([an_attempt(State.CRASHED, run="yesterday")], "", None),
+        ([an_attempt(None)], "NODE_FAIL", None),
+        ([an_attempt(None)], "PREEMPTED", None),
+        ([an_attempt(None)], "OUT_OF_MEMORY", State.OUT_OF_MEMORY),
+        ([an_attempt(None)], "TIMEOUT", State.TIME_LIMIT),
+        ([an_attempt(None)], "FAILED", None),
+        ([an_attempt(None), an_attempt(None, number=2)], "FAILED", State.CRASHED),
+        ([an_attempt(None), an_attempt(None, number=2)], "NODE_FAIL", None),
+        ([an_attempt(None, job="8")], "FAILED", None),
+    ],
+)
+def test_only_what_the_machine_did_is_tried_again_in_the_same_run(
+    earlier: list[Attempt], job_state: str, refused: State | None
+) -> None:
+    found = refusal(earlier, "now", "8", job_state)
+    assert (found[0] if found else None) is refused
+
+
+def test_a_step_that_failed_by_its_own_fault_ends_at_once_the_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(RUN_VARIABLE, "now")
+    with pytest.raises(Crashed), attempt("finetune", tmp_path):
+        raise Crashed("training diverged")
+    with pytest.raises(NotRetried, match="training diverged"), attempt("finetune", tmp_path):
+        pytest.fail("the body must not run")
+    failure = read_record(StepFailure, tmp_path / "work" / "failures" / "finetune.json")
+    assert (failure.state, failure.reason) == (State.CRASHED, "training diverged")
+    monkeypatch.setenv(RUN_VARIABLE, "tomorrow")
+    with attempt("finetune", tmp_path):
+        pass
+    assert not (tmp_path / "work" / "failures" / "finetune.json").exists()
+    assert [one.state for one in read_attempts(tmp_path)] == [State.CRASHED, State.FINISHED]
+
+
+def test_a_full_disk_is_an_interruption_and_no_bug(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="make room and start again"), attempt("curate", tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert read_attempts(tmp_path)[0].state is State.INTERRUPTED
+
+
+def test_every_attempts_log_is_kept(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "curate.log"
+    log.parent.mkdir()
+    for number in (1, 2):
+        log.unlink(missing_ok=True)
+        log.write_text(f"attempt {number}")
+        with attempt("curate", tmp_path):
+            pass
+    kept = tmp_path / "work" / "logs"
+    assert [(kept / f"curate.{number}.log").read_text() for number in (1, 2)] == ["attempt 1", "attempt 2"]
+
+
+def test_a_fresh_start_is_made_once_for_each_grant(tmp_path: Path) -> None:
+    work = tmp_path / "train"
+    work.mkdir()
+    (work / "ledger").write_text("24 h used")
+    set_aside(work, 1)
+    assert not work.exists()
+    work.mkdir()
+    set_aside(work, 1)
+    assert work.exists(), "an interrupted fresh start goes on from its own work"
+    set_aside(work, 2)
+    assert not work.exists()
+    assert (tmp_path / "train.before-1" / "ledger").read_text() == "24 h used"
+
+
+# --- the controller
+
+
+HOLD = """
+from palio.operating.controller import take_over
+take_over(on_slurm=False)
+print("held", flush=True)
+input()
+"""
+
+
+def test_a_second_controller_is_refused_until_the_first_is_gone_however_it_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        assert f"process {first.pid} on" in (controller.running() or "")
+        with pytest.raises(PalioError, match=rf"another Snakemake runs .*process {first.pid} on"):
+            controller.take_over(on_slurm=False)
+        first.kill()
+        first.wait()
+    assert controller.running() is None
+    second = subprocess.run(
+        [sys.executable, "-c", HOLD], input="\n", capture_output=True, text=True, check=True
+    )
+    assert second.stdout == "held\n"
+
+
+def test_failures_and_silence_are_told_once() -> None:
+    failed = StepStatus("open", "failed", attempt=1, reason="crashed: the server died", log="open.log")
+    silent = StepStatus("finetune", "running", attempt=1, node="a1", heard=0.0, log="finetune.log")
+    entries = [EntryStatus("a100", "x", "team", [silent, failed])]
+    watch = Watch(stalled_after=3600)
+    assert watch.look(entries, now=60) == [("failure", "x: open: crashed: the server died (log: open.log)")]
+    assert watch.look(entries, now=7200) == [
+        ("stall", "x: finetune: silent for 120 min on a1 (log: finetune.log)")
+    ]
+    assert watch.look(entries, now=9999) == []
+
+
+def test_the_organizers_command_gets_event_and_message(
+    folder: WorkingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.path)
+    command = 'echo "$PALIO_COMPETITION $PALIO_EVENT: $PALIO_MESSAGE" >> news.txt'
+    folder.edit_yaml("config/config.yaml", lambda config: config.update(notify=command))
+    competition = load_competition(Path("config/config.yaml"))
+    controller.notify(competition, "finish", "every step is done")
+    assert (folder.path / "news.txt").read_text() == "demo finish: every step is done\n"
+
+
+# --- status and overrides
+
+
+def test_status_tells_every_state(folder: WorkingFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.path)
+    folder.edit_yaml("config/config.yaml", lambda config: config.update(withdrawn={"untuned": "asked to"}))
+    done = folder.path / "results/laptop/curated"
+    (done / "dataset").mkdir(parents=True)
+    (done / "dataset/manifest.json").write_text("{}")
+    with pytest.raises(Crashed), attempt("finetune", folder.path / "results/laptop/raw"):
+        raise Crashed("training diverged")
+    ledger = done / "work/train/key/ledger.jsonl"
+    ledger.parent.mkdir(parents=True)
+    lines = [
+        {"event": "start", "attempt": "1", "interval": 5},
+        {"event": "beat", "attempt": "1", "seconds": 55},
+    ]
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (done / "logs").mkdir()
+    (done / "logs/finetune.log").write_text("step 10/40 loss 1.0\n")
+    with attempt("finetune", done):
+        status = competition_status(load_competition(Path("config/config.yaml")))
+    found = {(entry.entry, step.step): step for entry in status.entries for step in entry.steps}
+    assert found["curated", "curate"].state == "done"
+    running = found["curated", "finetune"]
+    assert (running.state, running.used, running.budget) == ("running", 60, 600)
+    assert running.ends is not None
+    assert running.ends - status.time == pytest.approx(180, abs=1)  # 60 s for 10 steps of 40
+    assert found["curated", "open"].state == "waiting"
+    failed = found["raw", "finetune"]
+    assert (failed.state, failed.reason) == ("failed", "crashed: training diverged")
+    assert failed.log == "results/laptop/raw/logs/finetune.log"
+    assert found["untuned", "check"].state == "withdrawn"
+    page = html_page(status)
+    for text in ("training diverged", "asked to", "10 % used"):
+        assert text in page
+
+
+def cli(*arguments: str) -> str:
+    done = CliRunner().invoke(palio, arguments, standalone_mode=False)
+    if done.exception:
+        raise done.exception
+    return done.output
+
+
+def test_withdraw_and_retry_are_on_record_and_read_with_the_config(
+    folder: WorkingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.path)
+    cli("withdraw", "raw", "--why", "the team asked to")
+    cli("retry", "curated", "--step", "open")
+    cli("retry", "curated", "--step", "open", "--step", "finetune")
+    written = yaml.safe_load((folder.path / "config/overrides/demo.yaml").read_text())
+    assert written == {
+        "withdrawn": {"raw": "the team asked to"},
+        "retries": {"curated": {"open": 2, "finetune": 1}},
+    }
+    competition = load_competition(Path("config/config.yaml"))
+    assert competition.withdrawn == {"raw": "the team asked to"}
+    plan = folder.plan()
+    assert "raw" not in {entry for _, entry in plan}
+
+
+def test_retry_without_a_step_takes_what_failed(
+    folder: WorkingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.path)
+    with pytest.raises(BadInput, match="no step of raw has failed"):
+        cli("retry", "raw")
+    with pytest.raises(Crashed), attempt("open", folder.path / "results/laptop/raw"):
+        raise Crashed("the server died")
+    assert "raw: open will start afresh" in cli("retry", "raw")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("withdraw", "nobody", "--why", "x"), "no entry has this id; use one of curated"),
+        (("retry", "raw", "--step", "curate"), "runs again by itself"),
+    ],
+)
+def test_a_wrong_decision_is_refused_and_nothing_is_written(
+    folder: WorkingFolder, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], line: str
+) -> None:
+    monkeypatch.chdir(folder.path)
+    with pytest.raises(BadInput, match=line):
+        cli(*arguments)
+    assert not (folder.path / "config/overrides").exists()
