@@ -27,7 +27,7 @@ from palio.records import (
 from palio.scoring.analysis import analyse_track
 from palio.scoring.leaderboard import score_track
 from palio.scoring.tables import write_leaderboard
-from palio.training.finetune import TELEMETRY_SCHEMA
+from palio.training.telemetry import SCHEMA as TELEMETRY_SCHEMA
 from tests.curation import curate, recipe
 
 FAMILIES = ("pattern_match", "variable_substitution", "dyck_language", "natural_reasoning")
@@ -40,6 +40,8 @@ RIGHT: dict[str, dict[str, list[int]]] = {
     "untuned": {"open": [3, 0], "closed": [0, 9]},
 }
 """Of QUESTIONS, by entry, stage and scenario."""
+HOSTILE = "<script>console.error('ran')</script><img src='http://203.0.113.1/x' onerror='console.error(1)'>"
+"""The title of `raw`: an entry's texts are shown, never run."""
 CLEANING = ("clean_markup", "drop_refusals", "drop_disagreement", "drop_exact_duplicates")
 RECIPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "curated": (FAMILIES, CLEANING),
@@ -58,7 +60,7 @@ def write_competition(folder: Path) -> Competition:
         content: dict[str, Any] = {
             "team": f"Contrada of {name}",
             "track": "laptop",
-            "title": f"The entry {name}",
+            "title": HOSTILE if name == "raw" else f"The entry {name}",
             "base_model": {"path": "/models/base"},
         }
         if name in RECIPES:

@@ -1,19 +1,25 @@
-"""The report as text: what a reader finds on the page, and that nothing on it reaches outside."""
+"""The report as text: what a reader finds on the page and in the files beside it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from palio.report.build import build_report
-from tests.report import RIGHT, score_competition, write_competition
+from palio.config import Competition
+from palio.records import Leaderboard, StepFailure, read_record
+from palio.report.build import build_report, read_board
+from palio.report.files import dropped_rows
+from tests.report import RECIPES, RIGHT, score_competition, write_competition
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Competition]]:
     """A finished competition with its report."""
     folder = tmp_path_factory.mktemp("competition")
     competition = write_competition(folder)
@@ -21,12 +27,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     build_report(
         competition, results=folder / "results", leaderboards=boards, out=folder / "results" / "report"
     )
-    yield folder
+    yield folder, competition
+
+
+@pytest.fixture(scope="module")
+def folder(finished: tuple[Path, Competition]) -> Path:
+    return finished[0]
 
 
 @pytest.fixture(scope="module")
 def page(folder: Path) -> str:
     return (folder / "results/report/index.html").read_text(encoding="utf-8")
+
+
+def article(page: str, entry: str) -> str:
+    """The text of an entry's page, without tags."""
+    found = re.search(rf'<article id="laptop\.{entry}".*?</article>', page, flags=re.DOTALL)
+    assert found is not None
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", found[0]))
+
+
+# --- entries ---------------------------------------------------------------------------------------------
 
 
 def test_every_entry_has_a_page_of_its_own(page: str) -> None:
@@ -35,18 +56,121 @@ def test_every_entry_has_a_page_of_its_own(page: str) -> None:
 
 
 def test_an_entry_that_did_not_finish_is_shown_with_its_reason(page: str) -> None:
-    assert "its base model is not approved" in page
+    assert "its base model is not approved" in article(page, "broken")
+
+
+def test_what_an_entry_does_not_have_is_shown_with_the_reason(page: str) -> None:
+    told = article(page, "untuned")
+    why = "the base model as it is: no training data, no fine-tuning"
+    assert f"No training data: {why}" in told
+    assert f"No fine-tuning: {why}" in told
+
+
+def test_a_stage_score_of_0_says_why(page: str) -> None:
+    assert "The open score is 0 because the entry beats nobody in variable_substitution" in article(
+        page, "untuned"
+    )
+
+
+def test_every_dropped_row_stands_on_the_page_with_its_reason(folder: Path, page: str) -> None:
+    told = article(page, "curated")
+    dropped = pq.read_table(folder / "results/laptop/curated/dataset/dropped.parquet").to_pylist()
+    listed = dropped_rows(folder / "results/laptop/curated/dataset/dropped.parquet", 10_000)
+    assert sum(one.rows for one in listed.values()) == len(dropped) > 300
+    refused = [row for row in dropped if row["operation"] == "2 drop_refusals"]
+    assert all(row["id"] in told for row in refused)
+    assert "the answer refuses: 'as an AI'" in told.replace("&#39;", "'")
+
+
+def test_a_long_list_of_dropped_rows_keeps_the_most_frequent_reasons(folder: Path) -> None:
+    path = folder / "results/laptop/curated/dataset/dropped.parquet"
+    shown = dropped_rows(path, 10)["4 drop_exact_duplicates"]
+    whole = dropped_rows(path, 10_000)["4 drop_exact_duplicates"]
+    assert (shown.listed, shown.rows) == (10, whole.rows)
+    assert shown.reasons[0].reason == whole.reasons[0].reason
+
+
+def test_contamination_is_counts_by_scenario_of_both_stages(page: str) -> None:
+    told = article(page, "curated")
+    assert re.search(r"open ?pattern match ?40 ?2", told)
+    assert re.search(r"closed ?dyck language ?40 ?0", told)
+
+
+def test_curated_and_raw_differ_in_their_operations_only(page: str) -> None:
+    assert RECIPES["curated"][0] == RECIPES["raw"][0]
+    assert "None: the rows are as the sources have them." in article(page, "raw")
+    assert "4 drop_exact_duplicates" in article(page, "curated")
+
+
+# --- the whole page --------------------------------------------------------------------------------------
 
 
 def test_no_link_and_no_source_leads_out_of_the_page(page: str) -> None:
-    addresses = re.findall(r'(?:href|src|action)="([^"]*)"', page)
+    addresses = re.findall(r'<[^>]*(?:href|src|action)="([^"]*)"', page)
     assert addresses
     assert all(address.startswith(("#", "data:")) for address in addresses)
     assert "url(" not in page
     assert "@import" not in page
 
 
+def test_the_page_stays_small(page: str) -> None:
+    assert len(page.encode()) < 300_000
+
+
+def test_the_verdicts_on_the_prizes_stand_before_the_table(page: str) -> None:
+    assert 0 < page.index("1st place (curated)") < page.index("<table")
+
+
+def test_the_same_records_give_the_same_page(
+    finished: tuple[Path, Competition], page: str, tmp_path: Path
+) -> None:
+    folder, competition = finished
+    results = folder / "results"
+    build_report(competition, results=results, leaderboards=results / "leaderboard", out=tmp_path)
+    assert (tmp_path / "index.html").read_text(encoding="utf-8") == page
+
+
+def test_standings_say_that_they_are_provisional_and_who_is_missing(tmp_path: Path) -> None:
+    competition = write_competition(tmp_path)
+    (tmp_path / "results/laptop/raw/closed.json").unlink()
+    failure = StepFailure.model_validate(
+        {"step": "closed", "state": "crashed", "reason": "the model server died", "log": "closed.log"}
+    )
+    failure.write(tmp_path / "results/laptop/raw/work/failures/closed.json")
+    boards = score_competition(tmp_path, competition, final=False)
+    build_report(competition, results=tmp_path / "results", leaderboards=boards, out=tmp_path / "report")
+    page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
+    assert "Provisional standings" in page
+    assert "the model server died" in article(page, "raw")
+    assert "4 drop_exact_duplicates" in article(page, "curated")
+
+
+def test_an_analysis_of_another_leaderboard_is_not_shown(folder: Path, tmp_path: Path) -> None:
+    board = read_record(Leaderboard, folder / "results/leaderboard/laptop.json")
+    (tmp_path / "laptop.analysis.json").write_bytes(
+        (folder / "results/leaderboard/laptop.analysis.json").read_bytes()
+    )
+    board.model_copy(update={"competition": "another"}).write(tmp_path / "laptop.json")
+    assert read_board(tmp_path / "laptop.json")[1] is None
+
+
+# --- figures ---------------------------------------------------------------------------------------------
+
+KINDS = ("open-vs-closed", "rank-intervals", "win-rates", "leave-one-out", "budget-use")
+
+
 def test_figures_lie_beside_the_page_as_svg_and_png(folder: Path) -> None:
     names = {path.name for path in (folder / "results/report/figures").iterdir()}
-    kinds = ("open-vs-closed", "rank-intervals", "win-rates", "leave-one-out", "budget-use")
-    assert names == {f"laptop-{kind}.{ending}" for kind in kinds for ending in ("svg", "png")}
+    assert names == {f"laptop-{kind}.{ending}" for kind in KINDS for ending in ("svg", "png")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_files_of_a_figure_show_the_same_drawing(folder: Path, kind: str) -> None:
+    svg = ElementTree.parse(folder / f"results/report/figures/laptop-{kind}.svg").getroot()  # noqa: S314
+    with Image.open(folder / f"results/report/figures/laptop-{kind}.png") as picture:
+        width, height = float(svg.attrib["width"]), float(svg.attrib["height"])
+        assert picture.size == pytest.approx((2 * width, 2 * height), abs=2)
+        assert len(set(picture.convert("RGB").getdata())) > 10
+    told = " ".join(svg.itertext())
+    assert all(name in told for name in ("curated", "untuned"))
+    assert svg.attrib["aria-label"]

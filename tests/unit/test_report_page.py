@@ -1,0 +1,183 @@
+"""The report in a real browser: sorting, searching, keyboard, contrast, phone, and nothing leaves it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from palio.report.build import build_report
+from tests.chromium import Page, chromium_page
+from tests.report import HOSTILE, score_competition, write_competition
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("competition")
+    competition = write_competition(folder)
+    boards = score_competition(folder, competition)
+    build_report(competition, results=folder / "results", leaderboards=boards, out=folder / "report")
+    return f"file://{folder}/report/index.html"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Page]:
+    with chromium_page() as page:
+        yield page
+
+
+@pytest.fixture
+def page(browser: Page, address: str) -> Page:
+    """The report, freshly opened."""
+    browser.complaints.clear()
+    browser.requests.clear()
+    browser.open(address)
+    return browser
+
+
+BOARD = "document.querySelector('table.board')"
+
+
+def order(page: Page, table: str = BOARD) -> list[str]:
+    found: list[str] = page.do(f"[...{table}.tBodies[0].rows].map(row => row.querySelector('th').innerText)")
+    return [name.rstrip("*") for name in found]
+
+
+def click_head(page: Page, title: str, table: str = BOARD) -> None:
+    heads = f"[...{table}.tHead.rows[0].cells]"
+    page.do(f"{heads}.find(head => head.innerText.trim() === '{title}').querySelector('button').click()")
+
+
+def test_the_page_opens_without_a_complaint_or_a_request(page: Page, address: str) -> None:
+    page.do("document.querySelectorAll('a[href^=\"#\"]').forEach(link => link.click())")
+    assert page.complaints == []
+    assert {one.partition("#")[0] for one in page.requests} <= {address, "about:blank"}
+
+
+def test_a_click_on_a_head_sorts_the_other_way_and_back(page: Page) -> None:
+    by_rank = order(page)
+    assert by_rank[0] == "curated"
+    click_head(page, "open")
+    assert order(page) == ["open_only", "curated", "raw", "untuned"]
+    click_head(page, "open")
+    assert order(page) == ["untuned", "raw", "curated", "open_only"]
+    click_head(page, "open")
+    assert order(page) == by_rank
+
+
+def test_the_sorted_column_is_told_to_screen_readers(page: Page) -> None:
+    click_head(page, "closed")
+    assert page.do(f"{BOARD}.querySelector('[aria-sort]').ariaSort") == "descending"
+
+
+def test_tables_can_be_sorted_from_the_keyboard(page: Page) -> None:
+    page.do(f"{BOARD}.tHead.querySelector('button').focus()")
+    page.press("Tab")
+    assert page.do("document.activeElement.innerText.trim()") == "entry"
+    page.press("Enter")
+    page.press("Enter")
+    assert order(page) == ["untuned", "raw", "open_only", "curated"]
+
+
+def test_missing_values_stay_last_in_either_direction(page: Page) -> None:
+    table = "document.querySelectorAll('details table.sortable')[0]"
+    page.do("document.querySelectorAll('.overview details').forEach(one => one.open = true)")
+    for _ in range(2):
+        click_head(page, "open questions in its data", table)
+        assert order(page, table)[-1] == "untuned"
+
+
+def test_searching_hides_the_other_entries_and_says_how_many_are_left(page: Page) -> None:
+    page.do("document.querySelector('#search').focus()")
+    for letter in "open_":
+        page.press(letter)
+    shown = page.do(f"[...{BOARD}.tBodies[0].rows].filter(row => !row.hidden).length")
+    assert shown == 1
+    assert page.do("document.querySelector('#found').innerText") == "1 of 5 entries"
+
+
+def test_an_entry_s_page_takes_the_place_of_the_overview(page: Page, address: str) -> None:
+    page.do("location.hash = '#laptop.curated'")
+    displayed = "[...document.querySelectorAll('.overview, .page')].filter(one => one.offsetHeight)"
+    assert page.do(f"{displayed}.map(one => one.id)") == ["laptop.curated"]
+    page.do("location.hash = '#laptop'")
+    assert page.do(f"{displayed}.map(one => one.id)") == ["top"]
+
+
+def test_what_an_entry_wrote_is_shown_and_never_run(page: Page) -> None:
+    page.do("location.hash = '#laptop.raw'")
+    assert HOSTILE in page.do("document.querySelector('.page:target .lead').innerText")
+    # Not even if it got past the escaping: the content policy admits the page's own script alone.
+    smuggled = "<img src=x onerror='window.ran=1'>"
+    page.do(f"document.querySelector('.page:target').insertAdjacentHTML('beforeend', `{smuggled}`)")
+    page.do("new Promise(done => setTimeout(done, 200))")
+    assert page.do("window.ran") is None
+
+
+@pytest.mark.parametrize("hash_", ["", "#laptop.curated", "#laptop.broken"])
+def test_a_phone_scrolls_down_only(page: Page, address: str, hash_: str) -> None:
+    page.open(address + hash_, width=360, height=740)
+    assert page.do("document.documentElement.scrollWidth") == 360
+
+
+CONTRAST = """
+(() => {
+  const parse = (text) => [...text.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
+  const light = (c) => {
+    const part = (v) => (v <= 10 ? v / 3294.6 : ((v / 255 + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = c.map(part);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (node) => {
+    for (let at = node; at; at = at.parentElement) {
+      const colour = parse(getComputedStyle(at).backgroundColor);
+      if (colour[3] === 1) return colour;
+    }
+  };
+  const bad = new Set();
+  for (const node of document.querySelectorAll("body *")) {
+    const own = [...node.childNodes].some((one) => one.nodeType === 3 && one.textContent.trim());
+    if (!own || ["SCRIPT", "STYLE", "title"].includes(node.tagName)) continue;
+    const style = getComputedStyle(node);
+    const ink = parse(node.closest("svg") ? style.fill : style.color);
+    const [x, y] = [light(ink), light(behind(node))].sort((a, b) => b - a);
+    if ((x + 0.05) / (y + 0.05) < 4.5) bad.add(`${node.tagName} ${ink} ${node.textContent.slice(0, 30)}`);
+  }
+  return [...bad];
+})()
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_text_has_the_contrast_that_wcag_aa_asks_for(page: Page, address: str, dark: bool) -> None:
+    page.open(address, dark=dark)
+    assert page.do("getComputedStyle(document.body).backgroundColor") == (
+        "rgb(26, 29, 35)" if dark else "rgb(255, 255, 255)"
+    )
+    assert page.do(CONTRAST) == []
+
+
+def test_tables_figures_and_scrolling_parts_have_names(page: Page) -> None:
+    assert (
+        page.do("[...document.querySelectorAll('thead th')].filter(one => one.scope !== 'col').length") == 0
+    )
+    assert (
+        page.do("[...document.querySelectorAll('tbody th')].filter(one => one.scope !== 'row').length") == 0
+    )
+    assert (
+        page.do("[...document.querySelectorAll('svg[role=img]')].filter(one => !one.ariaLabel).length") == 0
+    )
+    unnamed = "[...document.querySelectorAll('.wide')].filter(one => !one.ariaLabel || one.tabIndex !== 0)"
+    assert page.do(f"{unnamed}.length") == 0
+    ids = page.do("[...document.querySelectorAll('[id]')].map(one => one.id)")
+    assert len(ids) == len(set(ids))
+
+
+def test_the_screenshot_of_the_report_shows_more_than_a_blank_page(page: Page, tmp_path: Path) -> None:
+    from PIL import Image
+
+    page.screenshot(tmp_path / "report.png")
+    with Image.open(tmp_path / "report.png") as picture:
+        assert picture.size[1] > 2000
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
