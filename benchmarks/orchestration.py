@@ -1,0 +1,95 @@
+"""What Snakemake and our rules cost: the plan of N entries, and a run that finds nothing to do.
+
+    python benchmarks/orchestration.py                   50, 200, 1000 entries
+    python benchmarks/orchestration.py 1000 5000         others
+
+No step is run: a plan is a dry run on a fresh clone; for the run with nothing to do, every output is made
+as an empty file and accepted with --touch. Prints wall-clock and CPU seconds and peak memory of Snakemake.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ENTRY = "config/entries/demo/curated.yaml"
+LIMIT_SECONDS = 30.0
+"""What 200 entries may take."""
+
+
+def competition(folder: Path, entries: int) -> Path:
+    """A clone with copies of the demo's curated entry, one team each."""
+    for name in ("rules", "config", "profiles"):
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copy(ROOT / "Snakefile", folder)
+    for name in ("local", "slurm"):
+        (folder / name).symlink_to(f"profiles/{name}")
+    text = (ROOT / ENTRY).read_text(encoding="utf-8")
+    shutil.rmtree(folder / "config/entries/demo")
+    (folder / "config/entries/demo").mkdir()
+    for number in range(entries):
+        entry = re.sub(r"(?m)^team: .*$", f"team: Team {number}", text)
+        (folder / "config/entries/demo" / f"e{number:05}.yaml").write_text(entry, encoding="utf-8")
+    return folder
+
+
+def snakemake(folder: Path, *arguments: str) -> tuple[float, float, float, str]:
+    """Wall-clock and CPU seconds, peak memory in MB, output."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    clock = time.monotonic()
+    command = [str(Path(sys.executable).with_name("snakemake")), "--profile", "local", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    seconds = time.monotonic() - clock
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    if done.returncode != 0:
+        sys.exit(done.stdout + done.stderr)
+    return seconds, cpu, after.ru_maxrss / 1024, done.stdout + done.stderr
+
+
+def jobs(output: str) -> int:
+    found = re.search(r"(?m)^total\s+(\d+)", output)
+    return int(found[1]) if found else 0
+
+
+def make_outputs(folder: Path) -> None:
+    """Every output of the plan, older ones first, as Snakemake's own summary lists them."""
+    plan = snakemake(folder, "--summary")[3]
+    lines = [line.split("\t") for line in plan.splitlines() if "\t" in line]
+    for file, *_ in lines[1:]:
+        path = folder / file
+        (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
+        if path.suffix:
+            path.touch()
+    snakemake(folder, "--touch", "--forceall")
+
+
+def main() -> None:
+    sizes = [int(argument) for argument in sys.argv[1:]] or [50, 200, 1000]
+    print("| entries | jobs | plan, s (CPU) | peak MB | nothing to do, s (CPU) |")
+    print("|---|---|---|---|---|")
+    slow = []
+    for entries in sizes:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = competition(Path(temporary), entries)
+            plan, cpu, memory, output = snakemake(folder, "--dry-run", "--quiet", "rules")
+            make_outputs(folder)
+            again, again_cpu, _, nothing = snakemake(folder)
+            assert "Nothing to be done" in nothing, nothing[-2000:]
+            row = f"| {entries} | {jobs(output)} | {plan:.1f} ({cpu:.1f}) | {memory:.0f} |"
+            print(f"{row} {again:.1f} ({again_cpu:.1f}) |", flush=True)
+            if entries <= 200 and max(plan, again) > LIMIT_SECONDS:
+                slow.append(entries)
+    if slow:
+        sys.exit(f"over {LIMIT_SECONDS:g} s for {slow} entries")
+
+
+if __name__ == "__main__":
+    main()
