@@ -34,10 +34,13 @@ class WorkingFolder:
             (path / name).symlink_to(f"profiles/{name}")
         return cls(path)
 
-    def run(self, *command: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, timeout: float = 900, environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run a program of the environment in the folder; never raises for its exit code."""
         program, *arguments = command
-        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        environment = environment or dict(os.environ)
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         return subprocess.run(
             [str(Path(sys.executable).with_name(program)), *arguments],
             cwd=self.path,

@@ -282,6 +282,7 @@ def measure_contamination(competition_id: str, entry_dir: Path, open_store: Path
 @click.option("--threads", type=int, help="CPU threads; default: torch's choice.")
 @click.option("--telemetry", default="{}", help="JSON of the competition's telemetry section.")
 @click.option("--retrain", is_flag=True, help="Replace a finished adapter that was trained otherwise.")
+@fresh_start_option
 def finetune(
     competition_id: str,
     entry_dir: Path,

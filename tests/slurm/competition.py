@@ -34,7 +34,7 @@ def create(path: Path, tiny: Path) -> WorkingFolder:
                 scenario["max_eval_instances"] = 2
 
     folder.edit_yaml("config/config.yaml", small)
-    rule = {"family": "tiny", "sources": [f"path:{tiny}"], "licence": "Apache-2.0"}
+    rule = {"family": "tiny", "sources": [f"path:{tiny}"], "licences": ["apache-2.0"]}
     folder.edit_yaml("config/rules/demo.yaml", lambda rules: rules["base_models"].append(rule))
 
     def impatient(profile: dict[str, Any]) -> None:

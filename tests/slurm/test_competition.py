@@ -1,0 +1,78 @@
+"""A whole competition on a real SLURM cluster: `snakemake --profile slurm`, as typed."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+
+from palio.operating.attempt import Attempt, read_attempts
+from tests.slurm.competition import TRACKS, output
+from tests.slurm.conftest import Finished
+
+GPU_RULES = ("finetune", "helm_open", "helm_closed")
+
+
+def gpu_attempts(finished: Finished) -> list[Attempt]:
+    found = [
+        one
+        for folder in (finished.folder.path / "results").glob("*/*")
+        for one in read_attempts(folder)
+        if one.step in ("finetune", "open", "closed")
+    ]
+    assert found
+    return found
+
+
+def test_the_leaderboards_stand_at_the_end(finished: Finished) -> None:
+    assert finished.exit_code == 0, output(finished.folder)[-8000:]
+    for track, entries in (("a100", {"tuned", "plain"}), ("rtx4090", {"other"})):
+        board = json.loads((finished.folder.path / f"results/leaderboard/{track}.json").read_text())
+        assert board["final"] is True
+        assert {row["entry"] for row in board["entries"]} == entries
+
+
+def test_every_step_is_a_job_on_the_right_partition(finished: Finished) -> None:
+    seen = set()
+    for state, partition, comment in finished.jobs.values():
+        assert state == "COMPLETED"
+        rule, _, wildcards = comment.removeprefix("rule_").partition("_wildcards_")
+        track = next((track for track in TRACKS if wildcards.startswith(f"{track}_")), "")
+        assert partition == (track if rule in GPU_RULES else "cpu"), comment
+        seen.add(rule)
+    assert seen >= {"check_entry", "curate_dataset", "build_package", "score", "report", *GPU_RULES}
+
+
+def test_each_gpu_step_had_one_gpu_and_no_gpu_had_two_steps(finished: Finished) -> None:
+    by_gpu: dict[tuple[str, str | None], list[Attempt]] = {}
+    for one in gpu_attempts(finished):
+        assert re.fullmatch(r"\d", one.gpu or ""), "CUDA_VISIBLE_DEVICES is one GPU"
+        assert one.job in finished.jobs
+        by_gpu.setdefault((one.node, one.gpu), []).append(one)
+    for attempts in by_gpu.values():
+        attempts.sort(key=lambda one: one.started)
+        for before, after in pairwise(attempts):
+            assert before.ended is not None
+            assert before.ended <= after.started
+
+
+def test_steps_without_a_gpu_hold_none(finished: Finished) -> None:
+    for folder in (finished.folder.path / "results").glob("*/*"):
+        for one in read_attempts(folder):
+            if one.step in ("check", "curate", "package", "contamination"):
+                assert one.gpu is None
+                assert one.node == "c1"
+
+
+def test_status_beside_the_run_showed_it_going_on(finished: Finished) -> None:
+    together = "\n".join(finished.statuses)
+    assert "run by process" in together
+    for words in ("waiting", "done", "c1, "):
+        assert words in together
+    last = finished.folder.run("palio", "status").stdout
+    assert "3 entries: 3 done; no run in this folder" in last
+
+
+def test_a_second_run_submits_nothing(finished: Finished) -> None:
+    done = finished.folder.run("snakemake", "--profile", "slurm", "--dry-run")
+    assert "Nothing to be done" in done.stdout + done.stderr
