@@ -39,6 +39,8 @@ def tiny_base_model(out: Path, tokenizer_of: Path, dtype: torch.dtype = torch.fl
     for path in tokenizer_of.iterdir():
         if path.name.startswith(("tokenizer", "chat_template")):
             shutil.copy(path, out / "model" / path.name)
+    for path in (out / "model").iterdir():
+        path.chmod(0o644)  # as of a fetched base model: a team's program may run as another user
     manifest = BaseModelManifest(
         id="tiny", source=BaseModelSource(path="tiny"), files=folder_sha256(out / "model")
     )

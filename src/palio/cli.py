@@ -298,7 +298,7 @@ def finetune(
     fresh_start: int | None,
 ) -> None:
     """Fine-tune the base model on the entry's dataset inside the track's budget. Resumes where it stopped."""
-    from palio.config import FinetuneRecipe, Telemetry, Track, parse
+    from palio.config import FinetuneRecipe, Isolation, Program, Telemetry, Track, parse
     from palio.operating.attempt import set_aside
 
     if (recipe is None) == (program is None):
@@ -307,8 +307,26 @@ def finetune(
     with entry_step("finetune", entry_dir):
         if fresh_start:
             set_aside(entry_dir / "work" / "train", fresh_start)
-        if recipe is None:
-            raise PalioError("command entries are not run yet")
+        if program is not None:
+            from palio.training.command import finetune_by_command
+
+            finetune_by_command(
+                program=parse(Program, json.loads(program), "command"),
+                isolation=parse(Isolation, json.loads(isolation), "isolation"),
+                network=network,
+                track=parse(Track, json.loads(track_limits), "track"),
+                base_model=base_model,
+                dataset=entry_dir / "dataset",
+                entry_dir=entry_dir,
+                competition=competition_id,
+                track_id=track,
+                entry=entry,
+                threads=threads,
+                usd_per_hour=parse(Telemetry, json.loads(telemetry), "--telemetry").usd_per_hour.get(track),
+                retrain=retrain,
+            )
+            return
+        assert recipe is not None
         from palio.training.finetune import finetune as run
 
         run(

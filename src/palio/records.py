@@ -175,11 +175,12 @@ class AdapterManifest(Record):
     dataset_sha256: str
     recipe: dict[str, Any]
     state: Literal["finished", "budget_reached"]
-    steps: int
-    planned_steps: int
+    steps: int | None
+    """None, as rows_too_long and final_loss, where a team's own program trained: it does not tell."""
+    planned_steps: int | None
     rows: int
-    rows_too_long: int
-    final_loss: float
+    rows_too_long: int | None
+    final_loss: float | None
     """Mean training loss of the last ten steps."""
     best_step: int | None = None
     """The step handed in, where rows were held out for validation; None: the last."""

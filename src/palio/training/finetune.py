@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -41,6 +40,7 @@ from palio.provenance import atomic_path, fingerprint, folder_sha256, library_ve
 from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, read_record
 from palio.training.checkpoint import load_checkpoint, save_checkpoint
 from palio.training.device import energy_meter, hardware, training_device
+from palio.training.handover import ended, publish, refuse_to_replace
 from palio.training.ledger import Ledger, joules, read_ledger, sole_process
 from palio.training.model import load_model, save_adapter
 from palio.training.rows import Row, split, tokenise
@@ -92,13 +92,13 @@ def finetune(
         }
     )
     if not retrain:
-        _refuse_to_replace(entry_dir / "adapter.json", key)
+        refuse_to_replace(entry_dir / "adapter.json", key)
     disable_progress_bar()  # of transformers' loading and saving: only noise in a log
     work = entry_dir / "work" / "train" / key[:16]
     if threads is not None:
         torch.set_num_threads(threads)
     with timed_run(entry_dir / "finetune.run.json", fingerprint=key) as run, sole_process(work):
-        run["restored"] = _ended(work, track)
+        run["restored"] = ended(work, track)
         if not run["restored"]:
             device = training_device(track)
             training = _Training(recipe, track, device, base_model / "model", dataset / "train.parquet", work)
@@ -139,23 +139,7 @@ def finetune(
         run.update(json.loads((work / "training.json").read_text(encoding="utf-8")))
         price = telemetry.usd_per_hour.get(track_id)
         run["cost_usd"] = price and round(price * run["training_seconds"] / 3600, 4)
-        return _publish(work, entry_dir)
-
-
-def _refuse_to_replace(file: Path, key: str) -> None:
-    """Hours of training are not overwritten by the way. Snakemake removes what a rule is to make anew."""
-    if file.is_file() and (kept := read_record(AdapterManifest, file).fingerprint) != key:
-        fix = "was trained with another recipe, dataset or base model; give --retrain to replace it"
-        raise BadInput(file, "fingerprint", kept[:16], fix)
-
-
-def _ended(work: Path, track: Track) -> bool:
-    """Whether `work` holds the adapter; one that ended at a smaller budget than today's is trained on."""
-    if not (work / "adapter.json").is_file():
-        return False
-    budgets = [line["budget"] for line in read_ledger(work / "ledger.jsonl") if line["event"] == "start"]
-    state = read_record(AdapterManifest, work / "adapter.json").state
-    return state == "finished" or max(budgets) >= track.training_budget
+        return publish(work, entry_dir)
 
 
 class _Training:
@@ -374,30 +358,6 @@ class _Training:
             self._checkpoint(trainer, ledger)
             why = f"the adapter could not be saved ({error}); make room and start again"
             raise Interrupted(why) from error
-
-
-def _publish(work: Path, entry_dir: Path) -> AdapterManifest:
-    """Bring the finished adapter of `work` into the entry's folder, the manifest last."""
-    manifest = read_record(AdapterManifest, work / "adapter.json")
-    if folder_sha256(work / "adapter") != manifest.files:
-        raise Crashed(f"the finished adapter in {work} was changed; delete that folder to train again")
-    building = entry_dir / "work" / "adapter.tmp"
-    shutil.rmtree(building, ignore_errors=True)
-    shutil.copytree(work / "adapter", building, copy_function=_link)
-    (entry_dir / "adapter.json").unlink(missing_ok=True)
-    shutil.rmtree(entry_dir / "adapter", ignore_errors=True)
-    building.rename(entry_dir / "adapter")
-    with atomic_path(entry_dir / "train.parquet") as temporary:
-        shutil.copyfile(work / "train.parquet", temporary)
-    manifest.write(entry_dir / "adapter.json")
-    return manifest
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 @contextmanager

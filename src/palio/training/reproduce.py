@@ -65,6 +65,8 @@ def reproduce(
         entry=first.entry,
         threads=threads,
     )
+    assert first.final_loss is not None  # a recipe's; a team's own program has another recipe_version
+    assert second.final_loss is not None
     return Reproduction(
         first=first,
         second=second,

@@ -1,0 +1,13 @@
+"""Confinement of what teams hand in to be run. What it promises stands in docs/security.md.
+
+room         what a program sees and may use, as bubblewrap's arguments
+gpu          the one GPU, seen from outside
+seccomp      system calls it has no business with
+process      a program running in its room, watched, and ended with all it started
+handed_in    files that come from a team: plain, inside their folder, no pickles, no code
+door         sockets into the network of a confined server
+gateway      HTTP on our loopback in front of it: replies of bounded size and time
+server       a team's server: files or image → room → door → gateway
+image        a container image as a folder
+doctor       whether this machine can confine, and what is lost if not
+"""

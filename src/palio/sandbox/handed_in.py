@@ -1,0 +1,146 @@
+"""Files that come from a team. Nothing of them is trusted: a link is not followed, a pickle is not opened,
+code is not taken, and a weight file must be what its name says.
+
+    check_files    a team's folder before it is shown to its program or copied
+    take_model     what a training program left, into a folder of ours
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import Any, Literal
+
+from palio.errors import BadInput, RuleViolation
+
+TAKEN = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model"})
+"""Suffixes of files that are taken over; tokenizers are `.json`, `.txt` and `.model`."""
+PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"})
+CONFIG_BYTES = 64 << 20
+HEADER_BYTES = 100 << 20
+"""safetensors' own limit."""
+
+
+def check_files(folder: Path, key: str) -> None:
+    """A team's folder holds plain files and folders, and its program will be able to read them.
+
+    Raises BadInput with `key`, the place in the entry file.
+    """
+    if not folder.is_dir():
+        raise BadInput("entry", key, str(folder), "no such folder; correct the path")
+    for where, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(where, name)
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                raise BadInput(path, "", None, "is a symbolic link; put the file itself there")
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise BadInput(path, "", None, "is neither a file nor a folder; remove it")
+            readable = stat.S_IROTH | (stat.S_IXOTH if stat.S_ISDIR(mode) else 0)
+            if os.geteuid() == 0 and mode & readable != readable:  # the program is not root
+                raise BadInput(path, "", None, f"is for its owner only; run chmod -R o+rX {folder}")
+
+
+def take_model(left: Path, out: Path, *, base_model: Path, base_model_id: str) -> Literal["lora", "full"]:
+    """Copy an adapter or a model out of the folder a program left; which of the two it is.
+
+    Other files are left where they are: checkpoints, logs, `training_args.bin`.
+
+    Raises RuleViolation if there is neither, or it holds what Palio does not load.
+    """
+    names = sorted(path.name for path in left.iterdir()) if left.is_dir() else []
+    if "adapter_config.json" in names:
+        kind: Literal["lora", "full"] = "lora"
+    elif "config.json" in names:
+        kind = "full"
+    else:
+        raise RuleViolation(
+            f"the program left neither adapter_config.json nor config.json in its result: {_some(names)}"
+        )
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    for name in names:
+        if Path(name).suffix in TAKEN:
+            _copy(left / name, out / name)
+    weights = sorted(out.glob("*.safetensors"))
+    if not weights:
+        pickles = [name for name in names if Path(name).suffix in PICKLES]
+        found = f"{_some(pickles)}: a pickle runs code when it is opened" if pickles else _some(names)
+        raise RuleViolation(f"the result has no .safetensors weights but {found}; save safetensors")
+    for path in weights:
+        _check_weights(path)
+    for path in sorted(out.glob("*.json")):
+        content = _json(path)
+        if isinstance(content, dict) and content.get("auto_map"):
+            raise RuleViolation(f"{path.name} has auto_map, code of its own; hand in a model without")
+    if kind == "lora":
+        _settle_adapter(out / "adapter_config.json", base_model_id)
+    else:
+        _check_architecture(_json(out / "config.json"), _json(base_model / "config.json"))
+    return kind
+
+
+def _some(names: list[str]) -> str:
+    return (", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")) if names else "nothing"
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A regular file, opened without following a link."""
+    try:
+        descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        raise RuleViolation(f"the result's {source.name} is a link; put the file itself there") from None
+    with os.fdopen(descriptor, "rb") as reader:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise RuleViolation(f"the result's {source.name} is no file")
+        if source.suffix != ".safetensors" and facts.st_size > CONFIG_BYTES:
+            raise RuleViolation(
+                f"the result's {source.name} has {facts.st_size >> 20} MB; at most 64 are taken"
+            )
+        with target.open("wb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+
+
+def _check_weights(path: Path) -> None:
+    """The header is JSON and its tensors fill the file exactly: no pickle, not torn."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 0 < length <= min(HEADER_BYTES, size - 8):
+            raise RuleViolation(f"{path.name} is not safetensors; save with save_pretrained")
+        header = stream.read(length)
+    try:
+        tensors = {name: of for name, of in json.loads(header).items() if name != "__metadata__"}
+        end = max((int(of["data_offsets"][1]) for of in tensors.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        raise RuleViolation(f"{path.name} is not safetensors; save with save_pretrained") from None
+    if not tensors or 8 + length + end != size:
+        raise RuleViolation(f"{path.name} is torn; save to another folder, then rename it to the result's")
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise RuleViolation(f"the result's {path.name} is not JSON") from None
+
+
+def _settle_adapter(config: Path, base_model_id: str) -> None:
+    """The adapter is LoRA's and names no path and no module to import."""
+    settings = _json(config)
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+        raise RuleViolation("adapter_config.json: peft_type is not LORA; hand in the merged model instead")
+    settings |= {"base_model_name_or_path": base_model_id, "auto_mapping": None}
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_architecture(ours: Any, base: Any) -> None:
+    for key in ("model_type", "architectures"):
+        if not isinstance(ours, dict) or ours.get(key) != base.get(key):
+            raise RuleViolation(
+                f"config.json: {key} is not {base.get(key)!r}, the base model's; tune the entry's base model"
+            )

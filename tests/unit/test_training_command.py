@@ -1,0 +1,181 @@
+"""The fine-tuning step with a team's own program: what it is given, what is taken, what its time costs."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from palio.config import Program
+from palio.errors import BadInput, Crashed, Interrupted
+from palio.packaging.package import build_package
+from palio.records import AdapterManifest, read_record
+from palio.training.ledger import charged, read_ledger
+from tests.programs import HANDS_IN, program_of, run_command, start_command
+from tests.training import Entry, tiny_base_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
+    return tiny_base_model(tmp_path_factory.mktemp("base"), base_model)
+
+
+@pytest.fixture
+def entry(tiny: Path, tmp_path: Path) -> Entry:
+    return Entry.create(tmp_path / "entry", tiny)
+
+
+def work_of(entry: Entry) -> Path:
+    (work,) = (entry.folder / "work" / "train").iterdir()
+    return work
+
+
+def log_of(entry: Entry) -> str:
+    return (work_of(entry) / "program.log").read_text()
+
+
+def test_the_example_trains_with_another_trainer_and_is_packaged_as_any_entry(entry: Entry) -> None:
+    files = ROOT / "config/entries/examples/peft_script"
+    run = ("python", "train.py", "--max-steps", "4", "--save-steps", "2")
+    manifest = run_command(entry, Program(run=run, files=str(files)))
+    assert read_record(AdapterManifest, entry.folder / "adapter.json") == manifest
+    assert (manifest.state, manifest.recipe["method"], manifest.rows) == ("finished", "lora", 64)
+    assert set(manifest.files) == {"adapter_config.json", "adapter_model.safetensors"}
+    package = build_package(
+        base_model=entry.base, entry_dir=entry.folder, adapter=True, competition="c", track_id="t", entry="e"
+    )
+    assert package.adapter_fingerprint == manifest.fingerprint
+    AutoModelForCausalLM.from_pretrained(entry.folder / "package")
+
+
+def test_a_program_is_given_what_the_contract_says(entry: Entry, tmp_path: Path) -> None:
+    code = (
+        HANDS_IN
+        + """
+import time
+import pyarrow.parquet as pq
+given = {name: value for name, value in os.environ.items() if name.startswith("PALIO_")}
+print(sorted(given))
+assert pq.read_table(Path(given["PALIO_DATASET"], "train.parquet")).column_names == ["prompt", "completion"]
+assert Path(given["PALIO_BASE_MODEL"], "model.safetensors").exists()
+assert 0 < float(given["PALIO_DEADLINE"]) - time.time() <= float(given["PALIO_SECONDS"]) + 1 <= 61
+Path(given["PALIO_CHECKPOINTS"], "step1").write_text("x")
+hand_in()
+"""
+    )
+    run_command(entry, program_of(tmp_path / "files", code))
+    for name in ("BASE_MODEL", "CHECKPOINTS", "CONTRACT", "CPUS", "DATASET", "DEADLINE", "OUTPUT", "SECONDS"):
+        assert f"PALIO_{name}" in log_of(entry)
+
+
+def test_at_the_end_of_the_budget_the_last_result_is_taken_and_nothing_is_trained_again(
+    entry: Entry, tmp_path: Path
+) -> None:
+    code = HANDS_IN + "import time\nhand_in()\nprint('started', flush=True)\nwhile True: time.sleep(0.1)\n"
+    program = program_of(tmp_path / "files", code)
+    began = time.monotonic()
+    manifest = run_command(entry, program, budget="4s")
+    assert time.monotonic() - began < 7
+    assert manifest.state == "budget_reached"
+    assert run_command(entry, program, budget="4s") == manifest
+    assert log_of(entry).count("started") == 1
+
+
+def test_a_program_is_asked_to_stop_before_its_deadline(entry: Entry, tmp_path: Path) -> None:
+    code = (
+        HANDS_IN
+        + """
+import signal, sys, time
+def stop(*_):
+    hand_in()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+while True: time.sleep(0.1)
+"""
+    )
+    assert run_command(entry, program_of(tmp_path / "files", code), budget="10s").state == "finished"
+
+
+def test_a_killed_step_goes_on_from_the_programs_checkpoints_with_the_budget_it_had_left(
+    entry: Entry, tmp_path: Path
+) -> None:
+    code = (
+        HANDS_IN
+        + """
+import time
+steps = Path(os.environ["PALIO_CHECKPOINTS"])
+print("left", os.environ["PALIO_SECONDS"], flush=True)
+for step in range(8):
+    if (steps / str(step)).exists():
+        continue
+    time.sleep(0.5)
+    (steps / str(step)).touch()
+    print("step", step, flush=True)
+hand_in()
+"""
+    )
+    program = program_of(tmp_path / "files", code)
+    first = start_command(entry, program)
+    while not (entry.folder / "work").exists() or "step 2" not in log_of(entry):
+        time.sleep(0.1)
+        assert first.poll() is None
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    manifest = run_command(entry, program)
+    log = log_of(entry)
+    assert [line for line in log.splitlines() if line.startswith("step")] == [f"step {n}" for n in range(8)]
+    left = [int(line.split()[1]) for line in log.splitlines() if line.startswith("left")]
+    assert left[0] - left[1] >= 1
+    seconds = charged(read_ledger(work_of(entry) / "ledger.jsonl"))
+    assert len(seconds) == 2
+    assert manifest.state == "finished"
+
+
+def test_sigterm_lets_the_program_save_before_the_step_ends(entry: Entry, tmp_path: Path) -> None:
+    code = """
+import os, signal, sys, time
+from pathlib import Path
+def stop(*_):
+    Path(os.environ["PALIO_CHECKPOINTS"], "saved").touch()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+while True: time.sleep(0.1)
+"""
+    step = start_command(entry, program_of(tmp_path / "files", code))
+    while not (entry.folder / "work").exists() or "ready" not in log_of(entry):
+        time.sleep(0.1)
+        assert step.poll() is None
+    step.send_signal(signal.SIGTERM)
+    _, said = step.communicate(timeout=30)
+    assert "stopped by SIGTERM; start again" in said
+    assert step.returncode == Interrupted.exit_code
+    assert (work_of(entry) / "program" / "checkpoints" / "saved").exists()
+
+
+def test_a_program_that_fails_is_named_with_its_code_and_last_line(entry: Entry, tmp_path: Path) -> None:
+    program = program_of(tmp_path / "files", "raise SystemExit('out of ideas \\x1b[31m')")
+    with pytest.raises(Crashed, match=r"the program ended with code 1; .*program.log: out of ideas \[31m"):
+        run_command(entry, program)
+
+
+def test_a_link_among_the_teams_files_is_refused(entry: Entry, tmp_path: Path) -> None:
+    program = program_of(tmp_path / "files", "")
+    (tmp_path / "files" / "data").symlink_to("/etc")
+    with pytest.raises(BadInput, match="is a symbolic link; put the file itself there"):
+        run_command(entry, program)
+
+
+def test_a_changed_program_is_another_run_and_replaces_nothing_unasked(entry: Entry, tmp_path: Path) -> None:
+    first = run_command(entry, program_of(tmp_path / "files", HANDS_IN + "hand_in(0.01)"))
+    changed = program_of(tmp_path / "files", HANDS_IN + "hand_in(0.02)")
+    with pytest.raises(BadInput, match="give --retrain to replace it"):
+        run_command(entry, changed)
+    second = run_command(entry, changed, retrain=True)
+    assert first.fingerprint != second.fingerprint
+    assert first.files != second.files
