@@ -6,7 +6,8 @@
     GET  /health     200 while requests are answered, 503 with the reason when they are not
     GET  /metrics    counters in Prometheus' text format
 
-Nonsense gets a 4xx with a reason, a full queue 429, a passed deadline 504. No prompt is ever logged.
+Nonsense gets a 4xx with a reason, a full queue 429, an engine that broke 503, a passed deadline 504.
+No prompt is ever logged.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, BeforeValidator, Field
 
 from palio.errors import BadInput
-from palio.serving.engine import BadRequest, Completion, Engine, QueueFull, Request
+from palio.serving.engine import BadRequest, Completion, Engine, QueueFull, Request, Unavailable
 
 DEADLINE_SECONDS = 2700.0
 """Below the 3000 s after which HELM's client gives up on a request."""
@@ -108,6 +109,7 @@ def build_app(engine: Engine, *, deadline: float = DEADLINE_SECONDS) -> FastAPI:
 
     app.exception_handler(BadRequest)(_refuse(422))
     app.exception_handler(QueueFull)(_refuse(429, {"Retry-After": "5"}))
+    app.exception_handler(Unavailable)(_refuse(503))
     return app
 
 

@@ -62,6 +62,7 @@ class Engine(Protocol):
         Raises:
             QueueFull: as many requests wait as the queue holds.
             BadRequest: the request cannot be answered, whoever asks.
+            Unavailable: the engine serves no more.
         """
         ...
 
@@ -90,3 +91,7 @@ class QueueFull(Exception):
 
 class BadRequest(Exception):
     """Its message says what to change: HTTP 422."""
+
+
+class Unavailable(Exception):
+    """The engine is closed or broken: HTTP 503."""

@@ -20,6 +20,7 @@ class Vocabulary:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._prefix: list[int] = tokenizer("")["input_ids"]
+        self._size = len(tokenizer)
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -44,8 +45,8 @@ class Vocabulary:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text `encode` got: without the special tokens that it puts before a text."""
-        if any(not 0 <= token < len(self._tokenizer) for token in tokens):
-            raise BadRequest(f"a token is outside the vocabulary of {len(self._tokenizer)}")
+        if any(not 0 <= token < self._size for token in tokens):
+            raise BadRequest(f"a token is outside the vocabulary of {self._size}")
         count = len(self._prefix)
         if count and list(tokens[:count]) == self._prefix:
             tokens = tokens[count:]

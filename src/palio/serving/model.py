@@ -1,0 +1,218 @@
+"""A loaded model that computes chunks of a prefix tree: all at once, or one after the other."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from palio.errors import BadInput, OutOfMemory
+from palio.serving import attention
+from palio.serving.attention import Chunk, Plan
+from palio.serving.prefix_tree import Node, PrefixTree
+
+DEFAULT_CONTEXT = 2048
+"""Tokens, for a model that names no limit."""
+CPU_CACHE_GB = 2.0
+GPU_SPARE = 0.1
+"""Share of the GPU memory cap left for activations."""
+AGREEMENT = 1e-2
+"""Mean KL divergence, in nats, that the tree's arithmetic may make. A model it does not fit is off by >1."""
+
+
+class Model(Protocol):
+    """What the engine needs of a model."""
+
+    context: int
+    """Tokens of prompt and completion together."""
+    shares: bool
+    """Whether chunks of one call may lie on one another's paths."""
+    token_bytes: int
+    """Memory of the keys and values of one token."""
+    ends: frozenset[int]
+    """Tokens that end a completion."""
+
+    def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
+        """Compute chunks and mark them filled; (keep, vocabulary) fp32 logits of each, in their order."""
+        ...
+
+
+def load_model(package: Path, device: str, gpu_memory_gb: float | None) -> Model:
+    """The model on its device: fp32 on a CPU, in its own dtype on a GPU.
+
+    Raises:
+        BadInput: no such package or device.
+        OutOfMemory: it does not fit.
+    """
+    if not (package / "config.json").exists():
+        raise BadInput(package, "", None, "no config.json; give a folder made by `palio package`")
+    if device not in ("auto", "cpu", "cuda"):
+        raise BadInput("--device", "", device, "use auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device", "", device, "no CUDA GPU is visible; use cpu")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu and gpu_memory_gb is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory_gb * 1e9 / total))
+    disable_progress_bar()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(package, dtype="auto" if on_gpu else torch.float32)
+        loaded.eval().to("cuda" if on_gpu else "cpu")
+        return choose_model(loaded)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(f"{package} does not fit into memory: {error}") from None
+
+
+def choose_model(loaded: Any) -> Model:
+    """A `TreeModel` where its logits are the model's own, else a `PlainModel`."""
+    plain = PlainModel(loaded)
+    own = loaded.config._attn_implementation
+    try:
+        reference = _probe_plain(plain)
+        tree = TreeModel(loaded)
+        divergence = _divergence(reference, _probe_tree(tree))
+        if divergence <= AGREEMENT:
+            return tree
+        reason = f"its logits would be off by {divergence:.2g} nats"
+    except (TypeError, KeyError, ValueError, AttributeError, NotImplementedError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    print(f"served one sequence at a time, without shared prefixes: {reason}", file=sys.stderr)
+    loaded.set_attn_implementation(own)
+    return plain
+
+
+PROBE = list(range(5, 53))
+"""Any text will do: token ids that every vocabulary has."""
+
+
+def _probe_plain(model: Model) -> torch.Tensor:
+    leaf = Node(Node(None, [], 0, 0), PROBE, 0, len(PROBE))
+    return model.forward([Chunk(leaf, 0, len(PROBE), 16)])[0]
+
+
+def _probe_tree(model: Model) -> torch.Tensor:
+    """The same logits by every way through the tree: a node and its child in one pass, part of a node,
+    one token."""
+    (leaf,) = PrefixTree(len(PROBE)).acquire(PROBE[:32], 16) or []
+    leaf.tokens = PROBE[32:]
+    assert leaf.parent is not None
+    _, first = model.forward([Chunk(leaf.parent, 0, 32, 0), Chunk(leaf, 0, 8, 8)])
+    rest = [model.forward([Chunk(leaf, start, stop, stop - start)])[0] for start, stop in ((8, 15), (15, 16))]
+    return torch.cat([first, *rest])
+
+
+def _divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
+    ours, theirs = reference.double().log_softmax(-1), other.double().log_softmax(-1)
+    return float((ours.exp() * (ours - theirs)).sum(-1).mean())
+
+
+def cache_tokens(model: Model, cache_gb: float | None, gpu_memory_gb: float | None) -> int:
+    """Tokens whose keys and values fit into `cache_gb`, or into what is usual on the device.
+
+    Raises:
+        OutOfMemory: not even one full context fits.
+    """
+    if cache_gb is None and torch.cuda.is_available() and torch.cuda.memory_allocated():
+        cap = (gpu_memory_gb or torch.cuda.get_device_properties(0).total_memory / 1e9) * (1 - GPU_SPARE)
+        cache_gb = cap - torch.cuda.memory_allocated() / 1e9
+    elif cache_gb is None:
+        cache_gb = max(CPU_CACHE_GB, model.context * model.token_bytes / 1e9)
+    tokens = int(cache_gb * 1e9 // model.token_bytes)
+    if tokens < model.context:
+        raise OutOfMemory(
+            f"{max(0.0, cache_gb):.2f} GB are left for keys and values; one sequence of {model.context} "
+            f"tokens needs {model.context * model.token_bytes / 1e9:.2f} GB"
+        )
+    return tokens
+
+
+class TreeModel:
+    """One forward pass for all chunks, with attention over the tree."""
+
+    shares = True
+
+    def __init__(self, loaded: Any) -> None:
+        loaded.set_attn_implementation(attention.NAME)
+        if loaded.config._attn_implementation != attention.NAME:
+            raise NotImplementedError("its attention cannot be replaced")
+        self._model = loaded
+        self._device = loaded.device
+        self._picks_logits = "logits_to_keep" in inspect.signature(loaded.forward).parameters
+        node = Node(Node(None, [], 0, 0), [PROBE[0]], 0, 1)
+        plan = self._run([Chunk(node, 0, 1, 1)])[0]
+        self.context = int(min(context_of(loaded), plan.window))
+        self.token_bytes = sum(kv.nbytes for kv in node.memory.values())
+        self.ends = ends_of(loaded)
+
+    def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
+        plan, logits = self._run(chunks)
+        for chunk in chunks:
+            chunk.node.filled = chunk.stop
+        parts = torch.split(logits, [chunk.keep for chunk in plan.chunks])
+        of_chunk = {id(chunk): part for chunk, part in zip(plan.chunks, parts, strict=True)}
+        return [of_chunk[id(chunk)] for chunk in chunks]
+
+    @torch.inference_mode()
+    def _run(self, chunks: Sequence[Chunk]) -> tuple[Plan, torch.Tensor]:
+        plan = Plan(chunks)
+        ids = [token for chunk in plan.chunks for token in chunk.tokens]
+        positions = [
+            position
+            for chunk in plan.chunks
+            for position in range(chunk.node.begin + chunk.start, chunk.node.begin + chunk.stop)
+        ]
+        kept = [
+            row
+            for chunk, (_, last) in zip(plan.chunks, plan.rows, strict=True)
+            for row in range(last - chunk.keep, last)
+        ]
+        keep = torch.tensor(kept, dtype=torch.long, device=self._device)
+        output = self._model(
+            input_ids=torch.tensor([ids], device=self._device),
+            position_ids=torch.tensor([positions], device=self._device),
+            use_cache=False,
+            plan=plan,
+            **({"logits_to_keep": keep} if self._picks_logits else {}),
+        )
+        logits = output.logits[0] if self._picks_logits else output.logits[0, keep]
+        return plan, logits.float()
+
+
+class PlainModel:
+    """Chunk after chunk, each sequence with a cache of its own: for any causal model of transformers."""
+
+    shares = False
+
+    def __init__(self, loaded: Any) -> None:
+        self._model = loaded
+        self.context = context_of(loaded)
+        config = loaded.config
+        self.token_bytes = 2 * config.num_hidden_layers * config.hidden_size * loaded.dtype.itemsize
+        self.ends = ends_of(loaded)
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
+        return [self._forward(chunk) for chunk in chunks]
+
+    def _forward(self, chunk: Chunk) -> torch.Tensor:
+        ids = torch.tensor([chunk.tokens], device=self._model.device)
+        output = self._model(input_ids=ids, past_key_values=chunk.node.memory.get(0), use_cache=True)
+        chunk.node.memory[0] = output.past_key_values
+        chunk.node.filled = chunk.stop
+        logits: torch.Tensor = output.logits[0, len(chunk) - chunk.keep :].float()
+        return logits
+
+
+def context_of(loaded: Any) -> int:
+    return int(getattr(loaded.config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
+
+
+def ends_of(loaded: Any) -> frozenset[int]:
+    ends = loaded.generation_config.eos_token_id
+    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
