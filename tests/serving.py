@@ -1,0 +1,47 @@
+"""A tiny package to serve, and what transformers itself makes of the same prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from palio.serving.engine import Completion, Request
+from palio.serving.transformers_engine import TransformersEngine
+
+SHOTS = "".join(f"Question: What is {n} plus {3 * n}?\nAnswer: {4 * n}\n\n" for n in range(12))
+QUESTIONS = [f"{SHOTS}Question: What is {7 * n} plus {n + 5}?\nAnswer:" for n in range(6)]
+"""Prompts as HELM makes them: the same examples, then each its own question."""
+
+
+@contextmanager
+def engine_of(package: Path, **settings: Any) -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(package, device="cpu", threads=1, **settings)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def complete(engine: TransformersEngine, prompts: Sequence[str], **settings: Any) -> list[Completion]:
+    """The first completion of each prompt, all of them in flight at once."""
+    futures = [engine.submit(Request(prompt, **settings)) for prompt in prompts]
+    return [future.result(60)[0] for future in futures]
+
+
+def generated(package: Path, prompts: Sequence[str], new_tokens: int) -> list[str]:
+    """Greedy completions by `model.generate`, one prompt at a time."""
+    model = AutoModelForCausalLM.from_pretrained(package, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(package)
+    texts = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        new = model.generate(ids, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)[
+            0, ids.shape[1] :
+        ]
+        texts.append(tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return texts

@@ -1,0 +1,81 @@
+"""From tokens to text, and from logits to tokens."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from palio.serving.engine import BadRequest, Token
+from palio.serving.sampling import draw
+from palio.serving.text import TextStream, Vocabulary, cut, find_stop
+
+
+@pytest.fixture(scope="module")
+def vocabulary(base_model: Path) -> Vocabulary:
+    return Vocabulary(AutoTokenizer.from_pretrained(base_model))
+
+
+@pytest.mark.parametrize("text", [" Paris.\n\nThe", "naïve 漢字 🐎🏽!", "👩‍👩‍👧", "\x00 \t ok"])
+def test_the_pieces_of_a_text_are_whole_characters_and_make_the_text(
+    vocabulary: Vocabulary, text: str
+) -> None:
+    stream = TextStream(vocabulary, vocabulary.encode("Prompt:"))
+    pieces = [stream.add(token) for token in vocabulary.encode(text)]
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_half_a_character_is_not_shown(vocabulary: Vocabulary) -> None:
+    horse = vocabulary.encode("🐎")
+    stream = TextStream(vocabulary, [])
+    assert len(horse) > 1
+    assert [stream.add(token) for token in horse[:-1]] == [""] * (len(horse) - 1)
+
+
+def test_decode_is_the_inverse_of_encode(vocabulary: Vocabulary) -> None:
+    for text in ("their 'studio' .", "  two  blanks ", "<|im_end|>", "ü🐎"):
+        assert vocabulary.decode(vocabulary.encode(text)) == text
+
+
+def test_a_token_outside_the_vocabulary_is_refused(vocabulary: Vocabulary) -> None:
+    with pytest.raises(BadRequest, match="outside the vocabulary"):
+        vocabulary.decode([10**9])
+
+
+def test_half_a_surrogate_pair_is_refused(vocabulary: Vocabulary) -> None:
+    with pytest.raises(BadRequest, match="surrogate"):
+        vocabulary.encode("\ud83d")
+
+
+def test_the_earliest_stop_sequence_counts() -> None:
+    assert find_stop("one two three", ["three", "two"]) == 4
+    assert find_stop("one", ["two"]) is None
+
+
+def test_a_cut_inside_a_token_keeps_its_part_and_its_logprob() -> None:
+    tokens = [Token("one", -1.0), Token(" two\nQ", -2.0), Token("uestion", -4.0)]
+    completion = cut(tokens, len("one two"))
+    assert completion.text == "one two"
+    assert [token.text for token in completion.tokens] == ["one", " two"]
+    assert completion.logprob == -3.0
+
+
+def test_temperature_zero_takes_the_most_likely() -> None:
+    assert draw(torch.tensor([0.0, 5.0, 1.0]), 1e-7, 1.0, random.Random(0)) == 1
+
+
+def test_top_p_draws_from_the_smallest_set_that_reaches_it() -> None:
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    drawn = {draw(logits, 1.0, 0.6, random.Random(seed)) for seed in range(200)}
+    assert drawn == {0, 1}
+
+
+def test_drawn_tokens_have_the_models_frequencies() -> None:
+    logits = torch.tensor([0.7, 0.2, 0.1]).log()
+    state = random.Random(0)
+    drawn = [draw(logits, 1.0, 1.0, state) for _ in range(3000)]
+    assert [drawn.count(token) / 3000 for token in range(3)] == pytest.approx([0.7, 0.2, 0.1], abs=0.03)

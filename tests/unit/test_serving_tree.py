@@ -1,0 +1,159 @@
+"""The tree of prefixes, and attention over it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PersimmonConfig,
+    PhiConfig,
+    Qwen2Config,
+)
+
+from palio.serving.attention import attend, attend_plainly
+from palio.serving.model import PlainModel, TreeModel, choose_model
+from palio.serving.prefix_tree import Node, PrefixTree
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+
+
+def compute(tree: PrefixTree) -> None:
+    """As a model does: each token's keys and values, here its own number."""
+    for node in tree.nodes():
+        node.filled = len(node.tokens)
+        node.memory[0] = torch.tensor(node.tokens, dtype=torch.float32).expand(2, 1, -1).unsqueeze(-1).clone()
+
+
+def words(node: Node) -> list[list[int]]:
+    return [above.tokens for above in node.path()]
+
+
+def test_what_two_prompts_share_is_one_node() -> None:
+    tree = PrefixTree(100)
+    (first,) = tree.acquire([1, 2, 3, 4], 1) or []
+    (second,) = tree.acquire([1, 2, 5], 1) or []
+    assert words(first) == [[1, 2], [3, 4], []]
+    assert words(second) == [[1, 2], [5], []]
+    assert first.path()[0] is second.path()[0]
+    assert tree.size == 5 + 2
+
+
+def test_a_node_that_is_split_keeps_what_was_computed() -> None:
+    tree = PrefixTree(100)
+    (first,) = tree.acquire([1, 2, 3, 4], 1) or []
+    compute(tree)
+    tree.acquire([1, 2, 5], 1)
+    assert [(node.tokens, node.begin, node.filled) for node in first.path()[:2]] == [
+        ([1, 2], 0, 2),
+        ([3, 4], 2, 2),
+    ]
+    assert [node.memory[0][0, 0, :, 0].tolist() for node in first.path()[:2]] == [[1, 2], [3, 4]]
+
+
+def test_the_least_recently_used_prompt_makes_room() -> None:
+    tree = PrefixTree(10)
+    for prompt in ([1, 2, 3], [4, 5, 6], [1, 2, 3]):
+        (leaf,) = tree.acquire(prompt, 1) or []
+        compute(tree)
+        tree.release(leaf)
+    tree.acquire([7, 8, 9], 2)
+    assert tree.find([1, 2, 3]) == 3
+    assert tree.find([4, 5, 6]) == 0
+    assert tree.size <= tree.capacity
+    assert tree.evicted == 3
+
+
+def test_what_runs_is_never_evicted() -> None:
+    tree = PrefixTree(8)
+    (leaf,) = tree.acquire([1, 2, 3], 2) or []
+    compute(tree)
+    assert tree.acquire([4, 5, 6], 2) is None
+    assert tree.find([4]) == 0
+    assert tree.size == 5
+    tree.release(leaf)
+    assert tree.acquire([4, 5, 6], 2)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_fused_kernel_computes_what_the_definition_says(causal: bool) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(6, 5, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    for ours, expected in zip(
+        attend(query, key, value, causal, 0.3), attend_plainly(query, key, value, causal, 0.3), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_gpu_kernel_computes_what_the_definition_says(causal: bool) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(n, 40, 64, dtype=torch.bfloat16, device="cuda") for n in (6, 2, 2))
+    for ours, expected in zip(
+        attend(query, key, value, causal, 0.1), attend_plainly(query, key, value, causal, 0.1), strict=True
+    ):
+        torch.testing.assert_close(ours.float(), expected.float(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**GROUPED),
+        MistralConfig(**GROUPED, sliding_window=2048),
+        Qwen2Config(**GROUPED),
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4),
+        GPTNeoXConfig(**SMALL),
+        OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4),
+        PhiConfig(**SMALL),
+        PersimmonConfig(**SMALL),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_the_competitions_model_families_share_prefixes(config: Any) -> None:
+    torch.manual_seed(0)
+    model = choose_model(AutoModelForCausalLM.from_config(config).eval())
+    assert isinstance(model, TreeModel)
+    assert model.token_bytes > 0
+
+
+def test_a_model_is_served_up_to_its_sliding_window() -> None:
+    config = MistralConfig(**GROUPED, sliding_window=2048, max_position_embeddings=8192)
+    assert choose_model(AutoModelForCausalLM.from_config(config).eval()).context == 2048
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4),
+        FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
+        Gemma2Config(**GROUPED, head_dim=8),
+        MistralConfig(**GROUPED, sliding_window=16),
+    ],
+    ids=["bloom", "falcon with alibi", "gemma2 with capped scores", "mistral with a short window"],
+)
+def test_a_model_whose_attention_is_special_is_served_one_by_one(
+    config: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    model = choose_model(AutoModelForCausalLM.from_config(config).eval())
+    assert isinstance(model, PlainModel)
+    assert "one sequence at a time" in capfd.readouterr().err
