@@ -662,5 +662,21 @@ def retry(competition: str, entry: str, steps: tuple[str, ...], results: Path) -
     print(f"{entry}: {', '.join(steps)} will start afresh with the next run of the workflow")
 
 
+@palio.command(cls=Verb, example="palio doctor --slurm --competition config/neurips2023.yaml")
+@competition_option
+@click.option("--slurm", is_flag=True, required=True, help="Check a SLURM site.")
+@click.option("--profile", type=ExistingPath, default=Path("profiles/slurm/config.yaml"), show_default=True)
+def doctor(competition: str, slurm: bool, profile: Path) -> None:
+    """Check, before the first run, that a site and a profile fit the competition; print the lines to fix."""
+    from palio.operating.doctor import examine
+
+    wrong = 0
+    for finding in examine(competition_of(competition), profile):
+        wrong += not finding.ok
+        print(finding, flush=True)
+    if wrong:
+        raise PalioError(f"{wrong} to fix before the first run")
+
+
 if __name__ == "__main__":
     main()

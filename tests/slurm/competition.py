@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,3 +76,18 @@ def controller(folder: WorkingFolder, cluster: Cluster, *arguments: str) -> Iter
 
 def output(folder: WorkingFolder) -> str:
     return (folder.path / "snakemake.log").read_text()
+
+
+def copy(folder: WorkingFolder, path: Path) -> WorkingFolder:
+    """A copy of a competition with all it has made, to go on with."""
+    shutil.copytree(folder.path, path, symlinks=True)
+    (path / "snakemake.log").unlink(missing_ok=True)
+    return WorkingFolder(path)
+
+
+def fault_row(fault: str, lost: str, reran: str, seconds: float | None) -> None:
+    """A line of the table in docs/slurm.md, into the file that PALIO_FAULT_TABLE names."""
+    if table := os.environ.get("PALIO_FAULT_TABLE"):
+        back = "–" if seconds is None else f"{seconds:.0f} s"
+        with Path(table).open("a", encoding="utf-8") as file:
+            file.write(f"| {fault} | {lost} | {reran} | {back} |\n")

@@ -62,10 +62,3 @@ def finished(cluster: Cluster, tiny: Path, tmp_path_factory: pytest.TempPathFact
     lines = [line.split("|") for line in cluster.jobs("%i|%T|%P|%k")]
     jobs = {job: (state, partition, rule) for job, state, partition, rule in lines}
     return Finished(folder, snakemake.returncode, jobs, statuses, seconds)
-
-
-@pytest.fixture
-def competition_folder(finished: Finished, tmp_path: Path) -> WorkingFolder:
-    """A copy of the finished competition, to go on with."""
-    shutil.copytree(finished.folder.path, tmp_path / "competition", symlinks=True)
-    return WorkingFolder(tmp_path / "competition")

@@ -36,7 +36,7 @@ def available() -> bool:
     return shutil.which("squeue") is not None
 
 
-def ask(*command: str) -> str:
+def ask(*command: str, seconds: float = COMMAND_SECONDS) -> str:
     """A SLURM command's output. Raises `PalioError` with its own words if it fails."""
     try:
         done = subprocess.run(
@@ -44,15 +44,13 @@ def ask(*command: str) -> str:
             capture_output=True,
             text=True,
             check=False,
-            timeout=COMMAND_SECONDS,
+            timeout=seconds,
             stdin=subprocess.DEVNULL,
         )
     except FileNotFoundError:
         raise PalioError(f"{command[0]} is not on this machine; run on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
-        raise PalioError(
-            f"{command[0]} did not answer within {COMMAND_SECONDS:g} s; is slurmctld up?"
-        ) from None
+        raise PalioError(f"{command[0]} did not answer within {seconds:g} s; is slurmctld up?") from None
     if done.returncode != 0:
         said = " ".join((done.stderr or done.stdout).split())
         raise PalioError(f"{' '.join(command[:2])}: {said}")
