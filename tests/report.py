@@ -35,11 +35,11 @@ SCENARIOS = {"open": FAMILIES[:2], "closed": FAMILIES[2:]}
 QUESTIONS = 40
 RIGHT: dict[str, dict[str, list[int]]] = {
     "curated": {"open": [30, 25], "closed": [28, 20]},
-    "open_only": {"open": [32, 27], "closed": [6, 12]},
+    "open_only": {"open": [30, 27], "closed": [6, 12]},
     "raw": {"open": [20, 14], "closed": [16, 15]},
     "untuned": {"open": [3, 0], "closed": [0, 9]},
 }
-"""Of QUESTIONS, by entry, stage and scenario."""
+"""Of QUESTIONS, by entry, stage and scenario. A tie that conventions break differently is among them."""
 HOSTILE = "<script>console.error('ran')</script><img src='http://203.0.113.1/x' onerror='console.error(1)'>"
 """The title of `raw`: an entry's texts are shown, never run."""
 CLEANING = ("clean_markup", "drop_refusals", "drop_disagreement", "drop_exact_duplicates")

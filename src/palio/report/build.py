@@ -14,7 +14,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -31,7 +31,7 @@ from palio.records import Analysis, DidNotFinish, Leaderboard, PublishedFigures,
 from palio.report import figures
 from palio.report.drawing import Drawing, css
 from palio.report.figures import BudgetUse, figures_of_track
-from palio.report.files import EntryFiles, Missing, read_entry
+from palio.report.files import EntryFiles, Missing, read_entry, seconds_used
 from palio.report.paper import Plate, paper_figures
 
 ROWS_LISTED = 4000
@@ -58,6 +58,7 @@ class EntryReport:
     stopped: DidNotFinish | None = None
     files: EntryFiles | None = None
     """None where there are only published values."""
+    used: BudgetUse | None = None
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,11 @@ class TrackReport:
     analysis: Analysis | None
     entries: list[EntryReport]
     """In the order of the leaderboard, then those that did not finish."""
-    used: Sequence[BudgetUse] = ()
 
     @cached_property
     def figures(self) -> dict[str, Drawing]:
-        return figures_of_track(self.board, self.analysis, self.used)
+        used = [one.used for one in self.entries if one.used]
+        return figures_of_track(self.board, self.analysis, used)
 
 
 def build_report(competition: Competition, *, results: Path, leaderboards: Path, out: Path) -> None:
@@ -88,16 +89,15 @@ def build_report(competition: Competition, *, results: Path, leaderboards: Path,
     tracks = []
     for track, settings in competition.tracks.items():
         board, analysis = read_board(leaderboards / f"{track}.json")
+        limits = {
+            "finetune": settings.training_budget,
+            **{stage: competition.stage(stage).time_limit for stage in STAGES},
+        }
         of = [
-            _with_files(one, entries.get(one.id), results / track / one.id, listed)
+            _with_files(one, entries.get(one.id), results / track / one.id, limits, listed)
             for one in entry_reports(board)
         ]
-        limits = {
-            "training": ("finetune", "training_seconds", settings.training_budget),
-            **{stage: (stage, "used_seconds", competition.stage(stage).time_limit) for stage in STAGES},
-        }
-        used = [BudgetUse(one.id, _used(one.files, limits)) for one in of if one.files]
-        tracks.append(TrackReport(track, settings.title, board, analysis, of, used))
+        tracks.append(TrackReport(track, settings.title, board, analysis, of))
     write_report(competition.title, tracks, out)
 
 
@@ -141,26 +141,26 @@ def entry_reports(board: Leaderboard) -> list[EntryReport]:
     ]
 
 
-def _with_files(one: EntryReport, entry: Entry | None, folder: Path, listed: int) -> EntryReport:
+def _with_files(
+    one: EntryReport, entry: Entry | None, folder: Path, limits: Mapping[str, int], listed: int
+) -> EntryReport:
     if one.stopped:
         why = f"the entry stopped at {one.stopped.step}" if one.stopped.step else one.stopped.reason
-    elif entry and entry.dataset is None:
+    elif entry and entry.server:
+        why = "the team's own server, made elsewhere"
+    elif entry and not entry.trained:
         why = "the base model as it is: no training data, no fine-tuning"
     else:
         why = "the step left no record"
     files = read_entry(folder, STAGES, why, listed)
-    return EntryReport(one.id, one.team, entry.title if entry else "", one.score, one.stopped, files)
-
-
-def _used(
-    files: EntryFiles, limits: Mapping[str, tuple[str, str, int]]
-) -> dict[str, tuple[float, float] | None]:
-    found: dict[str, tuple[float, float] | None] = {}
-    for name, (step, key, limit) in limits.items():
-        run = files.runs[step]
-        seconds = None if isinstance(run, Missing) else run.get(key)
-        found[name] = None if seconds is None else (float(seconds), float(limit))
-    return found
+    used = {
+        step: (float(seconds), float(limit))
+        if (seconds := seconds_used(files.runs[step])) is not None
+        else None
+        for step, limit in limits.items()
+    }
+    title = entry.title if entry else ""
+    return replace(one, title=title, files=files, used=BudgetUse(one.id, used))
 
 
 # --- writing ---------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class BudgetUse:
 
     entry: str
     used: dict[str, tuple[float, float] | None]
-    """Step -> (used, limit)."""
+    """finetune and the stages -> (used, limit)."""
 
 
 def figures_of_track(

@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 from palio.errors import BadInput
 from palio.records import (
     AdapterManifest,
+    Check,
     Contamination,
     DatasetManifest,
     PackageManifest,
+    ProbeReport,
     Record,
     StageRecord,
     read_record,
@@ -73,6 +75,7 @@ class Telemetry:
 
 @dataclass(frozen=True)
 class EntryFiles:
+    check: Check | Missing
     dataset: DatasetManifest | Missing
     dropped: dict[str, Dropped]
     """By operation ("2 drop_refusals")."""
@@ -80,6 +83,7 @@ class EntryFiles:
     adapter: AdapterManifest | Missing
     telemetry: Telemetry | Missing
     package: PackageManifest | Missing
+    probe: ProbeReport | Missing
     stages: dict[str, StageRecord | Missing]
     runs: dict[str, dict[str, Any] | Missing]
     """The sidecars: what finetune, package, open and closed took."""
@@ -94,12 +98,14 @@ def read_entry(folder: Path, stages: Sequence[str], why_missing: str, listed: in
     """
     found = _Reader(folder, why_missing)
     return EntryFiles(
+        check=found.record(Check, "check.json"),
         dataset=found.record(DatasetManifest, "dataset/manifest.json"),
         dropped=dropped_rows(folder / "dataset" / "dropped.parquet", listed),
         contamination=found.record(Contamination, "contamination.json"),
         adapter=found.record(AdapterManifest, "adapter.json"),
         telemetry=found.telemetry(),
         package=found.record(PackageManifest, "package.json"),
+        probe=found.record(ProbeReport, "probe.json"),
         stages={stage: found.record(StageRecord, f"{stage}.json") for stage in stages},
         runs={step: found.sidecar(step) for step in ("finetune", "package", *stages)},
     )
@@ -138,6 +144,14 @@ class _Reader:
         except pa.ArrowInvalid as error:
             return Missing(f"{path} is not readable: {error}")
         return Telemetry(**{name: table[name].to_pylist() for name in columns})
+
+
+def seconds_used(run: dict[str, Any] | Missing) -> float | None:
+    """Of the training budget or the stage's limit; a step without one tells nothing here."""
+    if isinstance(run, Missing):
+        return None
+    seconds: float | None = run.get("training_seconds", run.get("used_seconds"))
+    return seconds
 
 
 def dropped_rows(path: Path, listed: int) -> dict[str, Dropped]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from palio.errors import PalioError
 from palio.provenance import atomic_path, file_sha256
@@ -24,13 +26,15 @@ SHA256 = {
 SECONDS = 60
 
 
-def fetch_published(folder: Path, address: str = ADDRESS) -> None:
-    """Bring all six files into `folder`; those that are there already and unchanged are not downloaded.
+def fetch_published(
+    folder: Path, address: str = ADDRESS, files: Mapping[str, str] = MappingProxyType(SHA256)
+) -> None:
+    """Bring all `files` (name -> sha256) into `folder`; one that is there unchanged is not downloaded.
 
     Raises:
         PalioError: no network, or a file is not the published one.
     """
-    for name, sha256 in SHA256.items():
+    for name, sha256 in files.items():
         path = folder / name
         if path.exists() and file_sha256(path) == sha256:
             continue
