@@ -26,7 +26,7 @@ class Toy:
 
     Args:
         answer: the completion of a prompt; default: the numbers from one on.
-        refuses: whether the n-th request, counted from 1, gets HTTP 500.
+        refuses: whether the n-th request, counted from 1, gets the status `refusal`.
         seconds: what each request takes.
     """
 
@@ -36,11 +36,13 @@ class Toy:
         *,
         answer: Callable[[str], str] | None = None,
         refuses: Callable[[int], bool] = lambda number: False,
+        refusal: int = 500,
         seconds: float = 0.0,
     ) -> None:
         self.defect = defect
         self.answer = answer
         self.refuses = refuses
+        self.refusal = refusal
         self.seconds = seconds
         self.lock = threading.Lock()
         self.served = 0
@@ -75,7 +77,7 @@ class Toy:
             if crowded or self.defect == "fails in parallel":
                 time.sleep(0.02)
             if self.refuses(number):
-                return JSONResponse({}, 500)
+                return JSONResponse({}, self.refusal)
             return self.reply(body, started, self.in_flight > 1)
         finally:
             with self.lock:

@@ -71,3 +71,11 @@ def test_nothing_is_asked_after_the_deadline(tmp_path: Path) -> None:
         client = EntryClient(toy.base_url, str(tmp_path / "answers.jsonl"), cut=True, deadline=0)
         assert client.make_request(Request(prompt="one")).error == "the stage's limit ran out"
     assert toy.served == 0
+
+
+def test_a_full_queue_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("palio.evaluation.client.BUSY_SECONDS", 0.05)
+    with serving(Toy(refuses=lambda number: number < 3, refusal=429)) as toy:
+        client = EntryClient(toy.base_url, str(tmp_path / "answers.jsonl"), cut=True, deadline=FAR)
+        assert client.make_request(Request(prompt="one")).success
+    assert toy.served == 3

@@ -33,6 +33,9 @@ from palio.provenance import fingerprint
 
 REPLY_SECONDS = 600.0
 """A reply that takes longer is not waited for."""
+BUSY = (429, 503)
+BUSY_SECONDS = 2.0
+"""Between attempts at a server whose queue is full: back-pressure, not a failure."""
 UNREACHABLE_WAITS = (0.5, 2.0, 8.0)
 """Seconds between attempts to reach a server that does not accept the connection or breaks it."""
 
@@ -89,25 +92,10 @@ class EntryClient(Client):  # type: ignore[misc]
         )
 
     def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
-        for wait in (*(UNREACHABLE_WAITS if self.reachable else ()), None):
-            left = self.deadline - time.time()
-            if left <= 0:
-                raise Unanswered(LIMIT)
-            try:
-                answer = requests.post(
-                    f"{self.base_url}/process", json=body, timeout=min(left, REPLY_SECONDS)
-                )
-                break
-            except requests.Timeout:
-                raise Unanswered(
-                    LIMIT if left < REPLY_SECONDS else f"no reply in {REPLY_SECONDS:.0f} s"
-                ) from None
-            except requests.RequestException as error:
-                if wait is None:
-                    self.reachable = False  # the next request tries once
-                    raise Unanswered(f"{BROKEN} ({type(error).__name__})") from None
-                time.sleep(wait)
-        self.reachable = True
+        answer = self._post(body)
+        while answer.status_code in BUSY:
+            time.sleep(BUSY_SECONDS)
+            answer = self._post(body)
         if answer.status_code != 200:
             raise Unanswered(f"HTTP {answer.status_code}")
         try:
@@ -117,6 +105,30 @@ class EntryClient(Client):  # type: ignore[misc]
         if not isinstance(reply, dict):
             raise Unanswered("the reply is not a JSON object")
         return reply
+
+    def _post(self, body: dict[str, Any]) -> requests.Response:
+        """Any reply, over at most four connections."""
+        waits = UNREACHABLE_WAITS if self.reachable else ()
+        for wait in (*waits, None):
+            left = self.deadline - time.time()
+            if left <= 0:
+                raise Unanswered(LIMIT)
+            try:
+                answer = requests.post(
+                    f"{self.base_url}/process", json=body, timeout=min(left, REPLY_SECONDS)
+                )
+            except requests.Timeout:
+                late = LIMIT if left < REPLY_SECONDS else f"no reply in {REPLY_SECONDS:.0f} s"
+                raise Unanswered(late) from None
+            except requests.RequestException as error:
+                if wait is None:
+                    self.reachable = False  # the next request tries once
+                    raise Unanswered(f"{BROKEN} ({type(error).__name__})") from None
+                time.sleep(wait)
+            else:
+                self.reachable = True
+                return answer
+        raise AssertionError("unreachable")
 
 
 class Unanswered(Exception):
