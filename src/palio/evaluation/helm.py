@@ -54,6 +54,7 @@ RUN_FILES = (
 )
 """A HELM run is complete when all of these exist."""
 RUNTIME = "_runtime"
+WORST_CASES = ("robustness", "fairness")
 POLL_SECONDS = 0.5
 JOURNAL = "answers.jsonl"
 DATA_FOLDERS = ("scenarios", "perturbations")
@@ -467,14 +468,18 @@ def _finite(value: float | None) -> float | None:
 
 
 def _perturbation(run: RunFolder, perturbation: dict[str, Any] | None) -> str | bool | None:
-    """Name of a perturbation, None for the plain input, False if the statistic is not to be believed."""
+    """Name of a perturbation, None for the plain input, False if the statistic is not to be believed.
+
+    `robustness` and `fairness` are the worst case over their perturbations and the plain input. A single
+    perturbation has its bare name, and `<name>:worst` with the plain input, `<name>:original` without it.
+    """
     if not perturbation:
         return None
     if not run.perturbed:
         return False
     name = str(perturbation["name"])
     computed_on = perturbation.get("computed_on", "perturbed")
-    return name if computed_on in ("perturbed", "worst") else f"{name}:{computed_on}"
+    return name if computed_on == "perturbed" or name in WORST_CASES else f"{name}:{computed_on}"
 
 
 @dataclass(frozen=True)
