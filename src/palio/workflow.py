@@ -28,7 +28,7 @@ from palio.config import (
     load_rules,
 )
 from palio.errors import BadInput
-from palio.evaluation.helm import stage_runs
+from palio.evaluation.helm import check_directions, stage_runs
 from palio.provenance import canonical_json, fingerprint
 from palio.rules.check import approved_model
 from palio.rules.entry_file import source_content
@@ -60,6 +60,7 @@ class Workflow:
         for name, path in self.files.items():
             entry, track = self._load(name, path)
             self.entries[track, name] = entry
+        check_directions(self.competition, file)
         self.stage_runs = {stage: stage_runs(self.competition, stage) for stage in STAGES}
 
     def _load(self, name: str, path: Path) -> tuple[Entry | None, str]:

@@ -35,7 +35,7 @@ from typing import Any
 import yaml
 from pyhocon import ConfigFactory
 
-from palio.config import Competition, ScenarioRuns, StageRuns, expand
+from palio.config import STAGES, Competition, ScenarioRuns, StageRuns, expand
 from palio.errors import BadInput, Crashed
 from palio.provenance import canonical_json, fingerprint, write_text
 
@@ -87,6 +87,42 @@ def known_run_specs() -> frozenset[str]:
         sources += [Path(found.origin)] if found and found.origin else []
     pattern = re.compile(r"""@run_spec_function\(\s*["'](\w+)""")
     return frozenset(name for path in sources for name in pattern.findall(path.read_text(encoding="utf-8")))
+
+
+@functools.cache
+def metric_directions() -> dict[str, bool]:
+    """Whether higher is better, by the name of each metric on whose direction HELM's schemas agree."""
+    helm = importlib.util.find_spec("helm")
+    folders = [Path(one) for one in (helm.submodule_search_locations or ())] if helm else []
+    found: dict[str, set[bool]] = {}
+    line = re.compile(r"^\s*(?:- name: (\S+)|lower_is_better: (true|false))", re.MULTILINE)
+    for path in (path for folder in folders for path in folder.glob("benchmark/static/schema_*.yaml")):
+        name = ""
+        for named, lower in line.findall(path.read_text(encoding="utf-8")):
+            if named:
+                name = named
+            else:
+                found.setdefault(name, set()).add(lower == "false")
+    return {name: directions.pop() for name, directions in found.items() if len(directions) == 1}
+
+
+def check_directions(competition: Competition, file: str) -> None:
+    """Hold every metric's `higher_is_better` against HELM's schemas.
+
+    Raises:
+        BadInput: it contradicts HELM, or neither HELM nor the config says.
+    """
+    for stage in STAGES:
+        for name, scenario in competition.stage(stage).scenarios.items():
+            for title, metric in scenario.metrics.items():
+                key = f"stages.{stage}.scenarios.{name}.metrics.{title}.higher_is_better"
+                known = metric_directions().get(metric.metric)
+                if known is None and "higher_is_better" not in metric.model_fields_set:
+                    fix = f"HELM does not say which way {metric.metric} is better; write true or false"
+                    raise BadInput(file, key, None, fix)
+                if known is not None and known != metric.higher_is_better:
+                    fix = f"HELM says of {metric.metric} that {'higher' if known else 'lower'} is better"
+                    raise BadInput(file, key, metric.higher_is_better, f"{fix}; write {str(known).lower()}")
 
 
 def run_entries(path: Path) -> list[tuple[str, str]]:
