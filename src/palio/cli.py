@@ -458,6 +458,88 @@ def evaluate(
         run(stage, parse(StageLimits, json.loads(limits), "--limits"), instances, entry_dir, starter)
 
 
+@palio.command(
+    cls=Verb,
+    example="palio reproduce results/laptop/curated --out results/reproduced/laptop/curated --stage open",
+)
+@click.argument("entry_dir", type=ExistingPath)
+@competition_option
+@click.option("--out", type=ExistingPath, required=True, help="Folder to train in: another <track>/<entry>.")
+@click.option(
+    "--base-model", type=ExistingPath, help="Default: resources/base_models/<id in the entry's manifest>."
+)
+@click.option(
+    "--stage",
+    "stages",
+    multiple=True,
+    type=click.Choice(["open", "closed"]),
+    help="Package and evaluate too, and compare the scores; may be given twice.",
+)
+@click.option("--threads", type=int, help="CPU threads; default: the track's.")
+@click.pass_context
+def reproduce(
+    context: click.Context,
+    entry_dir: Path,
+    competition: str,
+    out: Path,
+    base_model: Path | None,
+    stages: tuple[str, ...],
+    threads: int | None,
+) -> None:
+    """Train a finished entry again from its manifest; compare adapter and scores: the check of winners.
+
+    Ends with 0 if both agree within the noise that docs/training.md states, else with 1.
+    """
+    from palio.config import StageLimits
+    from palio.errors import BadInput
+    from palio.evaluation.helm import stage_runs
+    from palio.records import AdapterManifest, read_record
+    from palio.training.reproduce import reproduce as run
+    from palio.training.reproduce import score_differences
+    from palio.workflow import slice_of
+
+    settings = competition_of(competition)
+    manifest = read_record(AdapterManifest, entry_dir / "adapter.json")
+    track = settings.tracks.get(manifest.track)
+    if track is None:
+        raise BadInput(competition, "tracks", manifest.track, "is not there; give the entry's competition")
+    base_model = base_model or Path("resources/base_models") / manifest.base_model
+    threads = threads or track.cpus
+    found = run(entry_dir=entry_dir, base_model=base_model, track=track, out=out, threads=threads)
+    print("adapter: ", end="")
+    print(
+        "identical"
+        if found.identical
+        else f"weights {found.weight_distance:.3f}, final loss {found.loss_difference:.4f} nats apart"
+    )
+    if stages:
+        context.invoke(
+            package, competition_id=manifest.competition, entry_dir=out, base_model=base_model, adapter=True
+        )
+    for name in stages:
+        stage = settings.stage(name)
+        context.invoke(
+            evaluate,
+            entry_dir=out,
+            runs=slice_of(stage_runs(settings, name)),
+            limits=slice_of(StageLimits(time_limit=stage.time_limit, threads=stage.threads)),
+            track_limits=slice_of(track),
+            instances=Path("resources/stages") / name / "stage.json",
+            threads=threads,
+        )
+        scores = score_differences(entry_dir, out, name, stage.scenarios)
+        found = found.model_copy(update={"scores": (*found.scores, *scores)})
+        for score in scores:
+            print(
+                f"{name} {score.scenario}, {score.metric}: {score.first:.3f}, again {score.second:.3f} "
+                f"(noise {score.noise:.3f}, {score.n} instances)"
+            )
+    found.write(out / "reproduction.json")
+    if not found.reproduced:
+        raise PalioError(f"{entry_dir} is not reproduced: see {out / 'reproduction.json'}")
+    print("reproduced")
+
+
 @palio.command(cls=Verb, example="palio score --track laptop")
 @competition_option
 @click.option("--track", required=True)
