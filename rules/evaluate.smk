@@ -20,7 +20,7 @@ rule helm_open:
         runs=W.runs("open"),
         limits=W.limits("open"),
         track=W.track_limits,
-        isolation=W.isolation,
+        own_server=W.own_server,
         again=W.again("open"),
     shell:
         "palio evaluate"
@@ -30,7 +30,7 @@ rule helm_open:
         " --track {params.track:q}"
         " --instances {input.instances:q}"
         " --threads {threads}"
-        " {params.isolation:q}"
+        " {params.own_server:q}"
         " {params.again:q}"
         " > {log:q} 2>&1"
 
@@ -55,5 +55,5 @@ use rule helm_open as helm_closed with:
         runs=W.runs("closed"),
         limits=W.limits("closed"),
         track=W.track_limits,
-        isolation=W.isolation,
+        own_server=W.own_server,
         again=W.again("closed"),

@@ -357,7 +357,18 @@ def package(
     track, entry = track_and_entry(entry_dir)
     with entry_step("package", entry_dir):
         if server is not None:
-            raise PalioError("server entries are not packaged yet")
+            from palio.config import ServerProgram, parse
+            from palio.packaging.server import package_server
+
+            package_server(
+                parse(ServerProgram, json.loads(server), "server"),
+                base_model=base_model,
+                entry_dir=entry_dir,
+                competition=competition_id,
+                track_id=track,
+                entry=entry,
+            )
+            return
         from palio.packaging.package import build_package
 
         build_package(
@@ -425,6 +436,7 @@ def probe(url: str, competition: str, stage: str, as_json: bool) -> None:
 @click.option("--track", "track_limits", required=True, help="JSON of the track's limits.")
 @click.option("--instances", type=ExistingPath, required=True, help="The stage's record.")
 @click.option("--threads", type=int, help="CPU threads of the model server.")
+@click.option("--base-model", type=ExistingPath, help="Folder of the base model, for a team's own server.")
 @isolation_option
 @fresh_start_option
 def evaluate(
@@ -434,11 +446,12 @@ def evaluate(
     track_limits: str,
     instances: Path,
     threads: int | None,
+    base_model: Path | None,
     isolation: str,
     fresh_start: int | None,
 ) -> None:
     """Serve an entry's package and run HELM on it for one stage, inside the stage's time limit."""
-    from palio.config import StageLimits, StageRuns, Track, parse
+    from palio.config import Isolation, StageLimits, StageRuns, Track, parse
     from palio.evaluation.evaluate import StartServer, work_folder
     from palio.evaluation.evaluate import evaluate as run
     from palio.operating.attempt import set_aside
@@ -449,9 +462,26 @@ def evaluate(
     with entry_step(stage.stage, entry_dir):
         if fresh_start:
             set_aside(work_folder(stage, entry_dir, "key").parent, fresh_start)
+        from palio.records import PackageManifest, read_record
+        from palio.sandbox.room import Limits
+        from palio.sandbox.server import ConfinedServer
         from palio.serving.process import ServerProcess
 
+        handed_in = read_record(PackageManifest, entry_dir / "package.json")
+
         def start_server(package: Path, log: Path) -> Any:
+            if handed_in.kind == "server":
+                if base_model is None:
+                    raise click.UsageError("a team's own server needs --base-model")
+                confinement = parse(Isolation, json.loads(isolation), "isolation")
+                return ConfinedServer(
+                    package,
+                    base_model=base_model / "model",
+                    limits=Limits.of(track, confinement, threads),
+                    isolation=confinement,
+                    log=log,
+                    work=entry_dir / "work",
+                )
             return ServerProcess(package, log=log, threads=threads, gpu_memory_gb=track.gpu_memory_gb)
 
         starter: StartServer = start_server

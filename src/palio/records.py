@@ -190,16 +190,18 @@ class AdapterManifest(Record):
 
 
 class PackageManifest(Record):
-    """A folder that `AutoModelForCausalLM.from_pretrained` loads with no code of ours."""
+    """A folder that `AutoModelForCausalLM.from_pretrained` loads with no code of ours, or a team's server."""
 
+    kind: Literal["model", "server"] = "model"
     competition: str
     track: str
     entry: str
     base_model: str
     base_model_fingerprint: str
     adapter_fingerprint: str | None
-    dtype: str
-    parameters: int
+    dtype: str | None
+    """None, as `parameters`, for a server: its weights are its own affair."""
+    parameters: int | None
     max_logit_difference: float | None
     """Merged model against base plus adapter on probe prompts, fp32 on CPU; None without an adapter."""
     divergence: float | None = None

@@ -211,6 +211,14 @@ class Workflow:
             return ["--server", slice_of(entry.server)]
         return ["--adapter" if self.finetuned(wildcards) else "--no-adapter"]
 
+    def own_server(self, wildcards: Any) -> list[str]:
+        """Options of `palio evaluate` for a team's own server."""
+        entry = self.entry(wildcards)
+        if entry is None or entry.server is None:
+            return []
+        base_model = f"resources/base_models/{entry.base_model.id}"
+        return ["--base-model", base_model, *self.isolation(wildcards)]
+
     def isolation(self, wildcards: Any) -> list[str]:
         """The confinement of the entry's own program, if it has one."""
         entry = self.entry(wildcards)

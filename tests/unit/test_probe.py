@@ -38,7 +38,7 @@ def test_a_conforming_server_passes_every_check() -> None:
         ("refuses temperature 1", "temperature 1"),
         ("counts wrong", "max_new_tokens"),
         ("ignores stops", "stop sequences"),
-        ("fails on long prompts", "any prompt"),
+        ("fails on long prompts", "long prompts"),
         ("dies on long prompts", "any prompt"),
         ("no decode", "decode"),
         ("decodes wrong", "decode"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def entry(tiny: Path, tmp_path: Path) -> Entry:
 def work_of(entry: Entry) -> Path:
     (work,) = (entry.folder / "work" / "train").iterdir()
     return work
+
+
+def wait_for(text: str, entry: Entry, step: subprocess.Popen[str]) -> None:
+    """Until the program has printed `text`."""
+    while not any(text in log.read_text() for log in entry.folder.glob("work/train/*/program.log")):
+        assert step.poll() is None
+        time.sleep(0.1)
 
 
 def log_of(entry: Entry) -> str:
@@ -121,9 +129,7 @@ hand_in()
     )
     program = program_of(tmp_path / "files", code)
     first = start_command(entry, program)
-    while not (entry.folder / "work").exists() or "step 2" not in log_of(entry):
-        time.sleep(0.1)
-        assert first.poll() is None
+    wait_for("step 2", entry, first)
     first.send_signal(signal.SIGKILL)
     first.wait()
     manifest = run_command(entry, program)
@@ -148,9 +154,7 @@ print("ready", flush=True)
 while True: time.sleep(0.1)
 """
     step = start_command(entry, program_of(tmp_path / "files", code))
-    while not (entry.folder / "work").exists() or "ready" not in log_of(entry):
-        time.sleep(0.1)
-        assert step.poll() is None
+    wait_for("ready", entry, step)
     step.send_signal(signal.SIGTERM)
     _, said = step.communicate(timeout=30)
     assert "stopped by SIGTERM; start again" in said

@@ -1,0 +1,55 @@
+"""The packaging step of a server entry: what the team hands in, frozen with the hash of every file.
+
+package/server.json   the entry's server section
+package/files/        a copy of the team's folder
+package/image.sif     the image, if there is one
+package.json          PackageManifest, written last
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from palio.config import ServerProgram
+from palio.provenance import folder_sha256, timed_run, write_json
+from palio.records import BaseModelManifest, PackageManifest, read_record
+from palio.sandbox.handed_in import check_files
+from palio.sandbox.image import fetch_image
+from palio.sandbox.server import FILES, IMAGE, PROGRAM
+
+
+def package_server(
+    program: ServerProgram, *, base_model: Path, entry_dir: Path, competition: str, track_id: str, entry: str
+) -> PackageManifest:
+    """Leaves package/ and package.json in `entry_dir`. Raises BadInput for files that may not be taken."""
+    base = read_record(BaseModelManifest, base_model / "manifest.json")
+    building = entry_dir / "work" / "package.tmp"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    (entry_dir / "package.json").unlink(missing_ok=True)
+    with timed_run(entry_dir / "package.run.json"):
+        if program.files is not None:
+            check_files(Path(program.files), "server.files")
+            shutil.copytree(program.files, building / FILES, symlinks=True)
+            check_files(building / FILES, "server.files")  # nothing slipped in while it was copied
+        if program.image is not None:
+            fetch_image(program.image, building / IMAGE)
+        write_json(building / PROGRAM, program.model_dump(mode="json", exclude_none=True))
+        shutil.rmtree(entry_dir / "package", ignore_errors=True)
+        building.rename(entry_dir / "package")
+        manifest = PackageManifest(
+            kind="server",
+            competition=competition,
+            track=track_id,
+            entry=entry,
+            base_model=base.id,
+            base_model_fingerprint=base.fingerprint,
+            adapter_fingerprint=None,
+            dtype=None,
+            parameters=None,
+            max_logit_difference=None,
+            files=folder_sha256(entry_dir / "package"),
+        )
+        manifest.write(entry_dir / "package.json")
+    return manifest

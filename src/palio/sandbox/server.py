@@ -1,0 +1,132 @@
+"""A team's server, confined: package → room → door → gateway. docs/server_entries.md is its contract."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from palio.config import Isolation, ServerProgram
+from palio.errors import Crashed
+from palio.provenance import write_json
+from palio.sandbox.door import Door
+from palio.sandbox.gateway import BadReply, Gateway
+from palio.sandbox.image import image_folder
+from palio.sandbox.process import Confined, cannot_confine
+from palio.sandbox.room import Limits, Room
+
+PROGRAM, FILES, IMAGE = "server.json", "files", "image.sif"
+"""What a server's package consists of."""
+READY_SECONDS = 1800.0
+CONNECT_SECONDS = 10.0
+
+
+def read_program(package: Path) -> ServerProgram:
+    return ServerProgram.model_validate_json((package / PROGRAM).read_text(encoding="utf-8"))
+
+
+class ConfinedServer:
+    """`with ConfinedServer(package, …) as server: server.base_url`, once it answers on its port.
+
+    The server's output is appended to `log`, and what the gateway held back to `log` with `.faults.json`.
+    It sees prompts: for the closed stage both lie in the closed store.
+
+    Raises:
+        Crashed, OutOfMemory: it ended, did not get ready, or broke a limit.
+    """
+
+    def __init__(
+        self,
+        package: Path,
+        *,
+        base_model: Path,
+        limits: Limits,
+        isolation: Isolation,
+        log: Path,
+        work: Path,
+        ready_seconds: float = READY_SECONDS,
+    ) -> None:
+        program = read_program(package)
+        self._port = _free_port() if isolation.unconfined else program.port
+        self._log, self._ready_seconds = log, ready_seconds
+        if isolation.unconfined and program.image:
+            raise cannot_confine("an image runs confined only")
+        image = package / IMAGE
+        room = Room(
+            limits=limits,
+            files=package / FILES if (package / FILES).is_dir() else None,
+            inputs={"/base_model": base_model},
+            variables={
+                "PALIO_CONTRACT": "1",
+                "PALIO_BASE_MODEL": "/base_model",
+                "PALIO_MEMORY_BYTES": str(limits.memory),
+                "PALIO_GPU_MEMORY_BYTES": str(limits.gpu_memory or 0),
+                "PORT": str(self._port),
+            },
+            visible=isolation.visible,
+            system=image_folder(str(image), work) if image.exists() else None,
+        )
+        self._confined = Confined(program, room, log, unconfined=isolation.unconfined)
+        self._open = contextlib.ExitStack()
+        self.base_url = ""
+
+    def __enter__(self) -> ConfinedServer:
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(self._confined)
+            self._gateway = opened.enter_context(Gateway(self._connection(opened)))
+            self._wait()
+            self.base_url = self._gateway.base_url
+            self._open = opened.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+        faults = self._gateway.faults
+        write_json(self._log.with_suffix(".faults.json"), dict(faults))
+        if faults:
+            seen = "; ".join(f"{count} times {why}" for why, count in faults.most_common())
+            with self._log.open("a", encoding="utf-8") as log:
+                log.write(f"\n[palio: held back: {seen}]\n")
+            print(f"replies held back or failed: {seen}", file=sys.stderr, flush=True)
+        if self._confined.broken is not None and kind is None:
+            raise self._confined.broken
+
+    def _connection(self, opened: contextlib.ExitStack) -> Callable[[], socket.socket]:
+        """What opens a connection to the server, wherever it listens."""
+        if self._confined.unconfined:
+            return lambda: socket.create_connection(("127.0.0.1", self._port), CONNECT_SECONDS)
+        network = self._confined.network()
+        opened.callback(os.close, network)
+        door = opened.enter_context(Door(network))
+        return lambda: door.connect(self._port, CONNECT_SECONDS)
+
+    def alive(self) -> bool:
+        return self._confined.poll() is None
+
+    def _wait(self) -> None:
+        """Until the server answers anything at all on its port."""
+        deadline = time.monotonic() + self._ready_seconds
+        while time.monotonic() < deadline:
+            if not self.alive():
+                if self._confined.broken is not None:
+                    raise self._confined.broken
+                raise Crashed(f"the server ended with code {self._confined.poll()} before it answered")
+            with contextlib.suppress(BadReply, OSError, http.client.HTTPException):
+                self._gateway.ask("GET", "/health", b"")
+                return
+            time.sleep(0.1)
+        raise Crashed(f"the server did not answer on port {self._port} in {self._ready_seconds:.0f} s")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
