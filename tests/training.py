@@ -90,6 +90,7 @@ class Entry:
             rows_by_source={},
             characters={},
         ).write(dataset / "manifest.json")
+        (dataset / "card.md").write_text(f"# Training data\n\n{len(rows)} rows\n")
 
     def finetune(
         self,

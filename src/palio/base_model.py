@@ -20,6 +20,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from palio.config import REVISION_PATTERN, BaseModelSource, expand
 from palio.errors import BadInput, Crashed
 from palio.provenance import file_sha256, folder_sha256
@@ -28,6 +30,7 @@ from palio.records import BaseModelManifest, read_record
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "README.md")
 """File names that belong to a model: weights, configs, tokenizer, licence. Not *.bin, *.pt, *.py."""
 
+MAX_CARD = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -69,6 +72,20 @@ def weight_files(folder: Path) -> list[str]:
     else:
         names = ["model.safetensors"]
     return names if all((folder / name).is_file() for name in names) else []
+
+
+def card_facts(folder: Path) -> dict[str, Any]:
+    """What the model card of a folder says of the model: the YAML between its first two lines of dashes.
+
+    Empty without a card, or with one that cannot be read: its text is a stranger's.
+    """
+    try:
+        with (folder / "README.md").open(encoding="utf-8", errors="replace") as stream:
+            text = stream.read(MAX_CARD)
+        content = yaml.safe_load(text[4:].partition("\n---")[0]) if text.startswith("---\n") else {}
+    except (OSError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _take_files(folder: Path, target: Path, key: str, value: str) -> None:

@@ -381,6 +381,47 @@ def package(
         )
 
 
+@palio.command(cls=Verb, example="palio verify results/laptop/curated/package")
+@click.argument("folder", type=ExistingPath)
+@click.option("--competition", metavar="FILE", help="Its config, for the memory of the package's track.")
+@click.option("--base-models", type=ExistingPath, default=Path("resources/base_models"), show_default=True)
+def verify(folder: Path, competition: str | None, base_models: Path) -> None:
+    """Check a package again: its files, that it loads without Palio, that it is what was trained."""
+    from palio.errors import Crashed
+    from palio.packaging.verify import findings_lines, manifest_of, verify_package
+    from palio.records import PackageManifest, read_record
+
+    track = None
+    if competition:
+        manifest = read_record(PackageManifest, manifest_of(folder))
+        track = competition_of(competition).tracks.get(manifest.track)
+    findings = verify_package(folder, track=track, base_models=base_models)
+    for line in findings_lines(findings):
+        print(line)
+    if failed := [one.check for one in findings if one.state == "fail"]:
+        raise Crashed(f"{folder}: {len(failed)} of {len(findings)} checks failed: {', '.join(failed)}")
+
+
+@palio.command(cls=Verb, example="palio publish results/laptop/curated --repo org/name")
+@click.argument("entry_dir", type=ExistingPath)
+@click.option("--repo", required=True, help="org/name on the Hugging Face hub.")
+@click.option("--leaderboard", type=ExistingPath, help="Record whose scores go with it.")
+@click.option("--private", is_flag=True, help="Make the repository private.")
+@click.option("--push", is_flag=True, help="Do it. Without this nothing leaves the machine.")
+def publish(entry_dir: Path, repo: str, leaderboard: Path | None, private: bool, push: bool) -> None:
+    """Push a package, its cards, scores and container file to the hub; without --push, show what would go."""
+    from palio.packaging.publish import assemble, push_folder
+
+    folder = assemble(entry_dir, leaderboard)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        print(f"{path.stat().st_size:>13,}  {path.relative_to(folder)}")
+    if push:
+        print(push_folder(folder, repo, private=private))
+    else:
+        print(f"{len(files)} files would be pushed to {repo}; add --push to do it", file=sys.stderr)
+
+
 @palio.command(cls=Verb, example="palio serve results/laptop/curated/package --port 8080")
 @click.argument("package", type=ExistingPath)
 @click.option("--host", default="127.0.0.1", show_default=True)

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from palio.base_model import card_facts
+from palio.config import Track
 from palio.errors import Crashed
+from palio.packaging.container import write_container
 from palio.packaging.package import (
     DIVERGENCE,
     TOLERANCE,
@@ -23,10 +30,12 @@ from palio.packaging.package import (
     largest_difference,
     mean_divergence,
     probe_logits,
-    verify_package,
 )
+from palio.packaging.publish import assemble
+from palio.packaging.verify import verify_package
 from palio.provenance import folder_sha256
-from palio.records import AdapterManifest, PackageManifest, read_record
+from palio.records import AdapterManifest, BaseModelManifest, Cell, Column, PackageManifest, read_record
+from palio.scoring.leaderboard import Candidate, score
 from tests.training import Entry, tiny_base_model
 
 
@@ -110,22 +119,6 @@ def test_packaging_twice_gives_equal_bytes(entry: Entry) -> None:
     first = read_record(PackageManifest, entry.folder / "package.json")
     assert package(entry) == first
     assert not list((entry.folder / "work").glob("package.tmp"))
-
-
-def test_a_flipped_byte_is_found(entry: Entry) -> None:
-    manifest = read_record(PackageManifest, entry.folder / "package.json")
-    folder = entry.folder / "package"
-    assert verify_package(folder, manifest) == []
-    weights = bytearray((folder / "model.safetensors").read_bytes())
-    weights[-100] ^= 1
-    (folder / "model.safetensors").write_bytes(weights)
-    (folder / "stray.txt").write_text("?")
-    (folder / "tokenizer.json").unlink()
-    assert verify_package(folder, manifest) == [
-        "model.safetensors: differs from the manifest",
-        "stray.txt: is not in the manifest",
-        "tokenizer.json: is missing",
-    ]
 
 
 def test_an_untuned_entry_is_its_base_model_and_takes_no_space(tiny: Path, tmp_path: Path) -> None:
@@ -213,3 +206,178 @@ def test_equal_predictions_have_no_divergence_and_others_have() -> None:
     assert mean_divergence(one, one) == 0
     # Half a nat of log-odds on each side: ln((1 + e) / 2) - 1/2.
     assert mean_divergence(one, other) == pytest.approx(0.1201, abs=1e-4)
+
+
+# --- verify, container, publish --------------------------------------------------------------------------
+
+
+def states(folder: Path, base: Path, track: Track | None = None) -> dict[str, str]:
+    found = verify_package(folder, base_models=base.parent, track=track)
+    return {one.check: f"{one.state}: {one.why}" for one in found}
+
+
+@pytest.fixture
+def bases(trained: Entry, tmp_path: Path) -> Path:
+    """A folder of base models in which the entry's lies under its id."""
+    folder = tmp_path / "base_models"
+    folder.mkdir()
+    (folder / "tiny").symlink_to(trained.base)
+    return folder
+
+
+def test_a_package_as_it_was_made_passes_every_check(trained: Entry, bases: Path) -> None:
+    track = Track.model_validate({"title": "t", "ram_gb": 4, "training_budget": "1h"})
+    found = states(trained.folder / "package", bases / "tiny", track)
+    assert [name for name, state in found.items() if state.startswith("fail")] == []
+    assert [name for name, state in found.items() if state.startswith("skipped")] == ["container"]
+    assert "logits of base plus adapter within" in found["is what was trained"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "check", "why"),
+    [
+        (lambda folder: flip(folder / "model.safetensors"), "files", "model.safetensors differs"),
+        (lambda folder: flip(folder / "tokenizer.json"), "files", "tokenizer.json differs"),
+        (lambda folder: (folder / "stray.txt").write_text("?"), "files", "stray.txt is not in the manifest"),
+        (lambda folder: (folder / "model.bin").write_bytes(b"?"), "no code", "could run code"),
+        (lambda folder: add(folder / "config.json", auto_map={"x": "y"}), "no code", "asks for code"),
+        (lambda folder: (folder / "generation_config.json").unlink(), "complete", "generation_config.json"),
+        (lambda folder: (folder / "README.md").write_text("# A model\n"), "cards", "does not name the base"),
+        (lambda folder: (folder / "DATA_CARD.md").unlink(), "cards", "DATA_CARD.md is missing"),
+    ],
+)
+def test_what_is_wrong_with_a_package_is_named_and_nothing_of_it_is_loaded(
+    entry: Entry, spoil: Callable[[Path], object], check: str, why: str
+) -> None:
+    spoil(entry.folder / "package")
+    found = states(entry.folder / "package", entry.base)
+    assert found[check].startswith("fail")
+    assert why in found[check]
+    assert found["loads without Palio"].startswith("skipped: nothing is loaded while 'files' fails")
+
+
+def flip(path: Path) -> None:
+    """One bit of one byte."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+
+
+def add(path: Path, **keys: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def forge(entry: Entry) -> None:
+    """A manifest that agrees with whatever is in the folder."""
+    manifest = read_record(PackageManifest, entry.folder / "package.json")
+    files = folder_sha256(entry.folder / "package")
+    manifest.model_copy(update={"files": files}).write(entry.folder / "package.json")
+
+
+def test_other_weights_under_a_forged_manifest_are_found_by_their_answers(entry: Entry, bases: Path) -> None:
+    shutil.copyfile(bases / "tiny/model/model.safetensors", entry.folder / "package/model.safetensors")
+    forge(entry)
+    found = states(entry.folder / "package", bases / "tiny")
+    assert found["files"].startswith("pass")
+    assert found["is what was trained"].startswith("fail: differs from base plus adapter")
+
+
+def test_weights_that_are_no_numbers_are_found_when_they_are_loaded(entry: Entry) -> None:
+    weights = load_file(entry.folder / "package/model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], torch.nan)
+    save_file(weights, entry.folder / "package/model.safetensors", metadata={"format": "pt"})
+    forge(entry)
+    assert states(entry.folder / "package", entry.base)["loads without Palio"] == (
+        "fail: its logits are not finite"
+    )
+
+
+def test_a_package_too_large_for_its_track_is_refused(trained: Entry) -> None:
+    track = Track.model_validate({"title": "t", "ram_gb": 4, "gpu_memory_gb": 1e-3, "training_budget": "1h"})
+    assert states(trained.folder / "package", trained.base, track)["memory"].startswith("fail: needs about")
+
+
+def test_the_command_names_the_flipped_byte_and_fails(entry: Entry) -> None:
+    flip(entry.folder / "package/model.safetensors")
+    command = [sys.executable, "-m", "palio.cli", "verify", str(entry.folder / "package")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 6
+    assert "fail     files: model.safetensors differs from the manifest" in run.stdout
+    assert "Traceback" not in run.stderr
+
+
+def test_the_model_card_carries_the_hubs_metadata_and_the_licence_of_the_base_model(
+    entry: Entry, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(entry.base, base)
+    (base / "model" / "README.md").write_text("---\nlicense: llama2\n---\n# The base model\n")
+    manifest = read_record(BaseModelManifest, base / "manifest.json")
+    manifest.model_copy(update={"files": folder_sha256(base / "model")}).write(base / "manifest.json")
+    package(Entry(entry.folder, base), adapter=False)
+    facts = card_facts(entry.folder / "package")
+    assert facts["license"] == "llama2"
+    assert facts["tags"] == ["palio", "c"]
+    assert "2048 tokens" in (entry.folder / "package/README.md").read_text()
+
+
+def test_the_container_pins_image_and_packages_and_its_code_serves_the_package(
+    trained: Entry, tmp_path: Path
+) -> None:
+    write_container(tmp_path)
+    assert re.search(r"^FROM \S+@sha256:[0-9a-f]{64}$", (tmp_path / "Containerfile").read_text(), re.M)
+    lock = (tmp_path / "requirements.lock").read_text().splitlines()
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", line) for line in lock)
+    assert {"torch", "transformers", "fastapi", "safetensors"} <= {line.partition("==")[0] for line in lock}
+    assert not {"crfm-helm", "snakemake", "pandas"} & {line.partition("==")[0] for line in lock}
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "palio.cli", "serve", str(trained.folder / "package"), "--port"]
+    with subprocess.Popen(
+        [*command, str(free_port())], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            assert server.stderr is not None
+            line = next(line for line in server.stderr if line.startswith("palio serves on "))
+            reply = requests.post(
+                f"{line.split()[-1]}/process", json={"prompt": "Say red 5:", "max_new_tokens": 2}, timeout=60
+            )
+            assert reply.status_code == 200
+            assert reply.json()["tokens"]
+        finally:
+            server.terminate()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def test_publishing_shows_what_it_would_push_and_pushes_nothing(entry: Entry) -> None:
+    command = [sys.executable, "-m", "palio.cli", "publish", str(entry.folder), "--repo", "acme/tiny"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "would be pushed to acme/tiny; add --push to do it" in run.stderr
+    folder = entry.folder / "work/publish"
+    assert {"README.md", "DATA_CARD.md", "model.safetensors"} <= {path.name for path in folder.iterdir()}
+    found = {one.check: one.state for one in verify_package(folder)}
+    assert found["files"] == found["container"] == found["loads without Palio"] == "pass"
+
+
+def test_a_published_package_tells_its_scores(entry: Entry, tmp_path: Path) -> None:
+    columns = [Column(stage="open", scenario="s", metric="EM")]
+    candidates = [Candidate("e", "A", [Cell(value=0.5, n=10)]), Candidate("f", "B", [Cell(value=0.25, n=10)])]
+    board = score(
+        competition="c", track="t", columns=columns, candidates=candidates, stage_weights={"open": 1.0}
+    )
+    board.write(tmp_path / "t.json")
+    card = (assemble(entry.folder, tmp_path / "t.json") / "palio/SCORES.md").read_text()
+    assert "Rank 1 of 2 in track t of c (provisional)" in card
+    assert "| open | s | EM | 0.5000 | 10 | 1.000 |" in card
+
+
+def test_a_damaged_package_is_not_published(entry: Entry) -> None:
+    flip(entry.folder / "package/model.safetensors")
+    with pytest.raises(Crashed, match="differs from the manifest; package the entry again"):
+        assemble(entry.folder)

@@ -1,6 +1,7 @@
 """The packaging step: base model and adapter in, one folder out that transformers loads by itself.
 
-    package/          safetensors weights, config, tokenizer, chat template, README.md (model card)
+    package/          safetensors weights, configs, tokenizer, chat template, README.md (model card),
+                      DATA_CARD.md (of the dataset it was trained on)
     package.json      PackageManifest, written last
     package.run.json  when, where, how long
 
@@ -15,7 +16,6 @@ was never quantised it would be at 0.33, with a loss of 0.021.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
+from palio.base_model import card_facts
 from palio.errors import Crashed
+from palio.packaging.card import model_card
 from palio.provenance import folder_sha256, timed_run
 from palio.quantization import evaluation_mode, quantization
 from palio.records import AdapterManifest, BaseModelManifest, PackageManifest, read_record
@@ -78,8 +80,13 @@ def build_package(
                 base_model / "model", entry_dir / "adapter", trained, building
             )
             _link_files(base_model / "model", building, weights=False)
-        (building / "README.md").unlink(missing_ok=True)
-        (building / "README.md").write_text(_model_card(entry, competition, base, trained), encoding="utf-8")
+        _complete(building)
+        cards = {"README.md": model_card(entry, competition, base, trained, card_facts(base_model / "model"))}
+        if trained is not None and (entry_dir / "dataset" / "card.md").is_file():
+            cards["DATA_CARD.md"] = (entry_dir / "dataset" / "card.md").read_text(encoding="utf-8")
+        for name, text in cards.items():
+            (building / name).unlink(missing_ok=True)  # a link to the base model's
+            (building / name).write_text(text, encoding="utf-8")
         for path in building.iterdir():
             if path.stat().st_nlink == 1:  # a linked file is the base model's, its mode is not ours to change
                 path.chmod(0o644)
@@ -103,20 +110,6 @@ def build_package(
     return manifest
 
 
-def verify_package(folder: Path, manifest: PackageManifest) -> list[str]:
-    """What is wrong with a package's files: each one missing, changed or not in the manifest."""
-    found = folder_sha256(folder)
-    wrong = []
-    for path in sorted(manifest.files.keys() | found.keys()):
-        if path not in found:
-            wrong.append(f"{path}: is missing")
-        elif path not in manifest.files:
-            wrong.append(f"{path}: is not in the manifest")
-        elif found[path] != manifest.files[path]:
-            wrong.append(f"{path}: differs from the manifest")
-    return wrong
-
-
 def _write_tuned(
     base: Path, adapter: Path, trained: AdapterManifest, target: Path
 ) -> tuple[float | None, float | None]:
@@ -129,15 +122,8 @@ def _write_tuned(
         _link_files(adapter, target, weights=True)
         return None, None
     stored = AutoConfig.from_pretrained(base).dtype or torch.float32
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    as_trained = None
-    if trained.recipe["method"] == "qlora":
-        quantised = _requantise(model, base, trained.recipe["quantization"])
-        with_adapter = evaluation_mode(PeftModel.from_pretrained(quantised, adapter))
-        as_trained = probe_logits(with_adapter, tokenizer)
-        del quantised, with_adapter
-    adapted = PeftModel.from_pretrained(model, adapter).eval()
+    adapted, as_trained = adapted_model(base, adapter, trained)
     before = probe_logits(adapted, tokenizer)
     merged = adapted.merge_and_unload()
     difference = largest_difference(before, probe_logits(merged, tokenizer))
@@ -158,6 +144,19 @@ def _write_tuned(
             )
     merged.save_pretrained(target)
     return difference, divergence
+
+
+def adapted_model(
+    base: Path, adapter: Path, trained: AdapterManifest
+) -> tuple[Any, list[torch.Tensor] | None]:
+    """Base model plus adapter in fp32, to be merged; after qlora also the logits of what was trained."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    as_trained = None
+    if trained.recipe["method"] == "qlora":
+        quantised = _requantise(model, base, trained.recipe["quantization"])
+        with_adapter = evaluation_mode(PeftModel.from_pretrained(quantised, adapter))
+        as_trained = probe_logits(with_adapter, AutoTokenizer.from_pretrained(base))
+    return PeftModel.from_pretrained(model, adapter).eval(), as_trained
 
 
 def _requantise(model: Any, base: Path, kind: str) -> Any:
@@ -193,6 +192,12 @@ def mean_divergence(reference: list[torch.Tensor], other: list[torch.Tensor]) ->
     return (ours.exp() * (ours - theirs)).sum(-1).mean().item()
 
 
+def _complete(folder: Path) -> None:
+    """A generation config, if neither base nor training left one: whoever loads the model then agrees."""
+    if not (folder / "generation_config.json").is_file():
+        GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+
+
 def _link_files(source: Path, target: Path, *, weights: bool) -> None:
     """Hard-link (or copy) a model's files; without `weights` only those the target lacks."""
     for path in sorted(source.iterdir()):
@@ -222,44 +227,3 @@ def _shape(folder: Path) -> tuple[int, str]:
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     most = max(sizes, key=lambda dtype: sizes[dtype])
     return sum(sizes.values()), names.get(most, most)
-
-
-def _model_card(
-    entry: str, competition: str, base: BaseModelManifest, trained: AdapterManifest | None
-) -> str:
-    """README.md: what the model was made from. No date, host or path, so equal content is equal text."""
-    address = base.source.hub or base.source.path or base.source.gguf
-    name = Path(address).name if base.source.path and address else address
-    lines = [
-        f"# {entry}",
-        "",
-        f"Entry `{entry}` of the competition `{competition}`, packaged by Palio.",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("package")',
-        'tokenizer = AutoTokenizer.from_pretrained("package")',
-        "```",
-        "",
-        "| Lineage | |",
-        "|---|---|",
-        f"| Base model | {name} |",
-        f"| Base model sha256 | `{base.fingerprint}` |",
-    ]
-    if trained is None:
-        return "\n".join([*lines, "| Fine-tuning | none |", ""])
-    lines += [
-        f"| Dataset sha256 | `{trained.dataset_sha256}` |",
-        f"| Fine-tuning | {trained.recipe['method']}, {trained.steps} of {trained.planned_steps} steps "
-        f"on {trained.rows} rows, {trained.state.replace('_', ' ')} |",
-        f"| Adapter fingerprint | `{trained.fingerprint}` |",
-        "",
-        "Recipe:",
-        "",
-        "```json",
-        json.dumps(trained.recipe, indent=2, sort_keys=True),
-        "```",
-        "",
-    ]
-    return "\n".join(lines)

@@ -12,13 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from palio.base_model import card_facts
 from palio.config import BaseModelSource, RuleSet
 from palio.records import Violation
 from palio.rules.check import approved_address, approved_model, first_match
-
-MAX_CARD = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class ModelFacts:
 
 def model_facts(folder: Path) -> ModelFacts:
     """Of a model folder; all empty where there is neither card nor config."""
-    card = _front_matter(folder / "README.md")
+    card = card_facts(folder)
     config = _json(folder / "config.json")
     named = config.get("_name_or_path")
     relation = card.get("base_model_relation")
@@ -78,22 +75,6 @@ def lineage_violations(source: BaseModelSource, facts: ModelFacts, rules: RuleSe
             why=f"its config was saved from {facts.trained_as}, which matches {refused}",
             fix="start from the family's base model",
         )
-
-
-def _front_matter(path: Path) -> dict[str, Any]:
-    """The YAML between the card's first two lines of dashes."""
-    try:
-        with path.open(encoding="utf-8", errors="replace") as stream:
-            text = stream.read(MAX_CARD)
-    except OSError:
-        return {}
-    if not text.startswith("---\n"):
-        return {}
-    try:
-        content = yaml.safe_load(text[4:].partition("\n---")[0])
-    except yaml.YAMLError:
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _json(path: Path) -> dict[str, Any]:

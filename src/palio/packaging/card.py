@@ -1,0 +1,89 @@
+"""The model card of a package: what the model was made from, and what it is not.
+
+No date, host or path, so equal content is equal text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from palio.records import AdapterManifest, BaseModelManifest
+
+LIMITS = (
+    "It was made for a competition of English prompts, prompt and completion together at most 2048 tokens.",
+    "It was tuned to score there. Nobody has checked it for safety, bias or truth beyond the scores.",
+    "The base model's licence and limits stay in force.",
+)
+
+
+def model_card(
+    entry: str,
+    competition: str,
+    base: BaseModelManifest,
+    trained: AdapterManifest | None,
+    facts: Mapping[str, Any],
+) -> str:
+    """README.md, with the hub's metadata first. `facts` are those of the base model's own card."""
+    address = base.source.hub or base.source.path or base.source.gguf or ""
+    name = Path(address).name if base.source.path else address
+    sections = [
+        f"---\n{yaml.safe_dump(_metadata(competition, base, facts), sort_keys=False)}---",
+        f"# {entry}",
+        f"Entry `{entry}` of the competition `{competition}`, packaged by Palio.",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("package")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("package")\n```',
+        "## Lineage",
+        _table([("Base model", name), ("Base model sha256", f"`{base.fingerprint}`"), *_training(trained)]),
+    ]
+    if trained is not None:
+        recipe = json.dumps(trained.recipe, indent=2, sort_keys=True)
+        sections += [
+            "## Data and recipe",
+            f"{trained.rows} rows ({trained.rows_too_long} more were too long); "
+            "sources, licences and operations stand in DATA_CARD.md.",
+            f"```json\n{recipe}\n```",
+        ]
+    sections += ["## Limits", "\n".join(f"- {limit}" for limit in LIMITS)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _metadata(competition: str, base: BaseModelManifest, facts: Mapping[str, Any]) -> dict[str, Any]:
+    licence = facts.get("license")
+    metadata: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "language": "en",
+        "tags": ["palio", competition],
+    }
+    if base.source.hub:
+        metadata["base_model"] = base.source.hub.partition("@")[0]
+    if isinstance(licence, str):
+        metadata["license"] = licence
+        if isinstance(facts.get("license_name"), str):
+            metadata["license_name"] = facts["license_name"]
+    return metadata
+
+
+def _training(trained: AdapterManifest | None) -> list[tuple[str, str]]:
+    if trained is None:
+        return [("Fine-tuning", "none")]
+    method = trained.recipe.get("method", "own program")
+    return [
+        ("Dataset sha256", f"`{trained.dataset_sha256}`"),
+        (
+            "Fine-tuning",
+            f"{method}, {trained.steps} of {trained.planned_steps} steps on {trained.rows} rows, "
+            f"{trained.state.replace('_', ' ')}",
+        ),
+        ("Adapter fingerprint", f"`{trained.fingerprint}`"),
+    ]
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])

@@ -1,0 +1,80 @@
+"""A container file that serves a package: the image pinned by digest, every Python package by version.
+
+    <out>/Containerfile        to build and run with podman or docker, as its first lines say
+    <out>/requirements.lock    the server's packages and all that they need, as installed here
+    <out>/palio/               Palio's own code, without the parts that serving does not need
+
+The model is mounted, not copied: one image serves every package of a competition.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from palio.provenance import write_text
+
+IMAGE = (
+    "docker.io/library/python:3.11-slim-bookworm"
+    "@sha256:b18992999dbe963a45a8a4da40ac2b1975be1a776d939d098c647482bcad5cba"
+)
+PINNED = re.compile(r"^FROM \S+@sha256:[0-9a-f]{64}$", re.M)
+SERVES = ("torch", "transformers", "fastapi", "uvicorn", "pydantic", "click", "pyyaml", "psutil")
+"""What `palio serve` imports."""
+CODE = ("__init__.py", "cli.py", "config.py", "errors.py", "provenance.py", "serving")
+CONTAINERFILE = f"""\
+# Serves a package behind HELM's HTTP contract. Build here, then:
+#   podman run --rm -p 8080:8080 -v /path/to/package:/package:ro <image>
+# With a GPU add --device nvidia.com/gpu=all; the wheel of torch in requirements.lock brings its own CUDA.
+FROM {IMAGE}
+ENV HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/opt
+COPY requirements.lock /opt/
+RUN pip install --no-cache-dir --no-deps -r /opt/requirements.lock
+COPY palio /opt/palio
+USER nobody
+EXPOSE 8080
+ENTRYPOINT ["python", "-m", "palio.cli", "serve", "/package", "--host", "0.0.0.0", "--port", "8080"]
+"""
+
+
+def write_container(out: Path) -> None:
+    """Leave the container's files in the folder `out`."""
+    source = Path(__file__).parents[1]
+    for name in CODE:
+        target = out / "palio" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (source / name).is_dir():
+            shutil.copytree(
+                source / name, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        else:
+            shutil.copyfile(source / name, target)
+    write_text(out / "requirements.lock", "".join(f"{line}\n" for line in locked(*SERVES)))
+    write_text(out / "Containerfile", CONTAINERFILE)
+
+
+def locked(*roots: str) -> list[str]:
+    """`name==version` of the installed packages `roots` and of all that they need here, sorted."""
+    versions: dict[str, str] = {}
+    waiting = [(root, "") for root in roots]
+    seen: set[tuple[str, str]] = set()
+    while waiting:
+        name, extra = waiting.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        try:
+            found = metadata.distribution(name)
+        except metadata.PackageNotFoundError:  # of a platform or an option that is not ours
+            continue
+        versions[canonicalize_name(name)] = found.version
+        for line in found.requires or ():
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                waiting += [(needed.name, option) for option in ("", *needed.extras)]
+    return [f"{name}=={version.partition('+')[0]}" for name, version in sorted(versions.items())]

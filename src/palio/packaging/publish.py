@@ -1,0 +1,90 @@
+"""Publish a package: the model folder, its cards, its scores and a container file that serves it.
+
+<entry>/work/publish/       what goes to the hub
+    …                       the package, file by file
+    palio/package.json      its manifest, for `palio verify`
+    palio/SCORES.md         and scores.json, if a leaderboard is given
+    palio/container/        Containerfile, requirements.lock, the server's code
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from palio.errors import BadInput, Crashed
+from palio.packaging.container import write_container
+from palio.packaging.verify import COMPANIONS, changed_files
+from palio.provenance import write_json, write_text
+from palio.records import Leaderboard, PackageManifest, ScoredEntry, read_record
+
+
+def assemble(entry_dir: Path, leaderboard: Path | None = None) -> Path:
+    """The folder that is pushed, made anew; the weights are linked where the file system can.
+
+    Raises:
+        Crashed: the package differs from its manifest.
+        BadInput: no package, or the leaderboard does not have the entry.
+    """
+    manifest = read_record(PackageManifest, entry_dir / "package.json")
+    package, out = entry_dir / "package", entry_dir / "work" / "publish"
+    if wrong := changed_files(package, manifest):
+        raise Crashed(f"{package}: {wrong[0]}; package the entry again")
+    shutil.rmtree(out, ignore_errors=True)
+    for name in manifest.files:
+        target = out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(package / name, target)
+        except OSError:
+            shutil.copyfile(package / name, target)
+    manifest.write(out / COMPANIONS / "package.json")
+    write_container(out / COMPANIONS / "container")
+    if leaderboard is not None:
+        board = read_record(Leaderboard, leaderboard)
+        scored = next((one for one in board.entries if one.entry == manifest.entry), None)
+        if scored is None or board.track != manifest.track:
+            raise BadInput(
+                leaderboard, "entries", None, f"has no score of {manifest.entry}; give its track's"
+            )
+        write_json(out / COMPANIONS / "scores.json", scored.model_dump(mode="json"))
+        write_text(out / COMPANIONS / "SCORES.md", scores_card(board, scored))
+    return out
+
+
+def scores_card(board: Leaderboard, scored: ScoredEntry) -> str:
+    """The entry's scores in words and tables; values of columns, never a text of a stage."""
+    of = len(board.entries)
+    lines = [
+        f"# Scores of {scored.entry}",
+        "",
+        f"Rank {scored.rank} of {of} in track {board.track} of {board.competition}"
+        f"{'' if board.final else ' (provisional)'}: final score {scored.final_score:.4f}, convention "
+        f"{board.convention} {board.convention_version}. A score is a win rate against the other entries of "
+        "this leaderboard, not a property of the model alone; the values below are.",
+        "",
+        "| stage | scenario | metric | value | instances | win rate |",
+        "|---|---|---|---|---|---|",
+    ]
+    for column, cell in zip(board.columns, scored.cells, strict=True):
+        value = f"{cell.value:.4f}" if cell.value is not None else cell.state.value.replace("_", " ")
+        rate = f"{cell.win_rate:.3f}" if cell.win_rate is not None else ""
+        lines.append(
+            f"| {column.stage} | {column.scenario} | {column.metric} | {value} | {cell.n} | {rate} |"
+        )
+    return "\n".join([*lines, "", *(f"- {note}" for note in scored.notes)]).rstrip() + "\n"
+
+
+def push_folder(folder: Path, repo: str, *, private: bool) -> str:
+    """Upload the assembled folder as one commit; its address. Credentials are the hub client's own."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Package by Palio"))
+    except (errors.HfHubHTTPError, OSError) as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise Crashed(f"{repo}: the hub refused or could not be reached ({cause})") from None

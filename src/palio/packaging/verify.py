@@ -1,0 +1,329 @@
+"""Check a package again, as whoever gets it would: every file, that it loads without us, that it is what
+was trained, that its track can serve it.
+
+    palio verify results/laptop/curated/package
+
+The manifest lies beside the folder (`package.json`) or, in a published package, in it under palio/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from palio.config import Track
+from palio.errors import BadInput
+from palio.packaging.container import PINNED
+from palio.provenance import folder_sha256
+from palio.records import AdapterManifest, BaseModelManifest, PackageManifest, read_record
+
+COMPANIONS = "palio"
+"""Folder of a published package for what is no part of the model: manifest, scores, container."""
+NEEDED = ("config.json", "generation_config.json", "tokenizer_config.json", "README.md")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+CODE = (".py", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".so")
+"""Files that loading could execute: no package needs one."""
+BATCH, CONTEXT = 8, 2048
+"""Requests served at once, and tokens of each, for the estimate of memory."""
+LOAD_SECONDS = 900
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check's outcome."""
+
+    check: str
+    state: Literal["pass", "fail", "skipped"]
+    why: str
+
+
+class Fault(Exception):
+    """What a check found wrong; its message is the finding's `why`."""
+
+
+class Skip(Exception):
+    """Why a check could not be made."""
+
+
+def manifest_of(folder: Path) -> Path:
+    """Path of a package's manifest, in it or beside it. Raises BadInput if there is none."""
+    for path in (folder / COMPANIONS / "package.json", folder.parent / "package.json"):
+        if path.is_file():
+            return path
+    raise BadInput(
+        folder, "", None, "no package.json in its palio/ or beside it; give the folder of a package"
+    )
+
+
+def verify_package(
+    folder: Path, *, track: Track | None = None, base_models: Path = Path("resources/base_models")
+) -> list[Finding]:
+    """All checks, in their order; a later one is skipped where an earlier one makes it meaningless.
+
+    Args:
+        track: its memory caps; omit to skip the check.
+        base_models: folder in which the package's base model may lie, to compare with base plus adapter.
+    """
+    manifest = read_record(PackageManifest, manifest_of(folder))
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("files", lambda: _files(folder, manifest)),
+        ("no code", lambda: _no_code(folder)),
+        ("complete", lambda: _complete(folder)),
+        ("cards", lambda: _cards(folder, manifest)),
+        ("container", lambda: _container(folder)),
+        ("memory", lambda: _memory(folder, track)),
+        ("loads without Palio", lambda: _loads(folder, manifest)),
+        ("is what was trained", lambda: _as_trained(folder, manifest, base_models)),
+    ]
+    findings: list[Finding] = []
+    for name, check in checks:
+        spoilt = [one.check for one in findings if one.state == "fail" and one.check in ("files", "no code")]
+        if spoilt and name in ("loads without Palio", "is what was trained"):
+            findings.append(Finding(name, "skipped", f"nothing is loaded while '{spoilt[0]}' fails"))
+            continue
+        try:
+            findings.append(Finding(name, "pass", check()))
+        except Fault as fault:
+            findings.append(Finding(name, "fail", str(fault)))
+        except Skip as reason:
+            findings.append(Finding(name, "skipped", str(reason)))
+    return findings
+
+
+def changed_files(folder: Path, manifest: PackageManifest) -> list[str]:
+    """What is wrong with a package's files: each one missing, changed or not in the manifest."""
+    found = {
+        path: digest
+        for path, digest in folder_sha256(folder).items()
+        if not path.startswith((f"{COMPANIONS}/", ".cache/")) and path != ".gitattributes"  # the hub's own
+    }
+    wrong = []
+    for path in sorted(manifest.files.keys() | found.keys()):
+        if path not in found:
+            wrong.append(f"{path} is missing")
+        elif path not in manifest.files:
+            wrong.append(f"{path} is not in the manifest")
+        elif found[path] != manifest.files[path]:
+            wrong.append(f"{path} differs from the manifest")
+    return wrong
+
+
+def _files(folder: Path, manifest: PackageManifest) -> str:
+    if wrong := changed_files(folder, manifest):
+        raise Fault("; ".join(wrong))
+    return f"{len(manifest.files)} files have the sha256 of the manifest"
+
+
+def _no_code(folder: Path) -> str:
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in CODE)
+    if found:
+        raise Fault(f"{found[0]} could run code when it is loaded; hand in safetensors and configs only")
+    for name in ("config.json", "tokenizer_config.json"):
+        if "auto_map" in _json(folder / name):
+            raise Fault(f"{name} asks for code of its own (auto_map); use a model that transformers knows")
+    return "no pickles, no Python, no auto_map"
+
+
+def _complete(folder: Path) -> str:
+    absent = [name for name in NEEDED if not (folder / name).is_file()]
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        absent.append(TOKENIZERS[0])
+    if not list(folder.glob("*.safetensors")):
+        absent.append("model.safetensors")
+    if absent:
+        raise Fault(f"{', '.join(absent)} is missing; package the entry again")
+    template = (folder / "chat_template.jinja").is_file() or "chat_template" in _json(
+        folder / "tokenizer_config.json"
+    )
+    return f"weights, configs, tokenizer; {'a' if template else 'no'} chat template"
+
+
+def _cards(folder: Path, manifest: PackageManifest) -> str:
+    """The cards name what the manifest names."""
+    card = _text(folder / "README.md")
+    digests = {"base model": manifest.base_model_fingerprint, "adapter": manifest.adapter_fingerprint}
+    for name, digest in digests.items():
+        if digest and digest not in card:
+            raise Fault(f"README.md does not name the {name} of the manifest ({digest[:12]}…)")
+    if manifest.adapter_fingerprint and not (folder / "DATA_CARD.md").is_file():
+        raise Fault("DATA_CARD.md is missing: nobody can tell what the model was trained on")
+    return "README.md names the lineage of the manifest" + (
+        "; DATA_CARD.md is there" if manifest.adapter_fingerprint else ""
+    )
+
+
+def _container(folder: Path) -> str:
+    container = folder / COMPANIONS / "container"
+    if not container.is_dir():
+        raise Skip("the package has no container file; publishing it adds one")
+    if not PINNED.search(_text(container / "Containerfile")):
+        raise Fault("Containerfile starts from an image without a sha256 digest")
+    loose = [line for line in _text(container / "requirements.lock").split() if "==" not in line]
+    if loose:
+        raise Fault(f"requirements.lock does not pin {loose[0]}")
+    return "image pinned by digest, Python packages by version"
+
+
+def _memory(folder: Path, track: Track | None) -> str:
+    needed = serving_bytes(folder)
+    if track is None:
+        raise Skip(f"needs about {needed / 1e9:.1f} GB to serve; no track to hold it against")
+    cap = track.gpu_memory_gb or track.ram_gb
+    where = "GPU memory" if track.gpu_memory_gb else "memory"
+    if needed > cap * 1e9:
+        raise Fault(f"needs about {needed / 1e9:.1f} GB to serve, the track has {cap:g} GB of {where}")
+    return f"needs about {needed / 1e9:.1f} GB of the track's {cap:g} GB of {where}"
+
+
+def serving_bytes(folder: Path) -> int:
+    """Weights, and keys and values of BATCH requests of CONTEXT tokens: an estimate from the files."""
+    config = _json(folder / "config.json")
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    layers = _number(config, "num_hidden_layers", "n_layer")
+    heads = _number(config, "num_attention_heads", "n_head")
+    hidden = _number(config, "hidden_size", "n_embd")
+    kv_heads = _number(config, "num_key_value_heads") or heads
+    head_size = _number(config, "head_dim") or (hidden // heads if heads else 0)
+    width = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
+    return weights + 2 * layers * kv_heads * head_size * width * BATCH * CONTEXT
+
+
+_LOADER = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[1]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder).eval()
+with torch.inference_mode():
+    prompt = tokenizer("The capital of Italy is", return_tensors="pt")
+    finite = bool(model(**prompt).logits.isfinite().all())
+    new = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+print(json.dumps({
+    "parameters": sum(one.numel() for one in model.parameters()),
+    "finite": finite,
+    "new": new.shape[1] - prompt["input_ids"].shape[1],
+    "ours": sorted(name for name in sys.modules if name.split(".")[0] in ("palio", "peft")),
+}))
+"""
+
+
+def _loads(folder: Path, manifest: PackageManifest) -> str:
+    """In a process of its own that sees neither our code, nor a network, nor the caller's variables."""
+    with tempfile.TemporaryDirectory() as home:
+        environment = {"PATH": os.environ.get("PATH", ""), "HOME": home, "HF_HUB_OFFLINE": "1"}
+        for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH"):
+            if name in os.environ:
+                environment[name] = os.environ[name]
+        command = [sys.executable, "-I", "-c", _LOADER, str(folder.resolve())]
+        try:
+            done = subprocess.run(
+                command, env=environment, cwd=home, capture_output=True, text=True, timeout=LOAD_SECONDS,
+                check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise Fault(f"did not load and answer within {LOAD_SECONDS} s") from None
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or [f"ended with code {done.returncode}"]
+        raise Fault(f"from_pretrained fails: {last[0]}")
+    told = json.loads(done.stdout.splitlines()[-1])
+    if told["ours"]:
+        raise Fault(f"loading it imports {told['ours'][0]}")
+    if not told["finite"]:
+        raise Fault("its logits are not finite")
+    return f"plain from_pretrained: {told['parameters'] / 1e6:.1f} M parameters, {told['new']} new tokens"
+
+
+def _as_trained(folder: Path, manifest: PackageManifest, base_models: Path) -> str:
+    """The package against base model plus adapter, where both are at hand."""
+    base = base_models / manifest.base_model
+    adapter = folder.parent / "adapter"
+    if not (base / "manifest.json").is_file():
+        raise Skip(f"base model {manifest.base_model} is not in {base_models}")
+    if read_record(BaseModelManifest, base / "manifest.json").fingerprint != manifest.base_model_fingerprint:
+        raise Fault(f"{base} is not the base model of the manifest")
+    if manifest.adapter_fingerprint is None:
+        return _same_weights(folder, base / "model")
+    if not (adapter.parent / "adapter.json").is_file():
+        raise Skip("the adapter is not beside the package")
+    trained = read_record(AdapterManifest, adapter.parent / "adapter.json")
+    if trained.fingerprint != manifest.adapter_fingerprint:
+        raise Fault("the adapter beside it is another one than the manifest's")
+    if folder_sha256(adapter) != trained.files:
+        raise Fault("the adapter beside it differs from adapter.json")
+    if not (adapter / "adapter_config.json").is_file():
+        return _same_weights(folder, adapter)
+    return _same_answers(folder, base / "model", adapter, trained)
+
+
+def _same_weights(folder: Path, other: Path) -> str:
+    from palio.base_model import weight_files
+
+    ours, theirs = folder_sha256(folder), folder_sha256(other)
+    for name in weight_files(other):
+        if ours.get(name) != theirs[name]:
+            raise Fault(f"{name} is not that of {other}")
+    return "its weights are, byte for byte, those that it was made from"
+
+
+def _same_answers(folder: Path, base: Path, adapter: Path, trained: AdapterManifest) -> str:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from palio.packaging.package import (
+        DIVERGENCE,
+        TOLERANCE,
+        adapted_model,
+        largest_difference,
+        mean_divergence,
+        probe_logits,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    package = AutoModelForCausalLM.from_pretrained(folder)
+    exact = package.dtype.is_floating_point and package.dtype.itemsize == 4
+    ours = probe_logits(package, tokenizer)
+    adapted, as_trained = adapted_model(base, adapter, trained)
+    reference = as_trained or probe_logits(adapted, tokenizer)
+    if exact and as_trained is None:
+        difference = largest_difference(ours, reference)
+        if not difference <= TOLERANCE:
+            raise Fault(f"differs from base plus adapter by {difference:.2g} in a logit, not {TOLERANCE:g}")
+        return f"logits of base plus adapter within {difference:.1g}"
+    divergence = mean_divergence(reference, ours)
+    if not divergence <= DIVERGENCE:
+        raise Fault(f"diverges from the trained model by {divergence:.2g} nats, not {DIVERGENCE:g}")
+    return f"diverges from the trained model by {divergence:.1g} nats"
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise Fault(f"{path.name} is missing or is no text") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_text(path))
+    except ValueError:
+        raise Fault(f"{path.name} is not JSON") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _number(config: dict[str, Any], *names: str) -> int:
+    return next((config[name] for name in names if isinstance(config.get(name), int)), 0)
+
+
+def findings_lines(findings: list[Finding]) -> Iterator[str]:
+    for one in findings:
+        yield f"{one.state:8} {one.check}: {one.why}"
