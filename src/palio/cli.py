@@ -21,7 +21,7 @@ from palio import __version__
 from palio.errors import BadInput, PalioError, RuleViolation
 
 if TYPE_CHECKING:
-    from palio.config import Competition
+    from palio.config import Competition, Entry
 
 BUG_EXIT_CODE = 70
 RULE_VIOLATION_EXIT_CODE = RuleViolation.exit_code
@@ -383,23 +383,56 @@ def package(
 
 @palio.command(cls=Verb, example="palio verify results/laptop/curated/package")
 @click.argument("folder", type=ExistingPath)
-@click.option("--competition", metavar="FILE", help="Its config, for the memory of the package's track.")
+@click.option("--competition", metavar="FILE", help="Its config, for the memory of a package's track.")
 @click.option("--base-models", type=ExistingPath, default=Path("resources/base_models"), show_default=True)
-def verify(folder: Path, competition: str | None, base_models: Path) -> None:
-    """Check a package again: its files, that it loads without Palio, that it is what was trained."""
+@click.option(
+    "--load/--no-load", default=True, help="Without loading a package: files, cards and limits only."
+)
+def verify(folder: Path, competition: str | None, base_models: Path, load: bool) -> None:
+    """Check a package again (files, loads without Palio, is what was trained), or score a release again."""
     from palio.errors import Crashed
     from palio.packaging.verify import findings_lines, manifest_of, verify_package
     from palio.records import PackageManifest, read_record
+    from palio.release.crate import METADATA
 
+    if (folder / METADATA).is_file():
+        _verify_release(folder)
+        return
     track = None
     if competition:
         manifest = read_record(PackageManifest, manifest_of(folder))
         track = competition_of(competition).tracks.get(manifest.track)
-    findings = verify_package(folder, track=track, base_models=base_models)
+    findings = verify_package(folder, track=track, base_models=base_models, load=load)
     for line in findings_lines(findings):
         print(line)
     if failed := [one.check for one in findings if one.state == "fail"]:
         raise Crashed(f"{folder}: {len(failed)} of {len(findings)} checks failed: {', '.join(failed)}")
+
+
+def _verify_release(folder: Path) -> None:
+    """Every file against its sha256, every leaderboard against what its records and tables give."""
+    from contextlib import chdir
+
+    from palio.records import Leaderboard, read_record
+    from palio.release.crate import changed_files
+    from palio.scoring.leaderboard import score_track
+    from palio.scoring.versions import difference
+
+    with chdir(folder):
+        wrong = changed_files(Path())
+        for line in wrong:
+            print(f"fail     files: {line}")
+        competition = competition_of(DEFAULT_CONFIG)
+        for track, entries in entries_by_track(competition).items():
+            shipped = read_record(Leaderboard, Path(f"results/leaderboard/{track}.json"))
+            board = score_track(competition, track, Path("results"), entries, final=shipped.final)
+            if board == shipped:
+                print(f"pass     {track}: the identical leaderboard, {len(board.entries)} entries")
+            else:
+                wrong.append(track)
+                print(f"fail     {track}: another leaderboard\n{difference(shipped, board)}")
+    if wrong:
+        raise PalioError(f"{folder} is not the release that was made: {wrong[0]}")
 
 
 @palio.command(cls=Verb, example="palio publish results/laptop/curated --repo org/name")
@@ -631,27 +664,15 @@ def standings(competition: str, results: Path, out: Path) -> None:
 
 
 def _score(given: str, tracks: list[str], results: Path, out: Path, *, final: bool) -> None:
-    from palio.config import Entry, entry_files, load_entry
     from palio.errors import BadInput
     from palio.scoring.analysis import analyse_track
     from palio.scoring.leaderboard import score_track
     from palio.scoring.tables import print_leaderboard, write_leaderboard
 
     competition = competition_of(given)
-    entries: dict[str, Entry | None] = {}
-    for name, path in entry_files(competition).items():
-        try:
-            entries[name] = load_entry(path)
-        except BadInput:
-            entries[name] = None
-    first = next(iter(competition.tracks))
+    entries = entries_by_track(competition)
     for track in tracks:
-        mine = {
-            name: entry
-            for name, entry in entries.items()
-            if (entry.track if entry and entry.track in competition.tracks else first) == track
-        }
-        board = score_track(competition, track, results, mine, final=final)
+        board = score_track(competition, track, results, entries[track], final=final)
         try:
             analysis = analyse_track(competition, board, results)
         except BadInput as error:
@@ -661,6 +682,28 @@ def _score(given: str, tracks: list[str], results: Path, out: Path, *, final: bo
             print(f"no analysis: {error}", file=sys.stderr)
         write_leaderboard(board, out, analysis)
         print_leaderboard(board, analysis)
+
+
+def entries_by_track(competition: Competition) -> dict[str, dict[str, Entry | None]]:
+    """track -> id -> entry; None for a file that is not valid, shown in the first track."""
+    from palio.config import entry_files, load_entry
+    from palio.errors import BadInput
+
+    entries: dict[str, Entry | None] = {}
+    for name, path in entry_files(competition).items():
+        try:
+            entries[name] = load_entry(path)
+        except BadInput:
+            entries[name] = None
+    first = next(iter(competition.tracks))
+    return {
+        track: {
+            name: entry
+            for name, entry in entries.items()
+            if (entry.track if entry and entry.track in competition.tracks else first) == track
+        }
+        for track in competition.tracks
+    }
 
 
 @palio.command(cls=Verb, example="palio rescore results/leaderboard/laptop.json --convention helm2023")
@@ -752,6 +795,24 @@ def report(competition: str, results: Path, leaderboards: Path, out: Path) -> No
 
     build_report(competition_of(competition), results=results, leaderboards=leaderboards, out=out)
     print(out / "index.html")
+
+
+@palio.command(cls=Verb, example="palio release --out release/demo")
+@competition_option
+@click.option("--results", type=ExistingPath, default=Path("results"), show_default=True)
+@click.option("--leaderboards", type=ExistingPath, default=Path("results/leaderboard"), show_default=True)
+@click.option("--report", type=ExistingPath, default=Path("results/report"), show_default=True)
+@click.option("--out", type=ExistingPath, required=True, help="Folder of the release.")
+def release(competition: str, results: Path, leaderboards: Path, report: Path, out: Path) -> None:
+    """Gather a competition into a folder that anybody can score again, without secrets or closed texts."""
+    from palio.release.gather import gather
+
+    made = gather(
+        competition_of(competition), results=results, leaderboards=leaderboards, report=report, out=out
+    )
+    files = [path for path in made.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    print(f"{made}: {len(files)} files, {size / 1e6:.1f} MB; check it with: palio verify {made}")
 
 
 @palio.command(cls=Verb, example="palio status --watch")

@@ -63,13 +63,18 @@ def manifest_of(folder: Path) -> Path:
 
 
 def verify_package(
-    folder: Path, *, track: Track | None = None, base_models: Path = Path("resources/base_models")
+    folder: Path,
+    *,
+    track: Track | None = None,
+    base_models: Path = Path("resources/base_models"),
+    load: bool = True,
 ) -> list[Finding]:
     """All checks, in their order; a later one is skipped where an earlier one makes it meaningless.
 
     Args:
         track: its memory caps; omit to skip the check.
         base_models: folder in which the package's base model may lie, to compare with base plus adapter.
+        load: whether the model is loaded at all, which takes its memory.
     """
     manifest = read_record(PackageManifest, manifest_of(folder))
     checks: list[tuple[str, Callable[[], str]]] = [
@@ -84,9 +89,8 @@ def verify_package(
     ]
     findings: list[Finding] = []
     for name, check in checks:
-        spoilt = [one.check for one in findings if one.state == "fail" and one.check in ("files", "no code")]
-        if spoilt and name in ("loads without Palio", "is what was trained"):
-            findings.append(Finding(name, "skipped", f"nothing is loaded while '{spoilt[0]}' fails"))
+        if name in ("loads without Palio", "is what was trained") and (why := _not_loaded(findings, load)):
+            findings.append(Finding(name, "skipped", why))
             continue
         try:
             findings.append(Finding(name, "pass", check()))
@@ -95,6 +99,14 @@ def verify_package(
         except Skip as reason:
             findings.append(Finding(name, "skipped", str(reason)))
     return findings
+
+
+def _not_loaded(findings: list[Finding], load: bool) -> str:
+    """Why the model is not to be loaded; empty if it is."""
+    spoilt = [one.check for one in findings if one.state == "fail" and one.check in ("files", "no code")]
+    if spoilt:
+        return f"nothing is loaded while '{spoilt[0]}' fails"
+    return "" if load else "not asked for"
 
 
 def changed_files(folder: Path, manifest: PackageManifest) -> list[str]:

@@ -1,0 +1,212 @@
+"""Gather a competition into a folder from which everybody can score it again.
+
+    <out>/README.md                 what is here, and the one command
+    <out>/ro-crate-metadata.json    the same for machines: every file with its sha256 (RO-Crate 1.1)
+    <out>/config/                   the competition, its rules, every entry file, public run files
+    <out>/results/<track>/<entry>/  records of every step, HELM's tables, telemetry; no weights, no data
+    <out>/results/leaderboard/      what is to be reproduced
+    <out>/results/report/           as it was
+    <out>/container/                what serves a package
+    <out>/lock.txt                  versions of everything, where the workflow has a lock
+
+What goes in is listed here, file by file; nothing is taken because it lies there. Then everything is read
+once more: a text of the closed stage or a credential in it stops the release.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from palio.config import STAGES, Competition, entry_files, expand
+from palio.errors import BadInput, PalioError
+from palio.packaging.container import write_container
+from palio.provenance import write_json, write_text
+from palio.records import INSTANCES_SCHEMA, METRICS_SCHEMA
+from palio.release.crate import METADATA, describe
+
+ENTRY_FILES = (
+    "check.json",
+    "dataset/manifest.json",
+    "dataset/card.md",
+    "contamination.json",
+    "adapter.json",
+    "train.parquet",
+    "package.json",
+    "probe.json",
+    *(f"{stage}.json" for stage in STAGES),
+)
+TABLES = {"metrics.parquet": METRICS_SCHEMA, "instances.parquet": INSTANCES_SCHEMA}
+"""HELM's tables of a stage. Their schemas hold ids and numbers; a table with another column is not taken."""
+RUN_FACTS_LEFT_OUT = ("host", "slurm_job_id", "fingerprint")
+LEADERBOARD_SUFFIXES = (".json", ".csv", ".parquet", ".md", ".tex", ".analysis.json", ".analysis.md")
+REPORT_SUFFIXES = (".html", ".svg", ".png", ".csv", ".json", ".md", ".tex", ".parquet")
+TEXT_SUFFIXES = (".json", ".yaml", ".conf", ".md", ".csv", ".tex", ".html", ".svg", ".txt", ".lock", ".py")
+SECRETS = re.compile(
+    rb"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{36}|AKIA[0-9A-Z]{16}|sk-[A-Za-z0-9_-]{32,}"
+    rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
+SHORTEST_TEXT = 20
+"""Characters of a line of a closed instance that is looked for: a shorter one stands in many a text."""
+README = """\
+# {title}
+
+Entries: {entries}. Tracks: {tracks}. Score it again, with Palio installed:
+
+```
+palio verify .
+```
+
+That holds every file against the sha256 in {metadata}, computes every leaderboard from the
+records and HELM tables under results/, and says whether it is the one under results/leaderboard/. `lock.txt`
+names the versions that made it; `container/` serves a package.
+
+Not here: weights and training data (their sha256 are in package.json, adapter.json and the manifests; the
+entry files say where the data comes from), and the texts of the closed stage.
+"""
+
+
+class Leak(PalioError):
+    """Something that must not be public is in the release, which is therefore not made."""
+
+
+def gather(competition: Competition, *, results: Path, leaderboards: Path, report: Path, out: Path) -> Path:
+    """Make the release in the folder `out`, which must not exist or be an earlier release.
+
+    Raises:
+        BadInput: a leaderboard is missing, or `out` holds something else.
+        Leak: a file holds a text of the closed stage or a credential.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / METADATA).is_file():
+        raise BadInput(out, "", None, "is there and is no release; name another folder")
+    building = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        files = entry_files(competition)
+        _config(competition, files, building)
+        for track in competition.tracks:
+            _leaderboard(track, leaderboards, building / "results/leaderboard")
+            for entry in files:
+                _entry(results / track / entry, building / "results" / track / entry)
+        _take_tree(report, building / "results/report")
+        write_container(building / "container")
+        if Path("envs/lock.txt").is_file():
+            _take(Path("envs/lock.txt"), building / "lock.txt")
+        write_text(building / "README.md", _readme(competition, list(files)))
+        search_for_leaks(building, _closed_lines(competition))
+        describe(building, competition)
+        shutil.rmtree(out, ignore_errors=True)
+        building.rename(out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return out
+
+
+# --- what goes in ------------------------------------------------------------------------------------
+
+
+def _config(competition: Competition, files: dict[str, Path], out: Path) -> None:
+    """The config with paths inside the release. A run file from outside the workflow's folder stays away."""
+    content = competition.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    content |= {"entries": ["config/entries"], "rules": "config/rules.yaml", "closed_store": "~/palio-closed"}
+    for stage in STAGES:
+        for name, scenario in content["stages"][stage]["scenarios"].items():
+            path = expand(scenario["run_entries"])
+            inside = f"config/helm/{stage}/{name}.conf"
+            if path.is_file() and path.resolve().is_relative_to(Path.cwd().resolve()):
+                _take(path, out / inside)
+            scenario["run_entries"] = inside
+    write_text(out / "config/config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    _take(Path(competition.rules), out / "config/rules.yaml")
+    for name, path in files.items():
+        _take(path, out / f"config/entries/{name}.yaml")
+
+
+def _entry(folder: Path, out: Path) -> None:
+    for name in ENTRY_FILES:
+        if (folder / name).is_file():
+            _take(folder / name, out / name)
+    for path in sorted(folder.glob("*.run.json")):
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        write_json(
+            out / path.name, {key: value for key, value in facts.items() if key not in RUN_FACTS_LEFT_OUT}
+        )
+    for path in sorted((folder / "work" / "failures").glob("*.json")):
+        _take(path, out / "work" / "failures" / path.name)
+    for stage in STAGES:
+        for name, schema in TABLES.items():
+            table = folder / "helm" / stage / name
+            if table.is_file():
+                if not pq.read_schema(table).equals(schema):
+                    raise Leak(
+                        f"{table} has other columns than the tables of a stage; run helm_{stage} again"
+                    )
+                _take(table, out / "helm" / stage / name)
+
+
+def _leaderboard(track: str, folder: Path, out: Path) -> None:
+    if not (folder / f"{track}.json").is_file():
+        raise BadInput(folder / f"{track}.json", "", None, "no such leaderboard; run the workflow to its end")
+    for suffix in LEADERBOARD_SUFFIXES:
+        if (folder / f"{track}{suffix}").is_file():
+            _take(folder / f"{track}{suffix}", out / f"{track}{suffix}")
+
+
+def _take_tree(folder: Path, out: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix in REPORT_SUFFIXES:
+            _take(path, out / path.relative_to(folder))
+
+
+def _take(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target)
+
+
+def _readme(competition: Competition, entries: list[str]) -> str:
+    return README.format(
+        title=competition.title, entries=len(entries), tracks=len(competition.tracks), metadata=METADATA
+    )
+
+
+# --- what must not ---------------------------------------------------------------------------------------
+
+
+def _closed_lines(competition: Competition) -> list[bytes]:
+    """The longest line of every closed instance, where the closed store is at hand."""
+    store = expand(competition.closed_store) / competition.competition / "stage" / "instances.parquet"
+    if not store.is_file():
+        return []
+    texts = pq.read_table(store, columns=["text"])["text"].to_pylist()
+    lines = {max(text.splitlines() or [""], key=len).strip() for text in texts}
+    return sorted(line.encode() for line in lines if len(line) >= SHORTEST_TEXT)
+
+
+def search_for_leaks(folder: Path, closed_lines: list[bytes]) -> None:
+    """Raises Leak, naming file and kind but not the text, for the first file that holds what it must not."""
+    for path in _text_files(folder):
+        content = path.read_bytes()
+        name = path.relative_to(folder)
+        if SECRETS.search(content):
+            raise Leak(f"{name} holds what looks like a credential; remove it and release again")
+        # JSON writes quotes and newlines otherwise, HTML more: lines are compared without either.
+        if any(line in content or _escaped(line) in content for line in closed_lines):
+            raise Leak(f"{name} holds a text of the closed stage; find out how it came there")
+
+
+def _escaped(line: bytes) -> bytes:
+    return json.dumps(line.decode(), ensure_ascii=False)[1:-1].encode()
+
+
+def _text_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix in TEXT_SUFFIXES:
+            yield path
