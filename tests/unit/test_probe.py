@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from palio.evaluation import probe as probing
 from palio.evaluation.probe import probe, probe_table
+from palio.serving.process import ServerProcess
 from tests.toy import Toy, serving
+from tests.training import tiny_base_model
 
 
 def test_a_conforming_server_passes_every_check() -> None:
@@ -20,6 +23,13 @@ def test_a_conforming_server_passes_every_check() -> None:
     assert report.conforms
     assert report.projected_seconds is not None
     assert probe_table(report).row_count == len(report.checks)
+
+
+def test_palios_own_server_passes_every_check(base_model: Path, tmp_path: Path) -> None:
+    tiny = tiny_base_model(tmp_path / "tiny", tokenizer_of=base_model) / "model"
+    with ServerProcess(tiny, log=tmp_path / "server.log", threads=1) as server:
+        report = probe(server.base_url, planned_requests=100, time_limit=3600)
+    assert report.failed == []
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def evaluate(
 
     with timed_run(entry_dir / f"{stage}.run.json", limit_seconds=limits.time_limit) as run:
         clock = UsedTime(folder / "used_seconds.json")
-        died, overtime = "", False
+        died, overtime, code = "", False, None
         if not _complete(folder, plan):
             log = folder / "server.log"
             with start_server(entry_dir / "package", log) as server:
@@ -102,7 +102,8 @@ def evaluate(
                 ended = _ask(folder, plan, limits, clock, watch)
                 if not server.alive():
                     died = "the model server died" + (last_lines(log) if stage == "open" else "")
-                overtime = ended.code is None and not died
+                code = ended.code
+                overtime = code is None and not died
         outcomes = [_outcome(folder, stage, limits, planned, overtime) for planned in plan.runs]
         answered = sum(one.answered for one in outcomes)
         run |= {"used_seconds": round(clock.used, 1), "requests": plan.requests, "answered": answered}
@@ -110,7 +111,7 @@ def evaluate(
     failed = [one for one in outcomes if one.state is State.CRASHED]
     if failed:
         what = died or f"{len(failed)} of {len(outcomes)} HELM runs failed"
-        why = failed[0].reason or "no result"
+        why = failed[0].reason or ("no result" if code is None else f"HELM ended with code {code}")
         where = f"see {folder}/helm.log" if stage == "open" else "the logs are in the closed store"
         raise Crashed(f"{what}; first {failed[0].run}: {why}; {where}")
     return _write_results(runs, limits, entry_dir, folder, package, prepared, outcomes)
