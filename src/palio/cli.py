@@ -462,13 +462,28 @@ def publish(entry_dir: Path, repo: str, leaderboard: Path | None, private: bool,
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--threads", type=int, help="CPU threads; default: torch's choice.")
 @click.option("--gpu-memory-gb", type=float, help="Cap on GPU memory.")
+@click.option("--cache-gb", type=float, help="Memory for keys and values; default: 2 on a CPU, all of a GPU.")
 def serve(
-    package: Path, host: str, port: int, device: str, threads: int | None, gpu_memory_gb: float | None
+    package: Path,
+    host: str,
+    port: int,
+    device: str,
+    threads: int | None,
+    gpu_memory_gb: float | None,
+    cache_gb: float | None,
 ) -> None:
     """Serve a package behind HELM's HTTP contract: /process, /tokenize, /decode, /health."""
     from palio.serving.app import serve as run
 
-    run(package, host=host, port=port, device=device, threads=threads, gpu_memory_gb=gpu_memory_gb)
+    run(
+        package,
+        host=host,
+        port=port,
+        device=device,
+        threads=threads,
+        gpu_memory_gb=gpu_memory_gb,
+        cache_gb=cache_gb,
+    )
 
 
 @palio.command(cls=Verb, example="palio probe http://127.0.0.1:8080")

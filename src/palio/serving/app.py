@@ -146,13 +146,20 @@ async def _disconnected(http: HttpRequest) -> None:
 
 
 def serve(
-    package: Path, *, host: str, port: int, device: str, threads: int | None, gpu_memory_gb: float | None
+    package: Path,
+    *,
+    host: str,
+    port: int,
+    device: str = "auto",
+    threads: int | None = None,
+    gpu_memory_gb: float | None = None,
+    cache_gb: float | None = None,
 ) -> None:
     """Load the package and serve it until SIGINT or SIGTERM. Port 0 takes any that is free.
 
     Raises:
         BadInput: no such package, device or port.
-        OutOfMemory: the model does not fit.
+        OutOfMemory: the model does not fit, or no memory is left for keys and values.
     """
     from palio.serving.transformers_engine import TransformersEngine
 
@@ -162,7 +169,9 @@ def serve(
         listener.bind((host, port))
     except OSError as error:
         raise BadInput("--port", "", port, f"{error.strerror}; choose another, or 0 for any") from None
-    engine = TransformersEngine(package, device=device, threads=threads, gpu_memory_gb=gpu_memory_gb)
+    engine = TransformersEngine(
+        package, device=device, threads=threads, gpu_memory_gb=gpu_memory_gb, cache_gb=cache_gb
+    )
     try:
         listener.listen(2048)
         print(f"{READY}http://{host}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)

@@ -37,6 +37,7 @@ class ServerProcess:
         log: Path,
         threads: int | None = None,
         gpu_memory_gb: float | None = None,
+        cache_gb: float | None = None,
         ready_seconds: float = READY_SECONDS,
     ) -> None:
         self._log = log
@@ -45,6 +46,7 @@ class ServerProcess:
             *(sys.executable, "-m", "palio.cli", "serve", str(package), "--port", "0"),
             *(["--threads", str(threads)] if threads else []),
             *(["--gpu-memory-gb", str(gpu_memory_gb)] if gpu_memory_gb else []),
+            *(["--cache-gb", str(cache_gb)] if cache_gb else []),
         ]
         self._environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         if threads:
