@@ -136,7 +136,7 @@ def test_a_learning_rate_re_runs_that_entry_from_fine_tuning_on(untouched: Worki
 
 def test_a_setting_of_the_closed_stage_re_runs_no_training(untouched: WorkingFolder) -> None:
     def change(config: dict[str, Any]) -> None:
-        config["stages"]["closed"]["scenarios"]["dyck_language"]["max_eval_instances"] = 7
+        config["stages"]["closed"]["scenarios"]["parity"]["max_eval_instances"] = 7
 
     untouched.edit_yaml("config/config.yaml", change)
     planned = {rule for rule, _ in untouched.plan()}

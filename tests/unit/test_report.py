@@ -95,7 +95,7 @@ def test_a_long_list_of_dropped_rows_keeps_the_most_frequent_reasons(folder: Pat
 def test_contamination_is_counts_by_scenario_of_both_stages(page: str) -> None:
     told = article(page, "curated")
     assert re.search(r"open ?pattern match ?40 ?2", told)
-    assert re.search(r"closed ?dyck language ?40 ?0", told)
+    assert re.search(r"closed ?parity ?40 ?0", told)
 
 
 def test_curated_and_raw_differ_in_their_operations_only(page: str) -> None:
