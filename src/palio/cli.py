@@ -463,6 +463,9 @@ def publish(entry_dir: Path, repo: str, leaderboard: Path | None, private: bool,
 @click.option("--threads", type=int, help="CPU threads; default: torch's choice.")
 @click.option("--gpu-memory-gb", type=float, help="Cap on GPU memory.")
 @click.option("--cache-gb", type=float, help="Memory for keys and values; default: 2 on a CPU, all of a GPU.")
+@click.option(
+    "--engine", type=click.Choice(["transformers", "vllm"]), default="transformers", show_default=True
+)
 def serve(
     package: Path,
     host: str,
@@ -471,6 +474,7 @@ def serve(
     threads: int | None,
     gpu_memory_gb: float | None,
     cache_gb: float | None,
+    engine: str,
 ) -> None:
     """Serve a package behind HELM's HTTP contract: /process, /tokenize, /decode, /health."""
     from palio.serving.app import serve as run
@@ -483,6 +487,7 @@ def serve(
         threads=threads,
         gpu_memory_gb=gpu_memory_gb,
         cache_gb=cache_gb,
+        engine=engine,
     )
 
 
@@ -547,6 +552,7 @@ def evaluate(
 
     stage = parse(StageRuns, json.loads(runs), "--runs")
     track = parse(Track, json.loads(track_limits), "track")
+    settings = parse(StageLimits, json.loads(limits), "--limits")
 
     with entry_step(stage.stage, entry_dir):
         if fresh_start:
@@ -571,10 +577,16 @@ def evaluate(
                     log=log,
                     work=entry_dir / "work",
                 )
-            return ServerProcess(package, log=log, threads=threads, gpu_memory_gb=track.gpu_memory_gb)
+            return ServerProcess(
+                package,
+                log=log,
+                threads=threads,
+                gpu_memory_gb=track.gpu_memory_gb,
+                engine=settings.engine,
+            )
 
         starter: StartServer = start_server
-        run(stage, parse(StageLimits, json.loads(limits), "--limits"), instances, entry_dir, starter)
+        run(stage, settings, instances, entry_dir, starter)
 
 
 @palio.command(

@@ -28,6 +28,8 @@ from palio.serving.text import TextStream, Vocabulary, cut, find_stop
 
 PROGRAM = "vllm"
 READY_SECONDS = 1800.0
+REQUEST_SECONDS = 3600.0
+"""Above any deadline of the HTTP side, which cancels by itself."""
 DEFAULT_CONTEXT = 2048
 
 
@@ -54,7 +56,7 @@ class VllmEngine:
             ],
             stdin=subprocess.DEVNULL,
         )
-        self._client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=None)
+        self._client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=REQUEST_SECONDS)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
         try:
