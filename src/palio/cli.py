@@ -905,14 +905,18 @@ def retry(competition: str, entry: str, steps: tuple[str, ...], results: Path) -
 
 @palio.command(cls=Verb, example="palio doctor --slurm --competition config/neurips2023.yaml")
 @competition_option
-@click.option("--slurm", is_flag=True, required=True, help="Check a SLURM site.")
+@click.option(
+    "--slurm", is_flag=True, help="Check a SLURM site; else whether this machine confines programs."
+)
 @click.option("--profile", type=ExistingPath, default=Path("profiles/slurm/config.yaml"), show_default=True)
 def doctor(competition: str, slurm: bool, profile: Path) -> None:
-    """Check, before the first run, that a site and a profile fit the competition; print the lines to fix."""
+    """Check, before the first run, that this machine can confine what teams hand in, or that a SLURM site and
+    a profile fit the competition; print the lines to fix."""
     from palio.operating.doctor import examine
+    from palio.sandbox.doctor import examine_confinement
 
     wrong = 0
-    for finding in examine(competition_of(competition), profile):
+    for finding in examine(competition_of(competition), profile) if slurm else examine_confinement():
         wrong += not finding.ok
         print(finding, flush=True)
     if wrong:

@@ -39,7 +39,8 @@ _ETC = (
     "ld.so.conf.d",
     "localtime",
     "nsswitch.conf",
-    "ssl",
+    "ssl/certs",
+    "ssl/openssl.cnf",
 )
 _CPU_FACTS = "/sys/devices/system/cpu"
 """Numeric libraries ask it for cores and caches."""
