@@ -49,7 +49,11 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def curate(
-    given: DatasetRecipe, out: Path, base_model: Path = Path("none"), limit: int | None = None
+    given: DatasetRecipe,
+    out: Path,
+    base_model: Path = Path("none"),
+    limit: int | None = None,
+    workers: int = 1,
 ) -> DatasetManifest:
     """Curate as entry civetta; paths in the recipe are absolute, the work folder lies beside `out`."""
     return curate_dataset(
@@ -60,6 +64,7 @@ def curate(
         entry="civetta",
         out=out,
         limit=limit,
+        workers=workers,
     )
 
 

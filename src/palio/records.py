@@ -97,6 +97,9 @@ class SourceReport(BaseModel):
 
     name: str
     sha256: str
+    """Of the file; of a saved folder or a pinned hub dataset, of what identifies its content."""
+    revision: str | None = None
+    """Commit of a hub dataset."""
     licence: str
     generator: str | None
     rows: int

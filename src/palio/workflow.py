@@ -110,7 +110,7 @@ class Workflow:
         entry = self.entry(wildcards)
         if entry is None or entry.dataset is None:
             return []
-        paths = [source.path for source in entry.dataset.sources]
+        paths = [source.path for source in entry.dataset.sources if source.path]
         return [path for path in paths if path.startswith(f"{DEMO_SOURCES}/") or Path(path).exists()]
 
     def program_files(self, wildcards: Any) -> list[str]:

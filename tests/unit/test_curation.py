@@ -12,10 +12,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
+from palio.config import load_entry
 from palio.curation.inspection import lines_of
 from palio.demo.data import FAMILIES, solve, write_demo_sources
 from palio.errors import BadInput
@@ -94,6 +97,20 @@ def test_a_raw_recipe_keeps_every_line_as_it_is(demo: Path, tmp_path: Path) -> N
     assert sorted(pairs_of(tmp_path / "raw/train.parquet")) == sorted(lines)
 
 
+def test_the_demos_curated_and_raw_entries_differ_in_their_operations_alone() -> None:
+    curated_entry, raw_entry = (
+        load_entry(Path(__file__).parents[2] / f"config/entries/demo/{name}.yaml")
+        for name in ("curated", "raw")
+    )
+    assert curated_entry.dataset is not None
+    assert raw_entry.dataset is not None
+    assert curated_entry.dataset.operations
+    bare = curated_entry.dataset.model_copy(update={"operations": ()})
+    assert bare == raw_entry.dataset
+    unlike = {"team", "title", "dataset"}
+    assert curated_entry.model_dump(exclude=unlike) == raw_entry.model_dump(exclude=unlike)
+
+
 def test_inspection_shows_kept_and_dropped_rows_with_the_reason(curated: Path) -> None:
     kept = list(lines_of(curated, limit=5))
     dropped = list(lines_of(curated, dropped=True, operation="drop_refusals", limit=5))
@@ -145,7 +162,8 @@ def test_a_source_that_changes_is_read_again(tmp_path: Path) -> None:
 
 
 def test_a_killed_curation_goes_on_behind_the_last_finished_operation(tmp_path: Path) -> None:
-    """kill -9 in the middle: nothing half-written, equal bytes, finished operations not redone."""
+    """kill -9 in the middle: nothing half-written, finished operations not redone, and the bytes are those
+    of an uninterrupted run, which one process makes as two do."""
     source = write_jsonl(
         tmp_path / "many.jsonl",
         (
@@ -153,12 +171,12 @@ def test_a_killed_curation_goes_on_behind_the_last_finished_operation(tmp_path: 
             for number in range(60_000)
         ),
     )
-    operations = ("clean_markup", "drop_refusals", "drop_disagreement", "drop_exact_duplicates")
+    operations = ("clean_markup", "drop_refusals", "drop_exact_duplicates", "drop_near_duplicates")
     given = recipe([{"path": str(source)}], *operations)
     program = (
         "import sys; from pathlib import Path; from palio.config import DatasetRecipe; "
         "from tests.curation import curate; "
-        "curate(DatasetRecipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]))"
+        "curate(DatasetRecipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]), workers=2)"
     )
     out = tmp_path / "killed/dataset"
     process = subprocess.Popen(
@@ -170,8 +188,10 @@ def test_a_killed_curation_goes_on_behind_the_last_finished_operation(tmp_path: 
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
+    children = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    assert not psutil.wait_procs(children, timeout=20)[1], "processes outlive the killed curation"
     assert not (out / "manifest.json").exists()
     finished = {path: path.stat().st_mtime_ns for path in work.glob("*/report.json")}
     assert len(finished) < 1 + len(operations)
@@ -180,7 +200,7 @@ def test_a_killed_curation_goes_on_behind_the_last_finished_operation(tmp_path: 
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     curate(given, tmp_path / "whole/dataset")
     assert digests(out) == digests(tmp_path / "whole/dataset")
-    assert not [path for path in work.rglob(".*") if path.is_file()]
+    assert not [path for path in (tmp_path / "killed").rglob(".*") if path.is_file()]
 
 
 # --- sources --------------------------------------------------------------------------------------
@@ -203,6 +223,29 @@ QUESTION, ANSWER = "Name the banner.", "Civetta"
             {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]},
         ),
         ({"format": "lima"}, {"conversations": [QUESTION, ANSWER]}),
+        ({"format": "flan"}, {"inputs": QUESTION, "targets": ANSWER}),
+        (
+            {"format": "oasst"},
+            {
+                "message_tree_id": "t1",
+                "prompt": {
+                    "text": QUESTION,
+                    "role": "prompter",
+                    "replies": [
+                        {"text": "Owl", "role": "assistant", "rank": 1, "replies": []},
+                        {"text": ANSWER, "role": "assistant", "rank": 0, "replies": []},
+                        {"text": "Spam", "role": "assistant", "rank": None, "replies": []},
+                    ],
+                },
+            },
+        ),
+        (
+            {"format": "natural_instructions"},
+            {
+                "Definition": ["Name the"],
+                "Instances": [{"input": "banner.", "output": [ANSWER, "Owl"]}],
+            },
+        ),
         (
             {"template": {"prompt": "Name the {{ what }}.", "completion": "{{ name }}"}},
             {"what": "banner", "name": ANSWER},
@@ -214,7 +257,44 @@ def test_records_of_known_shapes_become_rows(
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [record])
     curate(recipe([{"path": str(source), **settings}]), tmp_path / "dataset")
-    assert pairs_of(tmp_path / "dataset/train.parquet") == [(QUESTION, ANSWER)]
+    ((prompt, completion),) = pairs_of(tmp_path / "dataset/train.parquet")
+    assert (" ".join(prompt.split()), completion) == (QUESTION, ANSWER)
+
+
+def test_a_task_of_natural_instructions_gives_a_row_for_each_instance(tmp_path: Path) -> None:
+    instances = [{"input": f"{n} + 1", "output": [str(n + 1)]} for n in (1, 2)]
+    task = {"Definition": ["Add."], "Instances": instances}
+    source = write_jsonl(tmp_path / "a.jsonl", [task])
+    curate(recipe([{"path": str(source), "format": "natural_instructions"}]), tmp_path / "dataset")
+    rows = pq.read_table(tmp_path / "dataset/train.parquet").to_pylist()
+    assert {row["id"]: (row["prompt"], row["completion"]) for row in rows} == {
+        "a:1.1": ("Add.\n\n1 + 1", "2"),
+        "a:1.2": ("Add.\n\n2 + 1", "3"),
+    }
+
+
+def test_a_folder_that_datasets_saved_is_a_source(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}?", "completion": "yes"} for n in range(20)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    curate(recipe([{"path": str(tmp_path / "saved")}]), tmp_path / "dataset")
+    assert sorted(pairs_of(tmp_path / "dataset/train.parquet")) == sorted((f"{n}?", "yes") for n in range(20))
+
+
+def test_a_hub_dataset_needs_a_pinned_revision() -> None:
+    with pytest.raises(BadInput, match="a branch would change under you"):
+        recipe([{"hub": "palio/contrade@main"}])
+
+
+def test_a_hub_dataset_that_is_neither_cached_nor_reachable_is_named_with_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    address = f"palio/contrade@{'a' * 40}"
+    with pytest.raises(BadInput, match="fetch it on a node with network") as stop:
+        curate(recipe([{"hub": address}]), tmp_path / "dataset")
+    assert str(stop.value).startswith(f"hub:{address}")
+    assert not (tmp_path / "dataset").exists()
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst", "csv", "parquet"])
@@ -256,7 +336,7 @@ def test_malformed_lines_are_set_aside_with_line_and_reason(tmp_path: Path) -> N
         9: b'["prompt", "completion"]',
         11: b'{"prompt": "x"}',
         12: b'{"id": 4, "prompt": "again", "completion": "x"}',
-        13: b'{"prompt": "x", "completion": "' + b"y" * (17 << 20) + b'"}',
+        13: b'{"prompt": "x", "completion": "' + b"y" * (50 << 20) + b'"}',
         14: b'{"prompt": "\\ud800", "completion": "x"}',
     }
     lines = list(good)

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from palio.curation.contamination import contaminated_pairs, contamination, normalise
+from palio.curation.contamination import contaminated_pairs, contamination
+from palio.curation.words import normalised
 from palio.records import Contamination
 from tests.curation import curate, recipe, write_jsonl
 
@@ -114,9 +115,16 @@ def test_participants_see_the_pairs_of_the_open_stage(tmp_path: Path) -> None:
     assert (pair.scenario, pair.instance, pair.source, pair.row) == ("quiz", "id0", "rows", "rows:2")
 
 
-def test_case_white_space_and_punctuation_are_normalised_and_signs_kept() -> None:
-    assert normalise("  Natalia's  clips,\nin May: $1,000!") == "natalias clips in may 1000"
-    assert normalise("Input: ( [ ] X + Y") == "input ( [ ] x + y"
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("  Natalia's  clips,\nin May: $1,000!", ["natalias", "clips", "in", "may", "1000"]),
+        ("Input: ( [ ] X + Y", ["input", "(", "[", "]", "x", "+", "y"]),
+        ("Città — ÜBER … naïve_x", ["città", "über", "naïvex"]),
+    ],
+)
+def test_case_white_space_and_punctuation_are_normalised_and_signs_kept(text: str, words: list[str]) -> None:
+    assert [word for word in normalised(pa.array(text.split())).to_pylist() if word] == words
 
 
 # --- real data ------------------------------------------------------------------------------------

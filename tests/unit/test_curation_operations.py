@@ -14,8 +14,10 @@ from palio.curation.operations.cleaning import without_markup
 from palio.curation.operations.sampling import shares
 from palio.errors import BadInput
 from tests.curation import curate, pairs_of, recipe, write_jsonl
+from tests.training import tiny_base_model
 
 Rows = list[tuple[str, str]]
+WORDS = [f"{first}{second}" for first in "bcdfglmnprstv" for second in ("ala", "eno", "isto", "ora", "umi")]
 
 
 def kept(
@@ -68,8 +70,53 @@ def test_answers_that_match_a_pattern_are_dropped_and_questions_may_match(tmp_pa
     assert kept(rows, "drop_refusals", tmp_path) == [("Talk as an AI", "beep")]
 
 
+def test_matches_of_a_pattern_are_replaced_in_the_named_field(tmp_path: Path) -> None:
+    operation = {"op": "replace_matches", "pattern": r"\s*\[\d+\]", "field": "completion"}
+    rows = [("Cite [1]?", "Yes [1] [23]."), ("Empty?", "[4]")]
+    assert kept(rows, operation, tmp_path) == [("Cite [1]?", "Yes.")]
+
+
+def test_rows_with_a_match_in_the_named_field_are_dropped(tmp_path: Path) -> None:
+    rows = [("See http://a.b", "ok"), ("Where?", "HTTP://a.b"), ("Where?", "here")]
+    operation = {"op": "drop_matches", "patterns": ["https?://"], "field": "completion"}
+    assert kept(rows, operation, tmp_path / "one") == [rows[0], rows[2]]
+    assert kept(rows, {**operation, "field": "both"}, tmp_path / "both") == [rows[2]]
+
+
+# --- language and quality -------------------------------------------------------------------------
+
+ENGLISH = "The race is run twice a year in the main square, and the whole town comes to watch the horses."
+
+
+def test_rows_in_other_languages_are_dropped_and_what_has_no_language_stays(tmp_path: Path) -> None:
+    italian = "La corsa si tiene due volte l'anno nella piazza principale e tutta la città viene a vederla."
+    rows = [(ENGLISH, "Yes, it does."), (italian, "Sì, è vero, ogni anno."), ("X Y ( [ ]", "17 + 25")]
+    assert kept(rows, "keep_languages", tmp_path / "en") == [rows[0], rows[2]]
+    both = {"op": "keep_languages", "languages": ["en", "it"]}
+    assert kept(rows, both, tmp_path / "both") == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("a b c d e f g h i j k l", "in a word on average"),
+        ("#winning #horses are #running today", "# and … per word"),
+        ("12345 678 90123 4567 word", "have a letter"),
+        ("\n".join(f"- famous wine called {town}" for town in WORDS[:10]), "begin with a bullet"),
+        ("buy more now\nbuy more now\nbuy more now\nbye then friend", "stand twice"),
+        ("great deal great deal great deal great deal", "one pair of words"),
+        ("Please read our terms of use before going on with this", "terms of use"),
+    ],
+)
+def test_each_heuristic_of_quality_drops_what_it_is_about(text: str, fault: str, tmp_path: Path) -> None:
+    rows = [(text, "ok then"), (ENGLISH, "It does indeed.")]
+    assert kept(rows, "keep_quality", tmp_path) == rows[1:]
+    reasons = pq.read_table(tmp_path / "dataset/dropped.parquet")["reason"].to_pylist()
+    assert fault in reasons[0]
+
+
 def test_a_pattern_that_is_no_regular_expression_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="is no regular expression"):
+    with pytest.raises(BadInput, match="is not a regular expression"):
         kept([("a", "b")], {"op": "drop_refusals", "patterns": ["("]}, tmp_path)
 
 
@@ -109,9 +156,6 @@ def test_the_most_frequent_answer_stays_and_a_tie_drops_the_prompt(tmp_path: Pat
 def test_of_equal_rows_the_first_stays(tmp_path: Path) -> None:
     rows = [("Who won?", "Oca"), ("who  won? ", "OCA"), ("Who won?", "Onda")]
     assert kept(rows, "drop_exact_duplicates", tmp_path) == [rows[0], rows[2]]
-
-
-WORDS = [f"{first}{second}" for first in "bcdfglmnprstv" for second in ("ala", "eno", "isto", "ora", "umi")]
 
 
 def essays(count: int, seed: int = 0) -> Rows:
@@ -159,7 +203,7 @@ def test_rows_below_the_threshold_are_kept(tmp_path: Path) -> None:
 @settings(max_examples=200)
 @given(st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 50), min_size=1), st.integers(1, 200))
 def test_shares_are_as_equal_as_the_sources_allow(available: dict[str, int], rows: int) -> None:
-    taken = shares(available, rows)
+    taken = shares(available, dict.fromkeys(available, 1), rows)
     assert sum(taken.values()) == min(rows, sum(available.values()))
     short = [taken[source] for source in available if taken[source] < available[source]]
     assert all(taken[source] <= available[source] for source in available)
@@ -179,3 +223,59 @@ def test_sampling_takes_the_same_number_of_every_source(tmp_path: Path) -> None:
         pairs_of(tmp_path / "dataset/train.parquet")
     )
     assert other.rows == 20
+
+
+def test_weights_and_temperature_set_the_mix_of_sources(tmp_path: Path) -> None:
+    sizes = {"big": 400, "middle": 100, "small": 25}
+    for name, count in sizes.items():
+        write_jsonl(
+            tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {n}", "completion": "x"} for n in range(count)]
+        )
+    sources = [{"path": str(tmp_path / f"{name}.jsonl")} for name in sizes]
+
+    def mix(**settings: object) -> dict[str, int]:
+        given = recipe(sources, {"op": "sample_rows", **settings})
+        return curate(given, tmp_path / "dataset").rows_by_source
+
+    assert mix(rows=42, temperature=1) == {"big": 32, "middle": 8, "small": 2}
+    assert mix(rows=35, temperature=2) == {"big": 20, "middle": 10, "small": 5}
+    assert mix(rows=60, weights={"big": 4}) == {"big": 40, "middle": 10, "small": 10}
+    with pytest.raises(BadInput, match=r"weights is 'bigg': no row is of this source"):
+        mix(rows=60, weights={"bigg": 4})
+
+
+def test_sampling_by_score_takes_the_highest(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", "completion": "x", "reward": (n * 7) % 10} for n in range(10)]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    operation = {"op": "sample_rows", "rows": 3, "by": "score"}
+    curate(recipe([{"path": str(source), "score": "reward"}], operation), tmp_path / "dataset")
+    best = {row["prompt"] for row in sorted(rows, key=lambda row: -int(str(row["reward"])))[:3]}
+    assert {prompt for prompt, _ in pairs_of(tmp_path / "dataset/train.parquet")} == best
+    with pytest.raises(BadInput, match=r"sources\.a\.score: has rows without a score"):
+        curate(recipe([{"path": str(source)}], operation), tmp_path / "without")
+
+
+def test_sampling_by_diversity_takes_one_of_each_kind(tmp_path: Path) -> None:
+    kinds = ["horses run fast", "bread is baked", "stars shine bright", "rivers flow down"]
+    rows = [(f"{kind} number{n}", "yes") for n in range(10) for kind in kinds]
+    left = kept(rows, {"op": "sample_rows", "rows": 4, "by": "diversity"}, tmp_path)
+    assert {prompt.rpartition(" ")[0] for prompt, _ in left} == set(kinds)
+
+
+def test_a_cap_balances_the_answers_of_each_source(tmp_path: Path) -> None:
+    rows = [(f"q{n}", "Yes" if n % 10 else "no") for n in range(100)]
+    left = kept(rows, {"op": "cap_rows", "rows": 10}, tmp_path / "answer")
+    assert [completion for _, completion in left].count("Yes") == 10
+    assert [completion for _, completion in left].count("no") == 10
+    assert len(kept(rows, {"op": "cap_rows", "per": "source", "rows": 7}, tmp_path / "source")) == 7
+
+
+# --- meaning --------------------------------------------------------------------------------------
+
+
+def test_prompts_with_equal_embeddings_are_one_and_the_first_stays(tmp_path: Path, base_model: Path) -> None:
+    """With a tiny model of random weights: equal texts have equal embeddings, others have not."""
+    model = tiny_base_model(tmp_path / "tiny", base_model) / "model"
+    rows = [("Who won the race?", "Oca"), ("Where is it run?", "Siena"), ("Who won the race?", "the owl")]
+    operation = {"op": "drop_semantic_duplicates", "model": str(model), "threshold": 0.999}
+    assert kept(rows, operation, tmp_path) == rows[:2]

@@ -9,15 +9,13 @@ from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
-from palio.curation.overlap import InstanceIndex, normalise, read_instances
+from palio.curation.overlap import InstanceIndex, read_instances
 from palio.curation.rows import BATCH_ROWS, shortened
 from palio.errors import BadInput
 from palio.provenance import file_sha256
 from palio.records import Contamination
 
 NGRAM = 13  # words; as in the GPT-3 paper (arXiv 2005.14165, appendix C)
-
-__all__ = ["NGRAM", "Pair", "contaminated_pairs", "contamination", "normalise"]
 
 
 class Pair(NamedTuple):
@@ -87,8 +85,7 @@ def _rows_that_hold(table: Path, index: InstanceIndex) -> Iterator[tuple[tuple[s
     """Source and id, prompt, and the instances found, of the rows that hold any."""
     columns = ["prompt", "completion", "source", "id"]
     for batch in pq.ParquetFile(table).iter_batches(batch_size=BATCH_ROWS, columns=columns):
-        for prompt, completion, source, name in zip(
-            *(batch.column(column).to_pylist() for column in columns), strict=True
-        ):
-            if numbers := index.found_in(prompt, completion):
+        for place, numbers in enumerate(index.found_in(batch)):
+            if numbers:
+                prompt, source, name = (batch[key][place].as_py() for key in ("prompt", "source", "id"))
                 yield (source, name), prompt, numbers

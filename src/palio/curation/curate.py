@@ -18,27 +18,58 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 import pyarrow.ipc
-import pyarrow.parquet as pq
 
-from palio.config import DatasetRecipe, DataSource, Decontaminate, Operation, TokenLength
+from palio.config import (
+    DatasetRecipe,
+    DataSource,
+    Decontaminate,
+    DropSemanticDuplicates,
+    Operation,
+    TokenLength,
+)
 from palio.curation.card import card
+from palio.curation.dataset import EXAMPLES, write_dropped, write_shuffled
 from palio.curation.operations import JUDGES
-from palio.curation.rows import BATCH_ROWS, DROPPED, ROW, Batch, Surroundings, Verdict, shortened
-from palio.curation.source import Quarantined, SourceRow, read_source
+from palio.curation.rows import (
+    BATCH_CHARACTERS,
+    BATCH_ROWS,
+    DROPPED,
+    ROW,
+    Batch,
+    Surroundings,
+    Verdict,
+    shortened,
+)
+from palio.curation.source import Quarantined, SourceRow, read_source, source_digest
+from palio.curation.store import Pool, StoredRows, Tick, pool, write_batches
 from palio.errors import BadInput
-from palio.provenance import atomic_path, canonical_json, file_sha256, fingerprint, write_json, write_text
+from palio.provenance import (
+    atomic_path,
+    canonical_json,
+    file_sha256,
+    fingerprint,
+    folder_sha256,
+    write_json,
+    write_text,
+)
 from palio.records import DatasetManifest, OperationReport, SourceReport
 
-RECIPE_VERSION = "1"
+RECIPE_VERSION = "2"
 """Raised when equal recipes give other rows than before."""
-EXAMPLES = 3
+
+
+class Progress(Protocol):
+    def __call__(self, step: str, total: int | None, rows: int, /) -> None: ...
+
+
+def _silent(step: str, total: int | None, rows: int, /) -> None: ...
 
 
 def curate_dataset(
@@ -52,6 +83,8 @@ def curate_dataset(
     base: Path = Path(),
     work: Path | None = None,
     limit: int | None = None,
+    workers: int = 1,
+    progress: Progress = _silent,
 ) -> DatasetManifest:
     """Curate the dataset of one entry into the folder `out`.
 
@@ -60,44 +93,48 @@ def curate_dataset(
         base: folder that paths in the recipe are relative to.
         work: folder of the intermediate files, kept for reruns; default: work/curate beside `out`.
         limit: rows to read of each source, for a preview; omit to read all.
+        workers: processes that look at rows; no part of the result.
+        progress: called with the operation under way, rows in all where known, and rows just seen.
 
     Raises:
         BadInput: a source is absent or broken, too much of it is malformed, or no row is left.
     """
     work = work or out.parent / "work" / "curate"
-    around = Surroundings(base_model=base_model, base=base, seed=recipe.seed)
-    sources, steps = _read_sources(recipe, base, work, limit), []
-    rows = sources.folder
+    around = Surroundings(base_model=base_model, base=base, seed=recipe.seed, scratch=work)
+    sources, steps = _read_sources(recipe, base, work, limit, progress), []
+    rows, count = sources.folder, sum(source.rows for source in sources.reports)
     key = sources.key
-    for place, operation in enumerate(recipe.operations):
-        key = fingerprint([key, recipe.seed, operation.model_dump(mode="json"), _content(operation, around)])
-        step = _apply(operation, place, key, rows, work, around)
-        if step.report.rows_out == 0:
-            fix = f"dropped the last of {step.report.rows_in} rows; loosen it or add sources"
-            raise BadInput(f"entry {entry}", f"dataset.operations.{place}", operation.op, fix)
-        steps.append(step)
-        rows = step.folder
+    with pool(workers) as processes:
+        for place, operation in enumerate(recipe.operations):
+            key = fingerprint(
+                [key, recipe.seed, operation.model_dump(mode="json"), _content(operation, around)]
+            )
+            tick = partial(progress, f"{place + 1} {operation.op}", count)
+            step = _apply(operation, place, key, rows, work, around, processes, tick)
+            if step.report.rows_out == 0:
+                fix = f"dropped the last of {step.report.rows_in} rows; loosen it or add sources"
+                raise BadInput(f"entry {entry}", f"dataset.operations.{place}", operation.op, fix)
+            steps.append(step)
+            rows, count = step.folder, step.report.rows_out
     _remove_others(work, {sources.folder, *(step.folder for step in steps)})
 
     write_text(out / "quarantine.jsonl", (sources.folder / "quarantine.jsonl").read_text(encoding="utf-8"))
-    _write_dropped(steps, out / "dropped.parquet")
-    table = _shuffled(rows / "rows.arrow", recipe.seed)
-    with atomic_path(out / "train.parquet") as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=BATCH_ROWS)
+    write_dropped([step.folder / "dropped.arrow" for step in steps], out / "dropped.parquet")
+    written = write_shuffled(rows / "rows.arrow", out / "train.parquet", recipe.seed, scratch=work)
     manifest = DatasetManifest(
         competition=competition,
         track=track,
         entry=entry,
         recipe_version=RECIPE_VERSION,
         seed=recipe.seed,
-        rows=table.num_rows,
+        rows=written.rows,
         sha256=file_sha256(out / "train.parquet"),
         sources=sources.reports,
         operations=[step.report for step in steps],
-        rows_by_source=_by_source(table["source"].to_pylist()),
-        characters={name: _length_histogram(table[name]) for name in ("prompt", "completion")},
+        rows_by_source=dict(sorted(written.by_source.items())),
+        characters=written.characters(),
     )
-    write_text(out / "card.md", card(manifest, table.slice(0, EXAMPLES).to_pylist()))
+    write_text(out / "card.md", card(manifest, written.examples))
     manifest.write(out / "manifest.json")
     return manifest
 
@@ -132,28 +169,13 @@ def _start(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _write_rows(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
-    options = pa.ipc.IpcWriteOptions(compression="zstd")
-    with atomic_path(path) as temporary, pa.ipc.new_file(temporary, schema, options=options) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-
-
-def _read_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
-        for number in range(reader.num_record_batches):
-            yield reader.get_batch(number)
-
-
 # --- sources --------------------------------------------------------------------------------------
 
 
-def _read_sources(recipe: DatasetRecipe, base: Path, work: Path, limit: int | None) -> _Sources:
-    paths = [base / source.path for source in recipe.sources]
-    for path in paths:
-        if not path.is_file():
-            raise BadInput(path, "", None, "no such file; correct dataset.sources, or fetch it again")
-    digests = [file_sha256(path) for path in paths]
+def _read_sources(
+    recipe: DatasetRecipe, base: Path, work: Path, limit: int | None, progress: Progress
+) -> _Sources:
+    digests = [source_digest(source, base) for source in recipe.sources]
     described = [
         source.model_dump(mode="json", exclude={"path"}) | {"label": source.label}
         for source in recipe.sources
@@ -163,9 +185,9 @@ def _read_sources(recipe: DatasetRecipe, base: Path, work: Path, limit: int | No
     report = folder / "report.json"
     if not report.exists():
         _start(folder)
-        reading = _Reading(limit)
-        batches = reading.batches(recipe.sources, paths, digests, recipe.max_quarantined)
-        _write_rows(folder / "rows.arrow", ROW, batches)
+        reading = _Reading(limit, progress)
+        batches = reading.batches(recipe.sources, digests, base, recipe.max_quarantined)
+        write_batches(folder / "rows.arrow", ROW, batches)
         text = "".join(canonical_json(line) + "\n" for line in reading.quarantine)
         write_text(folder / "quarantine.jsonl", text)
         write_json(report, [source.model_dump(mode="json") for source in reading.reports])
@@ -173,7 +195,8 @@ def _read_sources(recipe: DatasetRecipe, base: Path, work: Path, limit: int | No
         SourceReport.model_validate(source) for source in json.loads(report.read_text(encoding="utf-8"))
     ]
     if not any(source.rows for source in reports):
-        raise BadInput(paths[0], "", None, "the sources hold no row; add rows or other sources")
+        fix = "the sources hold no row; add rows or other sources"
+        raise BadInput(recipe.sources[0].address, "", None, fix)
     return _Sources(folder, key, reports)
 
 
@@ -182,16 +205,17 @@ class _Reading:
     """Rows of all sources in batches, and what was set aside on the way."""
 
     limit: int | None
+    progress: Progress
     reports: list[SourceReport] = field(default_factory=list)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
 
     def batches(
-        self, sources: Sequence[DataSource], paths: Sequence[Path], digests: Sequence[str], most: float
+        self, sources: Sequence[DataSource], digests: Sequence[str], base: Path, most: float
     ) -> Iterator[pa.RecordBatch]:
-        for source, path, digest in zip(sources, paths, digests, strict=True):
-            rows = quarantined = 0
+        for source, digest in zip(sources, digests, strict=True):
+            rows = quarantined = size = 0
             batch: list[SourceRow] = []
-            for record in read_source(source, path):
+            for record in read_source(source, base):
                 if isinstance(record, Quarantined):
                     quarantined += 1
                     self.quarantine.append({"source": source.label, **record.__dict__})
@@ -200,9 +224,11 @@ class _Reading:
                     break
                 rows += 1
                 batch.append(record)
-                if len(batch) == BATCH_ROWS:
+                size += len(record.prompt) + len(record.completion)
+                if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
                     yield _record_batch(source, batch)
-                    batch = []
+                    self.progress(f"0 read {source.label}", None, len(batch))
+                    batch, size = [], 0
             if batch:
                 yield _record_batch(source, batch)
             if quarantined > most * (rows + quarantined):
@@ -210,11 +236,12 @@ class _Reading:
                 share = f"{quarantined} of {rows + quarantined} lines are malformed"
                 limit = f"more than max_quarantined = {most:g}"
                 fix = f"{first['reason']}; {share}, {limit}: correct the file or its format"
-                raise BadInput(path, f"line {first['line']}", None, fix)
+                raise BadInput(source.address, f"line {first['line']}", None, fix)
             self.reports.append(
                 SourceReport(
                     name=source.label,
                     sha256=digest,
+                    revision=source.revision,
                     licence=source.licence,
                     generator=source.generator,
                     rows=rows,
@@ -232,6 +259,7 @@ def _record_batch(source: DataSource, rows: Sequence[SourceRow]) -> pa.RecordBat
         [row.id for row in rows],
         [source.licence] * count,
         [source.generator] * count,
+        [row.score for row in rows],
     ]
     arrays = [pa.array(column, type=field.type) for column, field in zip(columns, ROW, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=ROW)
@@ -247,6 +275,8 @@ def _content(operation: Operation, around: Surroundings) -> str | None:
         if not path.is_file():
             raise BadInput(path, "", None, "no such table of instances; prepare the open stage first")
         return file_sha256(path)
+    if isinstance(operation, DropSemanticDuplicates):
+        return fingerprint(folder_sha256(around.base / operation.model))
     if isinstance(operation, TokenLength):
         return fingerprint(
             {path.name: file_sha256(path) for path in sorted(around.base_model.glob("token*"))}
@@ -254,25 +284,27 @@ def _content(operation: Operation, around: Surroundings) -> str | None:
     return None
 
 
-def _apply(operation: Operation, place: int, key: str, rows: Path, work: Path, around: Surroundings) -> _Step:
+def _apply(
+    operation: Operation,
+    place: int,
+    key: str,
+    rows: Path,
+    work: Path,
+    around: Surroundings,
+    processes: Pool,
+    tick: Tick,
+) -> _Step:
     """Apply one operation to the rows of the folder `rows`, unless its result is there already."""
     folder = work / f"{place:02}-{operation.op}-{key[:16]}"
     report = folder / "report.json"
     if report.exists():
         return _Step(folder, OperationReport.model_validate_json(report.read_text(encoding="utf-8")))
-
-    def batches() -> Iterator[Batch]:
-        for batch in _read_batches(rows / "rows.arrow"):
-            texts = (batch.column(name).to_pylist() for name in ("prompt", "completion", "source", "id"))
-            yield Batch(*texts)
-
-    account = _Account(operation, place)
-    verdicts = JUDGES[operation.op](operation, batches, around)
-    judged = account.kept(zip(_read_batches(rows / "rows.arrow"), verdicts, strict=True))
+    stored = StoredRows(rows / "rows.arrow", processes, tick)
+    verdicts = JUDGES[operation.op](operation, stored, around)
     _start(folder)
     with atomic_path(folder / "dropped.arrow") as temporary, pa.ipc.new_file(temporary, DROPPED) as writer:
-        account.dropped = writer
-        _write_rows(folder / "rows.arrow", ROW, judged)
+        account = _Account(operation, place, writer)
+        write_batches(folder / "rows.arrow", ROW, account.kept(zip(stored, verdicts, strict=True)))
     write_json(report, account.report().model_dump(mode="json"))
     return _Step(folder, account.report())
 
@@ -283,55 +315,54 @@ class _Account:
 
     operation: Operation
     place: int
-    dropped: pa.ipc.RecordBatchFileWriter | None = None
+    dropped: pa.ipc.RecordBatchFileWriter
     rows_in: int = 0
     rows_out: int = 0
     changed: int = 0
     by_source: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
-    def kept(self, judged: Iterator[tuple[pa.RecordBatch, Verdict]]) -> Iterator[pa.RecordBatch]:
-        for before, verdict in judged:
-            after = before
+    def kept(self, judged: Iterator[tuple[Batch, Verdict]]) -> Iterator[pa.RecordBatch]:
+        for batch, verdict in judged:
+            before = after = batch.table
             for name, texts in (("prompt", verdict.prompts), ("completion", verdict.completions)):
                 if texts is not None:
                     after = after.set_column(ROW.get_field_index(name), ROW.field(name), pa.array(texts))
-            keep = pa.array([reason is None for reason in verdict.reasons])
-            self.changed += self._rewritten(before.filter(keep), after.filter(keep))
-            self._drop(before.filter(pa.compute.invert(keep)), verdict)
-            left = after.filter(keep)
             self.rows_in += before.num_rows
-            self.rows_out += left.num_rows
-            if left.num_rows:
-                yield left
+            reasons = [reason for reason in verdict.reasons if reason is not None]
+            if reasons:
+                drop = pa.array([reason is not None for reason in verdict.reasons])
+                self._drop(before.filter(drop), reasons)
+                keep = pc.invert(drop)
+                before, after = before.filter(keep), after.filter(keep)
+            if verdict.prompts or verdict.completions:
+                self._count_changed(before, after)
+            self.rows_out += after.num_rows
+            if after.num_rows:
+                yield after
 
-    def _drop(self, rows: pa.RecordBatch, verdict: Verdict) -> None:
+    def _drop(self, rows: pa.RecordBatch, reasons: list[str]) -> None:
         """Dropped rows are kept as they came in."""
-        if not rows.num_rows:
-            return
-        assert self.dropped is not None
-        reasons = [reason for reason in verdict.reasons if reason is not None]
         self.by_source.update(rows["source"].to_pylist())
         name = pa.array([f"{self.place + 1} {self.operation.op}"] * rows.num_rows)
         self.dropped.write_batch(
             pa.RecordBatch.from_arrays([*rows.columns, name, pa.array(reasons)], schema=DROPPED)
         )
-        for prompt, completion, why in zip(rows["prompt"], rows["completion"], reasons, strict=False):
-            self._example(f"{why}: {shortened(str(prompt))} → {shortened(str(completion), 40)}")
+        shown = rows.slice(0, EXAMPLES - len(self.examples)).to_pylist()
+        for row, why in zip(shown, reasons, strict=False):
+            self.examples.append(f"{why}: {shortened(row['prompt'])} → {shortened(row['completion'], 40)}")
 
-    def _rewritten(self, before: pa.RecordBatch, after: pa.RecordBatch) -> int:
-        columns = [(before[name].to_pylist(), after[name].to_pylist()) for name in ("prompt", "completion")]
-        changed = set()
-        for old, new in columns:
-            for row, (one, other) in enumerate(zip(old, new, strict=True)):
-                if one != other:
-                    changed.add(row)
-                    self._example(f"{ascii(one)[:80]} → {ascii(other)[:80]}")
-        return len(changed)
-
-    def _example(self, text: str) -> None:
-        if len(self.examples) < EXAMPLES:
-            self.examples.append(text)
+    def _count_changed(self, before: pa.RecordBatch, after: pa.RecordBatch) -> None:
+        differs = {name: pc.not_equal(before[name], after[name]) for name in ("prompt", "completion")}
+        self.changed += pc.sum(pc.or_(*differs.values())).as_py() or 0
+        for name, rows in differs.items():
+            old, new = (
+                table[name].filter(rows).slice(0, EXAMPLES - len(self.examples)).to_pylist()
+                for table in (before, after)
+            )
+            self.examples += [
+                f"{ascii(one)[:80]} → {ascii(other)[:80]}" for one, other in zip(old, new, strict=True)
+            ]
 
     def report(self) -> OperationReport:
         return OperationReport(
@@ -343,29 +374,3 @@ class _Account:
             dropped_by_source=dict(sorted(self.by_source.items())),
             examples=self.examples,
         )
-
-
-# --- results --------------------------------------------------------------------------------------
-
-
-def _write_dropped(steps: Sequence[_Step], path: Path) -> None:
-    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, DROPPED, compression="zstd") as writer:
-        for step in steps:
-            for batch in _read_batches(step.folder / "dropped.arrow"):
-                writer.write_batch(batch)
-
-
-def _shuffled(path: Path, seed: int) -> pa.Table:
-    table = pa.Table.from_batches(_read_batches(path), schema=ROW)
-    order = np.random.default_rng(seed).permutation(table.num_rows)
-    return table.take(pa.array(order)).combine_chunks()
-
-
-def _by_source(names: Sequence[str]) -> dict[str, int]:
-    return dict(sorted(Counter(names).items()))
-
-
-def _length_histogram(texts: pa.ChunkedArray) -> list[int]:
-    """Counts of lengths of 0, 1, 2-3, 4-7, … characters."""
-    bins = Counter(length.bit_length() for length in pa.compute.utf8_length(texts).to_pylist())
-    return [bins[number] for number in range(max(bins, default=0) + 1)]

@@ -1,8 +1,8 @@
 """Whether a training row gives an evaluation instance away: one rule for the participant's
 `decontaminate` and for the organizer's contamination report.
 
-Texts are compared as words (`words`): case, white space and punctuation do not count. A row holds an
-instance if
+Texts are compared as words (`palio.curation.words`): case, white space and punctuation do not count.
+A row holds an instance if
 
 1. the whole instance stands in it, word for word (at any place of prompt and completion); of an instance
    shorter than `ngram` words, which may be a common phrase, its reference must stand behind it; or
@@ -16,37 +16,19 @@ What the rule does not see: paraphrases, translations, and parts of instances ma
 
 from __future__ import annotations
 
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from palio.curation.words import PLAIN, Numbers, Places, row_words, words_of
 from palio.errors import BadInput
 
-_SENTENCE_MARKS = set(".,;:!?\"'`´“”‘’«»…–—")
-_NOT_ALPHANUMERIC = re.compile(r"[\W_]+")
-
-
-def words(text: str) -> list[str]:
-    """Words in lower case without punctuation; a sign that stands alone, as `(` or `+`, is a word too."""
-    found = []
-    for token in text.lower().split():
-        if token.isalnum():
-            found.append(token)
-        elif bare := _NOT_ALPHANUMERIC.sub("", token):
-            found.append(bare)
-        elif not set(token) <= _SENTENCE_MARKS:
-            found.append(token)
-    return found
-
-
-def normalise(text: str) -> str:
-    """What is left of a text for a comparison: its words, one blank between them."""
-    return " ".join(words(text))
+_MARKS = 1 << 22
+"""Places of the table that most n-grams of a row are looked up in, and not found."""
 
 
 @dataclass(frozen=True)
@@ -74,66 +56,100 @@ def read_instances(path: Path) -> list[Instance]:
     ]
 
 
+class _NgramTable:
+    """From n-grams of one length to instances; an n-gram may stand for several."""
+
+    def __init__(self, ngrams: Numbers, instances: Places) -> None:
+        order = np.argsort(ngrams, kind="stable")
+        self._ngrams, self._instances = ngrams[order], instances[order]
+        self._marked = np.zeros(_MARKS, dtype=bool)
+        self._marked[self._marks(ngrams)] = True
+
+    @staticmethod
+    def _marks(ngrams: Numbers) -> Numbers:
+        return np.asarray(ngrams >> np.uint64(64 - (_MARKS - 1).bit_length()), dtype=np.uint64)
+
+    def found(self, ngrams: Numbers, asked: Places) -> tuple[Places, Places]:
+        """Of the places `asked` in `ngrams` those that are in the table, each with every instance of it."""
+        asked = asked[self._marked[self._marks(ngrams[asked])]]
+        first = np.searchsorted(self._ngrams, ngrams[asked], side="left")
+        behind = np.searchsorted(self._ngrams, ngrams[asked], side="right")
+        count = behind - first
+        places = np.repeat(asked, count)
+        within = np.arange(len(places)) - np.repeat(np.cumsum(count) - count, count)
+        return places, self._instances[np.repeat(first, count) + within]
+
+
 class InstanceIndex:
-    """Finds the instances that a training row holds, by the rule of this module."""
+    """Finds the instances that training rows hold, by the rule of this module."""
 
     def __init__(self, instances: Sequence[Instance], ngram: int) -> None:
         self.instances = instances
         self.ngram = ngram
-        self._texts = [words(instance.text) for instance in instances]
-        self._references = [normalise(instance.reference) for instance in instances]
-        self._telling = self._telling_ngrams()
+        self._texts = words_of(pa.array([instance.text for instance in instances], pa.string()))
+        self._references = words_of(pa.array([instance.reference for instance in instances], pa.string()))
+        self._telling: _NgramTable | None = None
         # An instance begins with these words wherever it stands whole.
-        self._openings: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-        for number, text in enumerate(self._texts):
-            if text:
-                length = min(len(text), ngram)
-                self._openings[length][" ".join(text[:length])].append(number)
+        self._openings: dict[int, _NgramTable] = {}
+        lengths = np.minimum(self._texts.lengths, ngram)
+        left = self._texts.left()
+        for length, ngrams in self._texts.ngrams(ngram):
+            opened = np.flatnonzero(lengths == length)
+            if len(opened):
+                self._openings[length] = _NgramTable(ngrams[self._texts.offsets[opened]], opened)
+            if length == ngram:
+                places = np.flatnonzero(left >= ngram)
+                self._telling = self._telling_ngrams(ngrams[places], places)
 
-    def _telling_ngrams(self) -> dict[str, int]:
-        """The n-grams that point at one instance alone."""
-        holders: dict[str, set[int]] = defaultdict(set)
-        for number, text in enumerate(self._texts):
-            for ngram in _ngrams(text, self.ngram):
-                holders[ngram].add(number)
-        same_text: Counter[tuple[str, ...]] = Counter(tuple(text) for text in self._texts)
-        return {
-            ngram: min(found)
-            for ngram, found in holders.items()
-            # Instances with equal words are one question that two scenarios ask.
-            if len(found) <= same_text[tuple(self._texts[min(found)])] and _tells(ngram)
-        }
+    def _telling_ngrams(self, ngrams: Numbers, places: Places) -> _NgramTable:
+        """Those that point at one instance alone, and are not made of signs."""
+        plain = np.concatenate([[0], np.cumsum((self._texts.numbers & PLAIN) != 0)])
+        tell = 2 * (plain[places + self.ngram] - plain[places]) >= self.ngram
+        # Instances with equal words are one question that two scenarios ask: the first stands for all.
+        same: dict[bytes, int] = {}
+        question = np.array(
+            [same.setdefault(self._texts[number].tobytes(), number) for number in range(len(self._texts))],
+            dtype=np.int64,
+        )
+        asks = question[self._texts.text_of(places[tell])]
+        order = np.lexsort([asks, ngrams[tell]])
+        ngram, asks = ngrams[tell][order], asks[order]
+        first = np.flatnonzero(np.concatenate([ngram[:1] == ngram[:1], ngram[1:] != ngram[:-1]]))
+        last = np.append(first[1:], len(ngram)) - 1
+        alone = first[asks[first] == asks[last[: len(first)]]]
+        return _NgramTable(ngram[alone], asks[alone])
 
-    def found_in(self, prompt: str, completion: str) -> set[int]:
-        """Numbers of the instances that the row holds."""
-        row = words(f"{prompt} {completion}")
-        joined = f" {' '.join(row)} "
-        found = {self._telling[ngram] for ngram in _ngrams(row, self.ngram) if ngram in self._telling}
-        for length, openings in self._openings.items():
-            for ngram in _ngrams(row, length):
-                for number in openings.get(ngram, ()):
-                    if number not in found and self._whole(number, joined):
-                        found.add(number)
+    def found_in(self, rows: pa.RecordBatch) -> list[set[int]]:
+        """For each row the numbers of the instances that it holds."""
+        row = row_words(rows)
+        found: list[set[int]] = [set() for _ in range(len(row))]
+        left = row.left()
+        for length, ngrams in row.ngrams(self.ngram):
+            asked = None
+            if length == self.ngram and self._telling is not None:
+                asked = np.flatnonzero(left >= length)
+                places, held = self._telling.found(ngrams, asked)
+                for number, instance in zip(row.text_of(places).tolist(), held.tolist(), strict=True):
+                    found[number].add(instance)
+            if length in self._openings:
+                asked = np.flatnonzero(left >= length) if asked is None else asked
+                places, opened = self._openings[length].found(ngrams, asked)
+                numbers = row.text_of(places).tolist()
+                for number, place, instance in zip(numbers, places.tolist(), opened.tolist(), strict=True):
+                    if instance not in found[number] and self._whole(
+                        instance, row.numbers[place : row.offsets[number + 1]]
+                    ):
+                        found[number].add(instance)
         return found
 
-    def _whole(self, number: int, joined: str) -> bool:
-        text = f" {' '.join(self._texts[number])} "
-        _, there, rest = joined.partition(text)
-        if not there:
+    def _whole(self, instance: int, rest: Numbers) -> bool:
+        """Whether a row's rest begins with the instance; if that is short, with its reference behind it."""
+        text = self._texts[instance]
+        if not np.array_equal(rest[: len(text)], text):
             return False
-        return len(self._texts[number]) >= self.ngram or f" {self._references[number]} " in f" {rest}"
+        return len(text) >= self.ngram or _stands_in(self._references[instance], rest[len(text) :])
 
 
-def _ngrams(row: Sequence[str], length: int) -> Iterator[str]:
-    for start in range(len(row) - length + 1):
-        yield " ".join(row[start : start + length])
-
-
-def _tells(ngram: str) -> bool:
-    tokens = ngram.split()
-    return 2 * sum(len(token) > 1 and token.isalnum() for token in tokens) >= len(tokens)
-
-
-def overlaps(index: InstanceIndex, prompts: Iterable[str], completions: Iterable[str]) -> Iterator[set[int]]:
-    for prompt, completion in zip(prompts, completions, strict=True):
-        yield index.found_in(prompt, completion)
+def _stands_in(needle: Numbers, hay: Numbers) -> bool:
+    starts = np.flatnonzero(hay[: len(hay) - len(needle) + 1] == needle[0]) if len(needle) else ()
+    return any(np.array_equal(hay[start : start + len(needle)], needle) for start in starts)

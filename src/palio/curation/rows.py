@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -16,23 +18,49 @@ ROW = pa.schema(
         pa.field("id", pa.string(), nullable=False),
         pa.field("licence", pa.string(), nullable=False),
         pa.field("generator", pa.string()),
+        pa.field("score", pa.float64()),
     ]
 )
 DROPPED = ROW.append(pa.field("operation", pa.string(), nullable=False)).append(
     pa.field("reason", pa.string(), nullable=False)
 )
+Seen = TypeVar("Seen")
 BATCH_ROWS = 8192
-"""Rows in memory at a time; texts of a few kilobytes make a batch some tens of megabytes."""
+BATCH_CHARACTERS = 32 << 20
+"""Rows in memory at a time: so many, or fewer long ones."""
 
 
-@dataclass(frozen=True)
 class Batch:
-    """Columns of up to `BATCH_ROWS` rows."""
+    """Up to `BATCH_ROWS` rows; columns as lists of Python texts are made when asked for."""
 
-    prompts: list[str]
-    completions: list[str]
-    sources: list[str]
-    ids: list[str]
+    def __init__(self, table: pa.RecordBatch) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return self.table.num_rows  # type: ignore[no-any-return]
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        return self._column("prompt")
+
+    @cached_property
+    def completions(self) -> list[str]:
+        return self._column("completion")
+
+    @cached_property
+    def sources(self) -> list[str]:
+        return self._column("source")
+
+    @cached_property
+    def ids(self) -> list[str]:
+        return self._column("id")
+
+    @cached_property
+    def scores(self) -> list[float | None]:
+        return self._column("score")
+
+    def _column(self, name: str) -> list[Any]:
+        return self.table[name].to_pylist()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -46,8 +74,17 @@ class Verdict:
     """The rewritten texts, of an operation that rewrites."""
 
 
-Batches = Callable[[], Iterator[Batch]]
-"""All rows in order, as often as an operation needs to see them."""
+class Rows(Protocol):
+    """All rows in order, as often as an operation needs to see them."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def map(self, look: Callable[..., Seen], *beside: Iterable[Any]) -> Iterator[Seen]:
+        """`look` at every batch, in other processes where there are; results in the order of the batches.
+
+        As the builtin, with one item of each iterable `beside` the batch. `look` is a function of a
+        module, or a `partial` of one with small arguments.
+        """
 
 
 @dataclass(frozen=True)
@@ -59,6 +96,8 @@ class Surroundings:
     base: Path
     """Folder that paths in the recipe are relative to."""
     seed: int
+    scratch: Path
+    """Folder for files that go with the operation."""
 
 
 def same_text(text: str) -> str:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 
 from palio.config import DataSource
 from palio.errors import BadInput
+from palio.provenance import file_sha256, fingerprint, folder_sha256
 
 MAX_LINE = 16 << 20
 """Bytes of one line; a longer one is a broken file, not a question and an answer."""
@@ -32,10 +34,11 @@ class Malformed(ValueError):
 @dataclass(frozen=True)
 class SourceRow:
     line: int
-    """From 1; of Parquet the row."""
+    """From 1; of Parquet and hub datasets the record."""
     prompt: str
     completion: str
     id: str
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,38 +48,73 @@ class Quarantined:
     excerpt: str
 
 
-def read_source(source: DataSource, path: Path) -> Iterator[SourceRow | Quarantined]:
-    """Every record of the file as a row or, with the reason, as a quarantined one.
+def source_digest(source: DataSource, base: Path) -> str:
+    """What the source's rows depend on: content of its files, or the address of a pinned hub dataset.
 
     Raises:
-        BadInput: the file is absent, of an unknown kind, or broken as a whole.
+        BadInput: there is no such file.
     """
+    if source.path is None:
+        return fingerprint([source.hub, source.config, source.split])
+    path = base / source.path
+    if path.is_dir():
+        return fingerprint(folder_sha256(path))
     if not path.is_file():
         raise BadInput(path, "", None, "no such file; correct dataset.sources, or fetch it again")
-    pair = _shape(source)
+    return file_sha256(path)
+
+
+def read_source(source: DataSource, base: Path) -> Iterator[SourceRow | Quarantined]:
+    """Every record of the source as a row (of some formats as several) or, with the reason, as a
+    quarantined one.
+
+    Raises:
+        BadInput: the source is absent, of an unknown kind, or broken as a whole.
+    """
+    pairs = _shape(source)
     seen: set[bytes] = set()
-    for line, record in _records(path):
+    for line, record in _records(base / source.path) if source.path else _hub(source):
         if isinstance(record, Malformed):
             yield Quarantined(line, str(record), "")
             continue
         try:
-            prompt, completion = pair(record)
-            name = record.get("id")
-            row = SourceRow(line, prompt, completion, f"{source.label}:{line}" if name is None else str(name))
-            digest = blake2b(row.id.encode(), digest_size=16).digest()
-            if digest in seen:
-                raise Malformed(f"id {row.id!r} stands twice")
-            for key, text in (("prompt", prompt), ("completion", completion)):
-                if not text.strip():
-                    raise Malformed(f"{key} is empty")
-                text.encode()
+            found = pairs(record)
+            score = _score(record, source.score)
+            given = record.get("id")
+            name = f"{source.label}:{line}" if given is None else str(given)
+            rows = [
+                SourceRow(line, prompt, completion, name if len(found) == 1 else f"{name}.{number}", score)
+                for number, (prompt, completion) in enumerate(found, start=1)
+            ]
+            for row in rows:
+                _check(row, seen)
         except Malformed as fault:
             yield Quarantined(line, str(fault), json.dumps(record, ensure_ascii=True, default=str)[:200])
         except UnicodeEncodeError:
             yield Quarantined(line, "holds half a surrogate pair, which is no text", "")
         else:
-            seen.add(digest)
-            yield row
+            seen.update(_digest(row) for row in rows)
+            yield from rows
+
+
+def _check(row: SourceRow, seen: set[bytes]) -> None:
+    if _digest(row) in seen:
+        raise Malformed(f"id {row.id!r} stands twice")
+    for key, text in (("prompt", row.prompt), ("completion", row.completion)):
+        if not text.strip():
+            raise Malformed(f"{key} is empty")
+        text.encode()
+
+
+def _digest(row: SourceRow) -> bytes:
+    return blake2b(row.id.encode(), digest_size=16).digest()
+
+
+def _score(record: Record, key: str | None) -> float | None:
+    value = record.get(key) if key else None
+    if key is None or (isinstance(value, int | float) and math.isfinite(value)):
+        return value
+    raise Malformed(f"{key} is no number")
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -84,8 +122,43 @@ def read_source(source: DataSource, path: Path) -> Iterator[SourceRow | Quaranti
 Record = Mapping[str, Any]
 
 
+def _hub(source: DataSource) -> Iterator[tuple[int, Record | Malformed]]:
+    """Records of a hub dataset: from the cache if they are there, else fetched. No code of it is run."""
+    from datasets import load_dataset
+
+    name = str(source.hub).partition("@")[0]
+    try:
+        found = load_dataset(
+            name,
+            source.config,
+            split=source.split,
+            revision=source.revision,
+            streaming=source.streaming,
+        )
+        yield from enumerate(found, start=1)
+    except (OSError, ValueError, RuntimeError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        fix = f"could not be read ({first}); check id, config and split, or fetch it on a node with network"
+        raise BadInput(f"hub:{source.hub}", "", None, fix) from None
+
+
+def _saved(folder: Path) -> Iterator[tuple[int, Record | Malformed]]:
+    from datasets import Dataset, load_from_disk
+
+    try:
+        found = load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise BadInput(folder, "", None, f"is no saved dataset: {error}") from None
+    if not isinstance(found, Dataset):
+        raise BadInput(folder, "", None, f"has the splits {', '.join(found)}; give one, as {folder}/train")
+    yield from enumerate(found, start=1)
+
+
 def _records(path: Path) -> Iterator[tuple[int, Record | Malformed]]:
     name = path.name.lower()
+    if path.is_dir():
+        yield from _saved(path)
+        return
     if name.endswith(".parquet"):
         yield from _parquet(path)
         return
@@ -211,17 +284,64 @@ def _lima(record: Record) -> Pair:
     return turns[0], turns[1]
 
 
-_SHAPES: dict[str, Callable[[Record], Pair]] = {
-    "pairs": _pairs,
-    "alpaca": _alpaca,
-    "dolly": _dolly,
-    "sharegpt": _sharegpt,
-    "lima": _lima,
-    "messages": _messages,
+def _flan(record: Record) -> Pair:
+    return _text(record, "inputs"), _text(record, "targets")
+
+
+def _oasst(record: Record) -> Pair:
+    """Of a conversation tree the first question and its answer of the best rank (0)."""
+    prompt = record.get("prompt")
+    replies = prompt.get("replies") if isinstance(prompt, dict) else None
+    if not isinstance(prompt, dict) or not isinstance(replies, list):
+        raise Malformed("holds no tree of messages")
+    answers = [
+        reply
+        for reply in replies
+        if isinstance(reply, dict) and reply.get("role") == "assistant" and not reply.get("deleted")
+    ]
+    if not answers:
+        raise Malformed("the tree's question has no answer")
+    best = min(answers, key=lambda reply: math.inf if reply.get("rank") is None else reply["rank"])
+    return _text(prompt, "text"), _text(best, "text")
+
+
+def _natural_instructions(record: Record) -> list[Pair]:
+    """A task with its definition: all its instances, each with the first of its outputs."""
+    definition, instances = record.get("Definition"), record.get("Instances")
+    if isinstance(definition, list):
+        definition = "\n".join(definition)
+    if not isinstance(definition, str) or not isinstance(instances, list):
+        raise Malformed("holds no Definition or no Instances")
+    pairs = []
+    for instance in instances:
+        output = instance.get("output") if isinstance(instance, dict) else None
+        if not isinstance(output, list) or not output or not isinstance(output[0], str):
+            raise Malformed("an instance has no output")
+        pairs.append((_with_context(definition, _text(instance, "input")), output[0]))
+    return pairs
+
+
+Pairs = Callable[[Record], list[Pair]]
+
+
+def _each(pair: Callable[[Record], Pair]) -> Pairs:
+    return lambda record: [pair(record)]
+
+
+_SHAPES: dict[str, Pairs] = {
+    "pairs": _each(_pairs),
+    "alpaca": _each(_alpaca),
+    "dolly": _each(_dolly),
+    "sharegpt": _each(_sharegpt),
+    "lima": _each(_lima),
+    "messages": _each(_messages),
+    "oasst": _each(_oasst),
+    "flan": _each(_flan),
+    "natural_instructions": _natural_instructions,
 }
 
 
-def _shape(source: DataSource) -> Callable[[Record], Pair]:
+def _shape(source: DataSource) -> Pairs:
     if source.template is None:
         return _SHAPES[source.format]
     # Sandboxed: an entry's template is somebody else's program.
@@ -232,7 +352,7 @@ def _shape(source: DataSource) -> Callable[[Record], Pair]:
         prompt = environment.from_string(source.template.prompt)
         completion = environment.from_string(source.template.completion)
     except jinja2.TemplateSyntaxError as error:
-        raise BadInput(source.path, "template", None, f"is not a Jinja template: {error}") from None
+        raise BadInput(source.address, "template", None, f"is not a Jinja template: {error}") from None
 
     def rendered(record: Record) -> Pair:
         try:
@@ -240,4 +360,4 @@ def _shape(source: DataSource) -> Callable[[Record], Pair]:
         except (jinja2.TemplateError, TypeError) as error:
             raise Malformed(f"does not fit the template: {error}") from None
 
-    return rendered
+    return _each(rendered)

@@ -16,6 +16,7 @@ from palio.config import (
     ID_PATTERN,
     CheckedAgainst,
     Decontaminate,
+    DropSemanticDuplicates,
     Entry,
     Fault,
     Neighbours,
@@ -152,7 +153,16 @@ def _schema_violation(fault: Fault) -> Violation:
 def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
     """What a team brings lies in the teams' folders, links followed: not in a stage's store or a home."""
     sources = entry.dataset.sources if entry.dataset else ()
-    brought = [("data.path", f"dataset.sources.{i}.path", source.path) for i, source in enumerate(sources)]
+    brought = [
+        ("data.path", f"dataset.sources.{i}.path", source.path)
+        for i, source in enumerate(sources)
+        if source.path
+    ]
+    brought += [
+        ("data.path", f"dataset.operations.{i}.model", operation.model)
+        for i, operation in enumerate(entry.dataset.operations if entry.dataset else ())
+        if isinstance(operation, DropSemanticDuplicates)
+    ]
     if entry.program:
         brought.append(("program.path", f"{entry.kind}.files", entry.program.files or ""))
         image = entry.program.image or ""

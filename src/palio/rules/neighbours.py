@@ -104,8 +104,9 @@ def _likeness(entry: Entry, content: Callable[[str], str]) -> _Likeness:
     data: list[str] = []
     if entry.dataset:
         for source in entry.dataset.sources:
-            shape = source.model_dump(mode="json", include={"format", "template"})
-            data.append(canonical_json(["source", content(source.path), shape]))
+            shape = source.model_dump(mode="json", include={"config", "split", "format", "template"})
+            held = content(source.path) if source.path else source.address
+            data.append(canonical_json(["source", held, shape]))
         data += [
             canonical_json(["operation", operation.model_dump(mode="json")])
             for operation in entry.dataset.operations

@@ -1,13 +1,14 @@
-"""Taking the web's markup off texts."""
+"""Rewriting texts: the web's markup, and what a pattern matches."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
-from palio.config import CleanMarkup
-from palio.curation.rows import Batches, Surroundings, Verdict
+from palio.config import CleanMarkup, ReplaceMatches
+from palio.curation.rows import Batch, Rows, Surroundings, Verdict
 
 # Named tags only: `a < b > c` and `<n>` of a formula are text.
 _TAGS = (
@@ -30,15 +31,33 @@ def without_markup(text: str) -> str:
         text = html.unescape(text)
     if "*" in text:
         text = _EMPHASIS.sub(r"\2", text)
-    return _TRAILING.sub("", _BLANKS.sub(" ", text))
+    if "  " in text or "\t" in text or "\u00a0" in text:
+        text = _BLANKS.sub(" ", text)
+    return _TRAILING.sub("", text) if " \n" in text else text
 
 
-def clean_markup(settings: CleanMarkup, rows: Batches, around: Surroundings) -> Iterator[Verdict]:
-    for batch in rows():
-        prompts = [without_markup(text) for text in batch.prompts]
-        completions = [without_markup(text) for text in batch.completions]
-        reasons = [
-            None if prompt.strip() and completion.strip() else "nothing is left without its markup"
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        yield Verdict(reasons, prompts, completions)
+def clean_markup(settings: CleanMarkup, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
+    return rows.map(_clean)
+
+
+def _clean(batch: Batch) -> Verdict:
+    return _rewritten(batch, without_markup, "both", "without its markup")
+
+
+def replace_matches(settings: ReplaceMatches, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
+    return rows.map(partial(_replaced, settings))
+
+
+def _replaced(settings: ReplaceMatches, batch: Batch) -> Verdict:
+    rewrite = partial(re.compile(settings.pattern).sub, settings.by)
+    return _rewritten(batch, rewrite, settings.field, f"without what {settings.pattern} matches")
+
+
+def _rewritten(batch: Batch, rewrite: Callable[[str], str], field: str, without: str) -> Verdict:
+    prompts = batch.prompts if field == "completion" else [rewrite(text) for text in batch.prompts]
+    completions = batch.completions if field == "prompt" else [rewrite(text) for text in batch.completions]
+    reasons = [
+        None if prompt.strip() and completion.strip() else f"nothing is left {without}"
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    return Verdict(reasons, prompts, completions)

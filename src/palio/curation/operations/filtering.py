@@ -3,61 +3,87 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
 
-from palio.config import DropRefusals, LengthFilter, TokenLength
-from palio.curation.rows import Batches, Surroundings, Verdict
-from palio.errors import BadInput
-
-
-def drop_refusals(settings: DropRefusals, rows: Batches, around: Surroundings) -> Iterator[Verdict]:
-    try:
-        patterns = [re.compile(pattern, re.IGNORECASE) for pattern in settings.patterns]
-    except re.error as error:
-        raise BadInput(
-            "dataset", "drop_refusals.patterns", error.pattern, f"is no regular expression: {error}"
-        ) from None
-    for batch in rows():
-        yield Verdict([_refusal(patterns, completion.strip()) for completion in batch.completions])
+from palio.config import DropMatches, DropRefusals, LengthFilter, TokenLength
+from palio.curation.rows import Batch, Rows, Surroundings, Verdict
 
 
-def _refusal(patterns: list[re.Pattern[str]], completion: str) -> str | None:
-    found = next((match for pattern in patterns if (match := pattern.search(completion))), None)
-    return f"the answer refuses: {found[0]!r}" if found else None
+def drop_refusals(settings: DropRefusals, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
+    return rows.map(partial(_matches, settings.patterns, "completion", "the answer refuses"))
 
 
-def length_filter(settings: LengthFilter, rows: Batches, around: Surroundings) -> Iterator[Verdict]:
-    for batch in rows():
-        yield Verdict(
-            [
-                _outside("prompt", len(prompt), settings.min_prompt, settings.max_prompt, "characters")
-                or _outside(
-                    "completion",
-                    len(completion),
-                    settings.min_completion,
-                    settings.max_completion,
-                    "characters",
-                )
-                for prompt, completion in zip(batch.prompts, batch.completions, strict=True)
-            ]
-        )
+def drop_matches(settings: DropMatches, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
+    return rows.map(partial(_matches, settings.patterns, settings.field, "holds"))
 
 
-def token_length(settings: TokenLength, rows: Batches, around: Surroundings) -> Iterator[Verdict]:
+def _matches(patterns: Sequence[str], field: str, why: str, batch: Batch) -> Verdict:
+    compiled = [re.compile(pattern, re.IGNORECASE) for pattern in patterns]
+    reasons: list[str | None] = [None] * len(batch)
+    for name, texts in (("prompt", batch.prompts), ("completion", batch.completions)):
+        if field in (name, "both"):
+            for place, text in enumerate(texts):
+                found = next((match for one in compiled if (match := one.search(text.strip()))), None)
+                if found and reasons[place] is None:
+                    reasons[place] = f"{why}: {found[0]!r}"
+    return Verdict(reasons)
+
+
+def length_filter(settings: LengthFilter, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
+    return rows.map(partial(_lengths, settings))
+
+
+def _lengths(settings: LengthFilter, batch: Batch) -> Verdict:
+    least, most = settings.min_completion, settings.max_completion
+    return Verdict(
+        [
+            _outside("prompt", len(prompt), settings.min_prompt, settings.max_prompt, "characters")
+            or _outside("completion", len(completion), least, most, "characters")
+            for prompt, completion in zip(batch.prompts, batch.completions, strict=True)
+        ]
+    )
+
+
+def token_length(settings: TokenLength, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
     """Counts as the trainer does: prompt and completion apart, one token for the end."""
+    return rows.map(partial(_token_lengths, settings, around.base_model))
+
+
+@lru_cache(maxsize=1)
+def _token_counter(base_model: Path) -> Callable[[list[str]], list[int]]:
+    """Counts tokens of texts. A fast tokenizer's file is all that it is: without transformers, whose import
+    takes four seconds and 700 MB in every process."""
+    if (base_model / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        fast = Tokenizer.from_file(str(base_model / "tokenizer.json"))
+        fast.no_truncation()
+        fast.no_padding()
+        return lambda texts: [len(ids) for ids in fast.encode_batch_fast(texts, add_special_tokens=False)]
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(around.base_model)
-    encode = {"add_special_tokens": False, "return_attention_mask": False}
-    for batch in rows():
-        prompts = tokenizer(batch.prompts, **encode)["input_ids"]
-        completions = tokenizer(batch.completions, **encode)["input_ids"]
-        yield Verdict(
-            [
-                _outside("row", len(prompt) + len(completion) + 1, settings.min, settings.max, "tokens")
-                for prompt, completion in zip(prompts, completions, strict=True)
-            ]
-        )
+    slow = AutoTokenizer.from_pretrained(base_model)
+    return lambda texts: [len(ids) for ids in slow(texts, add_special_tokens=False)["input_ids"]]
+
+
+def _token_lengths(settings: TokenLength, base_model: Path, batch: Batch) -> Verdict:
+    pairs = list(zip(batch.prompts, batch.completions, strict=True))
+    reasons: list[str | None] = [None] * len(pairs)
+    places = [place for place, pair in enumerate(pairs) if not _surely_inside(*pair, settings)]
+    if places:
+        count = _token_counter(base_model)
+        prompts, completions = (count([pairs[place][column] for place in places]) for column in (0, 1))
+        for place, prompt, completion in zip(places, prompts, completions, strict=True):
+            reasons[place] = _outside("row", prompt + completion + 1, settings.min, settings.max, "tokens")
+    return Verdict(reasons)
+
+
+def _surely_inside(prompt: str, completion: str, settings: TokenLength) -> bool:
+    """Without counting: of ASCII text a token is a character or more, but for one mark at each beginning."""
+    most = len(prompt) + len(completion) + 3
+    return settings.min <= 3 and most <= settings.max and prompt.isascii() and completion.isascii()
 
 
 def _outside(what: str, length: int, least: int, most: int, unit: str) -> str | None:

@@ -1,148 +1,150 @@
 """Rows that are almost equal: MinHash finds candidates, the overlap itself decides.
 
-Signatures are rensa's (R-MinHash, 128 permutations), banded 16 × 8: two rows that overlap by 0.85 become
-candidates with probability 0.994, by 0.9 with 0.9999. Every candidate pair is then verified on the sets
-of 3-shingles, so nothing is dropped on an estimate. Memory: 128 bytes a row, plus the shingles of rows
-that are candidates.
+Signatures are rensa's (R-MinHash, 60 permutations), banded 12 × 5: two rows that overlap by 0.85 become
+candidates with probability 0.999, by 0.5 with 0.32, by 0.1 with 0.0001. Every candidate pair is then
+verified on the sets of 3-shingles, so nothing is dropped on an estimate. Memory: 96
+bytes a row; the rows' words lie in a file meanwhile.
 """
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from hashlib import blake2b
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rensa import RMinHash  # type: ignore[import-untyped]
+from rensa import RMinHash
 
 from palio.config import DropNearDuplicates
-from palio.curation.overlap import words
-from palio.curation.rows import Batch, Batches, Surroundings, Verdict
+from palio.curation.rows import Batch, Rows, Surroundings, Verdict
+from palio.curation.words import TELLING, Flags, Numbers, Places, Words, row_words
 
-PERMUTATIONS = 128
-BANDS = 16
+PERMUTATIONS = 60
+BANDS = 12
 SEED = 1
-Hashes = npt.NDArray[np.uint64]
-_FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
+SHINGLE = 3
 _MIX = np.random.default_rng(SEED).integers(
     1, 2**63, size=PERMUTATIONS // BANDS, dtype=np.uint64
 ) | np.uint64(1)
-_VOCABULARY = 1 << 20
-_NUMBERS = frozenset(
-    words(
-        """zero two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-        seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand
-        million half third quarter first second twice double"""
-    )
-)
-_NAME = re.compile(r"(?<=[\w,;:] )[A-Z][a-z]+")
+_BITS = np.uint64(40)
+"""Of a shingle, for verification; two different ones of a pair of rows collide once in 10^8 pairs."""
+_ROW_BITS = np.uint64(32)
+_BLOCK = 512
+"""Pairs verified at once."""
 
 
-class _WordHashes:
-    """64-bit hashes of words, remembered up to a bound."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, int] = {}
-
-    def of(self, text: Iterable[str]) -> list[int]:
-        if len(self._known) > _VOCABULARY:
-            self._known.clear()
-        known = self._known
-        return [known[word] if word in known else self._add(word) for word in text]
-
-    def _add(self, word: str) -> int:
-        value = int.from_bytes(blake2b(word.encode(), digest_size=8).digest(), "little")
-        self._known[word] = value
-        return value
+def _shingles(words: Words) -> tuple[Numbers, Places]:
+    """Word 3-shingles of each row and where each row's begin; of a shorter row one shingle of its words."""
+    kept = words.left() >= SHINGLE
+    shorter = {length: words.offsets[:-1][words.lengths == length] for length in range(1, SHINGLE)}
+    short: dict[int, Numbers] = {}
+    for length, ngrams in words.ngrams(SHINGLE):
+        if length < SHINGLE:
+            short[length] = ngrams[shorter[length]]
+    for length, starts in shorter.items():
+        kept[starts] = True
+        ngrams[starts] = short[length]
+    return ngrams[kept], np.concatenate([[0], np.cumsum(kept)])[words.offsets]
 
 
-def _shingles(hashes: list[int]) -> Hashes:
-    """Hashes of a row's word 3-shingles; of a shorter row one shingle of all its words."""
-    row = np.array(hashes, dtype=np.uint64)
-    if len(row) < 3:
-        return np.array([np.dot(row, _FACTORS[: len(row)])], dtype=np.uint64)
-    return np.asarray(
-        row[:-2] * _FACTORS[0] + row[1:-1] * _FACTORS[1] + row[2:] * _FACTORS[2], dtype=np.uint64
-    )
-
-
-def _row_words(batch: Batch) -> Iterator[list[str]]:
-    for prompt, completion in zip(batch.prompts, batch.completions, strict=True):
-        yield words(f"{prompt} {completion}")
-
-
-def _bands(batch: Batch, hashes: _WordHashes) -> Hashes:
-    """(rows, BANDS) keys; rows that share one are candidates."""
-    shingles = [_shingles(hashes.of(text)) for text in _row_words(batch)]
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in shingles])]).astype(np.uint64)
+def _look(batch: Batch) -> tuple[Numbers, Words]:
+    """(rows, BANDS) keys, and the rows' words; rows that share a key are candidates."""
+    words = row_words(batch.table)
+    shingles, offsets = _shingles(words)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(
-        np.concatenate(shingles), offsets, PERMUTATIONS, SEED
+        shingles, offsets.astype(np.uint64), PERMUTATIONS, SEED
     )
-    signature = np.array(matrix.to_rows(), dtype=np.uint64).reshape(len(shingles), BANDS, -1)
-    return np.asarray((signature * _MIX).sum(axis=2, dtype=np.uint64), dtype=np.uint64)
+    signature = np.array(matrix.to_rows(), dtype=np.uint64).reshape(len(batch), BANDS, -1)
+    return np.asarray((signature * _MIX).sum(axis=2, dtype=np.uint64)), words
 
 
-def _candidates(bands: Hashes) -> set[tuple[int, int]]:
+def _candidates(bands: Numbers) -> Places:
     """Pairs of rows, the earlier first: with the first and the previous row of the same key."""
-    pairs: set[tuple[int, int]] = set()
+    bits = np.uint64(max(1, (len(bands) - 1).bit_length()))
+    pairs = [np.empty(0, dtype=np.uint64)]
     for keys in bands.T:
-        order = np.argsort(keys, kind="stable")
-        same = keys[order][1:] == keys[order][:-1]
-        first = np.arange(len(order))
-        first[1:][same] = 0
-        first = np.maximum.accumulate(first)
-        later = np.flatnonzero(same) + 1
-        pairs.update(zip(order[first[later]].tolist(), order[later].tolist(), strict=True))
-        pairs.update(zip(order[later - 1].tolist(), order[later].tolist(), strict=True))
-    return pairs
+        # A key above the row's number: one sort of numbers gives groups with their rows in order.
+        keyed = np.sort((keys >> bits << bits) | np.arange(len(keys), dtype=np.uint64))
+        key, row = keyed >> bits, keyed & ((np.uint64(1) << bits) - np.uint64(1))
+        later = np.flatnonzero(key[1:] == key[:-1]) + 1
+        first = np.arange(len(key))
+        first[later] = 0
+        first = np.maximum.accumulate(first)[later]
+        pairs += [(row[earlier] << _ROW_BITS) | row[later] for earlier in (first, later - 1)]
+    both = np.unique(np.concatenate(pairs))
+    return np.stack([both >> _ROW_BITS, both & ((np.uint64(1) << _ROW_BITS) - np.uint64(1))], axis=1).astype(
+        np.int64
+    )
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """What verification needs of a row."""
+class _Spilled:
+    """Arrays of one type behind each other in a file that goes with the process."""
 
-    shingles: Hashes
-    words: list[str]
-    names: set[str]
-    id: str
+    def __init__(self, folder: Path, dtype: type[np.generic]) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (ends with this object)
+        self._dtype = dtype
 
-    def telling(self, names: set[str]) -> list[str]:
-        """Numbers and names in their order: rows that differ in one ask different questions."""
-        return [
-            word
-            for word in self.words
-            if word in names or word in _NUMBERS or any(character.isdigit() for character in word)
-        ]
+    def add(self, array: npt.NDArray[Any]) -> None:
+        array.tofile(self._file)
 
-
-def _read(rows: Batches, wanted: set[int], hashes: _WordHashes) -> dict[int, _Candidate]:
-    found: dict[int, _Candidate] = {}
-    start = 0
-    for batch in rows():
-        for place, (prompt, completion, name) in enumerate(
-            zip(batch.prompts, batch.completions, batch.ids, strict=True)
-        ):
-            if start + place in wanted:
-                row = words(f"{prompt} {completion}")
-                names = {name.lower() for text in (prompt, completion) for name in _NAME.findall(text)}
-                shingles = np.unique(_shingles(hashes.of(row)))
-                found[start + place] = _Candidate(shingles, row, names, name)
-        start += len(batch.ids)
-    return found
+    def whole(self) -> npt.NDArray[Any]:
+        """Mapped, not read."""
+        self._file.flush()
+        size = self._file.tell() // np.dtype(self._dtype).itemsize
+        return np.memmap(self._file, self._dtype, "r", shape=(size,)) if size else np.empty(0, self._dtype)
 
 
-def _alike(one: _Candidate, other: _Candidate, threshold: float) -> bool:
-    common = len(np.intersect1d(one.shingles, other.shingles, assume_unique=True))
-    union = len(one.shingles) + len(other.shingles) - common
-    # A name of either: in upper case it is not seen as one, but stands in the other.
-    names = one.names | other.names
-    return common >= threshold * union and one.telling(names) == other.telling(names)
+def _keyed(owners: Places, hashes: Numbers) -> Numbers:
+    """A set of each owner as a range of one sorted array: the owner's number above 40 bits of the hash."""
+    return np.asarray((owners.astype(np.uint64) << _BITS) | (hashes >> (np.uint64(64) - _BITS)))
 
 
-def _firsts(pairs: set[tuple[int, int]], rows: dict[int, _Candidate], threshold: float) -> dict[int, int]:
+def _counts(keyed: Numbers, owners: int) -> Places:
+    return np.bincount((keyed >> _BITS).astype(np.int64), minlength=owners)
+
+
+def _overlap(pairs: Places, words: Words, threshold: float) -> Flags:
+    """Of each pair of rows whether their sets of shingles overlap by the threshold (Jaccard)."""
+    sides = []
+    for rows in pairs.T:
+        shingles, offsets = _shingles(words.take(rows))
+        keyed = np.sort(_keyed(np.repeat(np.arange(len(rows)), np.diff(offsets)), shingles))
+        sides.append(keyed[np.concatenate([[True], keyed[1:] != keyed[:-1]])])
+    both = np.sort(np.concatenate(sides))
+    common = _counts(both[1:][both[1:] == both[:-1]], len(pairs))
+    union = sum(_counts(side, len(pairs)) for side in sides) - common
+    return np.asarray((union > 0) & (common >= threshold * union), dtype=np.bool_)
+
+
+def _agree(pairs: Places, words: Words) -> Flags:
+    """Of each pair whether the same numbers, signs and names stand in the same order: rows that differ in
+    one ask different questions. A name is what either row has as a name: in upper case it is not seen."""
+    sides = [words.take(rows) for rows in pairs.T]
+    names = np.concatenate([_keyed(side.texts[side.names], side.numbers[side.names]) for side in sides])
+    told = []
+    for side in sides:
+        telling = (side.numbers & TELLING != 0) | np.isin(_keyed(side.texts, side.numbers), names)
+        told.append((side.texts[telling], side.numbers[telling]))
+    (one, these), (other, those) = told
+    counts = [np.bincount(texts, minlength=len(pairs)) for texts in (one, other)]
+    same: Flags = counts[0] == counts[1]
+    differ = these[same[one]] != those[same[other]]
+    same[one[same[one]][differ]] = False
+    return same
+
+
+def _alike(pairs: Places, words: Words, threshold: float) -> Iterator[tuple[int, int]]:
+    """The pairs that are near-duplicates."""
+    for start in range(0, len(pairs), _BLOCK):
+        block = pairs[start : start + _BLOCK]
+        block = block[_overlap(block, words, threshold)]
+        block = block[_agree(block, words)]
+        yield from zip(*block.T.tolist(), strict=True)
+
+
+def _firsts(pairs: Iterator[tuple[int, int]]) -> dict[int, int]:
     """Of every row with an earlier near-duplicate, the first row of its cluster."""
     root: dict[int, int] = {}
 
@@ -151,34 +153,36 @@ def _firsts(pairs: set[tuple[int, int]], rows: dict[int, _Candidate], threshold:
             row = root[row]
         return row
 
-    neighbours: defaultdict[int, list[int]] = defaultdict(list)
-    for earlier, later in sorted(pairs):
-        neighbours[later].append(earlier)
-    for later in sorted(neighbours):
-        for earlier in neighbours[later]:
-            one, other = first_of(earlier), first_of(later)
-            if one != other and _alike(rows[earlier], rows[later], threshold):
-                root[max(one, other)] = min(one, other)
+    for earlier, later in pairs:
+        one, other = first_of(earlier), first_of(later)
+        if one != other:
+            root[max(one, other)] = min(one, other)
     return {row: first_of(row) for row in root}
 
 
-def drop_near_duplicates(
-    settings: DropNearDuplicates, rows: Batches, around: Surroundings
-) -> Iterator[Verdict]:
-    hashes = _WordHashes()
-    keys = [_bands(batch, hashes) for batch in rows() if batch.ids]
-    if not keys:
-        return
-    pairs = _candidates(np.concatenate(keys))
-    del keys
-    candidates = _read(rows, {row for pair in pairs for row in pair}, hashes)
-    first = _firsts(pairs, candidates, settings.threshold)
+def drop_near_duplicates(settings: DropNearDuplicates, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
+    numbers, names = _Spilled(around.scratch, np.uint64), _Spilled(around.scratch, np.bool_)
+    bands, lengths = [], []
+    for keys, words in rows.map(_look):
+        bands.append(keys)
+        lengths.append(words.lengths)
+        numbers.add(words.numbers)
+        names.add(words.names)
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+    pairs = _candidates(np.concatenate(bands))
+    first = _firsts(_alike(pairs, Words(numbers.whole(), offsets, names.whole()), settings.threshold))
+    ids = _ids(rows, set(first.values()))
     start = 0
-    for batch in rows():
+    for keys in bands:
         yield Verdict(
             [
-                f"is nearly {candidates[first[row]].id}" if row in first else None
-                for row in range(start, start + len(batch.ids))
+                f"is nearly {ids[first[row]]}" if row in first else None
+                for row in range(start, start + len(keys))
             ]
         )
-        start += len(batch.ids)
+        start += len(keys)
+
+
+def _ids(rows: Rows, wanted: set[int]) -> dict[int, str]:
+    numbered = enumerate(name for batch in rows for name in batch.ids)
+    return {row: name for row, name in numbered if row in wanted}

@@ -1,0 +1,89 @@
+"""Rows that ask the same in other words, by a local embedding model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from palio.config import DropSemanticDuplicates
+from palio.curation.rows import Rows, Surroundings, Verdict
+from palio.errors import BadInput
+
+_TEXTS = 64
+_BLOCK = 2048
+
+Vectors = npt.NDArray[np.float32]
+
+
+class _Embedder:
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        if not (folder / "config.json").is_file():
+            fix = "no model in this folder; give one in Hugging Face format"
+            raise BadInput("dataset", "drop_semantic_duplicates.model", str(folder), fix)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self._tokenizer.pad_token = self._tokenizer.pad_token or self._tokenizer.eos_token
+        self._model: Any = AutoModel.from_pretrained(folder).eval()
+
+    def vectors(self, texts: list[str]) -> Vectors:
+        """Unit vectors: the mean of the last hidden states."""
+        import torch
+
+        found = []
+        with torch.inference_mode():
+            for start in range(0, len(texts), _TEXTS):
+                given = self._tokenizer(
+                    texts[start : start + _TEXTS],
+                    padding=True,
+                    truncation=True,
+                    max_length=min(512, self._model.config.max_position_embeddings),
+                    return_tensors="pt",
+                )
+                mask = given["attention_mask"].unsqueeze(-1)
+                mean = (self._model(**given).last_hidden_state * mask).sum(1) / mask.sum(1)
+                found.append(torch.nn.functional.normalize(mean, dim=1).float().numpy())
+        return np.concatenate(found)
+
+
+def drop_semantic_duplicates(
+    settings: DropSemanticDuplicates, rows: Rows, around: Surroundings
+) -> Iterator[Verdict]:
+    embedder = _Embedder(around.base / settings.model)
+    kept: list[Vectors] = []
+    names: list[str] = []
+    for batch in rows:
+        vectors = embedder.vectors(batch.prompts)
+        reasons: list[str | None] = []
+        earlier = _best(vectors, np.concatenate(kept)) if kept else None
+        mine: list[int] = []
+        for place, name in enumerate(batch.ids):
+            best, likeness = (int(earlier[0][place]), float(earlier[1][place])) if earlier else (0, -1.0)
+            if mine:
+                near = vectors[mine] @ vectors[place]
+                if near.max() > likeness:
+                    best, likeness = len(names) - len(mine) + int(near.argmax()), float(near.max())
+            same = likeness >= settings.threshold
+            reasons.append(f"asks as {names[best]} does (cosine {likeness:.3f})" if same else None)
+            if not same:
+                mine.append(place)
+                names.append(name)
+        kept.append(vectors[mine])
+        yield Verdict(reasons)
+
+
+def _best(vectors: Vectors, others: Vectors) -> tuple[npt.NDArray[np.int64], Vectors]:
+    """Of each vector the most alike of the others, and its cosine."""
+    best = np.zeros(len(vectors), dtype=np.int64)
+    likeness = np.full(len(vectors), -1, dtype=np.float32)
+    for start in range(0, len(others), _BLOCK):
+        cosine = vectors @ others[start : start + _BLOCK].T
+        found = cosine.argmax(axis=1)
+        value = cosine[np.arange(len(vectors)), found]
+        better = value > likeness
+        best[better], likeness[better] = found[better] + start, value[better]
+    return best, likeness
