@@ -28,6 +28,7 @@ class Toy:
         answer: the completion of a prompt; default: the numbers from one on.
         refuses: whether the n-th request, counted from 1, gets the status `refusal`.
         seconds: what each request takes.
+        hangs_after: requests that are answered; the others wait until the server ends.
     """
 
     def __init__(
@@ -38,12 +39,15 @@ class Toy:
         refuses: Callable[[int], bool] = lambda number: False,
         refusal: int = 500,
         seconds: float = 0.0,
+        hangs_after: int | None = None,
     ) -> None:
         self.defect = defect
         self.answer = answer
         self.refuses = refuses
         self.refusal = refusal
         self.seconds = seconds
+        self.hangs_after = hangs_after
+        self.ended = threading.Event()
         self.lock = threading.Lock()
         self.served = 0
         self.in_flight = 0
@@ -74,6 +78,8 @@ class Toy:
             crowded = self.in_flight > 1
         try:
             time.sleep(self.seconds)
+            if self.hangs_after is not None and number > self.hangs_after:
+                self.ended.wait(120)
             if crowded or self.defect == "fails in parallel":
                 time.sleep(0.02)
             if self.refuses(number):
@@ -149,6 +155,7 @@ def serving(toy: Toy) -> Iterator[Toy]:
     thread.start()
 
     def stop() -> None:
+        toy.ended.set()
         server.should_exit = server.force_exit = True
 
     toy.stop = stop

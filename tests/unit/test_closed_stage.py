@@ -17,7 +17,7 @@ from tests.toy import Toy
 
 CANARY = "canary-7f3a"
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture

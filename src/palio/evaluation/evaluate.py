@@ -233,10 +233,13 @@ class Watch:
         done = sum(run.complete for run in helm.run_folders(self.folder))
         rate = (answered - self.answered_before) / seconds
         left = self.plan.requests - answered
-        expected = f"{self.clock.used + left / rate:.0f} s" if rate > 0 else "unknown"
+        if self.clock.used >= self.limit:
+            end = "nothing more is asked"
+        else:
+            end = f"end expected at {self.clock.used + left / rate:.0f} s" if rate > 0 else "end unknown"
         return (
             f"{answered} of {self.plan.requests} requests answered, {done} of {len(self.plan.runs)} HELM runs"
-            f" done, {self.clock.used:.0f} s of {self.limit:.0f} s used, end expected at {expected}"
+            f" done, {self.clock.used:.0f} s of {self.limit:.0f} s used, {end}"
         )
 
 
