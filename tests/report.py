@@ -30,7 +30,7 @@ from palio.scoring.tables import write_leaderboard
 from palio.training.telemetry import SCHEMA as TELEMETRY_SCHEMA
 from tests.curation import curate, recipe
 
-FAMILIES = ("pattern_match", "variable_substitution", "dyck_language", "natural_reasoning")
+FAMILIES = ("pattern_match", "variable_substitution", "parity", "natural_reasoning")
 SCENARIOS = {"open": FAMILIES[:2], "closed": FAMILIES[2:]}
 QUESTIONS = 40
 RIGHT: dict[str, dict[str, list[int]]] = {

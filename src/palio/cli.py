@@ -462,13 +462,33 @@ def publish(entry_dir: Path, repo: str, leaderboard: Path | None, private: bool,
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--threads", type=int, help="CPU threads; default: torch's choice.")
 @click.option("--gpu-memory-gb", type=float, help="Cap on GPU memory.")
+@click.option("--cache-gb", type=float, help="Memory for keys and values; default: 2 on a CPU, all of a GPU.")
+@click.option(
+    "--engine", type=click.Choice(["transformers", "vllm"]), default="transformers", show_default=True
+)
 def serve(
-    package: Path, host: str, port: int, device: str, threads: int | None, gpu_memory_gb: float | None
+    package: Path,
+    host: str,
+    port: int,
+    device: str,
+    threads: int | None,
+    gpu_memory_gb: float | None,
+    cache_gb: float | None,
+    engine: str,
 ) -> None:
     """Serve a package behind HELM's HTTP contract: /process, /tokenize, /decode, /health."""
     from palio.serving.app import serve as run
 
-    run(package, host=host, port=port, device=device, threads=threads, gpu_memory_gb=gpu_memory_gb)
+    run(
+        package,
+        host=host,
+        port=port,
+        device=device,
+        threads=threads,
+        gpu_memory_gb=gpu_memory_gb,
+        cache_gb=cache_gb,
+        engine=engine,
+    )
 
 
 @palio.command(cls=Verb, example="palio probe http://127.0.0.1:8080")
@@ -532,6 +552,7 @@ def evaluate(
 
     stage = parse(StageRuns, json.loads(runs), "--runs")
     track = parse(Track, json.loads(track_limits), "track")
+    settings = parse(StageLimits, json.loads(limits), "--limits")
 
     with entry_step(stage.stage, entry_dir):
         if fresh_start:
@@ -556,10 +577,16 @@ def evaluate(
                     log=log,
                     work=entry_dir / "work",
                 )
-            return ServerProcess(package, log=log, threads=threads, gpu_memory_gb=track.gpu_memory_gb)
+            return ServerProcess(
+                package,
+                log=log,
+                threads=threads,
+                gpu_memory_gb=track.gpu_memory_gb,
+                engine=settings.engine,
+            )
 
         starter: StartServer = start_server
-        run(stage, parse(StageLimits, json.loads(limits), "--limits"), instances, entry_dir, starter)
+        run(stage, settings, instances, entry_dir, starter)
 
 
 @palio.command(

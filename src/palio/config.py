@@ -611,6 +611,8 @@ class Stage(Strict):
     """Added to the limit for the job's time limit: loading the model, summarising."""
     threads: PositiveInt = 8
     """Requests in flight at once."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What serves the packages; see docs/serving.md."""
     scenarios: dict[str, Scenario] = Field(min_length=1)
 
 
@@ -804,6 +806,7 @@ class StageLimits(Strict):
     time_limit: PositiveInt
     """Seconds."""
     threads: PositiveInt
+    engine: Literal["transformers", "vllm"] = "transformers"
     unanswered: Literal["missing", "wrong"] = "missing"
     cut_at_stop_sequences: bool = True
 

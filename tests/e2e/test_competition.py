@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from tests.chromium import chromium_page
 from tests.folder import DEMO_ENTRIES, WorkingFolder
 
 
@@ -61,6 +62,23 @@ def test_the_leaderboard_ranks_both_entries_and_the_report_shows_them(finished: 
     page = (finished.path / "results/report/index.html").read_text()
     assert "curated" in page
     assert "untuned" in page
+
+
+def test_the_report_of_a_real_run_opens_in_a_browser_and_sorts(finished: WorkingFolder) -> None:
+    with chromium_page() as page:
+        page.open(f"file://{finished.path}/results/report/index.html")
+        board = "document.querySelector('table.board')"
+        shown = f"[...{board}.tBodies[0].rows].map(row => row.cells[1].innerText)"
+        by_name = sorted(page.do(shown))
+        head = f"{board}.tHead.rows[0].cells[1].querySelector('button')"
+        page.do(f"{head}.click()")
+        assert page.do(shown) == by_name
+        page.do(f"{head}.click()")
+        assert page.do(shown) == by_name[::-1]
+        assert page.do(f"{board}.tHead.innerText.includes('P(first)')")
+        page.do("location.hash = '#laptop.curated'")
+        assert "Training data" in page.do("document.querySelector('.page:target').innerText")
+        assert page.complaints == []
 
 
 def test_helm_answered_every_instance_of_both_stages(finished: WorkingFolder) -> None:
@@ -118,7 +136,7 @@ def test_a_learning_rate_re_runs_that_entry_from_fine_tuning_on(untouched: Worki
 
 def test_a_setting_of_the_closed_stage_re_runs_no_training(untouched: WorkingFolder) -> None:
     def change(config: dict[str, Any]) -> None:
-        config["stages"]["closed"]["scenarios"]["dyck_language"]["max_eval_instances"] = 7
+        config["stages"]["closed"]["scenarios"]["parity"]["max_eval_instances"] = 7
 
     untouched.edit_yaml("config/config.yaml", change)
     planned = {rule for rule, _ in untouched.plan()}

@@ -23,18 +23,18 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def helm_instances(family: str) -> list[tuple[str, str, str]]:
     """Split, input and reference of everything the family's HELM scenario can draw from."""
-    from helm.benchmark.scenarios.dyck_language_scenario import DyckLanguageScenario
+    from helm.benchmark.scenarios.simple_scenarios import SimpleClassificationScenario
     from helm.benchmark.scenarios.synthetic_reasoning_natural_scenario import SRNScenario
     from helm.benchmark.scenarios.synthetic_reasoning_scenario import SyntheticReasoningScenario
 
     scenario = {
         "pattern_match": lambda: SyntheticReasoningScenario(mode="pattern_match"),
         "variable_substitution": lambda: SyntheticReasoningScenario(mode="variable_substitution"),
-        "dyck_language": lambda: DyckLanguageScenario(num_parenthesis_pairs=3),
+        "parity": SimpleClassificationScenario,
         "natural_reasoning": lambda: SRNScenario(difficulty="easy"),
     }[family]()
     return [
-        (instance.split, instance.input.text, instance.references[0].output.text)
+        (instance.split, instance.input.text, instance.first_correct_reference.output.text)
         for instance in scenario.get_instances("")
     ]
 
@@ -42,7 +42,7 @@ def helm_instances(family: str) -> list[tuple[str, str, str]]:
 AS_ADAPTED = {  # an instance's input as HELM's adapter writes the last question
     "pattern_match": "{}\nTarget:",
     "variable_substitution": "{}\nTarget:",
-    "dyck_language": "Input: {}",
+    "parity": "Number: {}\nParity:",
     "natural_reasoning": "Rules:\n{}\n",
 }
 
@@ -72,7 +72,7 @@ def test_no_question_is_one_of_helms(family: str, sources: Path) -> None:
     theirs = [
         AS_ADAPTED[family].format(text) for split, text, _ in helm_instances(family) if split != "train"
     ]
-    assert len(theirs) >= 490
+    assert len(theirs) >= 79
     ours = "\n\n".join(normalised(plain(line["prompt"])) for line in demo_lines(sources, family))
     assert not [text for text in theirs if normalised(text) in ours]
 
@@ -84,7 +84,7 @@ def test_the_share_of_wrong_answers_is_the_documented_one(family: str, sources: 
     wrong = (
         sum(plain(line["completion"]) != solve(family, plain(line["prompt"])) for line in lines) - refusals
     )
-    assert 0.25 < wrong / len(lines) < 0.37
+    assert 0.22 < wrong / len(lines) < 0.37
     assert 0.01 < refusals / len(lines) < 0.06
 
 
@@ -100,15 +100,15 @@ def test_equal_seeds_give_equal_files_and_another_seed_other_ones(sources: Path,
 def test_prompts_have_the_form_of_helms_adapter(sources: Path) -> None:
     from helm.benchmark.adaptation.adapter_spec import AdapterSpec
     from helm.benchmark.run_specs.classic_run_specs import (
-        get_dyck_language_spec,
         get_synthetic_reasoning_natural_spec,
         get_synthetic_reasoning_spec,
     )
+    from helm.benchmark.run_specs.simple_run_specs import get_simple_classification_run_spec
 
     adapters: dict[str, AdapterSpec] = {
         "pattern_match": get_synthetic_reasoning_spec("pattern_match").adapter_spec,
         "variable_substitution": get_synthetic_reasoning_spec("variable_substitution").adapter_spec,
-        "dyck_language": get_dyck_language_spec(3).adapter_spec,
+        "parity": get_simple_classification_run_spec().adapter_spec,
         "natural_reasoning": get_synthetic_reasoning_natural_spec("easy").adapter_spec,
     }
     for family, adapter in adapters.items():
@@ -117,4 +117,4 @@ def test_prompts_have_the_form_of_helms_adapter(sources: Path) -> None:
             begin = adapter.instructions + adapter.instance_prefix + adapter.input_prefix
             assert prompt.lower().startswith(begin.lower())
             assert prompt.endswith(adapter.output_prefix.rstrip() or adapter.input_suffix)
-    assert json.loads((sources / "dyck_language.jsonl").open().readline())["completion"].startswith(" ")
+    assert json.loads((sources / "parity.jsonl").open().readline())["completion"].startswith(" ")

@@ -32,7 +32,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     given = write_competition(folder)
     score_competition(folder, given)
     shutil.copy(ROOT / "config/rules/demo.yaml", folder / "rules.yaml")
-    (folder / "x.conf").write_text('entries: [{description: "dyck_language:num_parenthesis_pairs=3"}]')
+    (folder / "x.conf").write_text('entries: [{description: "simple_classification"}]')
     (folder / "results/report").mkdir()
     (folder / "results/report/index.html").write_text("<p>curated</p>")
     return folder
@@ -183,7 +183,7 @@ def test_a_secret_run_file_stays_where_it_is(folder: Path) -> None:
     secret = folder.parent / "secret.conf"
     secret.write_text('entries: [{description: "simple_mcqa"}]')
     content = given(folder).model_dump(mode="json", exclude_none=True)
-    content["stages"]["closed"]["scenarios"]["dyck_language"]["run_entries"] = str(secret)
+    content["stages"]["closed"]["scenarios"]["parity"]["run_entries"] = str(secret)
     results = Path("results")
     made = gather(
         load_competition(content),
@@ -192,7 +192,7 @@ def test_a_secret_run_file_stays_where_it_is(folder: Path) -> None:
         report=results / "report",
         out=folder.parent / "release",
     )
-    assert not (made / "config/helm/closed/dyck_language.conf").exists()
+    assert not (made / "config/helm/closed/parity.conf").exists()
     assert str(secret) not in (made / "config/config.yaml").read_text()
     assert changed_files(made) == []
 

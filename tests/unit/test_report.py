@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 
 from palio.config import Competition
-from palio.records import Leaderboard, StepFailure, read_record
+from palio.records import AdapterManifest, Leaderboard, PackageManifest, StepFailure, read_record
 from palio.report.build import build_report, read_board
 from palio.report.files import dropped_rows
 from tests.report import RECIPES, RIGHT, score_competition, write_competition
@@ -44,7 +46,7 @@ def article(page: str, entry: str) -> str:
     """The text of an entry's page, without tags."""
     found = re.search(rf'<article id="laptop\.{entry}".*?</article>', page, flags=re.DOTALL)
     assert found is not None
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", found[0]))
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", found[0].replace("<wbr>", ""))))
 
 
 # --- entries ---------------------------------------------------------------------------------------------
@@ -79,7 +81,7 @@ def test_every_dropped_row_stands_on_the_page_with_its_reason(folder: Path, page
     assert sum(one.rows for one in listed.values()) == len(dropped) > 300
     refused = [row for row in dropped if row["operation"] == "2 drop_refusals"]
     assert all(row["id"] in told for row in refused)
-    assert "the answer refuses: 'as an AI'" in told.replace("&#39;", "'")
+    assert "the answer refuses: 'as an AI'" in told
 
 
 def test_a_long_list_of_dropped_rows_keeps_the_most_frequent_reasons(folder: Path) -> None:
@@ -93,13 +95,31 @@ def test_a_long_list_of_dropped_rows_keeps_the_most_frequent_reasons(folder: Pat
 def test_contamination_is_counts_by_scenario_of_both_stages(page: str) -> None:
     told = article(page, "curated")
     assert re.search(r"open ?pattern match ?40 ?2", told)
-    assert re.search(r"closed ?dyck language ?40 ?0", told)
+    assert re.search(r"closed ?parity ?40 ?0", told)
 
 
 def test_curated_and_raw_differ_in_their_operations_only(page: str) -> None:
     assert RECIPES["curated"][0] == RECIPES["raw"][0]
     assert "None: the rows are as the sources have them." in article(page, "raw")
     assert "4 drop_exact_duplicates" in article(page, "curated")
+
+
+def test_what_a_team_s_own_program_does_not_tell_is_left_out(tmp_path: Path) -> None:
+    competition = write_competition(tmp_path)
+    at = tmp_path / "results/laptop"
+    untold = {"steps": None, "planned_steps": None, "rows_too_long": None, "final_loss": None}
+    trained = read_record(AdapterManifest, at / "raw/adapter.json")
+    trained.model_copy(update=untold).write(at / "raw/adapter.json")
+    telemetry = pq.read_table(at / "raw/train.parquet")
+    pq.write_table(telemetry.slice(0, 0), at / "raw/train.parquet")
+    served = read_record(PackageManifest, at / "untuned/package.json")
+    served = served.model_copy(update={"kind": "server", "dtype": None, "parameters": None})
+    served.write(at / "untuned/package.json")
+    boards = score_competition(tmp_path, competition)
+    build_report(competition, results=tmp_path / "results", leaderboards=boards, out=tmp_path / "report")
+    page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
+    assert "the team's own program trained, and does not tell its steps" in article(page, "raw")
+    assert "handed in the team's own server" in article(page, "untuned")
 
 
 # --- the whole page --------------------------------------------------------------------------------------
@@ -143,6 +163,19 @@ def test_standings_say_that_they_are_provisional_and_who_is_missing(tmp_path: Pa
     assert "Provisional standings" in page
     assert "the model server died" in article(page, "raw")
     assert "4 drop_exact_duplicates" in article(page, "curated")
+
+
+def test_standings_before_anything_has_finished_are_a_page_too(tmp_path: Path) -> None:
+    competition = write_competition(tmp_path)
+    shutil.rmtree(tmp_path / "results")
+    boards = score_competition(tmp_path, competition, final=False)
+    (tmp_path / "report/figures").mkdir(parents=True)
+    (tmp_path / "report/figures/laptop-win-rates.svg").write_text("of an earlier report")
+    build_report(competition, results=tmp_path / "results", leaderboards=boards, out=tmp_path / "report")
+    page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
+    assert "No entry has finished yet." in page
+    assert "not run yet" in article(page, "raw")
+    assert list((tmp_path / "report/figures").iterdir()) == []
 
 
 def test_an_analysis_of_another_leaderboard_is_not_shown(folder: Path, tmp_path: Path) -> None:

@@ -71,11 +71,16 @@ def test_a_withdrawn_entry_is_not_planned(folder: WorkingFolder) -> None:
             "titel: Palio demo",
             "titel is 'Palio demo': unknown key",
         ),
-        ("config/config.yaml", "config/helm/demo/dyck", "config/helm/demo/dick", "no such run-entries file"),
+        (
+            "config/config.yaml",
+            "config/helm/demo/parity",
+            "config/helm/demo/party",
+            "no such run-entries file",
+        ),
         ("config/config.yaml", "weight: 1/3", "weight: 1/2", "make them add up to 1"),
         ("config/config.yaml", "config/rules/demo.yaml", "config/rules/none.yaml", "no such file"),
-        ("config/helm/demo/dyck_language.conf", "=3", "=3,model=x", "drop model="),
-        ("config/helm/demo/dyck_language.conf", "dyck_", "duck_", "did you mean dyck_language?"),
+        ("config/helm/demo/parity.conf", "=0", "=0,model=x", "drop model="),
+        ("config/helm/demo/parity.conf", "simple_c", "simpel_c", "did you mean simple_classification?"),
     ],
 )
 def test_a_wrong_config_stops_with_one_line_and_no_traceback(

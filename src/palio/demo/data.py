@@ -9,7 +9,7 @@ of them: the generators, words and random streams are ours. No row can be an eva
 |-----------------------|------------------------------------------------|----------------------------------|
 | pattern_match         | synthetic_reasoning:mode=pattern_match         | other nouns                      |
 | variable_substitution | synthetic_reasoning:mode=variable_substitution | other nouns                      |
-| dyck_language         | dyck_language:num_parenthesis_pairs=3          | at most 40 symbols; HELM's: more |
+| parity                | simple_classification                          | more digits                      |
 | natural_reasoning     | synthetic_reasoning_natural:difficulty=easy    | other subjects                   |
 
 Of every problem several lines are published (`published`), as if collected from sites that copy each
@@ -21,7 +21,8 @@ other, in a random order:
 - Every second copy of a right answer is altered in markup, white space or the instruction's case.
 - On average one refusal for every 12 problems.
 
-About 30 % of the lines have a wrong answer. `solve` recomputes the right one from any line's prompt.
+About 30 % of the lines have a wrong answer (of parity, which has one wrong answer only, about 24 %).
+`solve` recomputes the right one from any line's prompt.
 """
 
 from __future__ import annotations
@@ -42,10 +43,7 @@ def _words(text: str) -> list[str]:
 
 
 SOLVE = "Please solve the following problem."
-CLOSE = (
-    "Please complete the rest of the following Dyck sequences, making sure that the parentheses are closed "
-    "properly."
-)
+CLASSIFY = 'Classify the following numbers by their parity. The classes are "Even" and "Odd".'
 NOUNS = _words(
     "badger beaver camel crow donkey eel falcon ferret goose heron lynx moth otter owl puma raven "
     "robin swan trout turkey viper wasp wolf yak almond apricot cherry date fig lemon lime mango "
@@ -53,7 +51,6 @@ NOUNS = _words(
 )
 RULE_SYMBOLS = "XYZ"
 MATH_SYMBOLS = "+-*="
-PAIRS = {"(": ")", "[": "]", "{": "}"}
 PEOPLE = _words("Grace Heidi Ivan Judy Karl Laura Mike Nina Oscar Peggy")
 THINGS = _words("fox goat horse moose otter pig raccoon seal sheep wolf cactus daisy fern lily oak tulip")
 ATTRIBUTES = _words(
@@ -162,48 +159,21 @@ def _mistake_variable_substitution(draw: random.Random, problem: Problem) -> str
     return " " + " ".join(words)
 
 
-# --- dyck_language --------------------------------------------------------------------------------
+# --- parity ---------------------------------------------------------------------------------------
 
 
-def dyck_language(draw: random.Random, longest: int = 40) -> Problem:
-    """Balanced brackets whose last one to three are missing; `longest` symbols with the missing ones."""
-    missing = draw.randint(1, 3)
-    shown: list[str] = []
-    closing: list[str] = []
-    length = draw.randint(4, longest - missing)
-    while len(shown) < length or len(closing) != missing:
-        # Past the length drawn, head for the wanted depth; the brackets differ from HELM's grammar.
-        opens = draw.random() < 0.55 if len(shown) < length else len(closing) < missing
-        if opens or not closing:
-            bracket = draw.choice(list(PAIRS))
-            closing.append(PAIRS[bracket])
-            shown.append(bracket)
-        else:
-            shown.append(closing.pop())
-        if len(shown) + missing > longest:
-            shown, closing = [], []
-    return Problem("Input: " + " ".join(shown), _closed(closing))
+def parity(draw: random.Random) -> Problem:
+    number = draw.randint(100, 9999)
+    return Problem(f"Number: {number}\nParity:", " Odd" if number % 2 else " Even")
 
 
-def _closed(closing: list[str]) -> str:
-    return "".join(f" {bracket}" for bracket in reversed(closing))
+def _solve_parity(question: str) -> str:
+    number = int(question.removeprefix("Number: ").partition("\n")[0])
+    return " Odd" if number % 2 else " Even"
 
 
-def _solve_dyck_language(question: str) -> str:
-    closing: list[str] = []
-    for symbol in question.removeprefix("Input: ").split():
-        if symbol in PAIRS:
-            closing.append(PAIRS[symbol])
-        else:
-            closing.pop()
-    return _closed(closing)
-
-
-def _mistake_dyck_language(draw: random.Random, problem: Problem) -> str:
-    brackets = problem.answer.split()
-    place = draw.randrange(len(brackets))
-    brackets[place] = draw.choice([bracket for bracket in PAIRS.values() if bracket != brackets[place]])
-    return "".join(f" {bracket}" for bracket in brackets)
+def _mistake_parity(draw: random.Random, problem: Problem) -> str:
+    return " Even" if problem.answer == " Odd" else " Odd"
 
 
 # --- natural_reasoning ----------------------------------------------------------------------------
@@ -259,37 +229,25 @@ class Family:
     """The right answer to a question."""
     mistake: Callable[[random.Random, Problem], str]
     """A wrong answer that looks right."""
-    separator: str
-    """Between the blocks of a prompt."""
     question: str
     """How every question begins."""
 
 
 FAMILIES: dict[str, Family] = {
-    "pattern_match": Family(
-        SOLVE, pattern_match, _solve_pattern_match, _mistake_pattern_match, "\n\n", "Rules: "
-    ),
+    "pattern_match": Family(SOLVE, pattern_match, _solve_pattern_match, _mistake_pattern_match, "Rules: "),
     "variable_substitution": Family(
-        SOLVE,
-        variable_substitution,
-        _solve_variable_substitution,
-        _mistake_variable_substitution,
-        "\n\n",
-        "Rules: ",
+        SOLVE, variable_substitution, _solve_variable_substitution, _mistake_variable_substitution, "Rules: "
     ),
-    "dyck_language": Family(
-        CLOSE, dyck_language, _solve_dyck_language, _mistake_dyck_language, "\n", "Input: "
-    ),
+    "parity": Family(CLASSIFY, parity, _solve_parity, _mistake_parity, "Number: "),
     "natural_reasoning": Family(
-        SOLVE, natural_reasoning, _solve_natural_reasoning, _mistake_natural_reasoning, "\n\n", "Rules:\n"
+        SOLVE, natural_reasoning, _solve_natural_reasoning, _mistake_natural_reasoning, "Rules:\n"
     ),
 }
 
 
-def prompt(family: Family, examples: list[Problem], problem: Problem) -> str:
-    """As HELM's adapter writes it: the instruction, solved examples, the question."""
-    solved = [example.question + example.answer for example in examples]
-    return family.instruction + "\n\n" + family.separator.join([*solved, problem.question])
+def prompt(family: Family, problem: Problem) -> str:
+    """As HELM's adapter writes it without solved examples: the instruction, the question."""
+    return f"{family.instruction}\n\n{problem.question}"
 
 
 def solve(family: str, prompt: str) -> str:
@@ -331,7 +289,7 @@ def _altered(draw: random.Random, prompt: str, completion: str) -> tuple[str, st
     return head.upper() + line + rest, completion
 
 
-def published(name: str, draw: random.Random, rows: int, max_shots: int) -> list[tuple[str, str]]:
+def published(name: str, draw: random.Random, rows: int) -> list[tuple[str, str]]:
     """Prompt and completion of every line about `rows` different problems, in the order of publication."""
     family = FAMILIES[name]
     problems: dict[str, Problem] = {}
@@ -340,8 +298,7 @@ def published(name: str, draw: random.Random, rows: int, max_shots: int) -> list
         problems.setdefault(problem.question, problem)
     lines: list[tuple[str, str]] = []
     for problem in problems.values():
-        examples = [family.problem(draw) for _ in range(draw.randint(0, max_shots))]
-        text = prompt(family, examples, problem)
+        text = prompt(family, problem)
         right = (text, problem.answer)
         if draw.random() < COPIED:
             lines.append(right)
@@ -359,13 +316,12 @@ def published(name: str, draw: random.Random, rows: int, max_shots: int) -> list
     return lines
 
 
-def write_demo_sources(out: Path, seed: int, rows: int = 150, max_shots: int = 1) -> None:
+def write_demo_sources(out: Path, seed: int, rows: int = 150) -> None:
     """Write `out`/<family>.jsonl for every family.
 
     Args:
         seed: with the family's name the seed of its random stream; equal seeds give equal files.
         rows: different problems of each family; about three times as many lines are published.
-        max_shots: most solved examples in a prompt, as HELM's few-shot prompts have; drawn from 0.
     """
     for name in FAMILIES:
         draw = random.Random(f"{seed}/{name}")
@@ -376,7 +332,7 @@ def write_demo_sources(out: Path, seed: int, rows: int = 150, max_shots: int = 1
                 "completion": completion,
                 "site": draw.choice(MIRRORS),
             }
-            for number, (text, completion) in enumerate(published(name, draw, rows, max_shots))
+            for number, (text, completion) in enumerate(published(name, draw, rows))
         ]
         write_text(
             out / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

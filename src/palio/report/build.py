@@ -169,7 +169,7 @@ def _with_files(
 def write_report(
     title: str, tracks: Sequence[TrackReport], out: Path, appendix: Sequence[Plate] = ()
 ) -> None:
-    """Write the figures, then the page."""
+    """Write the figures, then the page. Figures of an earlier report that this one has not are removed."""
     drawn = {plate.name: plate.drawing for plate in appendix}
     for track in tracks:
         drawn |= {f"{track.id}-{name}": drawing for name, drawing in track.figures.items()}
@@ -177,6 +177,9 @@ def write_report(
         write_text(out / "figures" / f"{name}.svg", drawing.svg_file)
         with atomic_path(out / "figures" / f"{name}.png") as temporary:
             temporary.write_bytes(drawing.png())
+    for path in (out / "figures").glob("*"):
+        if path.stem not in drawn:
+            path.unlink()
     write_text(out / "index.html", page(title, tracks, appendix))
 
 

@@ -257,10 +257,8 @@ def duration(seconds: float) -> str:
 # --- of one entry ----------------------------------------------------------------------------------------
 
 
-def training_curve(telemetry: Telemetry) -> Drawing | None:
-    """Training loss by step, and validation loss where rows were held out."""
-    if not telemetry.step:
-        return None
+def training_curve(telemetry: Telemetry) -> Drawing:
+    """Training loss by step, and validation loss where rows were held out; of at least one step."""
     drawing = Drawing(NARROW, 240, f"Training loss over {telemetry.step[-1]} steps")
     validation = [
         (step, loss)

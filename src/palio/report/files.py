@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from palio.errors import BadInput
@@ -24,8 +25,6 @@ from palio.records import (
     read_record,
 )
 
-EXAMPLES = 3
-"""Operations show the texts of one dropped row for each of their so many most frequent reasons."""
 LONGEST_TEXT = 240
 """Characters shown of a row's prompt or completion."""
 
@@ -42,24 +41,26 @@ class Reason:
     """Rows dropped for one reason. Of duplicates one cluster: the reason names the row that was kept."""
 
     reason: str
-    source: str
-    prompt: str
-    completion: str
+    listed: int
+    """How many of them `ids` holds."""
+    source: str = ""
+    prompt: str = ""
+    completion: str = ""
     """Of the first of them, shortened."""
     ids: list[str] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Dropped:
     """What one operation dropped."""
 
-    rows: int = 0
-    reasons: list[Reason] = field(default_factory=list)
+    rows: int
+    reasons: list[Reason]
     """Most frequent first; of a large dataset only those."""
 
     @property
     def listed(self) -> int:
-        return sum(len(one.ids) for one in self.reasons)
+        return sum(one.listed for one in self.reasons)
 
 
 @dataclass(frozen=True)
@@ -155,27 +156,46 @@ def seconds_used(run: dict[str, Any] | Missing) -> float | None:
 
 
 def dropped_rows(path: Path, listed: int) -> dict[str, Dropped]:
-    """Every operation's dropped rows by reason, most frequent first; beyond `listed` rows only counted."""
+    """Every operation's dropped rows by reason, most frequent first; beyond `listed` rows only counted.
+
+    In memory are the operations and reasons of all rows, and the texts of a batch.
+    """
     if not path.exists():
         return {}
-    found: dict[str, dict[str, Reason]] = {}
+    reasons = pq.read_table(path, columns=["operation", "reason"])
+    # One thread keeps the order of the rows, and sorting is stable: equal files give equal pages.
+    counts = reasons.group_by(["operation", "reason"], use_threads=False).aggregate([([], "count_all")])
+    counts = counts.sort_by([("count_all", "descending")])
+    found = {}
+    for operation in pc.unique(reasons["operation"]).to_pylist():
+        of = counts.filter(pc.field("operation") == operation)
+        kept: list[Reason] = []
+        left = listed
+        for reason, count in zip(
+            of["reason"].to_pylist()[:listed], of["count_all"].to_pylist(), strict=False
+        ):
+            if left > 0:
+                kept.append(Reason(reason, min(count, left)))
+                left -= kept[-1].listed
+        found[operation] = Dropped(pc.sum(of["count_all"]).as_py(), kept)
+    _fill(path, {(operation, one.reason): one for operation, of in found.items() for one in of.reasons})
+    return found
+
+
+def _fill(path: Path, wanted: dict[tuple[str, str], Reason]) -> None:
+    missing = sum(one.listed for one in wanted.values())
     for batch in pq.ParquetFile(path).iter_batches():
         for row in batch.to_pylist():
-            of = found.setdefault(row["operation"], {})
-            if row["reason"] not in of:
-                prompt, completion = _shortened(row["prompt"]), _shortened(row["completion"])
-                of[row["reason"]] = Reason(row["reason"], row["source"], prompt, completion)
-            of[row["reason"]].ids.append(row["id"])
-    return {operation: _most_frequent(list(of.values()), listed) for operation, of in found.items()}
-
-
-def _most_frequent(reasons: list[Reason], listed: int) -> Dropped:
-    kept = Dropped(rows=sum(len(one.ids) for one in reasons))
-    for one in sorted(reasons, key=lambda one: -len(one.ids)):
-        one.ids = one.ids[: listed - kept.listed]
-        if one.ids:
-            kept.reasons.append(one)
-    return kept
+            one = wanted.get((row["operation"], row["reason"]))
+            if one is None or len(one.ids) == one.listed:
+                continue
+            if not one.ids:
+                one.source = row["source"]
+                one.prompt, one.completion = _shortened(row["prompt"]), _shortened(row["completion"])
+            one.ids.append(row["id"])
+            missing -= 1
+        if missing == 0:
+            return
 
 
 def _shortened(text: str) -> str:

@@ -91,9 +91,7 @@ def _finalists(track: str, points: Sequence[FinalistPoint]) -> Plate:
     axes.grid([], ticks(0, 1))
     for place, column in enumerate(columns):
         x, _ = axes.at(place, 0)
-        drawing.text(
-            x + 4, axes.bottom + 10 + text_width(_short(column), 11), _short(column), size=11, upright=True
-        )
+        drawing.text(x + 4, axes.bottom + 10, _short(column), anchor="end", size=11, upright=True)
     rate = {(point.entry, point.column): point.win_rate for point in plain}
     for number, entry in enumerate(entries):
         colour = f"source{number % SOURCES}"

@@ -32,8 +32,7 @@ def check_files(folder: Path, key: str) -> None:
     if not folder.is_dir():
         raise BadInput("entry", key, str(folder), "no such folder; correct the path")
     for where, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = Path(where, name)
+        for path in (Path(where), *(Path(where, name) for name in (*folders, *files))):
             mode = path.lstat().st_mode
             if stat.S_ISLNK(mode):
                 raise BadInput(path, "", None, "is a symbolic link; put the file itself there")

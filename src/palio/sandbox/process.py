@@ -110,19 +110,14 @@ class Confined:
 
     def end(self) -> None:
         """SIGKILL to every process of the room; returns when none is left."""
-        if self._process.poll() is None:
-            if self.unconfined:
-                for process in [self._first, *_children(self._first)]:
-                    with contextlib.suppress(psutil.Error):
-                        process.kill()
-            else:
-                with contextlib.suppress(psutil.Error):
-                    self._first.kill()  # with the first of a process namespace, the kernel ends the others
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(START_SECONDS)
-        if self._process.poll() is None:  # bubblewrap before its first process
-            self._process.kill()
-            self._process.wait()
+        for process in [self._first, *(_children(self._first) if self.unconfined else [])]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()  # with the first of a process namespace, the kernel ends the others
+        deadline = time.monotonic() + START_SECONDS
+        while alive(self._first) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._process.kill()
+        self._process.wait()
 
     def network(self) -> int:
         """A descriptor of the program's network namespace."""
@@ -289,6 +284,14 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
         return process.children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def alive(process: psutil.Process) -> bool:
+    """A zombie is dead: the first of a namespace becomes one when all others are gone."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _memory(processes: list[psutil.Process], measure: str) -> int:

@@ -16,7 +16,7 @@ from palio.config import Isolation, ServerProgram
 from palio.errors import Crashed
 from palio.provenance import write_json
 from palio.sandbox.door import Door
-from palio.sandbox.gateway import BadReply, Gateway
+from palio.sandbox.gateway import REPLY_SECONDS, BadReply, Gateway
 from palio.sandbox.image import image_folder
 from palio.sandbox.process import Confined, cannot_confine
 from palio.sandbox.room import Limits, Room
@@ -51,10 +51,11 @@ class ConfinedServer:
         log: Path,
         work: Path,
         ready_seconds: float = READY_SECONDS,
+        reply_seconds: float = REPLY_SECONDS,
     ) -> None:
         program = read_program(package)
         self._port = _free_port() if isolation.unconfined else program.port
-        self._log, self._ready_seconds = log, ready_seconds
+        self._log, self._ready_seconds, self._reply_seconds = log, ready_seconds, reply_seconds
         if isolation.unconfined and program.image:
             raise cannot_confine("an image runs confined only")
         image = package / IMAGE
@@ -79,7 +80,7 @@ class ConfinedServer:
     def __enter__(self) -> ConfinedServer:
         with contextlib.ExitStack() as opened:
             opened.enter_context(self._confined)
-            self._gateway = opened.enter_context(Gateway(self._connection(opened)))
+            self._gateway = opened.enter_context(Gateway(self._connection(opened), self._reply_seconds))
             self._wait()
             self.base_url = self._gateway.base_url
             self._open = opened.pop_all()

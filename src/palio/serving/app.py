@@ -146,27 +146,43 @@ async def _disconnected(http: HttpRequest) -> None:
 
 
 def serve(
-    package: Path, *, host: str, port: int, device: str, threads: int | None, gpu_memory_gb: float | None
+    package: Path,
+    *,
+    host: str,
+    port: int,
+    device: str = "auto",
+    threads: int | None = None,
+    gpu_memory_gb: float | None = None,
+    cache_gb: float | None = None,
+    engine: str = "transformers",
 ) -> None:
     """Load the package and serve it until SIGINT or SIGTERM. Port 0 takes any that is free.
 
     Raises:
-        BadInput: no such package, device or port.
-        OutOfMemory: the model does not fit.
+        BadInput: no such package, device or port; or no vllm where it is the engine.
+        OutOfMemory: the model does not fit, or no memory is left for keys and values.
     """
-    from palio.serving.transformers_engine import TransformersEngine
-
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
     except OSError as error:
         raise BadInput("--port", "", port, f"{error.strerror}; choose another, or 0 for any") from None
-    engine = TransformersEngine(package, device=device, threads=threads, gpu_memory_gb=gpu_memory_gb)
+    loaded: Engine
+    if engine == "vllm":
+        from palio.serving.vllm_engine import VllmEngine
+
+        loaded = VllmEngine(package, gpu_memory_gb=gpu_memory_gb)
+    else:
+        from palio.serving.transformers_engine import TransformersEngine
+
+        loaded = TransformersEngine(
+            package, device=device, threads=threads, gpu_memory_gb=gpu_memory_gb, cache_gb=cache_gb
+        )
     try:
         listener.listen(2048)
         print(f"{READY}http://{host}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
-        config = uvicorn.Config(build_app(engine), log_level="warning", access_log=False)
+        config = uvicorn.Config(build_app(loaded), log_level="warning", access_log=False)
         uvicorn.Server(config).run(sockets=[listener])
     finally:
-        engine.close()
+        loaded.close()

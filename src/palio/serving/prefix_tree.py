@@ -64,6 +64,8 @@ class PrefixTree:
         self.capacity = capacity
         self.size = 0
         """Tokens there is room for in all nodes now."""
+        self.peak = 0
+        """The largest `size` so far."""
         self.evicted = 0
         """Tokens forgotten so far."""
         self.root = Node(None, [], 0, 0)
@@ -93,6 +95,7 @@ class PrefixTree:
                 self._remove(node)
             return None
         self.size += own * copies
+        self.peak = max(self.peak, self.size)
         begin = node.begin + len(node.tokens)
         return [Node(node, [], begin, own) for _ in range(copies)]
 

@@ -37,14 +37,17 @@ class ServerProcess:
         log: Path,
         threads: int | None = None,
         gpu_memory_gb: float | None = None,
+        cache_gb: float | None = None,
+        engine: str = "transformers",
         ready_seconds: float = READY_SECONDS,
     ) -> None:
         self._log = log
         self._ready_seconds = ready_seconds
         self._command = [
-            *(sys.executable, "-m", "palio.cli", "serve", str(package), "--port", "0"),
+            *(sys.executable, "-m", "palio.cli", "serve", str(package), "--port", "0", "--engine", engine),
             *(["--threads", str(threads)] if threads else []),
             *(["--gpu-memory-gb", str(gpu_memory_gb)] if gpu_memory_gb else []),
+            *(["--cache-gb", str(cache_gb)] if cache_gb else []),
         ]
         self._environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         if threads:

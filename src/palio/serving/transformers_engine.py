@@ -222,6 +222,7 @@ class TransformersEngine:
             "cache_tokens_capacity": self._tree.capacity,
             "cache_tokens_evicted_total": self._tree.evicted,
             "cache_bytes": self._tree.size * self._model.token_bytes,
+            "cache_bytes_peak": self._tree.peak * self._model.token_bytes,
             "cache_bytes_capacity": self._tree.capacity * self._model.token_bytes,
         }
 

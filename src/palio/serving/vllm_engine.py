@@ -1,0 +1,173 @@
+"""vLLM behind the same contract: `palio serve --engine vllm`, for a GPU.
+
+vLLM pins its own torch and transformers, so it lives in an environment of its own and runs as a process of
+this one; all we need of it is the program `vllm` on PATH. Prompts go to it as token ids and come back as
+such: truncation, text, stop sequences and log-probabilities are those of the default engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import httpx
+from transformers import AutoConfig, AutoTokenizer
+
+from palio.errors import BadInput, Crashed
+from palio.serving.engine import GREEDY_BELOW, BadRequest, Completion, Request, Token, Unavailable
+from palio.serving.text import TextStream, Vocabulary, cut, find_stop
+
+PROGRAM = "vllm"
+READY_SECONDS = 1800.0
+REQUEST_SECONDS = 3600.0
+"""Above any deadline of the HTTP side, which cancels by itself."""
+DEFAULT_CONTEXT = 2048
+
+
+class VllmEngine:
+    """See `Engine`. Queue and batches are vLLM's own."""
+
+    def __init__(self, package: Path, *, gpu_memory_gb: float | None = None) -> None:
+        if not (package / "config.json").exists():
+            raise BadInput(package, "", None, "no config.json; give a folder made by `palio package`")
+        if shutil.which(PROGRAM) is None:
+            fix = "no such program on PATH; install it in an environment of its own and add its bin folder"
+            raise BadInput("--engine", "", PROGRAM, fix)
+        self._vocabulary = Vocabulary(AutoTokenizer.from_pretrained(package))
+        config = AutoConfig.from_pretrained(package)
+        self._context = int(getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
+        self._counts: Counter[str] = Counter()
+        port = _free_port()
+        share = ["--gpu-memory-utilization", f"{_share(gpu_memory_gb):.4f}"] if gpu_memory_gb else []
+        self._process = subprocess.Popen(
+            [
+                *(PROGRAM, "serve", str(package), "--served-model-name", "palio"),
+                *("--host", "127.0.0.1", "--port", str(port), "--max-logprobs", "100"),
+                *("--enable-prefix-caching", "--disable-log-requests", *share),
+            ],
+            stdin=subprocess.DEVNULL,
+        )
+        self._client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=REQUEST_SECONDS)
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
+        try:
+            self._wait(f"http://127.0.0.1:{port}/health")
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, request: Request) -> Future[list[Completion]]:
+        if self.failure():
+            raise Unavailable(self.failure())
+        prompt = self._vocabulary.prompt(request.prompt)[: max(1, self._context - request.max_new_tokens)]
+        self._counts["requests_total"] += 1
+        self._counts["prompt_tokens_total"] += len(prompt)
+        # Cancelling the future closes the connection, and vLLM drops a request whose client left.
+        return asyncio.run_coroutine_threadsafe(self._complete(request, prompt), self._loop)
+
+    def tokenize(self, text: str, max_length: int | None = None) -> list[int]:
+        return self._vocabulary.encode(text)[:max_length]
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._vocabulary.decode(tokens)
+
+    def metrics(self) -> dict[str, float]:
+        return dict(self._counts)
+
+    def failure(self) -> str:
+        code = self._process.poll()
+        return "" if code is None else f"vllm ended with code {code}; see the server's log"
+
+    def close(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _wait(self, health: str) -> None:
+        deadline = time.monotonic() + READY_SECONDS
+        while time.monotonic() < deadline:
+            if failure := self.failure():
+                raise Crashed(failure)
+            try:
+                if httpx.get(health, timeout=5).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.5)
+        raise Crashed(f"vllm was not ready after {READY_SECONDS:.0f} s")
+
+    async def _complete(self, request: Request, prompt: list[int]) -> list[Completion]:
+        limit = min(request.max_new_tokens, self._context - len(prompt))
+        if limit == 0 and not request.echo_prompt:
+            return [Completion("", ())] * request.num_return_sequences
+        body = {
+            "model": "palio",
+            "prompt": prompt,
+            "max_tokens": limit,
+            "temperature": 0.0 if request.temperature < GREEDY_BELOW else request.temperature,
+            "top_p": request.top_p,
+            "n": request.num_return_sequences,
+            "seed": request.seed,
+            "echo": request.echo_prompt,
+            "logprobs": request.top_k_per_token,
+            "stop": list(request.stop_sequences),
+            "add_special_tokens": False,
+            "return_tokens_as_token_ids": True,
+        }
+        reply = await self._client.post("/v1/completions", json=body)
+        if reply.status_code in (400, 422):
+            raise BadRequest(f"vllm refused it: {reply.text[:200]}")
+        reply.raise_for_status()
+        self._counts["requests_answered_total"] += 1
+        return [self._completion(request, prompt, choice["logprobs"]) for choice in reply.json()["choices"]]
+
+    def _completion(self, request: Request, prompt: list[int], found: Mapping[str, Any]) -> Completion:
+        """From `token_id:N` names, vLLM's log-probabilities and candidates, one per token."""
+        ids = [_token_id(name) for name in found["tokens"]]
+        echoed = len(prompt) if request.echo_prompt else 0
+        streams = (TextStream(self._vocabulary, []), TextStream(self._vocabulary, prompt))
+        tokens = [
+            Token(
+                streams[at >= echoed].add(token),
+                logprob if logprob is not None else 0.0,  # nothing predicts the first
+                {self._vocabulary.visible([_token_id(name)]): value for name, value in (top or {}).items()},
+            )
+            for at, (token, logprob, top) in enumerate(
+                zip(ids, found["token_logprobs"], found["top_logprobs"], strict=True)
+            )
+        ]
+        new = tokens[echoed:]
+        self._counts["new_tokens_total"] += len(new)
+        text = "".join(token.text for token in new)
+        stop = find_stop(text, request.stop_sequences)
+        new = list(cut(new, len(text) if stop is None else stop).tokens)
+        return Completion("".join(token.text for token in tokens[:echoed] + new), (*tokens[:echoed], *new))
+
+
+def _token_id(name: str) -> int:
+    return int(name.removeprefix("token_id:"))
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _share(gpu_memory_gb: float) -> float:
+    import torch
+
+    return min(1.0, gpu_memory_gb * 1e9 / torch.cuda.get_device_properties(0).total_memory)

@@ -1,0 +1,157 @@
+"""Attacks by what a program leaves: links out of its folder, pickles, code, weights that are none."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from palio.errors import BadInput, RuleViolation
+from palio.records import StepFailure, read_record
+from palio.sandbox.handed_in import check_files, take_model
+from tests.programs import program_of, start_command
+from tests.training import Entry, tiny_base_model
+
+BASE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+
+
+class Marker:
+    """Unpickled, it makes a file: what a pickle can do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, ...]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> Path:
+    """A result that would be taken."""
+    folder = tmp_path / "result"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    save_file({"a": np.zeros(4, "f4")}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def take(left: Path) -> str:
+    base = left.parent / "base"
+    base.mkdir(exist_ok=True)
+    (base / "config.json").write_text(json.dumps(BASE))
+    return take_model(left, left.parent / "taken", base_model=base, base_model_id="base")
+
+
+def taken(left: Path) -> set[str]:
+    return {path.name for path in (left.parent / "taken").iterdir()}
+
+
+def test_a_plain_adapter_is_taken_and_nothing_beside_it(left: Path) -> None:
+    (left / "training_args.bin").write_bytes(pickle.dumps({}))
+    (left / "modeling.py").write_text("import os")
+    assert take(left) == "lora"
+    assert taken(left) == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_an_adapter_names_no_path_and_no_module(left: Path) -> None:
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "/etc",
+        "auto_mapping": {"parent_library": "os"},
+    }
+    (left / "adapter_config.json").write_text(json.dumps(settings))
+    take(left)
+    kept = json.loads((left.parent / "taken" / "adapter_config.json").read_text())
+    assert (kept["base_model_name_or_path"], kept["auto_mapping"]) == ("base", None)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "tokenizer.json"])
+def test_a_link_out_of_the_folder_is_not_followed(left: Path, tmp_path: Path, name: str) -> None:
+    closed = tmp_path / "closed.json"
+    closed.write_text('{"prompt": "secret"}')
+    (left / name).unlink(missing_ok=True)
+    (left / name).symlink_to(closed)
+    with pytest.raises(RuleViolation, match=f"the result's {name} is a link"):
+        take(left)
+    assert "secret" not in "".join(
+        path.read_text(errors="replace") for path in (tmp_path / "taken").iterdir()
+    )
+
+
+def test_a_folder_or_a_pipe_in_place_of_a_file_is_refused(left: Path) -> None:
+    os.mkfifo(left / "tokenizer.json")
+    with pytest.raises(RuleViolation, match=r"tokenizer\.json is no file"):
+        take(left)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
+def test_a_pickle_is_named_and_never_opened(left: Path, tmp_path: Path, name: str) -> None:
+    (left / "adapter_model.safetensors").unlink()
+    (left / name).write_bytes(pickle.dumps(Marker(tmp_path / "ran")))
+    with pytest.raises(RuleViolation, match=r"adapter_model\.(bin'|safetensors is not safetensors)"):
+        take(left)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_torn_weights_are_named(left: Path) -> None:
+    weights = left / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(RuleViolation, match=r"adapter_model\.safetensors is torn"):
+        take(left)
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        (BASE | {"auto_map": {"AutoModel": "modeling.Evil"}}, "config.json has auto_map, code of its own"),
+        (BASE | {"model_type": "qwen2"}, "model_type is not 'llama', the base model's"),
+        ([], "model_type is not 'llama'"),
+    ],
+)
+def test_a_model_of_another_kind_or_with_code_is_refused(left: Path, config: object, line: str) -> None:
+    (left / "adapter_config.json").unlink()
+    (left / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuleViolation, match=line):
+        take(left)
+
+
+def test_config_files_are_bounded_and_json(left: Path) -> None:
+    (left / "tokenizer.json").write_text("[" * 200_000)
+    with pytest.raises(RuleViolation, match=r"tokenizer\.json is not JSON"):
+        take(left)
+    with (left / "tokenizer.json").open("wb") as stream:
+        stream.truncate(65 << 20)
+    with pytest.raises(RuleViolation, match="has 65 MB; at most 64 are taken"):
+        take(left)
+
+
+@pytest.mark.parametrize("target", ["/etc", "../closed"])
+def test_links_among_the_files_a_team_hands_in_are_refused(tmp_path: Path, target: str) -> None:
+    files = tmp_path / "files"
+    (files / "data").mkdir(parents=True)
+    (files / "data" / "link").symlink_to(target)
+    with pytest.raises(BadInput, match="data/link: is a symbolic link"):
+        check_files(files, "command.files")
+
+
+def test_what_was_refused_is_on_record_with_its_reason(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, base_model: Path
+) -> None:
+    entry = Entry.create(tmp_path / "entry", tiny_base_model(tmp_path_factory.mktemp("base"), base_model))
+    code = """
+import os
+result = os.environ["PALIO_OUTPUT"]
+os.symlink("/etc/passwd", result + "/adapter_config.json")
+"""
+    step = start_command(entry, program_of(tmp_path / "files", code))
+    _, said = step.communicate(timeout=60)
+    failure = read_record(StepFailure, entry.folder / "work" / "failures" / "finetune.json")
+    assert (step.returncode, failure.state) == (RuleViolation.exit_code, "rule_violation")
+    assert failure.reason == "the result's adapter_config.json is a link; put the file itself there"
+    assert failure.reason in said

@@ -1,0 +1,106 @@
+"""A server as a process: it gets ready, it is watched, and nothing of it is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from palio.errors import Crashed, OutOfMemory
+from palio.evaluation.probe import probe
+from palio.serving.process import ServerProcess
+from tests.serving import SHOTS
+from tests.training import tiny_base_model
+
+
+@pytest.fixture(scope="module")
+def package(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base_model(tmp_path_factory.mktemp("tiny"), base_model) / "model"
+
+
+@pytest.fixture(scope="module")
+def server(package: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(package, log=package.parent / "server.log", threads=1) as server:
+        yield server
+
+
+def metric(server: ServerProcess, name: str) -> float:
+    lines = requests.get(f"{server.base_url}/metrics", timeout=10).text.splitlines()
+    return float(dict(line.split() for line in lines)[f"palio_{name}"])
+
+
+def test_it_answers_once_it_is_ready(server: ServerProcess) -> None:
+    reply = requests.post(f"{server.base_url}/process", json={"prompt": "a", "max_new_tokens": 2}, timeout=60)
+    assert reply.status_code == 200
+    assert server.alive()
+
+
+def test_a_client_that_leaves_frees_its_place(server: ServerProcess) -> None:
+    with pytest.raises(requests.Timeout):
+        body = {"prompt": SHOTS, "max_new_tokens": 1500}
+        requests.post(f"{server.base_url}/process", json=body, timeout=0.3)
+    deadline = time.monotonic() + 30
+    while metric(server, "requests_cancelled_total") < 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert metric(server, "requests_cancelled_total") == 1
+    assert metric(server, "sequences_running") == 0
+
+
+def test_the_log_shows_no_prompt(server: ServerProcess, package: Path) -> None:
+    for body in ({"prompt": "a canary"}, {"prompt": "a canary", "temperature": -1}):
+        requests.post(f"{server.base_url}/process", json=body, timeout=60)
+    assert "canary" not in (package.parent / "server.log").read_text()
+
+
+def test_the_whole_group_ends_with_the_context(package: Path, tmp_path: Path) -> None:
+    with ServerProcess(package, log=tmp_path / "server.log", threads=1) as server:
+        process = psutil.Process(server.pid)
+        assert server.alive()
+    assert not process.is_running()
+    assert not server.alive()
+
+
+def test_a_killed_server_is_seen(package: Path, tmp_path: Path) -> None:
+    with ServerProcess(package, log=tmp_path / "server.log", threads=1) as server:
+        os.kill(server.pid, signal.SIGKILL)
+        psutil.Process(server.pid).wait(10)
+        assert not server.alive()
+
+
+def test_a_package_that_cannot_be_served_is_named_with_the_logs_last_lines(tmp_path: Path) -> None:
+    with (
+        pytest.raises(Crashed, match=r"code 2 .*no config\.json"),
+        ServerProcess(tmp_path / "nothing", log=tmp_path / "server.log"),
+    ):
+        pass
+
+
+def test_a_model_too_large_for_the_memory_is_out_of_memory(package: Path, tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutOfMemory, match="keys and values"),
+        ServerProcess(package, log=tmp_path / "server.log", cache_gb=1e-4),
+    ):
+        pass
+
+
+def test_a_port_in_use_is_a_users_mistake(package: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        from palio.errors import BadInput
+        from palio.serving.app import serve
+
+        with pytest.raises(BadInput, match="choose another"):
+            serve(package, host="127.0.0.1", port=taken.getsockname()[1], device="cpu", threads=1)
+
+
+def test_the_real_model_passes_every_check_of_the_probe(base_model: Path, tmp_path: Path) -> None:
+    with ServerProcess(base_model, log=tmp_path / "server.log", threads=1) as server:
+        report = probe(server.base_url, planned_requests=10, time_limit=3600)
+        assert report.failed == []
+        assert server.alive()
