@@ -21,6 +21,7 @@ rule curate_dataset:
         card="results/{track}/{entry}/dataset/card.md",
     log:
         "results/{track}/{entry}/logs/curate.log",
+    threads: 2
     resources:
         mem_mb=8192,
         runtime=240,
@@ -29,11 +30,11 @@ rule curate_dataset:
         recipe=W.dataset_recipe,
         base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
     shell:
-        "palio curate"
+        "palio curate {params.recipe:q}"
         " --competition-id {params.competition}"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
-        " --recipe {params.recipe:q}"
         " --base-model {params.base_model:q}"
+        " --workers {threads}"
         " > {log:q} 2>&1"
 
 

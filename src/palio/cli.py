@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
@@ -219,27 +220,126 @@ def demo_data(out: Path, seed: int) -> None:
     write_demo_sources(out, seed=seed)
 
 
-@palio.command(cls=Verb, example="snakemake --profile local results/laptop/curated/dataset/manifest.json")
-@competition_id_option
-@entry_dir_option
-@click.option("--recipe", required=True, help="JSON of the entry's dataset section.")
-@click.option("--base-model", type=ExistingPath, required=True, help="Folder of the base model.")
-def curate(competition_id: str, entry_dir: Path, recipe: str, base_model: Path) -> None:
-    """Turn an entry's sources into its training dataset, and account for every row."""
-    from palio.config import DatasetRecipe, parse
+@palio.command(cls=Verb, example="palio curate config/entries/demo/curated.yaml --out preview --limit 1000")
+@click.argument("entry")
+@click.option("--out", type=ExistingPath, help="Folder for a dataset of your own, for a look at it.")
+@click.option(
+    "--entry-dir", type=ExistingPath, help="Or the entry's folder in a competition, results/<track>/<entry>."
+)
+@click.option("--base-model", type=ExistingPath, help="Folder of the base model; default: the workflow's.")
+@click.option("--limit", type=click.IntRange(min=1), help="Read so many rows of each source.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option("--competition-id", default="none", show_default=True, help="The competition's id.")
+def curate(
+    entry: str,
+    out: Path | None,
+    entry_dir: Path | None,
+    base_model: Path | None,
+    limit: int | None,
+    workers: int,
+    competition_id: str,
+) -> None:
+    """Turn an entry's sources into its training dataset, and account for every row.
+
+    ENTRY is an entry file, or the JSON of its dataset section, as the workflow passes it.
+    """
+    from palio.config import DatasetRecipe, load_entry, parse
     from palio.curation.curate import curate_dataset
 
-    track, entry = track_and_entry(entry_dir)
-    with entry_step("curate", entry_dir):
+    if (out is None) == (entry_dir is None):
+        raise click.UsageError("give either --out or --entry-dir")
+    if entry.startswith("{"):
+        recipe = parse(DatasetRecipe, json.loads(entry), "dataset")
+        if entry_dir is None or base_model is None:
+            raise click.UsageError("a dataset section needs --entry-dir and --base-model")
+        track, name = track_and_entry(entry_dir)
+    else:
+        found = load_entry(Path(entry))
+        if found.dataset is None:
+            raise BadInput(entry, "dataset", None, "the entry has none; there is nothing to curate")
+        recipe, track, name = found.dataset, found.track, Path(entry).stem
+        if base_model is None and found.base_model:
+            base_model = Path("resources/base_models") / found.base_model.id
+    with entry_step("curate", entry_dir) if entry_dir else nullcontext(), progress_bar() as progress:
         manifest = curate_dataset(
-            parse(DatasetRecipe, json.loads(recipe), "dataset"),
-            base_model=base_model / "model",
+            recipe,
+            base_model=(base_model or Path()) / "model",
             competition=competition_id,
             track=track,
-            entry=entry,
-            out=entry_dir / "dataset",
+            entry=name,
+            out=out or entry_dir / "dataset",  # type: ignore[operator]  # one of them is given
+            work=out / "work" if out else None,
+            limit=limit,
+            workers=workers,
+            progress=progress,
         )
+    for source in manifest.sources:
+        print(f"{source.name}: {source.rows} rows, {source.quarantined} malformed")
+    for number, step in enumerate(manifest.operations, start=1):
+        changed = f", {step.changed} rewritten" if step.changed else ""
+        print(f"{number} {step.op}: {step.rows_in} → {step.rows_out}{changed}")
     print(f"{manifest.rows} rows")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int | None, int], None]]:
+    """A bar for each step on a terminal, nothing in a log. A step that looks twice begins again."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(step: str, total: int | None, rows: int) -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(step, total=total)
+            if bars.tasks[tasks[step]].finished:
+                bars.reset(tasks[step])
+            bars.advance(tasks[step], rows)
+
+        yield advance
+
+
+@palio.command(cls=Verb, example="palio inspect results/laptop/curated/dataset --dropped")
+@click.argument("dataset", type=ExistingPath)
+@click.option("--dropped", is_flag=True, help="The rows that operations dropped, with the reason.")
+@click.option("--operation", help="Of the dropped, those of this operation: its name, or number and name.")
+@click.option("--source", help="Only rows of this source.")
+@click.option("--limit", type=click.IntRange(min=1), help="Stop after so many rows.")
+def inspect(
+    dataset: Path, dropped: bool, operation: str | None, source: str | None, limit: int | None
+) -> None:
+    """Page through the rows of a curated dataset, or through the dropped ones."""
+    from palio.curation.inspection import lines_of
+
+    found = lines_of(
+        dataset, dropped=dropped or operation is not None, operation=operation, source=source, limit=limit
+    )
+    click.echo_via_pager(f"{line}\n" for line in found)
+
+
+@palio.command(cls=Verb, example="palio contamination results/laptop/curated/dataset --stage open")
+@click.argument("dataset", type=ExistingPath)
+@click.option("--stage", type=click.Choice(["open", "closed"]), default="open", show_default=True)
+@click.option("--limit", type=int, default=20, show_default=True, help="Offending pairs to show.")
+@competition_option
+def contamination(dataset: Path, stage: Literal["open", "closed"], limit: int, competition: str) -> None:
+    """Evaluation instances that stand in a dataset: counts, and of the open stage the offending rows.
+
+    DATASET is the folder of a curated dataset. Of the closed stage nothing but counts is shown.
+    """
+    from palio.curation.contamination import contaminated_pairs, contamination
+    from palio.evaluation.helm import stage_runs
+
+    instances = stage_runs(competition_of(competition), stage).store / "instances.parquet"
+    record = contamination(dataset, {stage: instances}, competition="", track="", entry="")
+    for scenario, total in record.instances[stage].items():
+        print(f"{scenario}: {record.contaminated[stage][scenario]} of {total} instances")
+    if stage == "open":
+        for pair in islice(contaminated_pairs(dataset, instances), limit):
+            print(f"{pair.scenario} {pair.instance} in {pair.source} {pair.row}: {pair.shown}")
 
 
 @palio.command(

@@ -278,9 +278,11 @@ def _content(operation: Operation, around: Surroundings) -> str | None:
     if isinstance(operation, DropSemanticDuplicates):
         return fingerprint(folder_sha256(around.base / operation.model))
     if isinstance(operation, TokenLength):
-        return fingerprint(
-            {path.name: file_sha256(path) for path in sorted(around.base_model.glob("token*"))}
-        )
+        files = sorted(around.base_model.glob("token*"))
+        if not files:
+            fix = "no tokenizer there for token_length; fetch the base model first"
+            raise BadInput(around.base_model, "", None, fix)
+        return fingerprint({path.name: file_sha256(path) for path in files})
     return None
 
 
