@@ -98,8 +98,8 @@ def dashboards(
         for name in names:
             try:
                 tellers[name] = stack.enter_context(_DASHBOARDS[name](folder / name, run, key, recipe))
-            except ImportError:
-                fix = f"the library is not installed; pip install {name}, or leave it out"
+            except ImportError as error:
+                fix = f"it is not installed ({error}); pip install {name}, or leave it out"
                 raise BadInput("config", "telemetry.report_to", name, fix) from None
             except Exception as error:
                 lost(name, error)
