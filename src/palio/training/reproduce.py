@@ -77,6 +77,9 @@ def reproduce(
     """
     file = entry_dir / "adapter.json"
     first = read_record(AdapterManifest, file)
+    if first.recipe_version.startswith("command"):
+        fix = "was trained by the team's own program; run its entry again in another folder"
+        raise BadInput(file, "recipe_version", first.recipe_version, fix)
     base = read_record(BaseModelManifest, base_model / "manifest.json")
     data = read_record(DatasetManifest, entry_dir / "dataset" / "manifest.json")
     for key, ours, theirs in (
