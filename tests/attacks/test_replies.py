@@ -136,7 +136,8 @@ def test_a_server_over_its_memory_is_ended_and_named(server: Server) -> None:
     with pytest.raises(OutOfMemory, match=r"used 0\.\d GiB of memory"), server(eats) as running:
         for _ in range(4):
             ask(running)
-        time.sleep(2)
+        for _ in range(100):
+            time.sleep(0.1 if running.alive() else 0)
         assert not running.alive()
 
 

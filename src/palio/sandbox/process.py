@@ -26,15 +26,7 @@ import psutil
 from palio.config import Program
 from palio.errors import Crashed, Interrupted, OutOfMemory, PalioError
 from palio.sandbox import gpu
-from palio.sandbox.room import (
-    GIB,
-    UID,
-    Room,
-    confined,
-    environment,
-    limited,
-    program_arguments,
-)
+from palio.sandbox.room import GIB, UID, Room, building, command_line, environment, limited, program_arguments
 from palio.sandbox.seccomp import filter_program
 
 WATCH_SECONDS = 0.2
@@ -133,20 +125,23 @@ class Confined:
         files = {place: _memory_file(content) for place, content in contents.items()}
         seccomp = _memory_file(filter_program())
         told, info = os.pipe()
+        arguments = building(self.room, files=files, seccomp=seccomp, info=info, uid=uid)
+        described = _memory_file("".join(f"{argument}\0" for argument in arguments).encode())
+        passed = [*files.values(), seccomp, info, described]
         try:
             self._process = subprocess.Popen(
-                confined(self.room, self.program, files=files, seccomp=seccomp, info=info, uid=uid),
+                command_line(self.room, self.program, described=described, uid=uid),
                 env=SETUP,
                 cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                pass_fds=[*files.values(), seccomp, info],
+                pass_fds=passed,
             )
         except FileNotFoundError as error:
             raise cannot_confine(f"{error.filename} is not installed") from None
         finally:
-            for descriptor in [*files.values(), seccomp, info]:
+            for descriptor in passed:
                 os.close(descriptor)
         with os.fdopen(told, "rb") as stream:
             self._first = psutil.Process(self._told(stream))

@@ -183,18 +183,14 @@ def limited(room: Room, arguments: list[str]) -> list[str]:
     ]
 
 
-def confined(
-    room: Room, program: Program, *, files: Mapping[str, int], seccomp: int, info: int, uid: int | None
-) -> list[str]:
-    """The argument list that builds the room and runs the program in it.
+def building(room: Room, *, files: Mapping[str, int], seccomp: int, info: int, uid: int | None) -> list[str]:
+    """bubblewrap's arguments that build the room.
 
     `files` are open descriptors of small files by their place, `seccomp` one of a filter, `info` one that
     bubblewrap writes the first process' id to. `uid`, given if Palio is root, is what it becomes.
     """
     found, links = mounts(room)
-    staged = [str(mount.source) if uid is None else f"/s/{number}" for number, mount in enumerate(found)]
     arguments = [
-        "bwrap",
         *("--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"),
         *("--uid", str(UID), "--gid", str(UID), "--hostname", "entry", "--info-fd", str(info)),
         *("--seccomp", str(seccomp)),
@@ -202,7 +198,7 @@ def confined(
     ]
     for target, place in links:
         arguments += ["--symlink", target, place]
-    for mount, source in zip(found, staged, strict=True):
+    for mount, source in zip(found, _sources(found, uid), strict=True):
         for parent in reversed(Path(mount.place).parents[:-1]):
             arguments += ["--perms", "0755", "--dir", str(parent)]
         arguments += ["--bind" if mount.writable else "--ro-bind", source, mount.place]
@@ -218,14 +214,23 @@ def confined(
     arguments += ["--remount-ro", "/dev", "--remount-ro", "/", "--clearenv"]
     for name, value in environment(room).items():
         arguments += ["--setenv", name, value]
-    arguments += ["--chdir", FILES if room.files else "/", "--"]
-    arguments += program_arguments(program, image=room.system is not None)
-    if uid is None:
-        return limited(room, arguments)
-    return [*_staging(found, staged, uid), *limited(room, arguments)]
+    return [*arguments, "--chdir", FILES if room.files else "/"]
 
 
-def _staging(found: list[Mount], staged: list[str], uid: int) -> list[str]:
+def command_line(room: Room, program: Program, *, described: int, uid: int | None) -> list[str]:
+    """What to start. `described` is a descriptor of the arguments of `building`: on the command line, the
+    program could read the host's paths in them."""
+    inside = program_arguments(program, image=room.system is not None)
+    line = limited(room, ["bwrap", "--args", str(described), "--", *inside])
+    return line if uid is None else [*_staging(room, uid), *line]
+
+
+def _sources(found: list[Mount], uid: int | None) -> list[str]:
+    """Where bubblewrap finds the mounts' sources: staged, if it could not reach them itself."""
+    return [str(mount.source) if uid is None else f"/s/{number}" for number, mount in enumerate(found)]
+
+
+def _staging(room: Room, uid: int) -> list[str]:
     """As root: bring the sources, which `uid` may not be able to reach, where it can; become `uid`."""
     arguments = ["bwrap", "--die-with-parent", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     arguments += ["--cap-add", "CAP_SETPCAP"]
@@ -236,7 +241,8 @@ def _staging(found: list[Mount], staged: list[str], uid: int) -> list[str]:
         arguments += ["--ro-bind", str(mount.source), mount.place]
     arguments += ["--bind", "/proc", "/proc", "--dev-bind", "/dev", "/dev", "--perms", "0755", "--dir", "/s"]
     arguments += ["--perms", "0755", "--tmpfs", "/tmp"]  # noqa: S108 (bubblewrap builds the room on it)
-    for mount, place in zip(found, staged, strict=True):
+    found, _ = mounts(room)
+    for mount, place in zip(found, _sources(found, uid), strict=True):
         arguments += ["--bind" if mount.writable else "--ro-bind", str(mount.source), place]
     who = f"{uid}"
     become = ("setpriv", "--reuid", who, "--regid", who, "--clear-groups", "--inh-caps=-all")
