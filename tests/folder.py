@@ -35,9 +35,14 @@ class WorkingFolder:
         return cls(path)
 
     def run(
-        self, *command: str, timeout: float = 900, environment: dict[str, str] | None = None
+        self,
+        *command: str,
+        timeout: float = 900,
+        environment: dict[str, str] | None = None,
+        given: str | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a program of the environment in the folder; never raises for its exit code."""
+        """Run a program of the environment in the folder, `given` on its stdin; never raises for its exit
+        code."""
         program, *arguments = command
         environment = environment or dict(os.environ)
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
@@ -45,6 +50,7 @@ class WorkingFolder:
             [str(Path(sys.executable).with_name(program)), *arguments],
             cwd=self.path,
             env=environment,
+            input=given,
             capture_output=True,
             text=True,
             timeout=timeout,

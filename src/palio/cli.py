@@ -109,6 +109,75 @@ def track_and_entry(entry_dir: Path) -> tuple[str, str]:
     return entry_dir.parent.name, entry_dir.name
 
 
+@palio.command(cls=Verb, example="palio new my_entry --team 'Contrada del Drago'")
+@click.argument("name")
+@competition_option
+@click.option(
+    "--kind", type=click.Choice(["recipe", "command", "server"]), default="recipe", show_default=True
+)
+@click.option("--team", prompt="Name of the team", help="Asked for if left out.")
+@click.option("--track", help="Default: the competition's first.")
+@click.option("--base-model", help="hub:org/name@<commit>, path:… or gguf:…; default: one the rules approve.")
+@click.option("--data", multiple=True, help="Source file of training data; default: example data is written.")
+@click.option("--licence", default="", help="SPDX id of the source files.")
+@click.option("--url", default="", help="Where the public finds them.")
+def new(
+    name: str,
+    competition: str,
+    kind: str,
+    team: str,
+    track: str | None,
+    base_model: str | None,
+    data: tuple[str, ...],
+    licence: str,
+    url: str,
+) -> None:
+    """Make an entry that works, to start from: its file, example data, a program of its kind."""
+    from palio.participant.new import new_entry, suggested_base_model
+
+    rules = competition_of(competition)
+    if data and not licence:
+        licence = click.prompt("Licence of the data (SPDX id)")
+    path = new_entry(
+        rules,
+        name=name,
+        kind=kind,
+        team=team,
+        track=track or next(iter(rules.tracks)),
+        base_model=base_model or suggested_base_model(rules),
+        data=data,
+        licence=licence,
+        url=url,
+    )
+    print(f"{path}: made; next: palio try {path}")
+
+
+@palio.command("try", cls=Verb, example="palio try config/entries/demo/curated.yaml")
+@click.argument("file", type=ExistingPath)
+@competition_option
+@click.option("--panel", type=ExistingPath, help="Reference panel; default: config/panel/…, if there is one.")
+@click.option("--out", type=ExistingPath, default=Path("try"), show_default=True)
+def try_entry(file: Path, competition: str, panel: Path | None, out: Path) -> None:
+    """Rehearse an entry on this machine: every step in small, its place, and what the whole would take."""
+    from palio.config import load_entry
+    from palio.participant.rehearsal import rehearse
+    from palio.participant.summary import summary
+    from palio.rules.entry_file import check_file
+    from palio.scoring.panel import panel_path
+
+    rules = competition_of(competition)
+    checked = check_file(file, rules.checked_against)
+    for notice in checked.notices:
+        print(f"notice: {notice}", file=sys.stderr)
+    checked.require_clean()
+    print("check: clean", flush=True)
+    entry = load_entry(file)
+    if panel is None and (published := panel_path(rules.competition, entry.track)).is_file():
+        panel = published
+    for line in summary(rehearse(file, rules, out), entry, rules, panel):
+        print(line)
+
+
 @palio.command(cls=Verb, example="palio check config/entries/demo")
 @click.argument("files", nargs=-1, required=True, type=ExistingPath)
 @competition_option
@@ -922,6 +991,21 @@ def report(competition: str, results: Path, leaderboards: Path, out: Path) -> No
 
     build_report(competition_of(competition), results=results, leaderboards=leaderboards, out=out)
     print(out / "index.html")
+
+
+@palio.command(cls=Verb, example="palio panel results/leaderboard/laptop.json")
+@click.argument("leaderboard", type=ExistingPath)
+@competition_option
+def panel(leaderboard: Path, competition: str) -> None:
+    """Publish the open values of the reference panel, for teams to place themselves with palio try."""
+    from palio.records import Leaderboard, read_record
+    from palio.scoring.panel import panel_of, panel_path
+
+    board = read_record(Leaderboard, leaderboard)
+    made = panel_of(board, competition_of(competition).scoring.reference_panel)
+    path = panel_path(made.competition, made.track)
+    made.write(path)
+    print(path)
 
 
 @palio.command(cls=Verb, example="palio release --out release/demo")

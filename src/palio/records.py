@@ -412,6 +412,26 @@ class Leaderboard(Record):
     """sha256 of each stage record and table that went in, by path."""
 
 
+class PanelEntry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    entry: str
+    values: list[float | None]
+    """In the order of the panel's columns; None where it has none."""
+    instances: list[int]
+    """Behind each value."""
+
+
+class Panel(Record):
+    """The open values of some entries, published by the organizers for teams to compare with."""
+
+    competition: str
+    track: str
+    columns: list[Column]
+    """Of the open stage alone."""
+    entries: list[PanelEntry]
+
+
 # --- analysis of a leaderboard: results/leaderboard/<track>.analysis.json -----------------------------
 
 

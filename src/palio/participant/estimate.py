@@ -1,0 +1,124 @@
+"""What the whole run would take on its track, from what the rehearsal measured: estimates, with grounds.
+
+Time on a GPU: 6 floating-point operations a parameter and token (arXiv 2001.08361; with LoRA 4, since frozen
+weights need no gradient) at MFU of the GPU's bf16 peak. On a CPU track: the rehearsal's own speed.
+Memory: weights as the method keeps them, 16 bytes a trained parameter (gradient, two moments, fp32 copy),
+activations of one forward pass (34 bytes a hidden unit, layer and token: arXiv 2205.05198, without the
+attention matrix; with gradient checkpointing 2), logits in fp32 with their gradient.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from palio.config import FinetuneRecipe, Track
+
+PEAK_TFLOPS = {"a100": 312.0, "rtx4090": 165.2, "h100": 989.0, "a6000": 154.8, "l40s": 362.0}
+"""Dense bf16 with fp32 accumulation, from the makers' data sheets."""
+MFU = 0.35
+"""Share of the peak that fine-tuning reaches; 0.3 to 0.5 is usual."""
+WEIGHT_BYTES = {"lora": 2.0, "qlora": 0.6, "full": 2.0}
+"""A parameter: bf16, or 4 bits with their scales and the layers that stay in bf16."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the rehearsal told."""
+
+    parameters: int
+    trained_parameters: int
+    rows_kept: float
+    """Share of the sources' rows that curation keeps."""
+    tokens_per_row: float
+    seconds_per_token: float
+    """Of training, on this machine."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    steps: int
+    training_seconds: float
+    training_bytes: float
+    grounds: str
+
+
+def estimate(
+    recipe: FinetuneRecipe, track: Track, measured: Measured, source_rows: int, config: Mapping[str, Any]
+) -> Estimate:
+    """Of the whole training. `source_rows`: of the sources; `config`: the model's config.json."""
+    rows = max(1.0, source_rows * measured.rows_kept)
+    per_step = recipe.batch_size * recipe.gradient_accumulation
+    steps = recipe.max_steps or max(1, math.ceil(rows * recipe.epochs / per_step))
+    tokens = steps * per_step * min(measured.tokens_per_row, recipe.max_length)
+    peak = PEAK_TFLOPS.get((track.gpu_model or "").lower())
+    if peak:
+        operations = 6 if recipe.method == "full" else 4
+        operations += 2 if recipe.gradient_checkpointing else 0  # the forward pass again
+        seconds = operations * measured.parameters * tokens / (MFU * peak * 1e12)
+        grounds = f"{operations} operations a parameter and token at {MFU:.0%} of {peak:g} Tflop/s"
+    else:
+        seconds = tokens * measured.seconds_per_token
+        grounds = "this machine's speed"
+    return Estimate(steps, seconds, _bytes(recipe, measured, config, peak is not None), grounds)
+
+
+def _bytes(recipe: FinetuneRecipe, measured: Measured, config: Mapping[str, Any], gpu: bool) -> float:
+    width = WEIGHT_BYTES[recipe.method] if gpu else 4.0
+    hidden, layers = int(config.get("hidden_size", 0)), int(config.get("num_hidden_layers", 0))
+    vocabulary = int(config.get("vocab_size", 0))
+    # The longest rows decide: batches are padded or packed up to max_length.
+    tokens = recipe.batch_size * min(recipe.max_length, 4 * measured.tokens_per_row)
+    unit = (2 if recipe.gradient_checkpointing else 34) * (1 if gpu else 2)
+    return (
+        width * measured.parameters
+        + 16 * measured.trained_parameters
+        + unit * hidden * layers * tokens
+        + 8 * vocabulary * tokens
+    )
+
+
+def measure(entry_dir: Path) -> Measured | None:
+    """From a rehearsal's records; None where Palio's trainer did not train."""
+    from palio.records import AdapterManifest, DatasetManifest, PackageManifest, read_record
+
+    if not (entry_dir / "adapter.json").is_file() or not (entry_dir / "finetune.run.json").is_file():
+        return None
+    run = json.loads((entry_dir / "finetune.run.json").read_text(encoding="utf-8"))
+    if not run.get("tokens"):
+        return None
+    adapter = read_record(AdapterManifest, entry_dir / "adapter.json")
+    dataset = read_record(DatasetManifest, entry_dir / "dataset/manifest.json")
+    package = read_record(PackageManifest, entry_dir / "package.json")
+    parameters = package.parameters
+    if parameters is None or adapter.steps is None:
+        return None
+    weights = entry_dir / "adapter" / "adapter_model.safetensors"
+    read = sum(source.rows for source in dataset.sources)
+    rows_trained = adapter.steps * int(adapter.recipe.get("batch_size", 1))
+    return Measured(
+        parameters=parameters,
+        trained_parameters=weights.stat().st_size // 4 if weights.is_file() else parameters,
+        rows_kept=dataset.rows / read if read else 1.0,
+        tokens_per_row=run["tokens"] / max(1, rows_trained),
+        seconds_per_token=run["training_seconds"] / run["tokens"],
+    )
+
+
+def rows_of(path: Path) -> int:
+    """Records of a source file: lines of JSONL, lines without the header of CSV, rows of Parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.suffix == ".parquet":
+        return int(pq.ParquetFile(path).metadata.num_rows)
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    lines = 0
+    with pa.input_stream(str(path), compression=compression) as stream:
+        while chunk := stream.read(1 << 22):
+            lines += chunk.count(b"\n")
+    return max(0, lines - path.name.count(".csv"))

@@ -1,0 +1,147 @@
+"""`palio new`: an entry file that works, and what it needs beside it.
+
+config/entries/<competition>/<id>.yaml      the entry, commented
+resources/teams/<id>/*.jsonl                example data, unless sources are given
+resources/teams/<id>/program/               a program to start from (kinds command and server)
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from palio.config import ID_PATTERN, Competition, RuleSet, load_rules
+from palio.demo.data import write_demo_sources
+from palio.errors import BadInput
+from palio.provenance import write_text
+
+TEAMS = Path("resources/teams")
+PROGRAMS = {
+    "command": Path("config/entries/examples/peft_script"),
+    "server": Path("config/entries/examples/server"),
+}
+"""The programs that a new entry of each kind starts from."""
+
+HEAD = """\
+# {title}. Check it: palio check {path}
+# Run all of it in small on this machine: palio try {path}
+team: {team}
+track: {track}
+kind: {kind}
+title: {title}
+base_model:
+  {base_model}
+"""
+DATASET = """\
+dataset:
+  sources:
+{sources}
+  operations:             # in this order; config/README.md has all of them
+    - op: clean_markup
+    - op: drop_refusals
+    - op: drop_disagreement
+    - op: drop_exact_duplicates
+  seed: 1
+"""
+PARTS = {
+    "recipe": DATASET
+    + """\
+finetune:
+  method: lora            # lora, qlora, full
+  learning_rate: 1e-3
+  epochs: 1
+  batch_size: 8
+  lora_r: 16
+  lora_alpha: 32
+  seed: 1
+""",
+    "command": DATASET
+    + """\
+command:                  # the contract: docs/command_entries.md
+  files: {program}
+  run: [python, train.py, --max-steps, "40"]
+""",
+    "server": """\
+server:                   # the contract: docs/server_entries.md
+  files: {program}
+  run: python -m uvicorn main:app --host 127.0.0.1 --port $PORT
+""",
+}
+
+
+def new_entry(
+    competition: Competition,
+    *,
+    name: str,
+    kind: str,
+    team: str,
+    track: str,
+    base_model: str,
+    data: Sequence[str] = (),
+    licence: str = "",
+    url: str = "",
+) -> Path:
+    """Write the entry and what it needs; the path of its file.
+
+    Args:
+        base_model: `hub:org/name@<commit>`, `path:folder` or `gguf:package/file`.
+        data: source files; omit for example data.
+        licence, url: of the source files.
+
+    Raises:
+        BadInput: the name is taken or is no id, or something is not as the competition has it.
+    """
+    path = Path(competition.entries[0]) / f"{name}.yaml"
+    if not ID_PATTERN.fullmatch(name):
+        raise BadInput("palio new", "name", name, "use letters, digits, - and _ only")
+    if path.exists():
+        raise BadInput(path, "", None, "is there; choose another name")
+    if track not in competition.tracks:
+        raise BadInput("palio new", "--track", track, f"use one of {', '.join(competition.tracks)}")
+    source_kind, separator, address = base_model.partition(":")
+    if not separator or source_kind not in ("hub", "path", "gguf"):
+        raise BadInput(
+            "palio new", "--base-model", base_model, "write hub:org/name@<commit>, path:… or gguf:…"
+        )
+    rules = load_rules(Path(competition.rules))
+    own = TEAMS / name
+    sources = ""
+    if kind != "server":
+        sources = _sources(own, data, licence, url, rules)
+    if kind in PROGRAMS:
+        shutil.copytree(
+            PROGRAMS[kind], own / "program", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    text = (HEAD + PARTS[kind]).format(
+        title=f"{team}'s entry",
+        path=path,
+        team=team,
+        track=track,
+        kind=kind,
+        base_model=f"{source_kind}: {address}",
+        sources=sources,
+        program=own / "program",
+    )
+    write_text(path, text)
+    return path
+
+
+def suggested_base_model(competition: Competition) -> str:
+    """A base model that the rules approve without a choice: the first that is written out in full."""
+    rules = load_rules(Path(competition.rules))
+    named = [source for model in rules.base_models for source in model.sources if "*" not in source]
+    return next((source for source in named if not source.startswith("hub:")), named[0] if named else "")
+
+
+def _sources(own: Path, data: Sequence[str], licence: str, url: str, rules: RuleSet) -> str:
+    """The lines of `dataset.sources`."""
+    if data:
+        where = f", url: {url}" if url else ""
+        return "\n".join(f"    - {{path: {path}, licence: {licence}{where}}}" for path in data)
+    write_demo_sources(own, seed=1)
+    made = sorted(own.glob("*.jsonl"))
+    return "\n".join(
+        f"    - {{path: {path}, licence: {rules.data_licences[0]}, url: 'https://example.org'}}  # an example"
+        for path in made
+    )

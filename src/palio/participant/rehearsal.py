@@ -1,0 +1,196 @@
+"""`palio try`: the whole run of one entry, in small, by the workflow that the organizers run.
+
+Nothing here runs a step. A small competition is written into a folder of its own (the heads of the sources,
+a few training steps, a few open instances; the closed stage is not touched) and Snakemake makes the entry's
+`open.json` there with the rules of this folder.
+
+    try/<entry>/
+        config/                  the small competition, its rules, the small entry
+        resources/, results/     as in a real run; the base models are shared with this folder
+        snakemake.log
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import chdir
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from palio.config import Competition, Entry, RuleSet, expand, load_entry, load_rules
+from palio.demo.data import write_demo_sources
+from palio.errors import BadInput, Crashed
+from palio.provenance import write_text
+from palio.records import StepFailure, read_record
+
+SOURCE_ROWS = 200
+STEPS = 3
+INSTANCES = 4
+"""Of each scenario of the open stage."""
+PROGRAM_SECONDS = 60
+"""What a team's own training program is given, in place of the track's budget."""
+SAMPLE = Path("config/competition.yaml")
+DEMO_SOURCES = Path("resources/demo_sources")
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A rehearsed entry: where its records lie, and what was left out of it."""
+
+    folder: Path
+    entry_dir: Path
+    competition: Competition
+    """The small one."""
+
+
+def rehearse(file: Path, competition: Competition, out: Path) -> Rehearsal:
+    """Run the entry in small under `out`; a second call goes on where the first stopped.
+
+    Raises:
+        BadInput: there is no workflow here, or a source is missing.
+        Crashed: a step did not finish; with its reason and log.
+    """
+    if not Path("Snakefile").is_file():
+        raise BadInput("Snakefile", "", None, "no workflow here; run palio try in a clone of Palio")
+    entry = load_entry(file)
+    folder = out / file.stem
+    small = small_competition(competition, entry, folder)
+    _write(small, small_rules(load_rules(Path(competition.rules))), folder)
+    write_text(folder / f"config/entries/{file.stem}.yaml", _yaml(small_entry(entry, folder)))
+    shared = folder / "resources/base_models"
+    Path("resources/base_models").mkdir(parents=True, exist_ok=True)
+    if not shared.exists():
+        shared.parent.mkdir(parents=True, exist_ok=True)
+        shared.symlink_to(Path("resources/base_models").resolve(), target_is_directory=True)
+    entry_dir = folder / "results" / entry.track / file.stem
+    _snakemake(folder, f"results/{entry.track}/{file.stem}/open.json", entry_dir)
+    with chdir(folder):
+        from palio.config import load_competition
+
+        return Rehearsal(folder, entry_dir, load_competition(SAMPLE))
+
+
+def _snakemake(folder: Path, target: str, entry_dir: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "snakemake", "--profile", "local", "--snakefile", "Snakefile"),
+        *("--directory", str(folder), "--configfile", str(folder / SAMPLE), "--", target),
+    ]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"}
+    with (folder / "snakemake.log").open("w", encoding="utf-8") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
+    if done.returncode == 0:
+        return
+    for path in sorted((entry_dir / "work/failures").glob("*.json")):
+        why = read_record(StepFailure, path)
+        raise Crashed(f"step {why.step} did not finish ({why.state.value}): {why.reason}; log: {why.log}")
+    raise Crashed(f"the workflow did not finish; see {folder / 'snakemake.log'}")
+
+
+# --- the small competition -----------------------------------------------------------------------------
+
+
+def small_competition(competition: Competition, entry: Entry, folder: Path) -> dict[str, Any]:
+    """The competition's content with few instances and short limits, paths from anywhere, one track."""
+    content = competition.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    track = content["tracks"][entry.track] | {"training_margin": "10m"}
+    if entry.kind == "command":
+        track["training_budget"] = f"{PROGRAM_SECONDS}s"
+    if not _cuda():  # the track's GPU is not this machine's
+        track = {key: value for key, value in track.items() if key not in ("gpu_model", "gpu_memory_gb")}
+    for stage in content["stages"].values():
+        for scenario in stage["scenarios"].values():
+            scenario["run_entries"] = str(expand(scenario["run_entries"]).resolve())
+            scenario.pop("max_eval_instances", None)
+            scenario["questions"] = INSTANCES
+    return content | {
+        "demo": True,  # the closed stage is not run: there is nothing to keep
+        "entries": ["config/entries"],
+        "rules": "config/rules.yaml",
+        "closed_store": "private",
+        "tracks": {entry.track: track},
+        "withdrawn": {},
+        "retries": {},
+    }
+
+
+def small_rules(rules: RuleSet) -> RuleSet:
+    """The same rules, for entries whose files are named by their whole path."""
+    folders = [str(Path(folder).resolve()) for folder in rules.team_folders]
+    return rules.model_copy(update={"team_folders": (*folders, "resources/teams")})
+
+
+def small_entry(entry: Entry, folder: Path) -> dict[str, Any]:
+    """The entry's content with the heads of its sources and few steps."""
+    content = entry.model_dump(mode="json", exclude_none=True)
+    heads = folder / "resources/teams/heads"
+    for index, source in enumerate(content.get("dataset", {}).get("sources", [])):
+        path = Path(source["path"])
+        if not path.is_file() and path.parent == DEMO_SOURCES:
+            write_demo_sources(DEMO_SOURCES, seed=7)
+        head = heads / f"{index}-{path.name}"
+        write_head(path, head, SOURCE_ROWS)
+        source.setdefault("name", entry.dataset.sources[index].label if entry.dataset else "")
+        source["path"] = str(head.relative_to(folder))
+    if "finetune" in content:
+        content["finetune"]["max_steps"] = min(content["finetune"].get("max_steps") or STEPS, STEPS)
+        content["finetune"]["validation_rows"] = min(content["finetune"]["validation_rows"], 8)
+        content["finetune"]["gradient_accumulation"] = 1
+    for part in ("command", "server"):
+        for key in ("files", "image"):
+            value = content.get(part, {}).get(key)
+            if value and not value.startswith("docker://"):
+                content[part][key] = str(Path(value).resolve())
+    return content
+
+
+def write_head(source: Path, target: Path, rows: int) -> None:
+    """The first `rows` records of a source, in the same format. Raises BadInput if there is no such file."""
+    if not source.is_file():
+        raise BadInput(source, "", None, "no such file; correct dataset.sources, or fetch it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.suffix == ".parquet":
+        batch = next(pq.ParquetFile(source).iter_batches(batch_size=rows), None)
+        if batch is not None:
+            pq.write_table(pa.Table.from_batches([batch]), target)
+        return
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(source.suffix)
+    with (
+        pa.input_stream(str(source), compression=compression) as stream,
+        pa.output_stream(str(target), compression=compression) as out,
+    ):
+        out.write(b"".join(islice(_lines(stream), rows + source.name.count(".csv"))))  # a CSV has a header
+
+
+def _lines(stream: Any) -> Iterator[bytes]:
+    rest = b""
+    while chunk := stream.read(1 << 20):
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from (line + b"\n" for line in whole)
+    if rest:
+        yield rest
+
+
+def _write(competition: dict[str, Any], rules: RuleSet, folder: Path) -> None:
+    shutil.rmtree(folder / "config", ignore_errors=True)
+    write_text(folder / SAMPLE, yaml.safe_dump(competition, sort_keys=False))
+    write_text(folder / "config/rules.yaml", _yaml(rules.model_dump(mode="json", exclude_none=True)))
+
+
+def _yaml(content: dict[str, Any]) -> str:
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def _cuda() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())

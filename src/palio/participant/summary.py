@@ -1,0 +1,91 @@
+"""What a rehearsal showed, in lines for a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from palio.config import Competition, Entry
+from palio.errors import BadInput
+from palio.packaging.verify import findings_lines, verify_package
+from palio.participant.estimate import estimate, measure, rows_of
+from palio.participant.rehearsal import Rehearsal
+from palio.records import DatasetManifest, PackageManifest, Panel, ProbeReport, StageRecord, read_record
+from palio.scoring.columns import columns_of, stage_cells
+from palio.scoring.panel import placed
+
+
+def summary(
+    rehearsal: Rehearsal, entry: Entry, competition: Competition, panel: Path | None
+) -> Iterator[str]:
+    """Curation, package, probe, open answers, place in the panel, and what the whole would take."""
+    at = rehearsal.entry_dir
+    if (at / "dataset/manifest.json").is_file():
+        dataset = read_record(DatasetManifest, at / "dataset/manifest.json")
+        read = sum(source.rows for source in dataset.sources)
+        yield f"curation: {dataset.rows} of the first {read} rows kept"
+    yield from _package(at, rehearsal, entry)
+    probe = read_record(ProbeReport, at / "probe.json")
+    yield f"probe: {sum(one.state == 'pass' for one in probe.checks)} of {len(probe.checks)} checks passed"
+    for check in probe.checks:
+        if check.state == "fail":
+            yield f"  {check.name}: {check.why}; {check.fix}"
+    yield from _scores(at, rehearsal, panel)
+    yield from _whole_run(at, entry, competition, probe)
+
+
+def _package(at: Path, rehearsal: Rehearsal, entry: Entry) -> Iterator[str]:
+    if read_record(PackageManifest, at / "package.json").kind != "model":
+        return
+    track = rehearsal.competition.tracks[entry.track]
+    for line in findings_lines(verify_package(at / "package", track=track, load=False)):
+        if not line.startswith("skipped"):
+            yield f"package: {line}"
+
+
+def _scores(at: Path, rehearsal: Rehearsal, panel: Path | None) -> Iterator[str]:
+    record = read_record(StageRecord, at / "open.json")
+    table = pq.read_table(at / "helm/open/metrics.parquet")
+    cells = stage_cells(rehearsal.competition, "open", record.runs, table)
+    columns = columns_of(rehearsal.competition, "open")
+    for column, cell in zip(columns, cells, strict=True):
+        value = f"{cell.value:.3f}" if cell.value is not None else f"missing: {cell.reason}"
+        yield f"open: {column.scenario}, {column.metric}: {value} on {cell.n} instances"
+    if panel is None:
+        yield "panel: the organizers have published none for this track"
+        return
+    try:
+        scores = placed(read_record(Panel, panel), columns, cells, "this entry")
+    except BadInput as error:
+        yield f"panel: {error}"
+        return
+    yield "panel, open score against it (few instances and few steps: an order of magnitude, not a rank):"
+    yield from (f"  {value:.3f}  {name}" for name, value in scores.items())
+
+
+def _whole_run(at: Path, entry: Entry, competition: Competition, probe: ProbeReport) -> Iterator[str]:
+    track = competition.tracks[entry.track]
+    if probe.projected_seconds is not None:
+        per_request = probe.projected_seconds / max(1, probe.planned_requests)
+        yield f"whole open stage: {per_request:.2f} s a request on this machine"
+    measured = measure(at)
+    if measured is None or entry.finetune is None or entry.dataset is None:
+        return
+    config = json.loads((at / "package/config.json").read_text(encoding="utf-8"))
+    rows = sum(rows_of(Path(source.path)) for source in entry.dataset.sources)
+    told = estimate(entry.finetune, track, measured, rows, config)
+    cap = track.gpu_memory_gb or track.ram_gb
+    yield (
+        f"whole training: {told.steps} steps, about {_duration(told.training_seconds)} of the budget of "
+        f"{_duration(track.training_budget)} ({told.grounds})"
+    )
+    yield f"whole training: about {told.training_bytes / 1e9:.1f} GB of the track's {cap:g} GB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,231 @@
+"""What a team does on its own machine: a new entry that works, the whole run in small, what to expect."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from palio.config import FinetuneRecipe, Track, load_competition, load_entry
+from palio.errors import BadInput
+from palio.participant.estimate import Measured, estimate, rows_of
+from palio.participant.rehearsal import small_competition, small_entry, write_head
+from palio.records import Cell, Column
+from palio.scoring.leaderboard import Candidate, score
+from palio.scoring.panel import panel_of, placed
+from tests.folder import WorkingFolder
+from tests.training import tiny_base_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WorkingFolder:
+    made = WorkingFolder.create(tmp_path / "clone")
+    monkeypatch.chdir(made.path)
+    return made
+
+
+# --- new -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["recipe", "command", "server"])
+def test_a_new_entry_of_each_kind_is_clean(folder: WorkingFolder, kind: str) -> None:
+    made = folder.run("palio", "new", "drago", "--kind", kind, "--team", "Contrada del Drago")
+    assert made.returncode == 0, made.stderr
+    assert folder.run("palio", "check", "config/entries/demo/drago.yaml").returncode == 0
+    entry = load_entry(Path("config/entries/demo/drago.yaml"))
+    assert (entry.kind, entry.team, entry.track) == (kind, "Contrada del Drago", "laptop")
+    for source in entry.dataset.sources if entry.dataset else ():
+        assert Path(source.path).stat().st_size
+    if entry.program:
+        assert list(Path(entry.program.files or "").glob("*.py"))
+
+
+def test_what_is_left_out_is_asked_for(folder: WorkingFolder) -> None:
+    data = folder.path / "resources/teams/drago/mine.jsonl"
+    data.parent.mkdir(parents=True)
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    made = folder.run(
+        *("palio", "new", "drago", "--data", str(data.relative_to(folder.path))),
+        given="Drago\nCC0-1.0\n",
+    )
+    assert made.returncode == 0, made.stderr
+    (source,) = load_entry(Path("config/entries/demo/drago.yaml")).dataset.sources
+    assert (source.path, source.licence) == ("resources/teams/drago/mine.jsonl", "CC0-1.0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("curated",), "config/entries/demo/curated.yaml: is there; choose another name"),
+        (("two words",), "use letters, digits, - and _ only"),
+        (("x", "--track", "moon"), "--track is 'moon': use one of laptop"),
+        (("x", "--base-model", "gpt2"), "write hub:org/name@<commit>"),
+    ],
+)
+def test_a_new_entry_that_cannot_be_is_refused_with_one_line(
+    folder: WorkingFolder, arguments: tuple[str, ...], line: str
+) -> None:
+    made = folder.run("palio", "new", *arguments, "--team", "Drago")
+    assert made.returncode == 2
+    assert line in made.stderr
+    assert "Traceback" not in made.stderr
+
+
+# --- the small run ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])
+def test_the_head_of_a_source_is_of_its_format(tmp_path: Path, name: str) -> None:
+    rows = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(50)]
+    source, head = tmp_path / name, tmp_path / "head" / name
+    lines = [json.dumps(row) for row in rows]
+    if name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), source)
+    elif name.endswith(".csv"):
+        source.write_text(
+            "\n".join(["prompt,completion", *(f"{r['prompt']},{r['completion']}" for r in rows)])
+        )
+    elif name.endswith(".gz"):
+        source.write_bytes(gzip.compress("\n".join(lines).encode()))
+    else:
+        source.write_text("\n".join(lines))
+    write_head(source, head, 7)
+    assert rows_of(head) == 7
+    if name == "a.jsonl":
+        assert [json.loads(line) for line in head.read_text().splitlines()] == rows[:7]
+
+
+def test_a_rehearsal_changes_size_and_nothing_else_of_an_entry(folder: WorkingFolder) -> None:
+    competition = load_competition(Path("config/config.yaml"))
+    entry = load_entry(Path("config/entries/demo/curated.yaml"))
+    small = small_entry(entry, folder.path / "try/curated")
+    assert small["finetune"]["max_steps"] == 3
+    assert small["finetune"]["learning_rate"] == entry.finetune.learning_rate
+    assert [one["op"] for one in small["dataset"]["operations"]] == [
+        one.op for one in entry.dataset.operations
+    ]
+    content = small_competition(competition, entry, folder.path)
+    scenario = content["stages"]["open"]["scenarios"]["pattern_match"]
+    assert scenario["questions"] == 4
+    assert "max_eval_instances" not in scenario
+    assert scenario["metrics"] == {"exact match": {"metric": "exact_match"}}
+
+
+def test_the_whole_run_in_small_ends_with_a_place_and_an_estimate(
+    folder: WorkingFolder, base_model: Path
+) -> None:
+    """The real workflow, HELM and server; a tiny model of random weights."""
+    tiny_base_model(folder.path / "tiny", base_model)
+    model = str(folder.path / "tiny/model")
+
+    def approve(rules: dict) -> None:
+        rules["base_models"][0]["sources"].append(f"path:{model}")
+
+    folder.edit_yaml("config/rules/demo.yaml", approve)
+    folder.run("palio", "new", "drago", "--team", "Drago", "--base-model", f"path:{model}")
+    folder.edit_entry("drago", lambda entry: entry["finetune"].update(max_length=256))
+    done = folder.run("palio", "try", "config/entries/demo/drago.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = done.stdout
+    assert "check: clean" in told
+    assert "package: pass     files:" in told
+    assert "checks passed" in told
+    assert "open: pattern_match, exact match:" in told
+    assert "this entry" in told
+    assert "of the budget of 10 min (this machine's speed)" in told
+    assert not (folder.path / "results").exists()
+    assert not (folder.path / "resources/stages").exists()
+
+
+def test_a_rehearsal_of_an_entry_that_breaks_a_rule_ends_at_once(folder: WorkingFolder) -> None:
+    folder.edit_entry("untuned", lambda entry: entry.update(base_model={"hub": "acme/secret"}))
+    done = folder.run("palio", "try", "config/entries/demo/untuned.yaml")
+    assert done.returncode == 3
+    assert "hub:acme/secret is not approved" in done.stderr
+    assert not (folder.path / "try").exists()
+
+
+# --- the panel -------------------------------------------------------------------------------------------
+
+COLUMNS = [
+    Column(stage="open", scenario="s", metric="EM"),
+    Column(stage="closed", scenario="secret", metric="EM"),
+]
+
+
+def board():
+    values = {"a": (0.1, 0.9), "b": (0.5, 0.8), "c": (0.9, 0.7)}
+    candidates = [
+        Candidate(name, name, [Cell(value=value, n=10) for value in of]) for name, of in values.items()
+    ]
+    return score(
+        competition="c",
+        track="t",
+        columns=COLUMNS,
+        candidates=candidates,
+        stage_weights={"open": 1 / 3, "closed": 2 / 3},
+    )
+
+
+def test_a_panel_holds_open_values_and_nothing_of_the_closed_stage() -> None:
+    panel = panel_of(board())
+    assert {one.entry: one.values for one in panel.entries} == {"a": [0.1], "b": [0.5], "c": [0.9]}
+    assert "secret" not in panel.model_dump_json()
+    assert [one.entry for one in panel_of(board(), ["b"]).entries] == ["b"]
+    with pytest.raises(BadInput, match="'z': is not in the leaderboard"):
+        panel_of(board(), ["z"])
+
+
+def test_an_entry_is_placed_by_the_share_of_the_panel_it_beats() -> None:
+    found = placed(panel_of(board()), COLUMNS[:1], [Cell(value=0.6, n=4)], "mine")
+    assert found["mine"] == pytest.approx(2 / 3)
+    assert next(iter(found)) == "c"
+
+
+def test_a_panel_of_other_columns_is_refused() -> None:
+    with pytest.raises(BadInput, match="made for other columns"):
+        placed(panel_of(board()), COLUMNS[1:], [Cell(value=0.6, n=4)], "mine")
+
+
+# --- the estimate ----------------------------------------------------------------------------------------
+
+MISTRAL = {"hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 32000}
+MEASURED = Measured(
+    parameters=7_241_732_096,
+    trained_parameters=335_544_320,
+    rows_kept=1.0,
+    tokens_per_row=300,
+    seconds_per_token=0.01,
+)
+
+
+def track(**fields: object) -> Track:
+    return Track.model_validate({"title": "t", "ram_gb": 128, "training_budget": "24h", **fields})
+
+
+def test_the_winners_recipe_fits_day_and_memory_of_its_track() -> None:
+    """Birbal trained Mistral-7B by QLoRA on 200 000 rows in 16 h on a 4090 with 24 GB (FACTS, section 1)."""
+    recipe = FinetuneRecipe(
+        method="qlora", epochs=3, batch_size=2, gradient_accumulation=4, gradient_checkpointing=True
+    )
+    told = estimate(recipe, track(gpu_model="rtx4090", gpu_memory_gb=24), MEASURED, 200_000, MISTRAL)
+    assert told.steps == 75_000
+    assert 16 / 3 < told.training_seconds / 3600 < 16 * 3
+    assert 8e9 < told.training_bytes < 24e9
+
+
+def test_full_fine_tuning_of_seven_billion_does_not_fit() -> None:
+    full = Measured(**{**MEASURED.__dict__, "trained_parameters": MEASURED.parameters})
+    told = estimate(FinetuneRecipe(method="full"), track(gpu_model="a100"), full, 1000, MISTRAL)
+    assert told.training_bytes > 40e9
+
+
+def test_a_track_without_a_known_gpu_is_estimated_by_this_machines_speed() -> None:
+    told = estimate(FinetuneRecipe(max_steps=10, batch_size=8), track(), MEASURED, 1000, MISTRAL)
+    assert math.isclose(told.training_seconds, 10 * 8 * 300 * 0.01)
+    assert told.grounds == "this machine's speed"
