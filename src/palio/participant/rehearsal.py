@@ -134,7 +134,11 @@ def small_entry(entry: Entry, folder: Path) -> dict[str, Any]:
     content = entry.model_dump(mode="json", exclude_none=True)
     heads = folder / "resources/teams/heads"
     for index, source in enumerate(content.get("dataset", {}).get("sources", [])):
-        path = Path(source["path"])
+        path = Path(source.get("path", ""))
+        if "hub" in source or path.is_dir():  # read whole: what `datasets` holds has no head to cut off
+            if path.is_dir() and "path" in source:
+                source["path"] = str(path.resolve())
+            continue
         if not path.is_file() and path.parent == DEMO_SOURCES:
             write_demo_sources(DEMO_SOURCES, seed=7)
         head = heads / f"{index}-{path.name}"

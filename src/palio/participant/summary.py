@@ -75,7 +75,12 @@ def _whole_run(at: Path, entry: Entry, competition: Competition, probe: ProbeRep
     if measured is None or entry.finetune is None or entry.dataset is None:
         return
     config = json.loads((at / "package/config.json").read_text(encoding="utf-8"))
-    rows = sum(rows_of(Path(source.path)) for source in entry.dataset.sources)
+    manifest = read_record(DatasetManifest, at / "dataset/manifest.json")
+    told_rows = {source.name: source.rows for source in manifest.sources}
+    rows = sum(
+        rows_of(Path(source.path)) if source.path and Path(source.path).is_file() else told_rows[source.label]
+        for source in entry.dataset.sources
+    )
     told = estimate(entry.finetune, track, measured, rows, config)
     cap = track.gpu_memory_gb or track.ram_gb
     yield (

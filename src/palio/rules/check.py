@@ -117,7 +117,7 @@ def _data(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
             )
         if source.generator:
             yield from _generator(entry, source, source.generator, f"{key}.generator", rules)
-        elif rules.require_url and not source.url:
+        elif rules.require_url and not (source.url or source.hub):
             yield Violation(
                 rule="data.public",
                 key=f"{key}.url",
