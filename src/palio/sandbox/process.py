@@ -62,6 +62,7 @@ class Confined:
     def __enter__(self) -> Confined:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self.log.open("ab")
+        self._gpu_before = self._gpu_used()  # the driver's own
         try:
             self._start_unconfined() if self.unconfined else self._start_confined()
         except BaseException:
@@ -222,14 +223,17 @@ class Confined:
             )
         if psutil.virtual_memory().available < MACHINE_MEMORY:
             return Interrupted(f"the machine has less than {MACHINE_MEMORY >> 20} MB of memory left")
-        if limits.gpu_memory is not None and (used := gpu.memory_used()) > limits.gpu_memory:
+        if (used := self._gpu_used() - self._gpu_before) > (limits.gpu_memory or 0):
             return OutOfMemory(
-                f"used {used / 1e9:.1f} GB of GPU memory, {limits.gpu_memory / 1e9:.1f} GB are allowed"
+                f"used {used / 1e9:.1f} GB of GPU memory, {(limits.gpu_memory or 0) / 1e9:.1f} GB are allowed"
             )
         if self.room.output is not None:
             unlinked_here = sum(size for device, size in unlinked if device == disk)
             return self._output_over(self.room.output, unlinked_here)
         return None
+
+    def _gpu_used(self) -> int:
+        return gpu.memory_used() if self.room.limits.gpu_memory is not None else 0
 
     def _output_over(self, folder: Path, unlinked: int) -> PalioError | None:
         size, count = _size(folder)
