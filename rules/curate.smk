@@ -14,6 +14,7 @@ rule curate_dataset:
         check="results/{track}/{entry}/check.json",
         base_model=W.base_model_manifest,  # its tokenizer counts tokens
         sources=W.source_files,
+        open_stage=W.held_against,
     output:
         manifest="results/{track}/{entry}/dataset/manifest.json",
         dataset="results/{track}/{entry}/dataset/train.parquet",

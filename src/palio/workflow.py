@@ -113,6 +113,13 @@ class Workflow:
         paths = [source.path for source in entry.dataset.sources if source.path]
         return [path for path in paths if path.startswith(f"{DEMO_SOURCES}/") or Path(path).exists()]
 
+    def held_against(self, wildcards: Any) -> list[str]:
+        """The open stage, where the entry's data is to hold none of its instances."""
+        entry = self.entry(wildcards)
+        operations = entry.dataset.operations if entry and entry.dataset else ()
+        wanted = any(isinstance(one, Decontaminate) for one in operations)
+        return ["resources/stages/open/stage.json"] if wanted else []
+
     def program_files(self, wildcards: Any) -> list[str]:
         """What the team hands in to be run: a change of it is a change of the entry."""
         entry = self.entry(wildcards)

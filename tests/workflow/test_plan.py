@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.folder import DEMO_ENTRIES, WorkingFolder
@@ -55,6 +57,18 @@ def test_a_broken_entry_file_does_not_stop_the_plan_of_the_others(folder: Workin
     plan = folder.plan()
     assert ("check_entry", "broken") in plan
     assert ("finetune", "curated") in plan
+
+
+def test_data_held_against_the_open_stage_waits_for_its_instances(folder: WorkingFolder) -> None:
+    """Even where curation is all that is asked for."""
+
+    def decontaminate(entry: dict[str, Any]) -> None:
+        entry["dataset"]["operations"].append({"op": "decontaminate"})
+
+    dataset = "results/laptop/curated/dataset/manifest.json"
+    assert ("prepare_stage", "") not in folder.plan(dataset)
+    folder.edit_entry("curated", decontaminate)
+    assert ("prepare_stage", "") in folder.plan(dataset)
 
 
 def test_a_withdrawn_entry_is_not_planned(folder: WorkingFolder) -> None:
