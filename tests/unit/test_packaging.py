@@ -360,6 +360,16 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
+def test_of_a_teams_own_server_the_files_are_checked_and_nothing_is_run(entry: Entry) -> None:
+    manifest = read_record(PackageManifest, entry.folder / "package.json")
+    (entry.folder / "package" / "serve.py").write_text("raise SystemExit\n")
+    files = folder_sha256(entry.folder / "package")
+    manifest.model_copy(update={"kind": "server", "files": files}).write(entry.folder / "package.json")
+    assert states(entry.folder / "package", entry.base) == {
+        "files": f"pass: {len(files)} files have the sha256 of the manifest"
+    }
+
+
 def test_publishing_shows_what_it_would_push_and_pushes_nothing(entry: Entry) -> None:
     command = [sys.executable, "-m", "palio.cli", "publish", str(entry.folder), "--repo", "acme/tiny"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)

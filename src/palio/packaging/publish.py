@@ -40,7 +40,8 @@ def assemble(entry_dir: Path, leaderboard: Path | None = None) -> Path:
         except OSError:
             shutil.copyfile(package / name, target)
     manifest.write(out / COMPANIONS / "package.json")
-    write_container(out / COMPANIONS / "container")
+    if manifest.kind == "model":  # a team's own server brings its own
+        write_container(out / COMPANIONS / "container")
     if leaderboard is not None:
         board = read_record(Leaderboard, leaderboard)
         scored = next((one for one in board.entries if one.entry == manifest.entry), None)

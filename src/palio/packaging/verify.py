@@ -87,6 +87,8 @@ def verify_package(
         ("loads without Palio", lambda: _loads(folder, manifest)),
         ("is what was trained", lambda: _as_trained(folder, manifest, base_models)),
     ]
+    if manifest.kind == "server":  # a team's own program: what is handed in is its files, code among them
+        checks = checks[:1]
     findings: list[Finding] = []
     for name, check in checks:
         if name in ("loads without Palio", "is what was trained") and (why := _not_loaded(findings, load)):
