@@ -781,6 +781,8 @@ class ScenarioRuns(Strict):
     run_entries: str
     max_eval_instances: PositiveInt | None = None
     questions: PositiveInt | None = None
+    split: Literal["test", "valid"] | None = None
+    """The one split that its metrics look at; None if they look at both."""
     sha256: str
 
 

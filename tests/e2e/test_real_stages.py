@@ -29,7 +29,7 @@ ETHICS = ("justice", "virtue", "deontology", "commonsense", "utilitarianism")
 
 pytestmark = [
     pytest.mark.skipif(not SHARED.is_dir(), reason=f"no evaluation data in {SHARED}"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1500),
 ]
 
 

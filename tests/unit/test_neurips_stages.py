@@ -73,6 +73,13 @@ def test_one_setting_scales_a_stage_and_drops_what_gets_no_question(competition:
     assert sum(asked(entries["BIG-bench"])) == 36
 
 
+def test_every_question_is_of_the_split_that_is_scored(competition: Competition) -> None:
+    entries = stage_entries(stage_runs(competition, "open"))
+    for name, of in entries.items():
+        split = "valid" if name == "TruthfulQA" else "test"
+        assert all(f"eval_split={split}," in entry for entry in of)
+
+
 def test_ethics_is_one_scenario_of_fifteen_columns_and_summaries_have_five(competition: Competition) -> None:
     closed = competition.stages.closed.scenarios
     assert len(closed["ethics"].metrics) == 15

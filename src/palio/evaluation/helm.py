@@ -30,12 +30,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pyhocon import ConfigFactory
 
-from palio.config import STAGES, Competition, ScenarioRuns, StageRuns, expand
+from palio.config import STAGES, Competition, Scenario, ScenarioRuns, StageRuns, expand
 from palio.errors import BadInput, Crashed
 from palio.provenance import canonical_json, fingerprint, write_text
 
@@ -152,7 +152,7 @@ def run_entries(path: Path) -> list[tuple[str, str]]:
             near = difflib.get_close_matches(name, known_run_specs(), 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise BadInput(path, "entries", name, f"HELM {helm_version()} has no such scenario{hint}")
-        for key in ("model", "max_eval_instances"):
+        for key in ("model", "max_eval_instances", "eval_split"):
             if re.search(rf"[:,]{key}=", description):
                 raise BadInput(path, "entries", description, f"drop {key}=, the stage sets it")
     return entries
@@ -192,11 +192,19 @@ def stage_runs(competition: Competition, stage: str) -> StageRuns:
                 run_entries=scenario.run_entries,
                 max_eval_instances=scaled(scenario.max_eval_instances),
                 questions=scaled(scenario.questions),
+                split=_scored_split(scenario),
                 sha256=fingerprint(run_entries(expand(scenario.run_entries))),
             )
             for name, scenario in settings.scenarios.items()
         },
     )
+
+
+def _scored_split(scenario: Scenario) -> Literal["test", "valid"] | None:
+    """HELM draws questions from both splits, and a metric looks at one: half of BIG-bench's questions were
+    asked for nothing in 2023, and a run of few questions may have none that counts."""
+    splits = {metric.split for metric in scenario.metrics.values()}
+    return splits.pop() if len(splits) == 1 else None
 
 
 def stage_entries(runs: StageRuns) -> dict[str, list[str]]:
@@ -214,8 +222,9 @@ def stage_entries(runs: StageRuns) -> dict[str, list[str]]:
             counts = budgets([group for _, group in found], scenario.questions)
         else:
             counts = [scenario.max_eval_instances or 0] * len(found)
+        ours = f"eval_split={scenario.split},model={MODEL}" if scenario.split else f"model={MODEL}"
         entries[name] = [
-            f"{description}{',' if ':' in description else ':'}max_eval_instances={count},model={MODEL}"
+            f"{description}{',' if ':' in description else ':'}max_eval_instances={count},{ours}"
             for (description, _), count in zip(found, counts, strict=True)
             if count
         ]
@@ -412,7 +421,7 @@ def error_class(error: str) -> str:
 
 def plain_name(name: str) -> str:
     """A run's name without our settings: `mmlu:subject=anatomy`, not `…,max_eval_instances=5,model=…`."""
-    name = re.sub(r"([:,])(max_eval_instances|model|groups)=[^,]*", r"\1", name)
+    name = re.sub(r"([:,])(max_eval_instances|eval_split|model|groups)=[^,]*", r"\1", name)
     return re.sub(r",+", ",", name).replace(":,", ":").rstrip(":,")
 
 
@@ -568,6 +577,10 @@ def plan_stage(
         plans.append(RunPlan(run.scenario, run.name, tuple(instances.values()), len(states)))
     planned = {plan.scenario for plan in plans}
     empty = [name for name in entries if name not in planned]
+    for plan in plans:
+        if not plan.instances:
+            fix = "has no question in the split that its metrics look at; correct split or drop the run entry"
+            raise BadInput(f"stages.{stage_name}.scenarios.{plan.scenario}", plan.run, None, fix)
     if empty:
         raise Crashed(f"HELM planned no run for {', '.join(empty)}; see {folder}/helm.log")
     return plans
