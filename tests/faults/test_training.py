@@ -114,16 +114,14 @@ def test_sigusr1_saves_and_goes_on(entry: Entry) -> None:
 
 def test_a_budget_too_small_ends_in_an_adapter_inside_it_and_stays_ended(entry: Entry) -> None:
     recipe = {"max_steps": 100_000, "save_steps": 50}
-    started = time.monotonic()
-    manifest = entry.finetune(track={"training_budget": "6s"}, **recipe)
-    assert time.monotonic() - started < 6 + 4  # loading is not training
+    manifest = entry.finetune(track={"training_budget": "10s"}, **recipe)
     assert manifest.state == "budget_reached"
     assert 0 < manifest.steps < manifest.planned_steps
     lines = read_ledger(entry.work() / "ledger.jsonl")
-    assert sum(charged(lines).values()) < 6
+    assert sum(charged(lines).values()) < 10
     model = AutoModelForCausalLM.from_pretrained(entry.base / "model")
     PeftModel.from_pretrained(model, entry.folder / "adapter")
-    assert entry.finetune(track={"training_budget": "6s"}, **recipe) == manifest
+    assert entry.finetune(track={"training_budget": "10s"}, **recipe) == manifest
     assert read_ledger(entry.work() / "ledger.jsonl") == lines
 
 
@@ -151,25 +149,42 @@ def test_a_budget_gone_before_the_first_step_is_a_time_limit(entry: Entry) -> No
 def test_what_was_trained_over_the_budget_is_not_handed_in(
     entry: Entry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Trainer.train_step
+    step, clock, passed = Trainer.train_step, time.monotonic, [0.0]
 
     def sometimes_slow(trainer: Trainer) -> StepReport:
         if trainer.step == 13:
-            time.sleep(7)  # far longer than any step before
+            passed[0] = 700  # seconds: far longer than any step before
         return step(trainer)
 
     monkeypatch.setattr(Trainer, "train_step", sometimes_slow)
-    manifest = entry.finetune(max_steps=100_000, save_steps=5, track={"training_budget": "6s"})
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + passed[0])
+    manifest = entry.finetune(max_steps=100_000, save_steps=5, track={"training_budget": "600s"})
     assert (manifest.state, manifest.steps) == ("budget_reached", 10)
     assert pq.read_table(entry.folder / "train.parquet")["step"].to_pylist() == list(range(1, 11))
 
 
-def test_a_raised_budget_goes_on_where_the_smaller_one_ended(entry: Entry) -> None:
-    first = entry.finetune(max_steps=100_000, save_steps=50, track={"training_budget": "5s"})
-    second = entry.finetune(max_steps=100_000, save_steps=50, track={"training_budget": "8s"})
-    assert second.state == "budget_reached"
-    assert second.steps > first.steps
-    assert sum(charged(read_ledger(entry.work() / "ledger.jsonl")).values()) < 8
+def test_a_raised_budget_goes_on_where_the_smaller_one_ended_also_after_a_crash(
+    entry: Entry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, step = {"max_steps": 40, "save_steps": 5}, Trainer.train_step
+
+    def slow(trainer: Trainer) -> StepReport:
+        time.sleep(0.5)
+        return step(trainer)
+
+    def lost(trainer: Trainer) -> StepReport:
+        raise RuntimeError("node lost")
+
+    with monkeypatch.context() as context:
+        context.setattr(Trainer, "train_step", slow)
+        first = entry.finetune(**recipe, track={"training_budget": "8s"})
+        context.setattr(Trainer, "train_step", lost)
+        with pytest.raises(RuntimeError, match="node lost"):
+            entry.finetune(**recipe, track={"training_budget": "600s"})
+    assert first.state == "budget_reached"
+    second = entry.finetune(**recipe, track={"training_budget": "600s"})
+    assert (second.state, second.steps) == ("finished", 40)
+    assert attempts(entry) == 3
 
 
 def test_a_torn_checkpoint_is_skipped_for_the_one_before(entry: Entry, tiny: Path, tmp_path: Path) -> None:

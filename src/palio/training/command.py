@@ -93,6 +93,7 @@ def finetune_by_command(
     with timed_run(entry_dir / "finetune.run.json", fingerprint=key) as run, sole_process(work):
         run["restored"] = ended(work, track)
         if not run["restored"]:
+            (work / "adapter.json").unlink(missing_ok=True)  # of a smaller budget
             room = Room(
                 limits=Limits.of(track, isolation, threads),
                 files=files,

@@ -100,6 +100,7 @@ def finetune(
     with timed_run(entry_dir / "finetune.run.json", fingerprint=key) as run, sole_process(work):
         run["restored"] = ended(work, track)
         if not run["restored"]:
+            (work / "adapter.json").unlink(missing_ok=True)  # of a smaller budget
             device = training_device(track)
             training = _Training(recipe, track, device, base_model / "model", dataset / "train.parquet", work)
             with dashboards(
