@@ -80,7 +80,7 @@ class Confined:
         self.end()
         self._ended.set()
         for thread in self._threads:
-            thread.join()
+            thread.join(START_SECONDS)  # what outlives an unconfined run may hold the log open
         self._stream.close()
 
     # --- what the caller asks
@@ -103,9 +103,12 @@ class Confined:
 
     def end(self) -> None:
         """SIGKILL to every process of the room; returns when none is left."""
-        for process in [self._first, *(_children(self._first) if self.unconfined else [])]:
+        for process in [*(_children(self._first) if self.unconfined else []), self._first]:
             with contextlib.suppress(psutil.Error):
                 process.kill()  # with the first of a process namespace, the kernel ends the others
+        if self.unconfined:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         deadline = time.monotonic() + START_SECONDS
         while alive(self._first) and time.monotonic() < deadline:
             time.sleep(0.01)
