@@ -24,6 +24,8 @@ ROW = 24.0
 MOST_BUMPS = 12
 """Entries and removals of the leave-one-out figure: the first ranks."""
 PRIZES = 3
+CROWD = 40
+"""With more dots than this their intervals are drawn fainter."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,14 @@ def open_against_closed(board: Leaderboard, analysis: Analysis | None) -> Drawin
     at = axes.at
 
     sureness = _sureness(analysis)
+    faint = "dropped" if len(board.entries) <= CROWD else "rule"
     spots = []
     for one in board.entries:
         x, y = one.stage_scores["open"], one.stage_scores["closed"]
         if of := sureness.get(one.entry):
             across, up = of.stage_scores["open"], of.stage_scores["closed"]
-            drawing.line([at(across.low, y), at(across.high, y)], "dropped")
-            drawing.line([at(x, up.low), at(x, up.high)], "dropped")
+            drawing.line([at(across.low, y), at(across.high, y)], faint)
+            drawing.line([at(x, up.low), at(x, up.high)], faint)
         spots.append((*at(x, y), one.entry))
     for one, (x, y, _) in zip(board.entries, spots, strict=True):
         told = f"{one.entry}: open {one.stage_scores['open']:.3f}, closed {one.stage_scores['closed']:.3f}"
