@@ -97,10 +97,12 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if "slurmctld" in self._daemons:
-            self._cancel_all()
-        for name in reversed(list(self._daemons)):
-            self._stop(name, signal.SIGTERM)
+        try:
+            if "slurmctld" in self._daemons:
+                self._cancel_all()
+        finally:
+            for name in reversed(list(self._daemons)):
+                self._stop(name, signal.SIGTERM)
 
     def start_controller(self) -> None:
         self._start("slurmctld", "slurmctld", "-D", "-f", str(self.config))

@@ -85,6 +85,18 @@ def copy(folder: WorkingFolder, path: Path) -> WorkingFolder:
     return WorkingFolder(path)
 
 
+def prepare_datasets(folder: WorkingFolder) -> None:
+    """Check and curate every entry on this machine: not what is tested here, and a job costs more."""
+    entries = {path.stem: yaml.safe_load(path.read_text()) for path in (folder.path / DEMO_ENTRIES).iterdir()}
+    targets = [
+        f"results/{entry['track']}/{name}/dataset/manifest.json"
+        for name, entry in entries.items()
+        if "dataset" in entry
+    ]
+    done = folder.snakemake(*targets)
+    assert done.returncode == 0, done.stderr
+
+
 def fault_row(fault: str, lost: str, reran: str, seconds: float | None) -> None:
     """A line of the table in docs/slurm.md, into the file that PALIO_FAULT_TABLE names."""
     if table := os.environ.get("PALIO_FAULT_TABLE"):

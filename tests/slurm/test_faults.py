@@ -102,7 +102,7 @@ def prepare(folder: WorkingFolder, tiny: Path) -> None:
 
 def small_disk(path: Path) -> None:
     """A disk of 300 kB: room for records, none for a checkpoint."""
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(path)], capture_output=True, check=False
     )
@@ -127,6 +127,7 @@ def night(
 ) -> Iterator[Night]:
     folder = competition.copy(finished.folder, tmp_path_factory.mktemp("night") / "competition")
     prepare(folder, tiny)
+    competition.prepare_datasets(folder)
     targets = [adapter(entry) for entry in ENTRIES]
     moved, hangs = (folder.path / "results" / ENTRIES[name] / name for name in ("moved", "hangs"))
     disk = folder.path / "results/a100/full/work"
@@ -134,9 +135,9 @@ def night(
     known = set(cluster.jobs("%i"))
     try:
         with controller(folder, cluster, *targets) as snakemake:
-            cluster.wait(lambda: running_pid(hangs) is not None, "the hanging entry to start", 240)
+            cluster.wait(lambda: running_pid(hangs) is not None, "the hanging entry to start", 600)
             os.kill(running_pid(hangs) or 0, signal.SIGSTOP)
-            cluster.wait(lambda: training(moved), "training to begin", 240)
+            cluster.wait(lambda: training(moved), "training to begin", 300)
             before = set(cluster.jobs("%i"))
             cluster.stop_controller()
             time.sleep(2)
@@ -146,14 +147,14 @@ def night(
             lost_at = time.time()
             cluster.lose_node(node)
             status = folder.run("palio", "status", environment=cluster.environment).stdout
-            exit_code = snakemake.wait(600)
+            exit_code = snakemake.wait(900)
         cluster.start_node(node)
         first_log = output(folder)
         subprocess.run(["mount", "-o", "remount,size=300m", str(disk)], check=True)
         mend = (folder.path / "profiles/slurm/config.yaml").read_text().replace("gppu", "gpu")
         (folder.path / "profiles/slurm/config.yaml").write_text(mend)
         with controller(folder, cluster, adapter("full"), adapter("refused"), adapter("good")) as snakemake:
-            again_exit_code = snakemake.wait(300)
+            again_exit_code = snakemake.wait(600)
         lines = [line.split("|") for line in cluster.jobs("%i|%k")]
         mine = [comment for job, comment in lines if job not in known]
         yield Night(

@@ -51,6 +51,7 @@ def restart(finished: Any, cluster: Cluster, tiny: Path, tmp_path_factory: pytes
     )
     for entry in ENTRIES:
         competition.add_entry(folder, entry, "rtx4090", tiny, max_steps=100_000, save_steps=5)
+    competition.prepare_datasets(folder)
     targets = [f"results/rtx4090/{entry}/adapter.json" for entry in ENTRIES]
     logs = [folder.path / "results" / "rtx4090" / entry / "logs" / "finetune.log" for entry in ENTRIES]
 
@@ -61,10 +62,12 @@ def restart(finished: Any, cluster: Cluster, tiny: Path, tmp_path_factory: pytes
 
     def mine() -> list[str]:
         lines = [line.split("|") for line in cluster.jobs("%i|%T|%k")]
-        return [state for job, state, rule in lines if job not in known and "finetune" in rule]
+        return [
+            state for job, state, rule in lines if job not in known and "finetune_wildcards_rtx4090" in rule
+        ]
 
     with controller(folder, cluster, *targets, "results/a100/tuned/adapter.json") as snakemake:
-        cluster.wait(lambda: in_training() == 2 and len(mine()) == 3, "two trainings and a queue", 300)
+        cluster.wait(lambda: in_training() == 2 and len(mine()) == 3, "two trainings and a queue", 600)
         beside = folder.run("snakemake", "--profile", "slurm", *targets, environment=cluster.environment)
         queued = mine()
         snakemake.kill()
@@ -72,9 +75,9 @@ def restart(finished: Any, cluster: Cluster, tiny: Path, tmp_path_factory: pytes
     (folder.path / "snakemake.log").unlink()
     started = time.monotonic()
     with controller(folder, cluster, *targets, "results/a100/tuned/adapter.json") as snakemake:
-        cluster.wait(lambda: "Execute " in output(folder), "the next run to submit", 120)
+        cluster.wait(lambda: "Execute " in output(folder), "the next run to submit", 300)
         seconds = time.monotonic() - started
-        exit_code = snakemake.wait(400)
+        exit_code = snakemake.wait(900)
     done = [one for one in read_attempts(folder.path / "results/a100/tuned") if one.step == "finetune"]
     assert beside.returncode != 0
     return Restart(folder, queued, beside.stderr, exit_code, output(folder), done, seconds)

@@ -1,0 +1,114 @@
+"""What a change re-runs in a finished competition; its outputs are empty files, accepted with --touch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.folder import DEMO_ENTRIES, WorkingFolder
+
+FINISH = {("score", ""), ("report", ""), ("all", "")}
+TRAINED = ("curated", "open_only", "raw")
+ENTRIES = (*TRAINED, "untuned")
+
+
+def touch_all(folder: WorkingFolder) -> None:
+    """Every output of the workflow, in the order of the rules."""
+    done = folder.run("snakemake", "--profile", "local", "--summary")
+    for line in done.stdout.splitlines()[1:]:
+        path = folder.path / line.split("\t")[0]
+        (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
+        if path.suffix:
+            path.touch()
+    accepted = folder.snakemake("--touch", "--forceall")
+    assert accepted.returncode == 0, accepted.stderr
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> WorkingFolder:
+    made = WorkingFolder.create(tmp_path_factory.mktemp("finished") / "competition")
+    touch_all(made)
+    assert made.plan() == set()
+    return made
+
+
+@pytest.fixture
+def finished(template: WorkingFolder, tmp_path: Path) -> Iterator[WorkingFolder]:
+    shutil.copytree(template.path, tmp_path / "competition", symlinks=True)
+    yield WorkingFolder(tmp_path / "competition")
+
+
+def test_a_failed_step_runs_again_with_what_depends_on_it(finished: WorkingFolder) -> None:
+    (finished.path / "results/laptop/raw/closed.json").unlink()
+    for made_after in ("leaderboard", "report"):  # the run in which the step failed had none
+        shutil.rmtree(finished.path / "results" / made_after)
+    assert finished.plan() == {("helm_closed", "raw")} | FINISH
+
+
+def test_a_new_entry_runs_its_own_chain_and_the_scoring(finished: WorkingFolder) -> None:
+    entries = finished.path / DEMO_ENTRIES
+    text = (entries / "untuned.yaml").read_text()
+    (entries / "late.yaml").write_text(text.replace("Tartuca", "Giraffa"))
+    plan = finished.plan()
+    assert {entry for _, entry in plan if entry} == {"late"}
+    assert {(rule, entry) for rule, entry in plan if not entry} == FINISH
+
+
+def test_a_scenario_of_the_closed_stage_re_evaluates_closed_only(finished: WorkingFolder) -> None:
+    def more(config: dict[str, Any]) -> None:
+        config["stages"]["closed"]["scenarios"]["dyck_language"]["max_eval_instances"] = 41
+
+    finished.edit_yaml("config/config.yaml", more)
+    closed = {("helm_closed", entry) for entry in ENTRIES}
+    contamination = {("measure_contamination", entry) for entry in TRAINED}
+    assert finished.plan() == closed | contamination | {("prepare_stage", "")} | FINISH
+
+
+def test_a_stage_limit_re_runs_that_stage_of_each_entry(finished: WorkingFolder) -> None:
+    finished.edit_yaml("config/config.yaml", lambda config: config["stages"]["open"].update(time_limit="11m"))
+    rules = {rule for rule, _ in finished.plan()}
+    assert "helm_open" in rules
+    assert not rules & {"finetune", "build_package", "curate_dataset", "prepare_stage"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "value", "first"), [("finetune", 5e-4, "finetune"), ("dataset", 5, "curate_dataset")]
+)
+def test_a_recipe_re_runs_from_its_own_step_on(
+    finished: WorkingFolder, recipe: str, value: float, first: str
+) -> None:
+    key = "learning_rate" if recipe == "finetune" else "seed"
+    finished.edit_entry("raw", lambda entry: entry[recipe].update({key: value}))
+    plan = finished.plan()
+    assert {entry for _, entry in plan if entry} == {"raw"}
+    assert (first, "raw") in plan
+    assert ("check_entry", "raw") not in plan
+    assert (("curate_dataset", "raw") in plan) == (first == "curate_dataset")
+
+
+def test_a_grant_of_a_fresh_start_re_runs_that_step(finished: WorkingFolder) -> None:
+    granted = finished.run("palio", "retry", "raw", "--step", "closed")
+    assert granted.returncode == 0, granted.stderr
+    assert finished.plan() == {("helm_closed", "raw")} | FINISH
+
+
+def test_a_withdrawn_entry_costs_scoring_only(finished: WorkingFolder) -> None:
+    finished.run("palio", "withdraw", "raw", "--why", "asked to")
+    assert finished.plan() == FINISH
+
+
+def test_what_changes_no_content_re_runs_nothing(finished: WorkingFolder) -> None:
+    """The time of a large input, new notification settings, another profile, comments."""
+    rows = finished.path / "results/laptop/curated/dataset/train.parquet"
+    os.utime(rows, (time.time() + 60, time.time() + 60))
+    finished.edit_yaml("config/config.yaml", lambda config: config.update(notify="true", stalled_after="2h"))
+    finished.edit_yaml("profiles/local/config.yaml", lambda profile: profile.update(cores=1))
+    entry = finished.path / DEMO_ENTRIES / "curated.yaml"
+    entry.write_text("# a comment\n" + entry.read_text())
+    assert finished.plan() == set()
