@@ -84,6 +84,7 @@ def timed_run(path: Path, **facts: Any) -> Iterator[dict[str, Any]]:
     run: dict[str, Any] = {
         "host": platform.node(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
         **facts,
     }
     try:
