@@ -173,7 +173,7 @@ def _interruption(reason: str) -> tuple[State, str]:
     left = slurm.seconds_left(job)
     if left is not None and left < NEAR_LIMIT_SECONDS:
         return State.TIME_LIMIT, "the job's time limit ran out"
-    return State.INTERRUPTED, f"{reason}, in SLURM job {job}"
+    return State.INTERRUPTED, f"{reason} (SLURM job {job})"
 
 
 class _Record:
