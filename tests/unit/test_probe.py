@@ -88,7 +88,7 @@ def test_nobody_listening_is_a_failure_and_not_a_wait() -> None:
 
 
 def test_a_server_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probing, "FIRST_REPLY_SECONDS", 0.3)
+    monkeypatch.setattr(probing, "REPLY_SECONDS", 0.3)
     with serving(Toy(seconds=0.6)) as toy:
         report = probe(toy.base_url, planned_requests=1, time_limit=60)
     assert report.checks[0].state == "fail"

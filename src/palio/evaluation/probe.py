@@ -20,11 +20,8 @@ from rich.table import Table
 from palio.records import ProbeCheck, ProbeReport
 
 PROMPT = "The following are the days of the week: Monday, Tuesday, Wednesday,"
-FIRST_REPLY_SECONDS = 300.0
-"""A server may load its model on the first request."""
-REPLY_SECONDS = 60.0
-LONG_PROMPT_PATIENCE = 5
-"""Times as long for a prompt of thousands of words: a slow machine is not a dead server."""
+REPLY_SECONDS = 300.0
+"""Generous: a server may load its model on the first request, and its machine may be busy."""
 TYPICAL_TOKENS = 8
 """New tokens of a timed request, as most of HELM's."""
 IN_FLIGHT = 4
@@ -39,24 +36,21 @@ class Client:
     """HELM's view of a server: JSON posted to three paths."""
 
     base_url: str
-    timeout: float = REPLY_SECONDS
     failures: dict[str, int] = field(default_factory=dict)
     """HTTP status of odd prompts that ended in the server's own error, by the prompt's name."""
 
     def post(
-        self, path: str, body: dict[str, Any], *, rejectable: str | None = None, patience: float = 1
+        self, path: str, body: dict[str, Any], *, rejectable: str | None = None
     ) -> dict[str, Any] | None:
         """The reply as a dict; None for an HTTP error where the request, named so, may be refused.
-
-        `patience` is how many times the usual time to wait for it.
 
         Raises:
             Defect: no reply, another status, or not a JSON object.
         """
         try:
-            reply = requests.post(f"{self.base_url}/{path}", json=body, timeout=self.timeout * patience)
+            reply = requests.post(f"{self.base_url}/{path}", json=body, timeout=REPLY_SECONDS)
         except requests.Timeout:
-            raise Defect(f"/{path} gave no reply in {self.timeout * patience:.0f} s") from None
+            raise Defect(f"/{path} gave no reply in {REPLY_SECONDS:.0f} s") from None
         except requests.RequestException as error:
             raise Defect(f"/{path} broke the connection ({type(error).__name__})") from None
         if rejectable and reply.status_code >= 400:
@@ -103,8 +97,7 @@ def helm_body(prompt: str, **settings: Any) -> dict[str, Any]:
 
 
 def answers_the_prompt_alone(client: Client) -> None:
-    patient = Client(client.base_url, FIRST_REPLY_SECONDS)
-    content = patient.post("process", {"prompt": PROMPT})
+    content = client.post("process", {"prompt": PROMPT})
     if not content or "text" not in content:
         raise Defect("/process answered without text")
 
@@ -181,7 +174,6 @@ def survives_any_prompt(client: Client) -> None:
                 "process",
                 helm_body(prompt, max_new_tokens=2),
                 rejectable=f"prompt of {name}",
-                patience=LONG_PROMPT_PATIENCE if len(prompt) > 1000 else 1,
             )
         except Defect as defect:
             raise Defect(f"prompt of {name}: {defect}") from None
@@ -219,17 +211,20 @@ def serves_in_parallel(client: Client) -> None:
 
 
 def listens_while_it_generates(client: Client) -> None:
-    with ThreadPoolExecutor(1) as pool:
+    def tokenize() -> float:
         started = time.monotonic()
+        client.post("tokenize", {"text": PROMPT, "truncation": False, "max_length": 2048})
+        return time.monotonic() - started
+
+    alone = tokenize()
+    with ThreadPoolExecutor(1) as pool:
         generating = pool.submit(client.process, max_new_tokens=32)
         time.sleep(0.05)
-        client.post("tokenize", {"text": PROMPT, "truncation": False, "max_length": 2048})
-        took = time.monotonic() - started
-        busy = not generating.done()
+        beside = tokenize()
+        waited = generating.done()
         generating.result()
-        whole = time.monotonic() - started
-    if took > 0.5 and not busy and whole - took < 0.1 * whole:
-        raise Defect(f"/tokenize waited {took:.1f} s for another request's completion")
+    if waited and beside > 0.5 + 5 * alone:  # a busy machine makes both slow
+        raise Defect(f"/tokenize waited {beside:.1f} s for another request's completion")
 
 
 @dataclass(frozen=True)
