@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +67,26 @@ def test_the_whole_group_ends_with_the_context(package: Path, tmp_path: Path) ->
         assert server.alive()
     assert not process.is_running()
     assert not server.alive()
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from palio.serving.process import ServerProcess
+with ServerProcess(Path(sys.argv[1]), log=Path(sys.argv[2]), threads=1) as server:
+    print(server.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_server_ends_when_its_owner_is_killed(package: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OWNER, str(package), str(tmp_path / "server.log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        server = psutil.Process(int(owner.stdout.readline()))
+        owner.kill()
+    server.wait(20)
+    assert not server.is_running()
 
 
 def test_a_killed_server_is_seen(package: Path, tmp_path: Path) -> None:

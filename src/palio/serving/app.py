@@ -28,9 +28,12 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from palio.errors import BadInput
 from palio.serving.engine import BadRequest, Completion, Engine, QueueFull, Request, Unavailable
+from palio.serving.process import end_with_owner
 
 DEADLINE_SECONDS = 2700.0
 """Below the 3000 s after which HELM's client gives up on a request."""
+STOP_SECONDS = 2
+"""What running requests get when the server is told to stop."""
 READY = "palio serves on "
 """What `serve` prints, followed by its address, once it takes requests."""
 
@@ -162,6 +165,7 @@ def serve(
         BadInput: no such package, device or port; or no vllm where it is the engine.
         OutOfMemory: the model does not fit, or no memory is left for keys and values.
     """
+    end_with_owner()
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -182,7 +186,9 @@ def serve(
     try:
         listener.listen(2048)
         print(f"{READY}http://{host}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
-        config = uvicorn.Config(build_app(loaded), log_level="warning", access_log=False)
+        config = uvicorn.Config(
+            build_app(loaded), log_level="warning", access_log=False, timeout_graceful_shutdown=STOP_SECONDS
+        )
         uvicorn.Server(config).run(sockets=[listener])
     finally:
         loaded.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
@@ -18,6 +19,8 @@ READY_SECONDS = 1800.0
 STOP_SECONDS = 10.0
 LOG_LINES = 5
 POLL_SECONDS = 0.1
+OWNER = "PALIO_SERVER_OWNER"
+"""Environment variable: the process that a server ends with."""
 
 
 class ServerProcess:
@@ -49,7 +52,12 @@ class ServerProcess:
             *(["--gpu-memory-gb", str(gpu_memory_gb)] if gpu_memory_gb else []),
             *(["--cache-gb", str(cache_gb)] if cache_gb else []),
         ]
-        self._environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        self._environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # prefixes have all lengths
+            OWNER: str(os.getpid()),
+        }
         if threads:
             self._environment["OMP_NUM_THREADS"] = str(threads)
         self._process: subprocess.Popen[bytes] | None = None
@@ -129,6 +137,15 @@ class ServerProcess:
             except subprocess.TimeoutExpired:
                 continue
         self._process.wait()
+
+
+def end_with_owner() -> None:
+    """In a server: end when the process that started it does, also by SIGKILL. Does nothing elsewhere."""
+    if (owner := os.environ.get(OWNER)) and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        if os.getppid() != int(owner):  # it ended before
+            sys.exit(1)
 
 
 def _last_lines(text: str) -> str:
