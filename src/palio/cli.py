@@ -109,8 +109,8 @@ def track_and_entry(entry_dir: Path) -> tuple[str, str]:
     return entry_dir.parent.name, entry_dir.name
 
 
-@palio.command(cls=Verb, example="palio new my_entry --team 'Contrada del Drago'")
-@click.argument("name")
+@palio.command(cls=Verb, example="palio new config/entries/demo/mine.yaml --team 'Contrada del Drago'")
+@click.argument("file", type=ExistingPath)
 @competition_option
 @click.option(
     "--kind", type=click.Choice(["recipe", "command", "server"]), default="recipe", show_default=True
@@ -122,7 +122,7 @@ def track_and_entry(entry_dir: Path) -> tuple[str, str]:
 @click.option("--licence", default="", help="SPDX id of the source files.")
 @click.option("--url", default="", help="Where the public finds them.")
 def new(
-    name: str,
+    file: Path,
     competition: str,
     kind: str,
     team: str,
@@ -138,9 +138,9 @@ def new(
     rules = competition_of(competition)
     if data and not licence:
         licence = click.prompt("Licence of the data (SPDX id)")
-    path = new_entry(
+    new_entry(
         rules,
-        name=name,
+        path=file,
         kind=kind,
         team=team,
         track=track or next(iter(rules.tracks)),
@@ -149,7 +149,7 @@ def new(
         licence=licence,
         url=url,
     )
-    print(f"{path}: made; next: palio try {path}")
+    print(f"{file}: made; next: palio try {file}")
 
 
 @palio.command("try", cls=Verb, example="palio try config/entries/demo/curated.yaml")

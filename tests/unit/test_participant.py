@@ -34,7 +34,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WorkingFolder:
 
 @pytest.mark.parametrize("kind", ["recipe", "command", "server"])
 def test_a_new_entry_of_each_kind_is_clean(folder: WorkingFolder, kind: str) -> None:
-    made = folder.run("palio", "new", "drago", "--kind", kind, "--team", "Contrada del Drago")
+    made = folder.run(
+        "palio", "new", "config/entries/demo/drago.yaml", "--kind", kind, "--team", "Contrada del Drago"
+    )
     assert made.returncode == 0, made.stderr
     assert folder.run("palio", "check", "config/entries/demo/drago.yaml").returncode == 0
     entry = load_entry(Path("config/entries/demo/drago.yaml"))
@@ -50,7 +52,7 @@ def test_what_is_left_out_is_asked_for(folder: WorkingFolder) -> None:
     data.parent.mkdir(parents=True)
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     made = folder.run(
-        *("palio", "new", "drago", "--data", str(data.relative_to(folder.path))),
+        *("palio", "new", "config/entries/demo/drago.yaml", "--data", str(data.relative_to(folder.path))),
         given="Drago\nCC0-1.0\n",
     )
     assert made.returncode == 0, made.stderr
@@ -61,10 +63,13 @@ def test_what_is_left_out_is_asked_for(folder: WorkingFolder) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("curated",), "config/entries/demo/curated.yaml: is there; choose another name"),
-        (("two words",), "use letters, digits, - and _ only"),
-        (("x", "--track", "moon"), "--track is 'moon': use one of laptop"),
-        (("x", "--base-model", "gpt2"), "write hub:org/name@<commit>"),
+        (
+            ("config/entries/demo/curated.yaml",),
+            "config/entries/demo/curated.yaml: is there; choose another name",
+        ),
+        (("two words.yaml",), "name it <id>.yaml, the id of letters, digits, - and _"),
+        (("x.yaml", "--track", "moon"), "--track is 'moon': use one of laptop"),
+        (("x.yaml", "--base-model", "gpt2"), "write hub:org/name@<commit>"),
     ],
 )
 def test_a_new_entry_that_cannot_be_is_refused_with_one_line(
@@ -127,7 +132,9 @@ def test_the_whole_run_in_small_ends_with_a_place_and_an_estimate(
         rules["base_models"][0]["sources"].append(f"path:{model}")
 
     folder.edit_yaml("config/rules/demo.yaml", approve)
-    folder.run("palio", "new", "drago", "--team", "Drago", "--base-model", f"path:{model}")
+    folder.run(
+        "palio", "new", "config/entries/demo/drago.yaml", "--team", "Drago", "--base-model", f"path:{model}"
+    )
     folder.edit_entry("drago", lambda entry: entry["finetune"].update(max_length=256))
     done = folder.run("palio", "try", "config/entries/demo/drago.yaml")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -73,7 +73,7 @@ server:                   # the contract: docs/server_entries.md
 def new_entry(
     competition: Competition,
     *,
-    name: str,
+    path: Path,
     kind: str,
     team: str,
     track: str,
@@ -81,8 +81,8 @@ def new_entry(
     data: Sequence[str] = (),
     licence: str = "",
     url: str = "",
-) -> Path:
-    """Write the entry and what it needs; the path of its file.
+) -> None:
+    """Write the entry to `path`, and what it needs beside it.
 
     Args:
         base_model: `hub:org/name@<commit>`, `path:folder` or `gguf:package/file`.
@@ -92,9 +92,8 @@ def new_entry(
     Raises:
         BadInput: the name is taken or is no id, or something is not as the competition has it.
     """
-    path = Path(competition.entries[0]) / f"{name}.yaml"
-    if not ID_PATTERN.fullmatch(name):
-        raise BadInput("palio new", "name", name, "use letters, digits, - and _ only")
+    if not ID_PATTERN.fullmatch(path.stem) or path.suffix != ".yaml":
+        raise BadInput(path, "", None, "name it <id>.yaml, the id of letters, digits, - and _")
     if path.exists():
         raise BadInput(path, "", None, "is there; choose another name")
     if track not in competition.tracks:
@@ -105,7 +104,7 @@ def new_entry(
             "palio new", "--base-model", base_model, "write hub:org/name@<commit>, path:… or gguf:…"
         )
     rules = load_rules(Path(competition.rules))
-    own = TEAMS / name
+    own = TEAMS / path.stem
     sources = ""
     if kind != "server":
         sources = _sources(own, data, licence, url, rules)
@@ -124,7 +123,6 @@ def new_entry(
         program=own / "program",
     )
     write_text(path, text)
-    return path
 
 
 def suggested_base_model(competition: Competition) -> str:

@@ -37,7 +37,7 @@ SOURCE_ROWS = 200
 STEPS = 3
 INSTANCES = 4
 """Of each scenario of the open stage."""
-PROGRAM_SECONDS = 60
+PROGRAM_SECONDS = 120
 """What a team's own training program is given, in place of the track's budget."""
 SAMPLE = Path("config/competition.yaml")
 DEMO_SOURCES = Path("resources/demo_sources")
@@ -93,7 +93,14 @@ def _snakemake(folder: Path, target: str, entry_dir: Path) -> None:
     for path in sorted((entry_dir / "work/failures").glob("*.json")):
         why = read_record(StepFailure, path)
         raise Crashed(f"step {why.step} did not finish ({why.state.value}): {why.reason}; log: {why.log}")
-    raise Crashed(f"the workflow did not finish; see {folder / 'snakemake.log'}")
+    raise Crashed(f"the workflow did not finish: {_said(folder / 'snakemake.log')}")
+
+
+def _said(log: Path) -> str:
+    """What Snakemake says first of an error, and where."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    told = (lines[place + 1] for place, line in enumerate(lines[:-1]) if line.startswith("WorkflowError"))
+    return f"{next(told, 'no reason given').strip()}; see {log}"
 
 
 # --- the small competition -----------------------------------------------------------------------------
