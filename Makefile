@@ -17,8 +17,9 @@ slurm-demo: env system
 	python -m tests.slurm.cluster snakemake --profile slurm
 	@cat results/leaderboard/*.md
 
+# A file's tests stay together: they share what took long to make.
 test: env system
-	python -m pytest
+	python -m pytest --numprocesses 2 --dist loadfile
 
 check: env
 	ruff format --check src tests benchmarks
