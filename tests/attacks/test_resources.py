@@ -68,7 +68,7 @@ import os, time
 kept = [os.memfd_create(str(n)) for n in range(16)]
 for file in kept:
     os.write(file, bytes(48 << 20))
-time.sleep(5)
+time.sleep(15)
 print("KEPT", len(kept))
 """
     )
@@ -224,7 +224,7 @@ for _ in range(600):
 """
     began = time.monotonic()
     done = attack(code, seconds=1)
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 20
     assert done.code is None
     assert done.lived == []
 

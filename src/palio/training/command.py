@@ -39,8 +39,8 @@ from palio.training.telemetry import SCHEMA
 
 RECIPE_VERSION = "command 1"
 """Contract 1. Raised when a change of ours changes what a program is given."""
-NOTICE_SECONDS = 60.0
-"""A program gets SIGTERM this long before its deadline, or a twentieth of the budget, if that is less."""
+NOTICE_SECONDS, NOTICE_SHARE = 60.0, 1 / 20
+"""A program gets SIGTERM this long before its deadline, or this share of the budget, if that is less."""
 STOP_SECONDS = 20.0
 """To save what it has when the job itself is stopped; SLURM kills after 30 s."""
 POLL_SECONDS = 0.2
@@ -154,7 +154,7 @@ def _run(
     left = ledger.left()
     if left <= POLL_SECONDS:
         return "budget_reached"  # in an earlier attempt; what it left is taken
-    notice = min(NOTICE_SECONDS, ledger.budget / 20)
+    notice = min(NOTICE_SECONDS, ledger.budget * NOTICE_SHARE)
     room = _with_contract(room, left)
     print(f"{left:.0f} s of the budget left; the program's output goes to {log}", file=sys.stderr, flush=True)
     with _stop_signal() as stopped, Confined(program, room, log, unconfined=unconfined) as running:
