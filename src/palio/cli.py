@@ -337,7 +337,7 @@ def curate(
             track=track,
             entry=name,
             out=out or entry_dir / "dataset",  # type: ignore[operator]  # one of them is given
-            work=out / "work" if out else None,
+            work=out / "work" / "curate" if out else None,
             limit=limit,
             workers=workers,
             progress=progress,

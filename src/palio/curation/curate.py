@@ -14,6 +14,7 @@ another last operation) starts behind the last operation whose result is there.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -156,9 +157,9 @@ class _Step:
 
 
 def _remove_others(work: Path, kept: set[Path]) -> None:
-    """Results of earlier recipes."""
+    """Results of earlier recipes, and nothing else that may lie there."""
     for folder in work.iterdir():
-        if folder not in kept:
+        if folder not in kept and re.fullmatch(r"(sources|\d\d-\w+)-[0-9a-f]{16}", folder.name):
             shutil.rmtree(folder)
 
 
