@@ -1,8 +1,8 @@
 """`palio new`: an entry file that works, and what it needs beside it.
 
-config/entries/<competition>/<id>.yaml      the entry, commented
-resources/teams/<id>/*.jsonl                example data, unless sources are given
-resources/teams/<id>/program/               a program to start from (kinds command and server)
+<id>.yaml                          the entry, commented
+resources/teams/<id>/*.jsonl       example data, unless sources are given
+resources/teams/<id>/program/      a program to start from (kinds command and server)
 """
 
 from __future__ import annotations
