@@ -173,7 +173,7 @@ def _step(step: str, at: _Place) -> StepStatus:
         heard = log.stat().st_mtime if log.exists() else last.started
         return replace(known, state="running", ends=_end(log, at.now, used, budget), heard=heard)
     if job:
-        why = job.reason if job.state == "PENDING" else job.state.lower()
+        why = job.reason if job.state == "PENDING" else f"starting on {job.reason}"
         return replace(known, state="queued", job=job.id, reason=why)
     if (at.folder / STEPS[step].record).exists():
         return replace(known, state="done", reason=_note(step, at))
