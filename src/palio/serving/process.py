@@ -26,7 +26,8 @@ OWNER = "PALIO_SERVER_OWNER"
 class ServerProcess:
     """`palio serve PACKAGE` on loopback and a free port, while the context lasts.
 
-    Entering it waits until the server takes requests. The server's output is appended to `log`, which
+    Enter it in a thread that outlives it: the server ends with that thread. Entering waits until it takes
+    requests. The server's output is appended to `log`, which
     never holds a prompt.
 
     Raises:
