@@ -136,7 +136,7 @@ def test_the_whole_run_in_small_ends_with_a_place_and_an_estimate(
         "palio", "new", "config/entries/demo/drago.yaml", "--team", "Drago", "--base-model", f"path:{model}"
     )
     folder.edit_entry("drago", lambda entry: entry["finetune"].update(max_length=256))
-    done = folder.run("palio", "try", "config/entries/demo/drago.yaml")
+    done = folder.run("palio", "try", "config/entries/demo/drago.yaml", timeout=1400)
     assert done.returncode == 0, done.stdout + done.stderr
     told = done.stdout
     assert "check: clean" in told
