@@ -101,10 +101,10 @@ def prepare(folder: WorkingFolder, tiny: Path) -> None:
 
 
 def small_disk(path: Path) -> None:
-    """A disk of 300 kB: room for records, none for a checkpoint."""
+    """A disk of 350 kB: room for a dataset and a checkpoint, none for two."""
     path.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(path)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=350k", "tmpfs", str(path)], capture_output=True, check=False
     )
     if done.returncode != 0:
         pytest.skip("no right to mount a small disk here")
@@ -127,11 +127,11 @@ def night(
 ) -> Iterator[Night]:
     folder = competition.copy(finished.folder, tmp_path_factory.mktemp("night") / "competition")
     prepare(folder, tiny)
+    disk = folder.path / "results/a100/full"  # the whole entry: its folders are moved, not copied
+    small_disk(disk)
     competition.prepare_datasets(folder)
     targets = [adapter(entry) for entry in ENTRIES]
     moved, hangs = (folder.path / "results" / ENTRIES[name] / name for name in ("moved", "hangs"))
-    disk = folder.path / "results/a100/full/work"
-    small_disk(disk)
     known = set(cluster.jobs("%i"))
     try:
         with controller(folder, cluster, *targets) as snakemake:
