@@ -57,7 +57,8 @@ def finished(cluster: Cluster, tiny: Path, tmp_path_factory: pytest.TempPathFact
         while snakemake.poll() is None:
             assert time.monotonic() - started < 900, competition.output(folder)
             time.sleep(8)
-            statuses.append(folder.run("palio", "status", environment=cluster.environment).stdout)
+            wide = cluster.environment | {"COLUMNS": "240"}
+            statuses.append(folder.run("palio", "status", environment=wide).stdout)
     seconds = time.monotonic() - started
     lines = [line.split("|") for line in cluster.jobs("%i|%T|%P|%k")]
     jobs = {job: (state, partition, rule) for job, state, partition, rule in lines}

@@ -146,7 +146,8 @@ def night(
             node = next(one.node for one in read_attempts(moved) if one.step == "finetune")
             lost_at = time.time()
             cluster.lose_node(node)
-            status = folder.run("palio", "status", environment=cluster.environment).stdout
+            wide = cluster.environment | {"COLUMNS": "240"}
+            status = folder.run("palio", "status", environment=wide).stdout
             exit_code = snakemake.wait(900)
         cluster.start_node(node)
         first_log = output(folder)
