@@ -17,9 +17,8 @@ slurm-demo: env system
 	python -m tests.slurm.cluster snakemake --profile slurm
 	@cat results/leaderboard/*.md
 
-# A file's tests stay together: they share what took long to make.
 test: env system
-	python -m pytest --numprocesses 2 --dist loadfile
+	python -m pytest --numprocesses 2 --dist loadgroup  # groups: tests/conftest.py
 
 check: env
 	ruff format --check src tests benchmarks
