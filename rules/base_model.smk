@@ -4,6 +4,8 @@ rule fetch_base_model:
     log:
         "logs/fetch_base_model/{base_model}.log",
     retries: 2  # a download; what has arrived is kept
+    conda:
+        "../envs/palio.yaml"
     resources:
         mem_mb=8192,
         runtime=240,

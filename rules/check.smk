@@ -5,6 +5,8 @@ rule check_entry:
         check="results/{track}/{entry}/check.json",
     log:
         "results/{track}/{entry}/logs/check.log",
+    conda:
+        "../envs/palio.yaml"
     params:
         file=W.entry_file,
         against=W.against(),

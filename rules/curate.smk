@@ -3,6 +3,8 @@ rule generate_demo_data:
         sources=expand("resources/demo_sources/{family}.jsonl", family=DEMO_FAMILIES),
     log:
         "logs/generate_demo_data.log",
+    conda:
+        "../envs/palio.yaml"
     params:
         seed=7,
     shell:
@@ -22,6 +24,8 @@ rule curate_dataset:
         card="results/{track}/{entry}/dataset/card.md",
     log:
         "results/{track}/{entry}/logs/curate.log",
+    conda:
+        "../envs/palio.yaml"
     threads: 2
     resources:
         mem_mb=8192,
@@ -48,6 +52,8 @@ rule measure_contamination:
         contamination="results/{track}/{entry}/contamination.json",
     log:
         "results/{track}/{entry}/logs/contamination.log",
+    conda:
+        "../envs/palio.yaml"
     resources:
         mem_mb=8192,
         runtime=60,

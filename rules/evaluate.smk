@@ -10,6 +10,8 @@ rule helm_open:
         instances="results/{track}/{entry}/helm/open/instances.parquet",
     log:
         "results/{track}/{entry}/logs/open.log",
+    conda:
+        "../envs/palio.yaml"
     threads: W.cpus
     resources:
         gpu=1,
@@ -46,6 +48,8 @@ use rule helm_open as helm_closed with:
         instances="results/{track}/{entry}/helm/closed/instances.parquet",
     log:
         "results/{track}/{entry}/logs/closed.log",
+    conda:
+        "../envs/palio.yaml"
     resources:
         gpu=1,
         gpu_model=W.gpu_model,

@@ -13,9 +13,12 @@ rule finetune:
         telemetry="results/{track}/{entry}/train.parquet",
     log:
         "results/{track}/{entry}/logs/finetune.log",
+    conda:
+        "../envs/palio.yaml"
     threads: W.cpus
     resources:
         gpu=1,
+        telemetry=W.telemetry,  # no param: where training is told and what it costs re-runs nothing
         gpu_model=W.gpu_model,
         mem_mb=W.mem_mb,
         runtime=W.finetune_minutes,  # the track's budget is the trainer's; the margin is for loading and saving
@@ -34,5 +37,5 @@ rule finetune:
         " --track {params.track:q}"
         " --base-model {params.base_model:q}"
         " --threads {threads}"
-        " --telemetry {W.telemetry:q}"  # not a param: where training is told and what it costs re-runs nothing
+        " --telemetry {resources.telemetry:q}"
         " > {log:q} 2>&1"

@@ -8,6 +8,8 @@ rule build_package:
         package="results/{track}/{entry}/package.json",
     log:
         "results/{track}/{entry}/logs/package.log",
+    conda:
+        "../envs/palio.yaml"
     threads: W.cpus
     resources:
         mem_mb=W.mem_mb,

@@ -7,6 +7,8 @@ rule published:
     log:
         "logs/published.log",
     retries: 2  # a download; what has arrived is kept
+    conda:
+        "../envs/palio.yaml"
     resources:
         mem_mb=4096,
         runtime=30,

@@ -7,6 +7,8 @@ rule report:
         figures=directory("results/report/figures"),
     log:
         "logs/report.log",
+    conda:
+        "../envs/palio.yaml"
     resources:
         mem_mb=4096,
         runtime=60,

@@ -13,6 +13,8 @@ rule score:
         analysis="results/leaderboard/{track}.analysis.json",
     log:
         "logs/score/{track}.log",
+    conda:
+        "../envs/palio.yaml"
     resources:
         mem_mb=4096,
         runtime=60,
@@ -28,9 +30,14 @@ rule score:
 
 # No output and no input: runs whenever it is asked for, on whatever is finished then.
 rule standings:
+    log:
+        "logs/standings.log",
+    conda:
+        "../envs/palio.yaml"
     params:
         competition=W.whole(),
     shell:
-        "palio standings --competition {params.competition:q}"
+        "( palio standings --competition {params.competition:q}"
         " && palio report --competition {params.competition:q}"
         " --leaderboards results/standings --out results/standings/report"
+        " ) 2>&1 | tee {log:q}"

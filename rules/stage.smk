@@ -3,6 +3,8 @@ rule prepare_stage:
         record="resources/stages/{stage}/stage.json",
     log:
         "logs/prepare_stage/{stage}.log",
+    conda:
+        "../envs/palio.yaml"
     resources:
         mem_mb=8192,
         runtime=120,

@@ -28,7 +28,7 @@ class WorkingFolder:
     def create(cls, path: Path) -> WorkingFolder:
         path.mkdir(parents=True)
         shutil.copy(ROOT / "Snakefile", path)
-        for name in ("rules", "config", "profiles"):
+        for name in ("rules", "config", "profiles", "envs"):
             shutil.copytree(ROOT / name, path / name)
         for name in ("local", "slurm"):
             (path / name).symlink_to(f"profiles/{name}")
