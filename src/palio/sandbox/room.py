@@ -198,6 +198,9 @@ def building(room: Room, *, files: Mapping[str, int], seccomp: int, info: int, u
     ]
     for target, place in links:
         arguments += ["--symlink", target, place]
+    scratch = str(room.limits.scratch)
+    # before the mounts: Palio's environment may lie below the host's /tmp
+    arguments += ["--perms", "1777", "--size", scratch, "--tmpfs", "/tmp"]  # noqa: S108 (its own)
     for mount, source in zip(found, _sources(found, uid), strict=True):
         for parent in reversed(Path(mount.place).parents[:-1]):
             arguments += ["--perms", "0755", "--dir", str(parent)]
@@ -208,9 +211,7 @@ def building(room: Room, *, files: Mapping[str, int], seccomp: int, info: int, u
     if room.limits.gpu_memory is not None:
         for device in gpu.device_files():
             arguments += ["--dev-bind", device, device]
-    scratch = str(room.limits.scratch)
     arguments += ["--perms", "1777", "--size", scratch, "--tmpfs", "/dev/shm"]  # noqa: S108 (its own)
-    arguments += ["--perms", "1777", "--size", scratch, "--tmpfs", "/tmp"]  # noqa: S108 (its own)
     arguments += ["--remount-ro", "/dev", "--remount-ro", "/", "--clearenv"]
     for name, value in environment(room).items():
         arguments += ["--setenv", name, value]
