@@ -7,15 +7,16 @@ rule check_entry:
         "results/{track}/{entry}/logs/check.log",
     conda:
         "../envs/palio.yaml"
+    resources:
+        neighbours=W.neighbours,  # no param: a later entry does not re-run the check of an earlier one
     params:
         file=W.entry_file,
         against=W.against(),
-        neighbours=W.neighbours,
         # re-runs the check when what the rules look at changes, not when a learning rate does
         identity=W.identity,
     shell:
         "palio check {params.file:q}"
         " --against {params.against:q}"
-        " --neighbours {params.neighbours:q}"
+        " --neighbours {resources.neighbours:q}"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
         " > {log:q} 2>&1"
