@@ -31,6 +31,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -355,7 +356,8 @@ class _Training:
             save_adapter(trainer.model, self.work / "adapter", base_model, self._initial)
             with atomic_path(self.work / "train.parquet") as temporary:
                 pq.write_table(pa.Table.from_pylist(self.telemetry, SCHEMA), temporary)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+            shutil.rmtree(self.work / "adapter", ignore_errors=True)
             self._checkpoint(trainer, ledger)
             why = f"the adapter could not be saved ({error}); make room and start again"
             raise Interrupted(why) from error
