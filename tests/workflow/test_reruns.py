@@ -62,7 +62,7 @@ def test_a_new_entry_runs_its_own_chain_and_the_scoring(finished: WorkingFolder)
 
 def test_a_scenario_of_the_closed_stage_re_evaluates_closed_only(finished: WorkingFolder) -> None:
     def more(config: dict[str, Any]) -> None:
-        config["stages"]["closed"]["scenarios"]["dyck_language"]["max_eval_instances"] = 41
+        config["stages"]["closed"]["scenarios"]["parity"]["max_eval_instances"] = 41
 
     finished.edit_yaml("config/config.yaml", more)
     closed = {("helm_closed", entry) for entry in ENTRIES}
