@@ -172,4 +172,4 @@ def test_perturbed_questions_are_asked_beside_the_plain_ones(evaluated: Evaluate
     kinds = pq.read_table(evaluated.entry_dir / "helm" / "closed" / "instances.parquet").column(
         "perturbation"
     )
-    assert {"robustness", "dialect"} <= set(kinds.to_pylist())
+    assert {"mild_mix", "dialect"} <= set(kinds.to_pylist())
