@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palio.config import BaseModelSource, Competition, Entry
+from palio.config import BaseModelSource, Competition, Entry, load_competition
 from palio.errors import BadInput, PalioError, State
-from palio.provenance import file_sha256
+from palio.provenance import canonical_json, file_sha256
 from palio.records import (
     INSTANCES_SCHEMA,
     METRICS_SCHEMA,
@@ -26,6 +26,7 @@ from palio.records import (
     StageRecord,
     StepFailure,
 )
+from palio.scoring.columns import columns_of
 from palio.scoring.leaderboard import (
     Candidate,
     score,
@@ -359,3 +360,11 @@ def test_the_terminal_shows_every_entry_and_every_reason(capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     assert "a [1,2]" in shown
     assert "bbq" in shown
+
+
+def test_a_rule_and_a_person_score_the_same_columns_in_the_same_order() -> None:
+    """A rule passes the competition on as JSON with sorted keys, a person names its YAML file."""
+    file = Path(__file__).parents[2] / "config/config.yaml"
+    typed = load_competition(file)
+    passed_on = load_competition(json.loads(canonical_json(typed.model_dump(mode="json", exclude_none=True))))
+    assert columns_of(typed) == columns_of(passed_on)

@@ -22,12 +22,12 @@ StatisticKey = tuple[str, str, str, str | None]
 
 
 def columns_of(competition: Competition, stage: str | None = None) -> list[Column]:
-    """The scored columns of one stage, or of all, in the order of the config."""
+    """The scored columns of one stage, or of all, by name: the order of keys in a config decides nothing."""
     return [
         Column(stage=name, scenario=scenario, metric=metric, higher_is_better=settings.higher_is_better)
         for name in ([stage] if stage else STAGES)
-        for scenario, of in competition.stage(name).scenarios.items()
-        for metric, settings in of.metrics.items()
+        for scenario, of in sorted(competition.stage(name).scenarios.items())
+        for metric, settings in sorted(of.metrics.items())
     ]
 
 
@@ -45,11 +45,11 @@ def stage_cells(
         BadInput: a statistic stands twice, or is NaN or infinite.
     """
     statistics = _statistics(metrics, source)
-    return [
-        _cell(settings, planned_runs(runs, scenario, settings), statistics)
-        for scenario, of in competition.stage(stage).scenarios.items()
-        for settings in of.metrics.values()
+    scenarios = competition.stage(stage).scenarios
+    columns = [
+        (one.scenario, scenarios[one.scenario].metrics[one.metric]) for one in columns_of(competition, stage)
     ]
+    return [_cell(settings, planned_runs(runs, name, settings), statistics) for name, settings in columns]
 
 
 def planned_runs(runs: Sequence[HelmRun], scenario: str, metric: Metric) -> list[HelmRun]:
