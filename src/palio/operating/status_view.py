@@ -79,8 +79,10 @@ def _cells(entry: EntryStatus) -> list[StepStatus | None]:
 
 def terminal_view(status: Status) -> RenderableType:
     table = Table(title=status.title, title_justify="left", caption=summary(status), caption_justify="left")
-    for column in ("track", "entry", *(TITLES.get(step, step) for step in STEPS)):
-        table.add_column(column)
+    for column in ("track", "entry"):
+        table.add_column(column, no_wrap=True)  # a narrow terminal wraps the steps, not the names
+    for step in STEPS:
+        table.add_column(TITLES.get(step, step))
     for entry in status.entries:
         steps = [Text(cell(step), STYLES[step.state]) if step else Text("–", "dim") for step in _cells(entry)]
         table.add_row(entry.track, entry.entry, *steps)
