@@ -10,12 +10,12 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 demo: env
 	snakemake --profile local
-	@cat results/leaderboard/*.md
+	@cat results/leaderboard/laptop.md
 	@echo "Report: $(CURDIR)/results/report/index.html"
 
 slurm-demo: env system
 	python -m tests.slurm.cluster snakemake --profile slurm
-	@cat results/leaderboard/*.md
+	@cat results/leaderboard/laptop.md
 
 test: env system
 	python -m pytest --numprocesses 2
