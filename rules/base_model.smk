@@ -15,6 +15,6 @@ rule fetch_base_model:
     shell:
         "palio fetch-base-model"
         " --source {params.source:q}"
-        " --approved-as {params.approved_as:q}"
+        " --approved-as={params.approved_as:q}"
         " --out resources/base_models/{wildcards.base_model:q}"
         " > {log:q} 2>&1"

@@ -193,6 +193,8 @@ def test_a_broken_entry_is_shown_with_its_reason_and_the_others_stand(untouched:
     assert (missing["entry"], missing["step"], missing["state"]) == ("secret", "check", "rule_violation")
     assert "base_model.gguf: gguf:acme_secret/" in missing["reason"]
     assert "is not approved" in missing["reason"]
+    (log,) = (untouched.path / "logs/fetch_base_model").glob("acme_secret*")
+    assert log.read_text().endswith("is not approved; it is not downloaded\n")
 
 
 def test_the_package_loads_with_plain_transformers(finished: WorkingFolder) -> None:
