@@ -193,7 +193,7 @@ def test_a_broken_entry_is_shown_with_its_reason_and_the_others_stand(untouched:
     assert (missing["entry"], missing["step"], missing["state"]) == ("secret", "check", "rule_violation")
     assert "base_model.gguf: gguf:acme_secret/" in missing["reason"]
     assert "is not approved" in missing["reason"]
-    (log,) = (untouched.path / "logs/fetch_base_model").glob("acme_secret*")
+    (log,) = (untouched.path / "logs/fetch_base_model").glob("acme-secret*")
     assert log.read_text().endswith("is not approved; it is not downloaded\n")
 
 
