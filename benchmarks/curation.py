@@ -13,9 +13,10 @@ sentences of GSM8K in random order, with numbers of their own. Planted, and know
 Recall counts planted duplicates that are dropped; precision counts dropped rows that were planted. The
 default recipe reads JSONL and does clean_markup, drop_refusals, length_filter, token_length (the demo
 model's tokenizer), drop_exact_duplicates, drop_near_duplicates, decontaminate (GSM8K's test set and BBQ),
-sample_rows. Every measurement is a process of its own. Memory is the largest sum of resident sizes of its
-processes, which counts pages they share more than once. Seconds are wall clock: on a machine that others
-use too, CPU-seconds say more, and the load is printed.
+sample_rows. Every measurement is a process of its own. Memory is the largest sum over its processes: what
+they hold themselves, and with it the pages of mapped files that happen to be resident, which the kernel
+takes back when it needs them. Seconds are wall clock: on a machine that others use too, CPU-seconds say
+more, and the load is printed.
 """
 
 from __future__ import annotations
@@ -177,15 +178,16 @@ def measured(command: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryFile("w+") as output:
         before = os.times()
         process = psutil.Popen(command, stdout=output)
-        peak = 0
+        held = resident = 0
         while process.poll() is None:
             sizes = []
             for one in [process, *process.children(recursive=True)]:
                 try:
-                    sizes.append(one.memory_info().rss)
+                    sizes.append(one.memory_info())
                 except psutil.NoSuchProcess:
                     continue
-            peak = max(peak, sum(sizes))
+            held = max(held, sum(size.rss - size.shared for size in sizes))
+            resident = max(resident, sum(size.rss for size in sizes))
             time.sleep(0.1)
         if process.returncode:
             raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
@@ -193,7 +195,8 @@ def measured(command: list[str]) -> dict[str, Any]:
         output.seek(0)
         found: dict[str, Any] = json.loads(output.read().splitlines()[-1])
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return {"all_cpu_seconds": round(cpu, 1), "peak_gb": round(peak / 1e9, 2), **found}
+    memory = f"{held / 1e9:.2f} GB ({resident / 1e9:.2f} GB with mapped files)"
+    return {"all_cpu_seconds": round(cpu, 1), "memory": memory, **found}
 
 
 def scored(result: dict[str, Any], rows: int) -> str:
@@ -202,7 +205,7 @@ def scored(result: dict[str, Any], rows: int) -> str:
     hit = kinds.count("near")
     return (
         f"{result['cpu_seconds']:.1f} CPU-s, {1e6 * result['cpu_seconds'] / rows:.0f} µs a record, "
-        f"{result['peak_gb']} GB, recall {hit / (rows // 5):.4f}, "
+        f"{result['memory']}, recall {hit / (rows // 5):.4f}, "
         f"precision {hit / max(1, len(dropped)):.4f}, "
         f"{kinds.count('hard')} of {rows // 20} hard negatives dropped"
     )
@@ -211,7 +214,7 @@ def scored(result: dict[str, Any], rows: int) -> str:
 def told(name: str, rows: int, result: dict[str, Any]) -> None:
     print(
         f"{name}, {rows} records: {result['seconds']} s, {rows / result['seconds']:.0f} records/s, "
-        f"{result['all_cpu_seconds']} CPU-s, {result['peak_gb']} GB, {result['rows_kept']} rows kept; "
+        f"{result['all_cpu_seconds']} CPU-s, {result['memory']}, {result['rows_kept']} rows kept; "
         f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
         flush=True,
     )
