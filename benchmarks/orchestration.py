@@ -1,10 +1,12 @@
-"""What Snakemake and our rules cost: the plan of N entries, and a run that finds nothing to do.
+"""What Snakemake and our rules cost: the plan of N entries, a job's start, a run that finds nothing to do.
 
     python benchmarks/orchestration.py                   50, 200, 1000 entries
     python benchmarks/orchestration.py 1000 5000         others
 
-No step is run: a plan is a dry run on a fresh clone; for the run with nothing to do, every output is made
-as an empty file and accepted with --touch. Prints wall-clock and CPU seconds and peak memory of Snakemake.
+No step is run. A plan is a dry run on a fresh clone. A job's start is the Snakemake that a SLURM job begins
+with (it begins with two, one after the other), up to the step's command. For the run with nothing to do,
+every output is made as an empty file and accepted with --touch, which also tells what the controller does for
+each job. Prints wall-clock and CPU seconds and the peak memory of Snakemake.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ENTRY = "config/entries/demo/curated.yaml"
+LOCAL = ("--profile", "local")
 LIMIT_SECONDS = 30.0
 """What 200 entries may take."""
 
 
 def competition(folder: Path, entries: int) -> Path:
     """A clone with copies of the demo's curated entry, one team each."""
-    for name in ("rules", "config", "profiles"):
+    for name in ("rules", "config", "profiles", "envs"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / "Snakefile", folder)
     for name in ("local", "slurm"):
@@ -44,7 +47,7 @@ def snakemake(folder: Path, *arguments: str) -> tuple[float, float, float, str]:
     """Wall-clock and CPU seconds, peak memory in MB, output."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     clock = time.monotonic()
-    command = [str(Path(sys.executable).with_name("snakemake")), "--profile", "local", *arguments]
+    command = [str(Path(sys.executable).with_name("snakemake")), *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     seconds = time.monotonic() - clock
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -59,32 +62,44 @@ def jobs(output: str) -> int:
     return int(found[1]) if found else 0
 
 
-def make_outputs(folder: Path) -> None:
-    """Every output of the plan, older ones first, as Snakemake's own summary lists them."""
-    plan = snakemake(folder, "--summary")[3]
+def job_start(folder: Path) -> float:
+    """CPU seconds of the Snakemake inside a job, with the arguments that the SLURM executor gives it."""
+    target = ("--target-jobs", "check_entry:track=laptop,entry=e00000", "--allowed-rules", "check_entry")
+    inside = ("--mode", "remote", "--executor", "local", "--cores", "1", "--force", "--nolock")
+    config = ("--snakefile", "Snakefile", "--configfile", "config/config.yaml")
+    return snakemake(folder, *config, *target, *inside, "--dry-run", "--quiet", "all")[1]
+
+
+def make_outputs(folder: Path) -> float:
+    """Every output of the plan, older ones first, as Snakemake's own summary lists them; the CPU seconds in
+    which the controller took note of all of them."""
+    plan = snakemake(folder, *LOCAL, "--summary")[3]
     lines = [line.split("\t") for line in plan.splitlines() if "\t" in line]
     for file, *_ in lines[1:]:
         path = folder / file
         (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
         if path.suffix:
             path.touch()
-    snakemake(folder, "--touch", "--forceall")
+    return snakemake(folder, *LOCAL, "--touch", "--forceall", "--quiet", "all")[1]
 
 
 def main() -> None:
     sizes = [int(argument) for argument in sys.argv[1:]] or [50, 200, 1000]
-    print("| entries | jobs | plan, s (CPU) | peak MB | nothing to do, s (CPU) |")
-    print("|---|---|---|---|---|")
+    print(
+        "| entries | jobs | plan, s (CPU) | peak MB | job's start, CPU s | a job, CPU ms | no-op, s (CPU) |"
+    )
+    print("|---|---|---|---|---|---|---|")
     slow = []
     for entries in sizes:
         with tempfile.TemporaryDirectory() as temporary:
             folder = competition(Path(temporary), entries)
-            plan, cpu, memory, output = snakemake(folder, "--dry-run", "--quiet", "rules")
-            make_outputs(folder)
-            again, again_cpu, _, nothing = snakemake(folder)
+            plan, cpu, memory, output = snakemake(folder, *LOCAL, "--dry-run", "--quiet", "rules")
+            start = job_start(folder)
+            each = make_outputs(folder) / jobs(output) * 1000
+            again, again_cpu, _, nothing = snakemake(folder, *LOCAL)
             assert "Nothing to be done" in nothing, nothing[-2000:]
-            row = f"| {entries} | {jobs(output)} | {plan:.1f} ({cpu:.1f}) | {memory:.0f} |"
-            print(f"{row} {again:.1f} ({again_cpu:.1f}) |", flush=True)
+            row = f"| {entries} | {jobs(output)} | {plan:.1f} ({cpu:.1f}) | {memory:.0f} | {start:.1f} |"
+            print(f"{row} {each:.0f} | {again:.1f} ({again_cpu:.1f}) |", flush=True)
             if entries <= 200 and max(plan, again) > LIMIT_SECONDS:
                 slow.append(entries)
     if slow:

@@ -8,7 +8,7 @@ rule check_entry:
     conda:
         "../envs/palio.yaml"
     resources:
-        neighbours=W.neighbours,  # no param: a later entry does not re-run the check of an earlier one
+        among=W.among(),  # no param: a later entry does not re-run the check of an earlier one
     params:
         file=W.entry_file,
         against=W.against(),
@@ -17,6 +17,6 @@ rule check_entry:
     shell:
         "palio check {params.file:q}"
         " --against {params.against:q}"
-        " --neighbours {resources.neighbours:q}"
+        " --among {resources.among:q}"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
         " > {log:q} 2>&1"

@@ -17,8 +17,9 @@ try:
     W = Workflow(config)
 except BadInput as fault:
     raise WorkflowError(str(fault)) from None
-for fault in W.faults.values():
-    logger.warning(f"This entry will not run: {fault}")
+if workflow.is_main_process:  # a job of one entry reads no other's file
+    for fault in W.faults:
+        logger.warning(f"This entry will not run: {fault}")
 
 
 wildcard_constraints:

@@ -182,14 +182,14 @@ def try_entry(file: Path, competition: str, panel: Path | None, out: Path) -> No
 @click.argument("files", nargs=-1, required=True, type=ExistingPath)
 @competition_option
 @click.option("--against", help="JSON slice of the competition, in place of --competition.")
-@click.option("--neighbours", help="JSON of the other entries; default: found in the file's folder.")
+@click.option("--among", help="JSON of the folders of the other entries; default: the file's own.")
 @click.option("--entry-dir", type=ExistingPath, help="Write check.json here (one FILE only).")
 @click.option("--json", "as_json", is_flag=True, help="Print violations and notices as JSON lines.")
 def check(
     files: tuple[Path, ...],
     competition: str,
     against: str | None,
-    neighbours: str | None,
+    among: str | None,
     entry_dir: Path | None,
     as_json: bool,
 ) -> None:
@@ -197,7 +197,7 @@ def check(
 
     A violation names rule, key, why and fix. A notice is for the organizers and stops nothing.
     """
-    from palio.config import CheckedAgainst, Neighbours, parse
+    from palio.config import CheckedAgainst, EntryFolders, parse
     from palio.rules.entry_file import check_file
 
     rules = (
@@ -205,12 +205,12 @@ def check(
         if against
         else competition_of(competition).checked_against
     )
-    around = parse(Neighbours, json.loads(neighbours), "--neighbours") if neighbours else None
+    others = parse(EntryFolders, json.loads(among), "--among") if among else None
     clean = True
     for file in (
         one for given in files for one in (sorted(given.glob("*.y*ml")) if given.is_dir() else [given])
     ):
-        checked = check_file(file, rules, around)
+        checked = check_file(file, rules, others)
         clean = clean and checked.record is not None
         if as_json:
             for level, found in (("violation", checked.violations), ("notice", checked.notices)):

@@ -738,6 +738,10 @@ class Competition(Strict):
     def checked_against(self) -> CheckedAgainst:
         return CheckedAgainst(competition=self.competition, rules=self.rules, tracks=tuple(self.tracks))
 
+    @property
+    def entry_folders(self) -> EntryFolders:
+        return EntryFolders(folders=self.entries, withdrawn=tuple(sorted(self.withdrawn)))
+
 
 class Overrides(Strict):
     """The organizer's decisions in a running competition; they win over its config."""
@@ -757,22 +761,11 @@ class CheckedAgainst(Strict):
     tracks: tuple[str, ...]
 
 
-class Alike(Strict):
-    """Another entry of the track that is nearly the same as one's own."""
+class EntryFolders(Strict):
+    """Where the entries are that an entry is seen beside."""
 
-    entry: str
-    team: str
-    differs: tuple[str, ...]
-    """Keys in which the two differ, besides names and seeds."""
-
-
-class Neighbours(Strict):
-    """What the rules look at of the other entries."""
-
-    entries_of_team: PositiveInt = 1
-    """Of the same team in the same track, this one included."""
-    alike: tuple[Alike, ...] = ()
-    """By entry id."""
+    folders: tuple[str, ...]
+    withdrawn: tuple[str, ...] = ()
 
 
 class ScenarioRuns(Strict):

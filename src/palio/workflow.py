@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,6 @@ from palio.config import (
     Competition,
     Decontaminate,
     Entry,
-    Neighbours,
     StageLimits,
     entry_files,
     load_competition,
@@ -31,8 +31,6 @@ from palio.errors import BadInput
 from palio.evaluation.helm import check_directions, stage_runs
 from palio.provenance import canonical_json, fingerprint
 from palio.rules.check import approved_model
-from palio.rules.entry_file import source_content
-from palio.rules.neighbours import neighbours
 
 GIB = 1024
 DEMO_SOURCES = "resources/demo_sources"
@@ -42,6 +40,16 @@ DEMO_SOURCES = "resources/demo_sources"
 def slice_of(model: BaseModel) -> str:
     """Canonical JSON of a model without the fields that were left at their defaults' `None`."""
     return canonical_json(model.model_dump(mode="json", exclude_none=True))
+
+
+@dataclass(frozen=True)
+class _EntryFile:
+    """What an entry file says; a broken one is shown in the first track."""
+
+    track: str
+    entry: Entry | None
+    fault: str = ""
+    """Why there is no entry."""
 
 
 class Workflow:
@@ -55,25 +63,33 @@ class Workflow:
             for name, path in entry_files(self.competition, file).items()
             if name not in self.competition.withdrawn
         }
-        self.entries: dict[tuple[str, str], Entry | None] = {}
-        self.faults: dict[str, str] = {}
-        for name, path in self.files.items():
-            entry, track = self._load(name, path)
-            self.entries[track, name] = entry
+        self._read: dict[str, _EntryFile] = {}
         check_directions(self.competition, file)
         self.stage_runs = {stage: stage_runs(self.competition, stage) for stage in STAGES}
 
-    def _load(self, name: str, path: Path) -> tuple[Entry | None, str]:
-        """The entry and its track; of a broken file None and the first track, where it is shown."""
-        tracks = list(self.competition.tracks)
-        try:
-            entry = load_entry(path)
-            if entry.track not in tracks:
-                raise BadInput(path, "track", entry.track, f"use one of {', '.join(tracks)}")
-            return entry, entry.track
-        except BadInput as fault:
-            self.faults[name] = str(fault)
-            return None, tracks[0]
+    # --- entries: each file is read when it is asked for, since a job of one entry needs no other's
+
+    def _file(self, name: str) -> _EntryFile:
+        if name not in self._read:
+            path, tracks = self.files[name], self.tracks
+            try:
+                entry = load_entry(path)
+                if entry.track not in tracks:
+                    raise BadInput(path, "track", entry.track, f"use one of {', '.join(tracks)}")
+                self._read[name] = _EntryFile(entry.track, entry)
+            except BadInput as fault:
+                self._read[name] = _EntryFile(tracks[0], None, str(fault))
+        return self._read[name]
+
+    @functools.cached_property
+    def entries(self) -> dict[tuple[str, str], Entry | None]:
+        """All, by track and id."""
+        return {(self._file(name).track, name): self._file(name).entry for name in self.files}
+
+    @property
+    def faults(self) -> list[str]:
+        """What is wrong with broken entry files."""
+        return [fault for name in self.files if (fault := self._file(name).fault)]
 
     # --- wildcards and targets
 
@@ -85,7 +101,10 @@ class Workflow:
         return sorted(name for at, name in self.entries if at == track)
 
     def entry(self, wildcards: Any) -> Entry | None:
-        return self.entries[wildcards.track, wildcards.entry]
+        found = self._file(wildcards.entry)
+        if found.track != wildcards.track:
+            raise KeyError(f"{wildcards.entry} is an entry of track {found.track}")
+        return found.entry
 
     def base_model_source(self, model: str) -> BaseModelSource:
         return self._base_models()[model]
@@ -161,7 +180,7 @@ class Workflow:
         """What the rules look at, so that a learning rate does not re-run the check."""
         entry = self.entry(wildcards)
         if entry is None:
-            return self.faults[wildcards.entry]
+            return self._file(wildcards.entry).fault
         looked_at = entry.model_dump(mode="json", exclude_none=True, exclude={"finetune", "title", "dataset"})
         looked_at["max_length"] = entry.finetune.max_length if entry.finetune else None
         looked_at["sources"] = (
@@ -179,14 +198,9 @@ class Workflow:
     def against(self) -> str:
         return slice_of(self.competition.checked_against)
 
-    def neighbours(self, wildcards: Any) -> str:
-        """What the rules look at of the other entries."""
-        return slice_of(self._neighbours.get(wildcards.entry, Neighbours()))
-
-    @functools.cached_property
-    def _neighbours(self) -> dict[str, Neighbours]:
-        valid = {name: entry for (_, name), entry in self.entries.items() if entry}
-        return neighbours(valid, source_content)
+    def among(self) -> str:
+        """Where the entries are that an entry is seen beside."""
+        return slice_of(self.competition.entry_folders)
 
     def entry_file(self, wildcards: Any) -> str:
         return str(self.files[wildcards.entry])
@@ -261,7 +275,7 @@ class Workflow:
         """Entry -> team and title: what leaderboard and report show of the entry files."""
         return canonical_json(
             {
-                name: [entry.team, entry.title] if entry else self.faults[name]
+                name: [entry.team, entry.title] if entry else self._file(name).fault
                 for (at, name), entry in self.entries.items()
                 if at == track
             }

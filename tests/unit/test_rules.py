@@ -13,12 +13,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from palio.config import CheckedAgainst, Entry, Neighbours, load_competition, load_entry, load_rules, parse
+from palio.config import CheckedAgainst, Entry, EntryFolders, load_competition, load_entry, load_rules, parse
 from palio.errors import BadInput
 from palio.rules.check import approved_model, matches, violations
-from palio.rules.entry_file import Checked, check_file, folder_neighbours
+from palio.rules.entry_file import Checked, check_file, participants
 from palio.rules.lineage import lineage_violations, model_facts
-from palio.rules.neighbours import neighbours, violations_among
+from palio.rules.neighbours import Participants, violations_among
 from tests.folder import ROOT, WorkingFolder
 
 RULES = load_rules(ROOT / "config/rules/neurips2023.yaml")
@@ -202,7 +202,7 @@ JUNK = st.recursive(
 def test_any_yaml_at_all_is_refused_with_reasons_and_raises_nothing(tmp_path: Path, content: object) -> None:
     file = tmp_path / "junk.yaml"
     file.write_text(yaml.safe_dump(content))
-    checked = check_file(file, against(), Neighbours())
+    checked = check_file(file, against())
     assert checked.violations
     assert checked.record is None
     with pytest.raises(BadInput):
@@ -282,9 +282,9 @@ def changed(**change: Any) -> Entry:
 
 
 def alike(one: Entry, other: Entry) -> bool:
-    found = neighbours({"one": one, "other": other})
-    assert bool(found["one"].alike) == bool(found["other"].alike)
-    return bool(found["one"].alike)
+    both = Participants({"one": one, "other": other})
+    assert bool(both.beside("one").alike) == bool(both.beside("other").alike)
+    return bool(both.beside("one").alike)
 
 
 @pytest.mark.parametrize(
@@ -323,23 +323,23 @@ def test_equal_data_in_another_file_is_equal_data(tmp_path: Path) -> None:
         data.write_text('{"prompt": "a", "completion": "b"}\n')
         entry = CLEAN | {"team": name, "dataset": {"sources": [{"path": str(data), "licence": "MIT"}]}}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(entry))
-    (found,) = folder_neighbours(folder)["one"].alike
+    (found,) = participants(EntryFolders(folders=(str(folder),))).beside("one").alike
     assert found.entry == "other"
 
 
 def test_a_copy_of_another_teams_entry_is_shown_and_stops_nobody() -> None:
     entries = {"mine": changed(), "copy": changed(team="thief")}
     for name, entry in entries.items():
-        broken, notices = violations_among(name, entry, RULES, neighbours(entries)[name])
+        broken, notices = violations_among(name, entry, RULES, Participants(entries).beside(name))
         assert broken == []
         assert [one.rule for one in notices] == ["entry.duplicate"]
 
 
 def test_of_a_teams_own_two_the_first_stands() -> None:
     entries = {"a": changed(), "b": changed(finetune={"learning_rate": 2.1e-4})}
-    found = neighbours(entries)
-    assert violations_among("a", entries["a"], RULES, found["a"]) == ([], [])
-    ((broken,), notices) = violations_among("b", entries["b"], RULES, found["b"])
+    both = Participants(entries)
+    assert violations_among("a", entries["a"], RULES, both.beside("a")) == ([], [])
+    ((broken,), notices) = violations_among("b", entries["b"], RULES, both.beside("b"))
     assert notices == []
     assert broken.why == "is nearly the same as a of acme but for finetune.learning_rate"
 
@@ -349,5 +349,5 @@ def test_a_team_has_no_more_than_three_entries_in_a_track(count: int, rules: lis
     rates = [1e-5 * 2**number for number in range(count)]
     entries = {f"e{number}": changed(finetune={"learning_rate": rate}) for number, rate in enumerate(rates)}
     entries["elsewhere"] = changed(track="rtx4090")
-    broken, _ = violations_among("e0", entries["e0"], RULES, neighbours(entries)["e0"])
+    broken, _ = violations_among("e0", entries["e0"], RULES, Participants(entries).beside("e0"))
     assert [one.rule for one in broken] == rules

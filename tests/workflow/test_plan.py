@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
+from palio.workflow import Workflow
 from tests.folder import DEMO_ENTRIES, WorkingFolder
 
 STEPS = {"check_entry", "build_package", "helm_open", "helm_closed"}
@@ -57,6 +61,21 @@ def test_a_broken_entry_file_does_not_stop_the_plan_of_the_others(folder: Workin
     plan = folder.plan()
     assert ("check_entry", "broken") in plan
     assert ("finetune", "curated") in plan
+
+
+def test_a_job_of_one_entry_reads_no_other_entrys_file(
+    folder: WorkingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A SLURM job parses the rules twice: reading all entries there would cost with the square of them."""
+    monkeypatch.chdir(folder.path)
+    rules = Workflow(yaml.safe_load(Path("config/config.yaml").read_text()))
+    for file in (folder.path / DEMO_ENTRIES).glob("*.yaml"):
+        if file.stem != "curated":
+            file.unlink()
+    curated = SimpleNamespace(track="laptop", entry="curated")
+    assert rules.training(curated)[0] == "--recipe"
+    assert rules.base_model_manifest(curated)
+    assert len(rules.faults) == 3, "only now are the others missed"
 
 
 def test_data_held_against_the_open_stage_waits_for_its_instances(folder: WorkingFolder) -> None:

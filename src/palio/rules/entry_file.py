@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from palio.config import (
     Decontaminate,
     DropSemanticDuplicates,
     Entry,
+    EntryFolders,
     Fault,
-    Neighbours,
     RuleSet,
     faults,
     load_entry,
@@ -30,7 +31,7 @@ from palio.errors import BadInput, RuleViolation
 from palio.records import Check, Violation
 from palio.rules.check import approved_model, violations
 from palio.rules.lineage import lineage_violations, model_facts
-from palio.rules.neighbours import neighbours, violations_among
+from palio.rules.neighbours import Participants, violations_among
 
 BASE_MODELS = Path("resources/base_models")
 OPEN_STAGE = "resources/stages/open"
@@ -62,15 +63,15 @@ class Checked:
         return self.record
 
 
-def check_file(file: Path, against: CheckedAgainst, around: Neighbours | None = None) -> Checked:
-    """Hold one entry file against the rules. `around` is found in the file's folder if not given."""
+def check_file(file: Path, against: CheckedAgainst, among: EntryFolders | None = None) -> Checked:
+    """Hold one entry file against the rules, beside the entries among which it is (default: its folder's)."""
     found = list(_schema(file))
     if found:
         return Checked(file, found)
     entry = load_entry(file)
     rules = _rules(Path(against.rules))
-    around = around or folder_neighbours(file.parent.resolve()).get(file.stem, Neighbours())
-    broken, notices = violations_among(file.stem, entry, rules, around)
+    others = participants(among or EntryFolders(folders=(str(file.parent.resolve()),)))
+    broken, notices = violations_among(file.stem, entry, rules, others.beside(file.stem))
     found = [*violations(entry, rules, tracks=against.tracks), *broken, *_places(entry, rules)]
     for folder in (BASE_MODELS / entry.base_model.id / "model", Path(entry.base_model.path or os.devnull)):
         if folder.is_dir():
@@ -91,15 +92,14 @@ def check_file(file: Path, against: CheckedAgainst, around: Neighbours | None = 
 
 
 @functools.cache
-def folder_neighbours(folder: Path) -> dict[str, Neighbours]:
-    """Of the valid entry files in a folder, which is read once a process."""
+def participants(among: EntryFolders) -> Participants:
+    """The valid entry files of the folders, which are read once a process."""
     entries = {}
-    for path in sorted(folder.glob("*.yaml")):
-        try:
-            entries[path.stem] = load_entry(path)
-        except BadInput:  # reported by its own check
-            continue
-    return neighbours(entries, source_content)
+    for path in (path for folder in among.folders for path in sorted(Path(folder).glob("*.yaml"))):
+        if path.stem not in among.withdrawn:
+            with suppress(BadInput):  # reported by its own check
+                entries[path.stem] = load_entry(path)
+    return Participants(entries, source_content)
 
 
 def source_content(path: str) -> str:

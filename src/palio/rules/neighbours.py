@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
-from palio.config import Alike, Entry, Neighbours, RuleSet
+from palio.config import Entry, RuleSet
 from palio.provenance import canonical_json
 from palio.records import Violation
 
@@ -23,23 +22,55 @@ NUMBERS_WITHIN = 0.1
 _SEEDS = frozenset({"seed", "save_steps"})
 
 
-def neighbours(
-    entries: Mapping[str, Entry], content: Callable[[str], str] = lambda path: path
-) -> dict[str, Neighbours]:
-    """What the rules look at, by entry id. `content` names what a source's path holds: equal names, equal
-    data."""
-    of_team = Counter((entry.team, entry.track) for entry in entries.values())
-    alike: defaultdict[str, list[Alike]] = defaultdict(list)
-    for one, other, differs in _alike_pairs(entries, content):
-        alike[one].append(Alike(entry=other, team=entries[other].team, differs=differs))
-        alike[other].append(Alike(entry=one, team=entries[one].team, differs=differs))
-    return {
-        name: Neighbours(
-            entries_of_team=of_team[entry.team, entry.track],
-            alike=tuple(sorted(alike[name], key=lambda one: one.entry)),
-        )
-        for name, entry in entries.items()
-    }
+@dataclass(frozen=True)
+class Alike:
+    """Another entry of the track that is nearly the same as one's own."""
+
+    entry: str
+    team: str
+    differs: tuple[str, ...]
+    """Keys in which the two differ, besides names and seeds."""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What the rules look at of the other entries."""
+
+    entries_of_team: int
+    """Of the same team in the same track, this one included."""
+    alike: tuple[Alike, ...]
+    """By entry id."""
+
+
+class Participants:
+    """The entries of a competition, to see one beside the others.
+
+    `content` names what a source's path holds: equal names, equal data.
+    """
+
+    def __init__(
+        self, entries: Mapping[str, Entry], content: Callable[[str], str] = lambda path: path
+    ) -> None:
+        self.entries = entries
+        self._of_team = Counter((entry.team, entry.track) for entry in entries.values())
+        self._likeness = {name: _likeness(entry, content) for name, entry in entries.items()}
+        self._groups: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
+        for name in sorted(entries):
+            self._groups[self._group(name)].append(name)
+
+    def beside(self, name: str) -> Neighbours:
+        """The neighbours of one entry; one comparison for each entry that makes the same choices."""
+        entry, own = self.entries[name], self._likeness[name]
+        alike = [
+            Alike(other, self.entries[other].team, differs)
+            for other in self._groups[self._group(name)]
+            if other != name and (differs := _differs(own, self._likeness[other])) is not None
+        ]
+        return Neighbours(self._of_team[entry.team, entry.track], tuple(alike))
+
+    def _group(self, name: str) -> tuple[str, str, str]:
+        entry = self.entries[name]
+        return entry.track, entry.base_model.id, self._likeness[name].choices
 
 
 def violations_among(
@@ -84,20 +115,6 @@ class _Likeness:
     data: frozenset[str]
     choices: str
     numbers: Mapping[str, float]
-
-
-def _alike_pairs(
-    entries: Mapping[str, Entry], content: Callable[[str], str]
-) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    groups: defaultdict[tuple[str, str, str], list[tuple[str, _Likeness]]] = defaultdict(list)
-    for name, entry in sorted(entries.items()):
-        likeness = _likeness(entry, content)
-        groups[entry.track, entry.base_model.id, likeness.choices].append((name, likeness))
-    for group in groups.values():
-        for (name, one), (other_name, other) in combinations(group, 2):
-            differs = _differs(one, other)
-            if differs is not None:
-                yield name, other_name, differs
 
 
 def _likeness(entry: Entry, content: Callable[[str], str]) -> _Likeness:
