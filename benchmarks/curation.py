@@ -119,7 +119,9 @@ def near_duplicates(folder: Path) -> dict[str, Any]:
     from palio.curation.rows import BATCH_ROWS, ROW, Batch, Surroundings
 
     lines = [json.loads(line) for path in sorted(folder.glob("records-*.jsonl")) for line in path.open()]
-    table = pa.Table.from_pylist([{**line, "source": "", "licence": ""} for line in lines], schema=ROW)
+    table = pa.Table.from_pylist(
+        [{**line, "history": [], "source": "", "licence": ""} for line in lines], ROW
+    )
     batches = [Batch(batch) for batch in table.combine_chunks().to_batches(max_chunksize=BATCH_ROWS)]
 
     class InMemory:

@@ -136,7 +136,9 @@ def prepare(work: Path, options: argparse.Namespace) -> list[list[tuple[list[int
     texts = mixed_texts(options.data, options.rows)
     dataset = work / "dataset"
     dataset.mkdir()
-    pq.write_table(pa.Table.from_pylist(texts), dataset / "train.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([{"history": [], **text} for text in texts]), dataset / "train.parquet"
+    )
     names = dict.fromkeys(("competition", "track", "entry"), "benchmark")
     empty: dict[str, Any] = {"sources": [], "operations": [], "rows_by_source": {}, "characters": {}}
     sha256 = file_sha256(dataset / "train.parquet")
@@ -144,11 +146,10 @@ def prepare(work: Path, options: argparse.Namespace) -> list[list[tuple[list[int
         dataset / "manifest.json"
     )
     tokenizer = AutoTokenizer.from_pretrained(options.model / "model")
-    prompts, completions = ([text[key] for text in texts] for key in ("prompt", "completion"))
-    rows, _ = tokenise(tokenizer, prompts, completions, 2048)
+    rows, _ = tokenise(tokenizer, [(text["prompt"], text["completion"]) for text in texts], 2048)
     recipe = recipe_of(options.steps)
     steps = [
-        [(row.ids.tolist(), row.prompt) for row in step_rows(rows, recipe, step)]
+        [(row.ids.tolist(), row.answers[0][0]) for row in step_rows(rows, recipe, step)]
         for step in range(options.steps)
     ]
     (work / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
@@ -362,7 +363,7 @@ def step_flops(model: Any, rows: list[Row]) -> float:
     frozen = layers * hidden * (4 * hidden + 3 * config.intermediate_size)  # no grouped heads in SHAPES
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tokens = sum(len(row.ids) for row in rows)
-    labels = sum(len(row.ids) - row.prompt for row in rows)
+    labels = sum(row.targets for row in rows)
     # Causal scores and their use: 2 · l · hidden a token and layer forward, twice that backward.
     attention = sum(6 * len(row.ids) ** 2 * hidden * layers for row in rows)
     return tokens * (4 * frozen + 6 * trained) + attention + 4 * labels * hidden * config.vocab_size
@@ -387,7 +388,7 @@ def random_rows(count: int) -> list[Row]:
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(6.0, 0.6, count), 32, 2048).astype(int)
     return [
-        Row(number, random.integers(5, 31999, length).astype(np.int32), int(length * 0.6))
+        Row(number, random.integers(5, 31999, length).astype(np.int32), ((int(length * 0.6), length),))
         for number, length in enumerate(lengths)
     ]
 

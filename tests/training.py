@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from palio.config import BaseModelSource, FinetuneRecipe, Telemetry, Track
+from palio.curation.rows import ROW
 from palio.provenance import file_sha256, folder_sha256
 from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest
 
@@ -72,11 +74,12 @@ class Entry:
         entry.write_rows(copy_rows(rows))
         return entry
 
-    def write_rows(self, rows: list[dict[str, str]]) -> None:
+    def write_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         dataset = self.folder / "dataset"
         dataset.mkdir(parents=True, exist_ok=True)
-        schema = pa.schema([("prompt", pa.string()), ("completion", pa.string())])
-        pq.write_table(pa.Table.from_pylist(rows, schema), dataset / "train.parquet")
+        schema = pa.schema([ROW.field(name) for name in ("prompt", "completion", "history")])
+        table = pa.Table.from_pylist([{"history": [], **row} for row in rows], schema)
+        pq.write_table(table, dataset / "train.parquet")
         DatasetManifest(
             competition="c",
             track="t",

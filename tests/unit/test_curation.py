@@ -261,6 +261,91 @@ def test_records_of_known_shapes_become_rows(
     assert (" ".join(prompt.split()), completion) == (QUESTION, ANSWER)
 
 
+TALK = ["Who won?", "The owl.", "When?", "In July."]
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"),
+    [
+        ("lima", {"conversations": TALK}),
+        ("lima", {"conversations": [*TALK, "Who asks?"]}),
+        (
+            "sharegpt",
+            {
+                "conversations": [
+                    {"from": ("human", "gpt")[n % 2], "value": turn} for n, turn in enumerate(TALK)
+                ]
+            },
+        ),
+        (
+            "messages",
+            {
+                "messages": [
+                    {"role": ("user", "assistant")[n % 2], "content": turn}
+                    for n, turn in enumerate([*TALK, "Unanswered?"])
+                ]
+            },
+        ),
+        (
+            "oasst",
+            {
+                "prompt": {
+                    "text": TALK[0],
+                    "replies": [
+                        {"text": "The eagle.", "role": "assistant", "rank": 1},
+                        {
+                            "text": TALK[1],
+                            "role": "assistant",
+                            "rank": 0,
+                            "replies": [
+                                {
+                                    "text": TALK[2],
+                                    "role": "prompter",
+                                    "replies": [{"text": TALK[3], "role": "assistant", "rank": 0}],
+                                }
+                            ],
+                        },
+                    ],
+                }
+            },
+        ),
+    ],
+)
+def test_a_conversation_becomes_one_row_up_to_its_last_answer(
+    kind: str, record: object, tmp_path: Path
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [record])
+    curate(recipe([{"path": str(source), "format": kind}]), tmp_path / "dataset")
+    (row,) = pq.read_table(tmp_path / "dataset/train.parquet").to_pylist()
+    assert [*row["history"], row["prompt"], row["completion"]] == TALK
+
+
+def test_what_a_system_turn_says_stands_before_the_first_question(tmp_path: Path) -> None:
+    said = [("system", "Be brief."), ("user", "Who won?"), ("assistant", "The owl.")]
+    record = {"messages": [{"role": role, "content": text} for role, text in said]}
+    source = write_jsonl(tmp_path / "a.jsonl", [record])
+    curate(recipe([{"path": str(source), "format": "messages"}]), tmp_path / "dataset")
+    assert pairs_of(tmp_path / "dataset/train.parquet") == [("Be brief.\n\nWho won?", "The owl.")]
+
+
+@pytest.mark.parametrize(
+    ("speakers", "reason"),
+    [
+        ("gh", "not by turns of human and gpt"),
+        ("hh", "not by turns"),
+        ("hghgg", "not by turns"),
+        ("h", "not by"),
+    ],
+)
+def test_a_conversation_that_is_not_by_turns_is_malformed(speakers: str, reason: str, tmp_path: Path) -> None:
+    names = {"h": "human", "g": "gpt"}
+    turns = [{"from": names[speaker], "value": "text"} for speaker in speakers]
+    good = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    source = write_jsonl(tmp_path / "a.jsonl", [good, {"conversations": turns}])
+    curate(recipe([{"path": str(source), "format": "sharegpt"}], max_quarantined=0.5), tmp_path / "dataset")
+    assert reason in (tmp_path / "dataset/quarantine.jsonl").read_text()
+
+
 def test_a_task_of_natural_instructions_gives_a_row_for_each_instance(tmp_path: Path) -> None:
     instances = [{"input": f"{n} + 1", "output": [str(n + 1)]} for n in (1, 2)]
     task = {"Definition": ["Add."], "Instances": instances}

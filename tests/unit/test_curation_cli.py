@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from palio.curation.rows import ROW
 from palio.demo.data import write_demo_sources
 from palio.provenance import file_sha256
 from palio.workflow import DEMO_SOURCES
@@ -79,8 +80,15 @@ def test_contamination_is_counted_and_pairs_are_of_the_open_stage_alone(
     stores[stage].mkdir(parents=True)
     row = {"scenario": "quiz", "run": "quiz", "instance": "id7", "text": question, "reference": "2009"}
     pq.write_table(pa.Table.from_pylist([row]), stores[stage] / "instances.parquet")
-    train = {"prompt": question.upper(), "completion": "2009", "source": "mine", "id": "mine:1"}
-    pq.write_table(pa.Table.from_pylist([train]), tmp_path / "train.parquet")
+    train = {
+        "prompt": question.upper(),
+        "completion": "2009",
+        "history": [],
+        "source": "mine",
+        "id": "mine:1",
+        "licence": "CC0-1.0",
+    }
+    pq.write_table(pa.Table.from_pylist([train], ROW), tmp_path / "train.parquet")
     done = palio(
         folder, "contamination", str(tmp_path), "--stage", stage, "--competition", json.dumps(config)
     )

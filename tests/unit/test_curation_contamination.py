@@ -68,6 +68,20 @@ def test_an_instance_counts_if_it_stands_whole_or_by_thirteen_words(
     assert record.contaminated == {"closed": {"quiz": held}}
 
 
+def test_a_leak_in_an_early_turn_of_a_conversation_is_found_and_dropped(tmp_path: Path) -> None:
+    table = instances(tmp_path / "i.parquet", (LONG, "2009"))
+    talks = [[LONG, "2009", "Thanks!", "You're welcome."], ["Hello!", "Hello.", "Thanks!", "You're welcome."]]
+    source = write_jsonl(tmp_path / "talks.jsonl", [{"conversations": talk} for talk in talks])
+    given = [{"path": str(source), "format": "lima"}]
+    curate(recipe(given), tmp_path / "raw")
+    assert measure(tmp_path / "raw", table).contaminated == {"closed": {"quiz": 1}}
+    (pair,) = contaminated_pairs(tmp_path / "raw", table)
+    assert pair.shown.startswith("In which year")
+    clean = {"op": "decontaminate", "instances": str(table)}
+    curate(recipe(given, clean), tmp_path / "clean")
+    assert measure(tmp_path / "clean", table).contaminated == {"closed": {"quiz": 0}}
+
+
 def test_a_short_question_counts_only_with_its_answer(tmp_path: Path) -> None:
     table = instances(tmp_path / "i.parquet", ("Which of these is true?", "Fire is hot"))
     asked = dataset(tmp_path / "asked", ("Which of these is true? A. Water burns B. Ice sinks", "neither"))

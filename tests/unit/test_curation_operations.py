@@ -279,3 +279,71 @@ def test_prompts_with_equal_embeddings_are_one_and_the_first_stays(tmp_path: Pat
     rows = [("Who won the race?", "Oca"), ("Where is it run?", "Siena"), ("Who won the race?", "the owl")]
     operation = {"op": "drop_semantic_duplicates", "model": str(model), "threshold": 0.999}
     assert kept(rows, operation, tmp_path) == rows[:2]
+
+
+# --- conversations --------------------------------------------------------------------------------
+
+CALM = ("Who won?", "The owl.", "When?", "In July.")
+
+
+@pytest.mark.parametrize(
+    ("operation", "talk"),
+    [
+        ("drop_refusals", ("Who won?", "As an AI, I pass.", "When?", "In July.")),
+        (
+            {"op": "drop_matches", "patterns": ["https?://"], "field": "prompt"},
+            ("See http://a.b", *CALM[1:]),
+        ),
+        ({"op": "length_filter", "max_prompt": 40}, ("Who won? " * 5, *CALM[1:])),
+        ({"op": "length_filter", "max_completion": 40}, (CALM[0], "The owl. " * 5, *CALM[2:])),
+        ({"op": "token_length", "max": 30}, ("Who won? " * 10, *CALM[1:])),
+        ("keep_languages", ("Chi ha vinto la corsa nella piazza principale della città?", *CALM[1:])),
+        ("keep_quality", (" ".join(["Great deal!"] * 40), *CALM[1:])),
+        ("drop_exact_duplicates", tuple(turn.upper() for turn in CALM)),
+        ("drop_near_duplicates", tuple(f"{turn} " for turn in CALM)),
+        ({"op": "sample_rows", "rows": 1, "by": "diversity"}, CALM),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_an_operation_judges_a_row_by_all_its_turns(
+    operation: dict[str, object] | str, talk: tuple[str, ...], tmp_path: Path, base_model: Path
+) -> None:
+    assert talks_kept([CALM, talk], operation, tmp_path, base_model) == [CALM]
+
+
+def test_markup_goes_from_every_turn(tmp_path: Path) -> None:
+    marked = ("<p>Who won?</p>", "**The owl.**", "When?", "In&nbsp;July.")
+    assert talks_kept([marked], "clean_markup", tmp_path) == [CALM]
+    assert "<p>Who won?</p>' → 'Who won?'" in (tmp_path / "dataset/card.md").read_text()
+
+
+def test_a_pattern_is_replaced_in_the_turns_of_its_field_alone(tmp_path: Path) -> None:
+    operation = {"op": "replace_matches", "pattern": "owl", "by": "eagle", "field": "completion"}
+    talk = ("The owl?", "The owl.", "The owl!", "An owl.")
+    assert talks_kept([talk], operation, tmp_path) == [("The owl?", "The eagle.", "The owl!", "An eagle.")]
+
+
+@pytest.mark.parametrize("operation", ["drop_exact_duplicates", "drop_near_duplicates", "drop_disagreement"])
+def test_conversations_that_end_alike_and_began_otherwise_are_all_kept(
+    operation: str, tmp_path: Path
+) -> None:
+    talks = [CALM, ("Who lost?", "The eagle.", *CALM[2:]), ("Who fell?", "The snail.", "When?", "In June.")]
+    assert talks_kept(talks, operation, tmp_path) == talks
+
+
+def talks_kept(
+    talks: list[tuple[str, ...]],
+    operation: dict[str, object] | str,
+    folder: Path,
+    base_model: Path = Path("none"),
+) -> list[tuple[str, ...]]:
+    """What an operation leaves of the conversations, in their order."""
+    source = write_jsonl(
+        folder / "rows.jsonl", [{"id": n, "conversations": talk} for n, talk in enumerate(talks)]
+    )
+    curate(recipe([{"path": str(source), "format": "lima"}], operation), folder / "dataset", base_model)
+    table = pq.read_table(folder / "dataset/train.parquet").to_pylist()
+    return [
+        (*row["history"], row["prompt"], row["completion"])
+        for row in sorted(table, key=lambda row: int(row["id"]))
+    ]

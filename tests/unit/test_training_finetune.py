@@ -340,7 +340,7 @@ def test_patience_ends_training_early(entry: Entry) -> None:
 
 
 def test_held_out_rows_are_not_trained_on() -> None:
-    rows = [Row(number, np.arange(3, dtype=np.int32), 1) for number in range(20)]
+    rows = [Row(number, np.arange(3, dtype=np.int32), ((1, 3),)) for number in range(20)]
     kept, held = split(rows, 5, seed=3)
     assert len(held) == 5
     assert sorted(row.number for row in kept + held) == list(range(20))

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from palio.config import FinetuneRecipe
+from palio.errors import BadInput
 from palio.training.attention import NAME, row_bounds
 from palio.training.rows import Row, flat_batch, padded_batch, planned_steps, step_rows, tokenise
 
@@ -39,7 +40,7 @@ ARCHITECTURES = [
 def rows_of(*lengths: int) -> list[Row]:
     random = np.random.default_rng(1)
     return [
-        Row(number, random.integers(0, 97, length).astype(np.int32), max(1, length // 2))
+        Row(number, random.integers(0, 97, length).astype(np.int32), ((max(1, length // 2), length),))
         for number, length in enumerate(lengths)
     ]
 
@@ -64,7 +65,7 @@ def test_rows_end_to_end_give_the_logits_of_each_row_alone(config: PretrainedCon
 def test_the_loss_falls_on_completion_tokens_only() -> None:
     rows = rows_of(6, 9)
     flat, padded = flat_batch(rows, CPU), padded_batch(rows, CPU)
-    expected = [token for row in rows for token in row.ids[row.prompt :]]
+    expected = [token for row in rows for start, end in row.answers for token in row.ids[start:end]]
     assert flat.targets.tolist() == expected
     assert padded.targets.tolist() == expected
     # The token before each target is the one it is predicted from.
@@ -73,17 +74,18 @@ def test_the_loss_falls_on_completion_tokens_only() -> None:
 
 def test_a_prompt_has_the_same_tokens_as_the_server_gives_it(base_model: object) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_model)
-    rows, too_long = tokenise(tokenizer, ["Question: 1 + 1?\nAnswer:"], [" 2"], 100)
+    ((row,), too_long) = tokenise(tokenizer, [("Question: 1 + 1?\nAnswer:", " 2")], 100)
     alone = tokenizer("Question: 1 + 1?\nAnswer:", add_special_tokens=False)["input_ids"]
-    assert rows[0].ids[: rows[0].prompt].tolist() == alone
-    assert rows[0].ids[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(rows[0].ids[rows[0].prompt : -1]) == " 2"
+    ((start, end),) = row.answers
+    assert row.ids[:start].tolist() == alone
+    assert tokenizer.decode(row.ids[start : end - 1]) == " 2"
+    assert row.ids[end - 1 :].tolist() == [tokenizer.eos_token_id]
     assert too_long == 0
 
 
 def test_rows_over_the_limit_are_left_out_whole_and_counted(base_model: object) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_model)
-    rows, too_long = tokenise(tokenizer, ["short", "long " * 50], [" a", " b"], 20)
+    rows, too_long = tokenise(tokenizer, [("short", " a"), ("long " * 50, " b")], 20)
     assert [row.number for row in rows] == [0]
     assert too_long == 1
 
@@ -111,12 +113,51 @@ def test_every_row_is_seen_once_an_epoch(
 
 def test_rows_through_the_chat_template_are_those_a_chat_server_makes(base_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_model)
-    (row,), _ = tokenise(tokenizer, ["What is 1 + 1?"], ["2"], 100, chat=True)
+    (row,), _ = tokenise(tokenizer, [("What is 1 + 1?", "2")], 100, chat=True)
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is 1 + 1?"}], add_generation_prompt=True, return_dict=False
     )
-    assert row.ids[: row.prompt].tolist() == asked
-    assert tokenizer.decode(row.ids[row.prompt :]).startswith("2<|im_end|>")
+    ((start, _),) = row.answers
+    assert row.ids[:start].tolist() == asked
+    assert tokenizer.decode(row.ids[start:]).startswith("2<|im_end|>")
+
+
+TALK = ("Who won?", "The owl.", "When?", "In July.", "Where?", "In Siena.")
+
+
+@pytest.mark.parametrize(("chat", "end"), [(False, "<|im_end|>"), (True, "<|im_end|>\n")])
+def test_of_a_conversation_every_answer_is_learned_and_nothing_else(
+    base_model: Path, *, chat: bool, end: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    rows, _ = tokenise(tokenizer, [TALK, TALK[:2]], 200, chat=chat)
+    learned = [[tokenizer.decode(row.ids[start:stop]) for start, stop in row.answers] for row in rows]
+    assert learned == [[answer + end for answer in TALK[1::2]], [TALK[1] + end]]
+    batch = flat_batch(rows, CPU)
+    assert tokenizer.decode(batch.targets) == "".join(map("".join, learned))
+    for question in TALK[::2]:
+        assert question in tokenizer.decode(rows[0].ids)
+
+
+def test_each_answer_of_a_conversation_is_asked_as_a_chat_server_would(base_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    (row,), _ = tokenise(tokenizer, [TALK], 200, chat=True)
+    turns = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(TALK)]
+    for number, (start, _) in enumerate(row.answers):
+        asked = tokenizer.apply_chat_template(
+            turns[: 2 * number + 1], add_generation_prompt=True, return_dict=False
+        )
+        assert row.ids[:start].tolist() == asked
+
+
+def test_a_chat_template_that_rewrites_earlier_turns_is_refused(base_model: Path) -> None:
+    """As those that drop the thoughts of all answers but the last."""
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else m.content[:3] }};{% endfor %}"
+    )
+    with pytest.raises(BadInput, match="changes a turn once it is answered"):
+        tokenise(tokenizer, [TALK], 200, chat=True)
 
 
 def test_grouping_by_length_sees_every_row_and_pads_less() -> None:

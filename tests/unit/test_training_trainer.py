@@ -30,7 +30,9 @@ CONFIG = LlamaConfig(
 
 def rows_of(count: int) -> list[Row]:
     random = np.random.default_rng(0)
-    return [Row(n, random.integers(0, 97, 5 + n % 11).astype(np.int32), 3) for n in range(count)]
+    return [
+        Row(n, random.integers(0, 97, 5 + n % 11).astype(np.int32), ((3, 5 + n % 11),)) for n in range(count)
+    ]
 
 
 def trainer_of(recipe: FinetuneRecipe, *, attention_backend: bool = True) -> Trainer:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from palio.curation.rows import shortened
+from palio.curation.rows import asked, shortened
 from palio.records import DatasetManifest, OperationReport
 
 
 def card(manifest: DatasetManifest, examples: Sequence[Mapping[str, Any]]) -> str:
-    """The card of a dataset; `examples` are rows of it (prompt, completion, source)."""
+    """The card of a dataset; `examples` are rows of it."""
     parts = [
         f"# Training data of {manifest.entry}",
         f"{manifest.rows} rows, shuffled with seed {manifest.seed}. Competition {manifest.competition}, "
@@ -35,7 +35,7 @@ def card(manifest: DatasetManifest, examples: Sequence[Mapping[str, Any]]) -> st
         _operations(manifest.operations),
         "## Examples",
         *(
-            f"From {row['source']}: {_inline(shortened(row['prompt'], 300))} → "
+            f"From {row['source']}: {_inline(shortened(asked(row), 300))} → "
             f"{_inline(shortened(row['completion'], 120))}"
             for row in examples
         ),

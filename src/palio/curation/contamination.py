@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 
 from palio.curation.overlap import InstanceIndex, read_instances
-from palio.curation.rows import BATCH_ROWS, shortened
+from palio.curation.rows import BATCH_ROWS, asked, shortened
 from palio.errors import BadInput
 from palio.provenance import file_sha256
 from palio.records import Contamination
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
     source: str
     row: str
     shown: str
-    """The row's prompt, shortened."""
+    """What the row asks, shortened."""
 
 
 def contamination(
@@ -68,10 +68,10 @@ def contamination(
 def contaminated_pairs(dataset: Path, instances: Path, ngram: int = NGRAM) -> Iterator[Pair]:
     """Every row that holds an instance, with the instance: for participants, and so for the open stage."""
     index = InstanceIndex(read_instances(instances), ngram)
-    for row, prompt, numbers in _rows_that_hold(_table(dataset), index):
+    for row, question, numbers in _rows_that_hold(_table(dataset), index):
         for number in sorted(numbers):
             instance = index.instances[number]
-            yield Pair(instance.scenario, instance.id, row[0], row[1], shortened(prompt))
+            yield Pair(instance.scenario, instance.id, row[0], row[1], shortened(question))
 
 
 def _table(dataset: Path) -> Path:
@@ -82,10 +82,13 @@ def _table(dataset: Path) -> Path:
 
 
 def _rows_that_hold(table: Path, index: InstanceIndex) -> Iterator[tuple[tuple[str, str], str, set[int]]]:
-    """Source and id, prompt, and the instances found, of the rows that hold any."""
-    columns = ["prompt", "completion", "source", "id"]
-    for batch in pq.ParquetFile(table).iter_batches(batch_size=BATCH_ROWS, columns=columns):
+    """Source and id, what is asked, and the instances found, of the rows that hold any."""
+    columns, file = ["prompt", "completion", "history", "source", "id"], pq.ParquetFile(table)
+    for name in columns:
+        if name not in file.schema_arrow.names:
+            raise BadInput(table, name, None, "has no such column; curate the dataset again")
+    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
         for place, numbers in enumerate(index.found_in(batch)):
             if numbers:
-                prompt, source, name = (batch[key][place].as_py() for key in ("prompt", "source", "id"))
-                yield (source, name), prompt, numbers
+                (row,) = batch.slice(place, 1).to_pylist()
+                yield (row["source"], row["id"]), asked(row), numbers

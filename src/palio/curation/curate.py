@@ -46,7 +46,10 @@ from palio.curation.rows import (
     Batch,
     Surroundings,
     Verdict,
+    asked,
+    columns_of,
     shortened,
+    texts_of,
 )
 from palio.curation.source import Quarantined, SourceRow, read_source, source_digest
 from palio.curation.store import Pool, StoredRows, Tick, pool, write_batches
@@ -62,7 +65,7 @@ from palio.provenance import (
 )
 from palio.records import DatasetManifest, OperationReport, SourceReport
 
-RECIPE_VERSION = "2"
+RECIPE_VERSION = "3"
 """Raised when equal recipes give other rows than before."""
 
 
@@ -225,7 +228,7 @@ class _Reading:
                     break
                 rows += 1
                 batch.append(record)
-                size += len(record.prompt) + len(record.completion)
+                size += sum(map(len, record.turns))
                 if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
                     yield _record_batch(source, batch)
                     self.progress(f"0 read {source.label}", None, len(batch))
@@ -253,17 +256,15 @@ class _Reading:
 
 def _record_batch(source: DataSource, rows: Sequence[SourceRow]) -> pa.RecordBatch:
     count = len(rows)
-    columns = [
-        [row.prompt for row in rows],
-        [row.completion for row in rows],
-        [source.label] * count,
-        [row.id for row in rows],
-        [source.licence] * count,
-        [source.generator] * count,
-        [row.score for row in rows],
-    ]
-    arrays = [pa.array(column, type=field.type) for column, field in zip(columns, ROW, strict=True)]
-    return pa.RecordBatch.from_arrays(arrays, schema=ROW)
+    columns = {
+        **columns_of([row.turns for row in rows]),
+        "source": [source.label] * count,
+        "id": [row.id for row in rows],
+        "licence": [source.licence] * count,
+        "generator": [source.generator] * count,
+        "score": [row.score for row in rows],
+    }
+    return pa.RecordBatch.from_pydict(columns, schema=ROW)
 
 
 # --- operations -----------------------------------------------------------------------------------
@@ -327,10 +328,7 @@ class _Account:
 
     def kept(self, judged: Iterator[tuple[Batch, Verdict]]) -> Iterator[pa.RecordBatch]:
         for batch, verdict in judged:
-            before = after = batch.table
-            for name, texts in (("prompt", verdict.prompts), ("completion", verdict.completions)):
-                if texts is not None:
-                    after = after.set_column(ROW.get_field_index(name), ROW.field(name), pa.array(texts))
+            before, after = batch.table, verdict.rewritten or batch.table
             self.rows_in += before.num_rows
             reasons = [reason for reason in verdict.reasons if reason is not None]
             if reasons:
@@ -338,7 +336,7 @@ class _Account:
                 self._drop(before.filter(drop), reasons)
                 keep = pc.invert(drop)
                 before, after = before.filter(keep), after.filter(keep)
-            if verdict.prompts or verdict.completions:
+            if verdict.rewritten:
                 self._count_changed(before, after)
             self.rows_out += after.num_rows
             if after.num_rows:
@@ -353,19 +351,18 @@ class _Account:
         )
         shown = rows.slice(0, EXAMPLES - len(self.examples)).to_pylist()
         for row, why in zip(shown, reasons, strict=False):
-            self.examples.append(f"{why}: {shortened(row['prompt'])} → {shortened(row['completion'], 40)}")
+            self.examples.append(f"{why}: {shortened(asked(row))} → {shortened(row['completion'], 40)}")
 
     def _count_changed(self, before: pa.RecordBatch, after: pa.RecordBatch) -> None:
-        differs = {name: pc.not_equal(before[name], after[name]) for name in ("prompt", "completion")}
-        self.changed += pc.sum(pc.or_(*differs.values())).as_py() or 0
-        for name, rows in differs.items():
-            old, new = (
-                table[name].filter(rows).slice(0, EXAMPLES - len(self.examples)).to_pylist()
-                for table in (before, after)
-            )
-            self.examples += [
-                f"{ascii(one)[:80]} → {ascii(other)[:80]}" for one, other in zip(old, new, strict=True)
-            ]
+        differs = pc.not_equal(texts_of(before), texts_of(after))
+        self.changed += pc.sum(differs).as_py() or 0
+        old, new = (
+            Batch(rows.filter(differs).slice(0, EXAMPLES - len(self.examples))).turns
+            for rows in (before, after)
+        )
+        for pairs in map(zip, old, new):
+            one, other = next((one, other) for one, other in pairs if one != other)
+            self.examples.append(f"{ascii(one)[:80]} → {ascii(other)[:80]}")
 
     def report(self) -> OperationReport:
         return OperationReport(

@@ -39,8 +39,13 @@ class Written:
     def add(self, table: pa.Table) -> None:
         self.rows += table.num_rows
         self.by_source.update(table["source"].to_pylist())
+        before = pc.utf8_length(pc.binary_join(table["history"], ""))
+        lengths = {
+            "prompt": pc.add(before, pc.utf8_length(table["prompt"])),
+            "completion": pc.utf8_length(table["completion"]),
+        }
         for name, bins in self.bins.items():
-            bins.update(length.bit_length() for length in pc.utf8_length(table[name]).to_pylist())
+            bins.update(length.bit_length() for length in lengths[name].to_pylist())
         self.examples += table.slice(0, EXAMPLES - len(self.examples)).to_pylist()
 
     def characters(self) -> dict[str, list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -42,4 +43,6 @@ def lines_of(
                 return
             shown += 1
             why = f"  dropped by {name}: {row['reason']}" if dropped else ""
-            yield f"--- {row['source']} {row['id']}{why}\n{row['prompt']}\n>>>{row['completion']}\n"
+            said = [*row["history"], row["prompt"], row["completion"]]
+            text = "\n".join(mark + turn for mark, turn in zip(cycle(("", ">>>")), said, strict=False))
+            yield f"--- {row['source']} {row['id']}{why}\n{text}\n"

@@ -4,7 +4,7 @@
 Texts are compared as words (`palio.curation.words`): case, white space and punctuation do not count.
 A row holds an instance if
 
-1. the whole instance stands in it, word for word (at any place of prompt and completion); of an instance
+1. the whole instance stands in it, word for word (in any turn, or over several); of an instance
    shorter than `ngram` words, which may be a common phrase, its reference must stand behind it; or
 2. they share `ngram` words in a row that tell something. Not telling are
    - n-grams that stand in several different instances of the scenario: instructions and templates;

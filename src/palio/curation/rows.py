@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 ROW = pa.schema(
     [
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("completion", pa.string(), nullable=False),
+        # Of a conversation the turns before the last question: user, model, user, model …
+        pa.field("history", pa.list_(pa.string()), nullable=False),
         pa.field("source", pa.string(), nullable=False),
         pa.field("id", pa.string(), nullable=False),
         pa.field("licence", pa.string(), nullable=False),
@@ -28,6 +31,10 @@ Seen = TypeVar("Seen")
 BATCH_ROWS = 8192
 BATCH_CHARACTERS = 32 << 20
 """Rows in memory at a time: so many, or fewer long ones."""
+Turns = Sequence[str]
+"""What is said in a row: user, model, user, model …; of most rows a prompt and a completion."""
+FIELDS = {"prompt": slice(0, None, 2), "completion": slice(1, None, 2), "both": slice(None)}
+"""Which turns of a row an operation's `field` means."""
 
 
 class Batch:
@@ -40,12 +47,18 @@ class Batch:
         return self.table.num_rows  # type: ignore[no-any-return]
 
     @cached_property
-    def prompts(self) -> list[str]:
-        return self._column("prompt")
+    def turns(self) -> list[Turns]:
+        pairs = zip(self._column("prompt"), self._column("completion"), strict=True)
+        if len(self.table["history"].flatten()) == 0:  # most batches; making lists costs more than texts
+            return list(pairs)
+        return [(*before, *pair) for before, pair in zip(self._column("history"), pairs, strict=True)]
 
-    @cached_property
-    def completions(self) -> list[str]:
-        return self._column("completion")
+    def rewritten(self, turns: Sequence[Turns]) -> pa.RecordBatch:
+        """The rows with other texts."""
+        table = self.table
+        for name, texts in columns_of(turns).items():
+            table = table.set_column(ROW.get_field_index(name), ROW.field(name), texts)
+        return table
 
     @cached_property
     def sources(self) -> list[str]:
@@ -69,9 +82,8 @@ class Verdict:
 
     reasons: list[str | None]
     """Why a row is dropped; None keeps it."""
-    prompts: list[str] | None = None
-    completions: list[str] | None = None
-    """The rewritten texts, of an operation that rewrites."""
+    rewritten: pa.RecordBatch | None = None
+    """All rows with their new texts, of an operation that rewrites."""
 
 
 class Rows(Protocol):
@@ -98,6 +110,27 @@ class Surroundings:
     seed: int
     scratch: Path
     """Folder for files that go with the operation."""
+
+
+def columns_of(turns: Sequence[Turns]) -> dict[str, pa.Array]:
+    """The columns of texts."""
+    texts = {
+        "prompt": [said[-2] for said in turns],
+        "completion": [said[-1] for said in turns],
+        "history": [said[:-2] for said in turns],
+    }
+    return {name: pa.array(column, ROW.field(name).type) for name, column in texts.items()}
+
+
+def texts_of(rows: pa.RecordBatch) -> pa.Array:
+    """Of each row all that is said in it, turn after turn."""
+    said = pc.binary_join(rows["history"], " ")
+    return pc.binary_join_element_wise(said, rows["prompt"], rows["completion"], " ")
+
+
+def asked(row: Mapping[str, Any]) -> str:
+    """All that stands before a row's last answer."""
+    return "\n".join([*row["history"], row["prompt"]])
 
 
 def same_text(text: str) -> str:

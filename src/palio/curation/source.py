@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import cycle
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from palio.config import DataSource
+from palio.curation.rows import Turns
 from palio.errors import BadInput
 from palio.provenance import file_sha256, fingerprint, folder_sha256
 
@@ -35,8 +37,7 @@ class Malformed(ValueError):
 class SourceRow:
     line: int
     """From 1; of Parquet and hub datasets the record."""
-    prompt: str
-    completion: str
+    turns: Turns
     id: str
     score: float | None = None
 
@@ -71,20 +72,20 @@ def read_source(source: DataSource, base: Path) -> Iterator[SourceRow | Quaranti
     Raises:
         BadInput: the source is absent, of an unknown kind, or broken as a whole.
     """
-    pairs = _shape(source)
+    shape = _shape(source)
     seen: set[bytes] = set()
     for line, record in _records(base / source.path) if source.path else _hub(source):
         if isinstance(record, Malformed):
             yield Quarantined(line, str(record), "")
             continue
         try:
-            found = pairs(record)
+            found = shape(record)
             score = _score(record, source.score)
             given = record.get("id")
             name = f"{source.label}:{line}" if given is None else str(given)
             rows = [
-                SourceRow(line, prompt, completion, name if len(found) == 1 else f"{name}.{number}", score)
-                for number, (prompt, completion) in enumerate(found, start=1)
+                SourceRow(line, turns, name if len(found) == 1 else f"{name}.{number}", score)
+                for number, turns in enumerate(found, start=1)
             ]
             for row in rows:
                 _check(row, seen)
@@ -100,7 +101,7 @@ def read_source(source: DataSource, base: Path) -> Iterator[SourceRow | Quaranti
 def _check(row: SourceRow, seen: set[bytes]) -> None:
     if _digest(row) in seen:
         raise Malformed(f"id {row.id!r} stands twice")
-    for key, text in (("prompt", row.prompt), ("completion", row.completion)):
+    for text, key in zip(row.turns, cycle(("prompt", "completion")), strict=False):
         if not text.strip():
             raise Malformed(f"{key} is empty")
         text.encode()
@@ -233,8 +234,6 @@ def _parquet(path: Path) -> Iterator[tuple[int, Record | Malformed]]:
 
 # --- shapes of records ----------------------------------------------------------------------------
 
-Pair = tuple[str, str]
-
 
 def _text(record: Record, key: str) -> str:
     value = record.get(key)
@@ -243,7 +242,7 @@ def _text(record: Record, key: str) -> str:
     return value
 
 
-def _pairs(record: Record) -> Pair:
+def _pairs(record: Record) -> Turns:
     return _text(record, "prompt"), _text(record, "completion")
 
 
@@ -251,84 +250,100 @@ def _with_context(instruction: str, context: object) -> str:
     return f"{instruction}\n\n{context}" if isinstance(context, str) and context.strip() else instruction
 
 
-def _alpaca(record: Record) -> Pair:
+def _alpaca(record: Record) -> Turns:
     return _with_context(_text(record, "instruction"), record.get("input")), _text(record, "output")
 
 
-def _dolly(record: Record) -> Pair:
+def _dolly(record: Record) -> Turns:
     return _with_context(_text(record, "instruction"), record.get("context")), _text(record, "response")
 
 
-def _first_turns(turns: object, speaker: str, text: str, human: str, model: str) -> Pair:
-    """The first question and its answer; a conversation that begins otherwise is malformed."""
+def _to_the_last_answer(turns: Turns) -> Turns:
+    """A question that nobody answers teaches nothing."""
+    return turns[: len(turns) // 2 * 2]
+
+
+def _conversation(turns: object, speaker: str, text: str, human: str, model: str) -> Turns:
+    """What a system's turn says stands before the first question."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise Malformed("holds no list of turns")
-    spoken = [turn for turn in turns if turn.get(speaker) != "system"]
-    if [turn.get(speaker) for turn in spoken[:2]] != [human, model]:
-        raise Malformed(f"does not begin with a turn of {human} and one of {model}")
-    return _text(spoken[0], text), _text(spoken[1], text)
+    system = _text(turns[0], text) if turns and turns[0].get(speaker) == "system" else ""
+    spoken = turns[1:] if system else turns
+    if len(spoken) < 2 or any(
+        turn.get(speaker) != expected for turn, expected in zip(spoken, cycle((human, model)), strict=False)
+    ):
+        raise Malformed(f"is not by turns of {human} and {model}")
+    first, *others = (_text(turn, text) for turn in spoken)
+    return _to_the_last_answer([_with_context(system, first) if system else first, *others])
 
 
-def _sharegpt(record: Record) -> Pair:
-    return _first_turns(record.get("conversations"), "from", "value", "human", "gpt")
+def _sharegpt(record: Record) -> Turns:
+    return _conversation(record.get("conversations"), "from", "value", "human", "gpt")
 
 
-def _messages(record: Record) -> Pair:
-    return _first_turns(record.get("messages"), "role", "content", "user", "assistant")
+def _messages(record: Record) -> Turns:
+    return _conversation(record.get("messages"), "role", "content", "user", "assistant")
 
 
-def _lima(record: Record) -> Pair:
+def _lima(record: Record) -> Turns:
     turns = record.get("conversations")
     if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(turn, str) for turn in turns):
         raise Malformed("conversations is not a list of two texts or more")
-    return turns[0], turns[1]
+    return _to_the_last_answer(turns)
 
 
-def _flan(record: Record) -> Pair:
+def _flan(record: Record) -> Turns:
     return _text(record, "inputs"), _text(record, "targets")
 
 
-def _oasst(record: Record) -> Pair:
-    """Of a conversation tree the first question and its answer of the best rank (0)."""
-    prompt = record.get("prompt")
-    replies = prompt.get("replies") if isinstance(prompt, dict) else None
-    if not isinstance(prompt, dict) or not isinstance(replies, list):
+def _oasst(record: Record) -> Turns:
+    """Of a conversation tree the thread that takes the reply of the best rank (0) each time."""
+    message = record.get("prompt")
+    if not isinstance(message, dict) or not isinstance(message.get("replies"), list):
         raise Malformed("holds no tree of messages")
-    answers = [
-        reply
-        for reply in replies
-        if isinstance(reply, dict) and reply.get("role") == "assistant" and not reply.get("deleted")
-    ]
-    if not answers:
+    thread: list[str] = []
+    while message is not None:
+        thread.append(_text(message, "text"))
+        role = ("prompter", "assistant")[len(thread) % 2]
+        replies = [
+            reply
+            for reply in message.get("replies") or ()
+            if isinstance(reply, dict) and reply.get("role") == role and not reply.get("deleted")
+        ]
+        message = min(replies, key=_rank, default=None)
+    if len(thread) < 2:
         raise Malformed("the tree's question has no answer")
-    best = min(answers, key=lambda reply: math.inf if reply.get("rank") is None else reply["rank"])
-    return _text(prompt, "text"), _text(best, "text")
+    return _to_the_last_answer(thread)
 
 
-def _natural_instructions(record: Record) -> list[Pair]:
+def _rank(reply: Record) -> float:
+    return math.inf if reply.get("rank") is None else float(reply["rank"])
+
+
+def _natural_instructions(record: Record) -> list[Turns]:
     """A task with its definition: all its instances, each with the first of its outputs."""
     definition, instances = record.get("Definition"), record.get("Instances")
     if isinstance(definition, list):
         definition = "\n".join(definition)
     if not isinstance(definition, str) or not isinstance(instances, list):
         raise Malformed("holds no Definition or no Instances")
-    pairs = []
+    rows: list[Turns] = []
     for instance in instances:
         output = instance.get("output") if isinstance(instance, dict) else None
         if not isinstance(output, list) or not output or not isinstance(output[0], str):
             raise Malformed("an instance has no output")
-        pairs.append((_with_context(definition, _text(instance, "input")), output[0]))
-    return pairs
+        rows.append((_with_context(definition, _text(instance, "input")), output[0]))
+    return rows
 
 
-Pairs = Callable[[Record], list[Pair]]
+Shape = Callable[[Record], list[Turns]]
 
 
-def _each(pair: Callable[[Record], Pair]) -> Pairs:
-    return lambda record: [pair(record)]
+def _each(row: Callable[[Record], Turns]) -> Shape:
+    return lambda record: [row(record)]
 
 
-_SHAPES: dict[str, Pairs] = {
+_SHAPES: dict[str, Shape] = {
     "pairs": _each(_pairs),
     "alpaca": _each(_alpaca),
     "dolly": _each(_dolly),
@@ -341,7 +356,7 @@ _SHAPES: dict[str, Pairs] = {
 }
 
 
-def _shape(source: DataSource) -> Pairs:
+def _shape(source: DataSource) -> Shape:
     if source.template is None:
         return _SHAPES[source.format]
     # Sandboxed: an entry's template is somebody else's program.
@@ -354,7 +369,7 @@ def _shape(source: DataSource) -> Pairs:
     except jinja2.TemplateSyntaxError as error:
         raise BadInput(source.address, "template", None, f"is not a Jinja template: {error}") from None
 
-    def rendered(record: Record) -> Pair:
+    def rendered(record: Record) -> Turns:
         try:
             return prompt.render(record), completion.render(record)
         except (jinja2.TemplateError, TypeError) as error:

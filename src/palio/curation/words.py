@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pandas.util import hash_array
 
+from palio.curation.rows import texts_of
+
 Numbers = npt.NDArray[np.uint64]
 Places = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
@@ -105,8 +107,8 @@ def words_of(texts: pa.Array) -> Words:
 
 
 def row_words(rows: pa.RecordBatch) -> Words:
-    """The words of each row, those of the prompt before those of the completion."""
-    return words_of(pc.binary_join_element_wise(rows["prompt"], rows["completion"], " "))
+    """The words of each row, turn after turn."""
+    return words_of(texts_of(rows))
 
 
 def normalised(tokens: pa.Array) -> pa.Array:

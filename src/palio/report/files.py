@@ -191,7 +191,8 @@ def _fill(path: Path, wanted: dict[tuple[str, str], Reason]) -> None:
                 continue
             if not one.ids:
                 one.source = row["source"]
-                one.prompt, one.completion = _shortened(row["prompt"]), _shortened(row["completion"])
+                one.prompt = _shortened("\n".join([*row["history"], row["prompt"]]))
+                one.completion = _shortened(row["completion"])
             one.ids.append(row["id"])
             missing -= 1
         if missing == 0:

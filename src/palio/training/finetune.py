@@ -213,19 +213,24 @@ class _Training:
         }
 
     def _rows(self) -> tuple[list[Row], int]:
-        table = pq.read_table(self.dataset, columns=["prompt", "completion"])
+        table = pq.read_table(self.dataset, columns=["history", "prompt", "completion"])
         tokenizer = AutoTokenizer.from_pretrained(self.model_folder)
         if tokenizer.eos_token_id is None:
             fix = "the tokenizer has no end-of-sequence token; add eos_token to tokenizer_config.json"
             raise BadInput(self.model_folder, "eos_token", None, fix)
-        prompts, completions = table["prompt"].to_pylist(), table["completion"].to_pylist()
+        conversations = [
+            (*history, prompt, completion)
+            for history, prompt, completion in zip(
+                *map(pa.ChunkedArray.to_pylist, table.columns), strict=True
+            )
+        ]
         if self.recipe.chat_template and tokenizer.chat_template is None:
             raise BadInput(
                 "finetune", "chat_template", True, "the base model's tokenizer has none; leave it out"
             )
         chat = self.recipe.chat_template
-        rows, too_long = tokenise(tokenizer, prompts, completions, self.recipe.max_length, chat=chat)
-        if not prompts:
+        rows, too_long = tokenise(tokenizer, conversations, self.recipe.max_length, chat=chat)
+        if not conversations:
             raise BadInput(self.dataset, "", None, "has no rows; loosen the dataset's operations")
         if not rows:
             longest = f"all {too_long} rows are longer; raise it or shorten the data"

@@ -1,4 +1,4 @@
-"""Training rows: tokens of prompt and completion, and which rows each optimizer step sees.
+"""Training rows: tokens of prompts and completions, and which rows each optimizer step sees.
 
 No padding anywhere: the rows of a forward pass are laid end to end in one flat sequence whose position
 ids restart at every row (`flat_batch`), and `palio.training.attention` keeps the rows apart.
@@ -7,8 +7,9 @@ ids restart at every row (`flat_batch`), and `palio.training.attention` keeps th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,62 +29,82 @@ class Row:
     number: int
     """Row of train.parquet, from 0."""
     ids: npt.NDArray[np.int32]
-    """Tokens: prompt, completion, end of sequence."""
-    prompt: int
-    """How many of them are the prompt; the loss is taken on the others."""
+    """Tokens: prompt, completion, end of sequence; of a conversation that turn after turn."""
+    answers: tuple[tuple[int, int], ...]
+    """Where each completion begins and ends, in tokens; the loss is taken on these."""
+
+    @property
+    def predict(self) -> npt.NDArray[np.int64]:
+        """Places whose next token the loss is taken on."""
+        return np.concatenate([np.arange(start - 1, end - 1) for start, end in self.answers])
+
+    @property
+    def targets(self) -> int:
+        """Tokens that the loss is taken on."""
+        return sum(end - start for start, end in self.answers)
 
 
 def tokenise(
-    tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], max_length: int, *, chat: bool = False
+    tokenizer: Any, conversations: Sequence[Sequence[str]], max_length: int, *, chat: bool = False
 ) -> tuple[list[Row], int]:
     """Rows of at most `max_length` tokens, and how many rows were longer and left out.
 
-    With `chat` prompt and completion are turns of the tokenizer's chat template. Raises BadInput where
-    the template has none for a prompt alone.
+    A conversation is a prompt and its completion, or several of them after each other. With `chat` they are
+    turns of the tokenizer's chat template; raises BadInput where that writes a turn otherwise once it is
+    answered.
     """
-    if not prompts:
+    if not conversations:
         return [], 0
-    before, whole = (_chat if chat else _plain)(tokenizer, list(prompts), list(completions))
     rows = [
-        Row(number, np.asarray(ids, dtype=np.int32), len(prompt))
-        for number, (prompt, ids) in enumerate(zip(before, whole, strict=True))
+        Row(number, np.asarray(ids, dtype=np.int32), answers)
+        for number, (ids, answers) in enumerate((_chat if chat else _plain)(tokenizer, conversations))
     ]
     # A row without a prompt would have its first token predicted from nothing.
-    kept = [row for row in rows if len(row.ids) <= max_length and row.prompt > 0]
+    kept = [row for row in rows if len(row.ids) <= max_length and row.answers[0][0] > 0]
     return kept, len(rows) - len(kept)
 
 
-Ids = list[list[int]]
-"""Tokens of each row."""
+Tokens = tuple[list[int], tuple[tuple[int, int], ...]]
+"""Of a whole row, and where its answers begin and end."""
 
 
-def _plain(tokenizer: Any, prompts: list[str], completions: list[str]) -> tuple[Ids, Ids]:
-    """Tokens of the prompts, and of the whole rows.
-
-    Prompt and completion are tokenised apart and without special tokens, so that a prompt has the same
-    tokens as when the model server sees it alone; the completion ends with the end-of-sequence token.
+def _plain(tokenizer: Any, conversations: Sequence[Sequence[str]]) -> Iterator[Tokens]:
+    """Every turn is tokenised on its own and without special tokens, so that a prompt has the same tokens as
+    when the model server sees it alone; each completion ends with the end-of-sequence token.
     """
-    encode = {"add_special_tokens": False, "return_attention_mask": False}
-    before = tokenizer(prompts, **encode)["input_ids"]
-    after = tokenizer(completions, **encode)["input_ids"]
-    return before, [
-        [*prompt, *rest, tokenizer.eos_token_id] for prompt, rest in zip(before, after, strict=True)
-    ]
+    texts = [turn for turns in conversations for turn in turns]
+    encoded = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+    for turns in conversations:
+        ids: list[int] = []
+        answers = []
+        for _ in range(len(turns) // 2):
+            ids += next(encoded)
+            start = len(ids)
+            ids += [*next(encoded), tokenizer.eos_token_id]
+            answers.append((start, len(ids)))
+        yield ids, tuple(answers)
 
 
-def _chat(tokenizer: Any, prompts: list[str], completions: list[str]) -> tuple[Ids, Ids]:
-    """The same, of a user's turn and the answer to it in the chat template."""
-    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    answered = [
-        [*turn, {"role": "assistant", "content": completion}]
-        for turn, completion in zip(asked, completions, strict=True)
+def _chat(tokenizer: Any, conversations: Sequence[Sequence[str]]) -> Iterator[Tokens]:
+    """In the chat template an answer is what follows the template of all turns before it."""
+    said = [
+        [
+            {"role": role, "content": turn}
+            for role, turn in zip(cycle(("user", "assistant")), turns, strict=False)
+        ]
+        for turns in conversations
     ]
+    answered = [turns[:end] for turns in said for end in range(2, len(turns) + 1, 2)]
+    asked = [turns[:-1] for turns in answered]
     before = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
-    whole = tokenizer.apply_chat_template(answered, return_dict=False)
-    if any(ids[: len(prompt)] != prompt for prompt, ids in zip(before, whole, strict=True)):
-        fix = "the chat template changes a prompt once it is answered; leave out finetune.chat_template"
-        raise BadInput("tokenizer", "chat_template", None, fix)
-    return before, whole
+    pairs = zip(before, tokenizer.apply_chat_template(answered, return_dict=False), strict=True)
+    for turns in said:
+        parts = list(islice(pairs, len(turns) // 2))
+        whole = parts[-1][1]
+        if any(whole[: len(part)] != part for pair in parts for part in pair):
+            fix = "the chat template changes a turn once it is answered; leave out finetune.chat_template"
+            raise BadInput("tokenizer", "chat_template", None, fix)
+        yield whole, tuple((len(prompt), len(answer)) for prompt, answer in parts)
 
 
 WINDOW = 50
@@ -147,12 +168,7 @@ def flat_batch(rows: Sequence[Row], device: torch.device) -> FlatBatch:
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.concatenate([row.ids for row in rows]).astype(np.int64)
     positions = np.concatenate([np.arange(length) for length in lengths])
-    predict = np.concatenate(
-        [
-            start + np.arange(row.prompt - 1, len(row.ids) - 1)
-            for start, row in zip(bounds, rows, strict=False)
-        ]
-    )
+    predict = np.concatenate([start + row.predict for start, row in zip(bounds, rows, strict=False)])
 
     def tensor(values: npt.NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(values).to(device, non_blocking=True)
@@ -187,9 +203,7 @@ def padded_batch(rows: Sequence[Row], device: torch.device) -> PaddedBatch:
     for place, row in enumerate(rows):
         ids[place, : len(row.ids)] = row.ids
         mask[place, : len(row.ids)] = 1
-    predict = np.concatenate(
-        [place * longest + np.arange(row.prompt - 1, len(row.ids) - 1) for place, row in enumerate(rows)]
-    )
+    predict = np.concatenate([place * longest + row.predict for place, row in enumerate(rows)])
     return PaddedBatch(
         input_ids=torch.from_numpy(ids).to(device),
         attention_mask=torch.from_numpy(mask).to(device),

@@ -106,7 +106,7 @@ class Trainer:
         rate = learning_rate(recipe, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        targets = sum(len(row.ids) - row.prompt for row in rows)
+        targets = sum(row.targets for row in rows)
         total = torch.zeros((), device=self.device)
         # Rows of like length share a forward pass: less to pad where padding is needed.
         ordered = rows if self.flat else sorted(rows, key=lambda row: len(row.ids))
@@ -143,7 +143,7 @@ class Trainer:
     def validation_loss(self, rows: Sequence[Row]) -> float:
         """Mean cross-entropy over the completion tokens of `rows`, without dropout or noise, in nats."""
         evaluation_mode(self.model)
-        total, targets = 0.0, sum(len(row.ids) - row.prompt for row in rows)
+        total, targets = 0.0, sum(row.targets for row in rows)
         for start in range(0, len(rows), self.recipe.batch_size):
             with self._loss(rows[start : start + self.recipe.batch_size]) as loss:
                 total += loss.item()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from palio.config import CleanMarkup, ReplaceMatches
-from palio.curation.rows import Batch, Rows, Surroundings, Verdict
+from palio.curation.rows import FIELDS, Batch, Rows, Surroundings, Verdict
 
 # Named tags only: `a < b > c` and `<n>` of a formula are text.
 _TAGS = (
@@ -54,10 +54,9 @@ def _replaced(settings: ReplaceMatches, batch: Batch) -> Verdict:
 
 
 def _rewritten(batch: Batch, rewrite: Callable[[str], str], field: str, without: str) -> Verdict:
-    prompts = batch.prompts if field == "completion" else [rewrite(text) for text in batch.prompts]
-    completions = batch.completions if field == "prompt" else [rewrite(text) for text in batch.completions]
-    reasons = [
-        None if prompt.strip() and completion.strip() else f"nothing is left {without}"
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-    return Verdict(reasons, prompts, completions)
+    of_field = FIELDS[field]
+    rewritten = [list(turns) for turns in batch.turns]
+    for turns in rewritten:
+        turns[of_field] = map(rewrite, turns[of_field])
+    reasons = [None if all(map(str.strip, turns)) else f"nothing is left {without}" for turns in rewritten]
+    return Verdict(reasons, batch.rewritten(rewritten))

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from hashlib import blake2b
 
 from palio.config import DropDisagreement, DropExactDuplicates
-from palio.curation.rows import Batch, Rows, Surroundings, Verdict, same_text, shortened
+from palio.curation.rows import Batch, Rows, Surroundings, Turns, Verdict, same_text, shortened
 
 Digest = bytes
 
 
-def _digest(text: str) -> Digest:
-    return blake2b(text.encode(), digest_size=16).digest()
+def _digest(turns: Turns) -> Digest:
+    return blake2b("\0".join(map(same_text, turns)).encode(), digest_size=16).digest()
 
 
 def drop_exact_duplicates(
@@ -29,29 +29,23 @@ def drop_exact_duplicates(
 
 
 def _row_digests(batch: Batch) -> tuple[list[Digest], list[str]]:
-    """Of prompt and completion together, and the rows' ids."""
-    digests = [
-        _digest(f"{same_text(prompt)}\0{same_text(completion)}")
-        for prompt, completion in zip(batch.prompts, batch.completions, strict=True)
-    ]
-    return digests, batch.ids
+    """Of all turns together, and the rows' ids."""
+    return [_digest(turns) for turns in batch.turns], batch.ids
 
 
 def drop_disagreement(settings: DropDisagreement, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
     answers: dict[Digest, Counter[Digest]] = {}
-    for prompts, completions in rows.map(_column_digests):
-        for prompt, completion in zip(prompts, completions, strict=True):
-            answers.setdefault(prompt, Counter())[completion] += 1
+    for digests in rows.map(_side_digests):
+        for question, answer in digests:
+            answers.setdefault(question, Counter())[answer] += 1
     for batch in rows:
-        digests = zip(*_column_digests(batch), batch.completions, strict=True)
-        yield Verdict([_minority(answers[prompt], given, text) for prompt, given, text in digests])
+        judged = zip(_side_digests(batch), batch.turns, strict=True)
+        yield Verdict([_minority(answers[asked], given, turns[-1]) for (asked, given), turns in judged])
 
 
-def _column_digests(batch: Batch) -> tuple[list[Digest], list[Digest]]:
-    prompts, completions = (
-        [_digest(same_text(text)) for text in texts] for texts in (batch.prompts, batch.completions)
-    )
-    return prompts, completions
+def _side_digests(batch: Batch) -> list[tuple[Digest, Digest]]:
+    """Of all that is said before the last answer, and of that."""
+    return [(_digest(turns[:-1]), _digest(turns[-1:])) for turns in batch.turns]
 
 
 def _minority(answers: Counter[Digest], digest: Digest, completion: str) -> str | None:

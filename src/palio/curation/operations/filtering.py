@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 from palio.config import DropMatches, DropRefusals, LengthFilter, TokenLength
-from palio.curation.rows import Batch, Rows, Surroundings, Verdict
+from palio.curation.rows import FIELDS, Batch, Rows, Surroundings, Turns, Verdict
 
 
 def drop_refusals(settings: DropRefusals, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
@@ -21,13 +22,11 @@ def drop_matches(settings: DropMatches, rows: Rows, around: Surroundings) -> Ite
 
 def _matches(patterns: Sequence[str], field: str, why: str, batch: Batch) -> Verdict:
     compiled = [re.compile(pattern, re.IGNORECASE) for pattern in patterns]
-    reasons: list[str | None] = [None] * len(batch)
-    for name, texts in (("prompt", batch.prompts), ("completion", batch.completions)):
-        if field in (name, "both"):
-            for place, text in enumerate(texts):
-                found = next((match for one in compiled if (match := one.search(text.strip()))), None)
-                if found and reasons[place] is None:
-                    reasons[place] = f"{why}: {found[0]!r}"
+    reasons: list[str | None] = []
+    for turns in batch.turns:
+        texts = [text.strip() for text in turns[FIELDS[field]]]
+        found = next((match for text in texts for one in compiled if (match := one.search(text))), None)
+        reasons.append(f"{why}: {found[0]!r}" if found else None)
     return Verdict(reasons)
 
 
@@ -36,18 +35,20 @@ def length_filter(settings: LengthFilter, rows: Rows, around: Surroundings) -> I
 
 
 def _lengths(settings: LengthFilter, batch: Batch) -> Verdict:
-    least, most = settings.min_completion, settings.max_completion
-    return Verdict(
-        [
-            _outside("prompt", len(prompt), settings.min_prompt, settings.max_prompt, "characters")
-            or _outside("completion", len(completion), least, most, "characters")
-            for prompt, completion in zip(batch.prompts, batch.completions, strict=True)
-        ]
-    )
+    reasons = []
+    for turns in batch.turns:
+        prompt, completion = (sum(map(len, turns[FIELDS[side]])) for side in ("prompt", "completion"))
+        reasons.append(
+            _outside("prompt", prompt, settings.min_prompt, settings.max_prompt, "characters")
+            or _outside(
+                "completion", completion, settings.min_completion, settings.max_completion, "characters"
+            )
+        )
+    return Verdict(reasons)
 
 
 def token_length(settings: TokenLength, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
-    """Counts as the trainer does: prompt and completion apart, one token for the end."""
+    """Counts as the trainer does: every turn on its own, one token for the end of each answer."""
     return rows.map(partial(_token_lengths, settings, around.base_model))
 
 
@@ -69,21 +70,22 @@ def _token_counter(base_model: Path) -> Callable[[list[str]], list[int]]:
 
 
 def _token_lengths(settings: TokenLength, base_model: Path, batch: Batch) -> Verdict:
-    pairs = list(zip(batch.prompts, batch.completions, strict=True))
-    reasons: list[str | None] = [None] * len(pairs)
-    places = [place for place, pair in enumerate(pairs) if not _surely_inside(*pair, settings)]
+    reasons: list[str | None] = [None] * len(batch)
+    places = [place for place, turns in enumerate(batch.turns) if not _surely_inside(turns, settings)]
     if places:
-        count = _token_counter(base_model)
-        prompts, completions = (count([pairs[place][column] for place in places]) for column in (0, 1))
-        for place, prompt, completion in zip(places, prompts, completions, strict=True):
-            reasons[place] = _outside("row", prompt + completion + 1, settings.min, settings.max, "tokens")
+        texts = [text for place in places for text in batch.turns[place]]
+        counts = iter(_token_counter(base_model)(texts))
+        for place in places:
+            turns = len(batch.turns[place])
+            tokens = sum(islice(counts, turns)) + turns // 2
+            reasons[place] = _outside("row", tokens, settings.min, settings.max, "tokens")
     return Verdict(reasons)
 
 
-def _surely_inside(prompt: str, completion: str, settings: TokenLength) -> bool:
+def _surely_inside(turns: Turns, settings: TokenLength) -> bool:
     """Without counting: of ASCII text a token is a character or more, but for one mark at each beginning."""
-    most = len(prompt) + len(completion) + 3
-    return settings.min <= 3 and most <= settings.max and prompt.isascii() and completion.isascii()
+    most = sum(map(len, turns)) + len(turns) + len(turns) // 2
+    return settings.min <= 3 and most <= settings.max and all(map(str.isascii, turns))
 
 
 def _outside(what: str, length: int, least: int, most: int, unit: str) -> str | None:

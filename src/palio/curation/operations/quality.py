@@ -29,8 +29,7 @@ def _detector() -> Any:
 
 def _languages(settings: KeepLanguages, batch: Batch) -> Verdict:
     reasons: list[str | None] = []
-    for prompt, completion in zip(batch.prompts, batch.completions, strict=True):
-        text = f"{prompt} {completion}"
+    for text in map(" ".join, batch.turns):
         if len(_NO_LETTER.sub("", text)) < settings.min_characters:
             reasons.append(None)
             continue
@@ -45,8 +44,7 @@ def keep_quality(settings: KeepQuality, rows: Rows, around: Surroundings) -> Ite
 
 
 def _quality(settings: KeepQuality, batch: Batch) -> Verdict:
-    pairs = zip(batch.prompts, batch.completions, strict=True)
-    return Verdict([fault(settings, f"{prompt}\n{completion}") for prompt, completion in pairs])
+    return Verdict([fault(settings, "\n".join(turns)) for turns in batch.turns])
 
 
 def fault(settings: KeepQuality, text: str) -> str | None:

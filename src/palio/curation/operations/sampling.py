@@ -73,9 +73,7 @@ def _highest(source: str, count: int, rows: Rows, around: Surroundings) -> list[
 def _spread(source: str, count: int, rows: Rows, around: Surroundings) -> list[int]:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    texts = (
-        f"{batch.prompts[place]} {batch.completions[place]}" for batch, place in _of_source(source, rows)
-    )
+    texts = (" ".join(batch.turns[place]) for batch, place in _of_source(source, rows))
     vectors = TfidfVectorizer(sublinear_tf=True, dtype=np.float32).fit_transform(texts)
     return k_center(vectors, count, random.Random(f"{around.seed}/{source}").randrange(vectors.shape[0]))
 
@@ -115,5 +113,5 @@ def cap_rows(settings: CapRows, rows: Rows, around: Surroundings) -> Iterator[Ve
 
 
 def _groups(settings: CapRows, batch: Batch) -> Iterator[tuple[str, str]]:
-    for source, completion in zip(batch.sources, batch.completions, strict=True):
-        yield source, same_text(completion) if settings.per == "answer" else ""
+    for source, turns in zip(batch.sources, batch.turns, strict=True):
+        yield source, same_text(turns[-1]) if settings.per == "answer" else ""

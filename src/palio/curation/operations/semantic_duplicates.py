@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from palio.config import DropSemanticDuplicates
-from palio.curation.rows import Rows, Surroundings, Verdict
+from palio.curation.rows import FIELDS, Rows, Surroundings, Verdict
 from palio.errors import BadInput
 
 _TEXTS = 64
@@ -57,7 +57,7 @@ def drop_semantic_duplicates(
     kept: list[Vectors] = []
     names: list[str] = []
     for batch in rows:
-        vectors = embedder.vectors(batch.prompts)
+        vectors = embedder.vectors(["\n".join(turns[FIELDS["prompt"]]) for turns in batch.turns])
         reasons: list[str | None] = []
         earlier = _best(vectors, np.concatenate(kept)) if kept else None
         mine: list[int] = []
