@@ -69,19 +69,27 @@ def write_json(path: Path, payload: Any) -> None:
     write_text(path, text + "\n")
 
 
+def code_sha256() -> str:
+    """Of Palio's own code. It decides nothing, recipe versions do: it tells which code made a result."""
+    package = Path(__file__).parent
+    sources = sorted(package.rglob("*.py"))
+    return fingerprint({path.relative_to(package).as_posix(): file_sha256(path) for path in sources})
+
+
 def library_versions(*names: str) -> dict[str, str]:
     return {name: metadata.version(name) for name in names}
 
 
 @contextmanager
 def timed_run(path: Path, **facts: Any) -> Iterator[dict[str, Any]]:
-    """The `run.json` sidecar: when, where and how long. Never part of a manifest.
+    """The `run.json` sidecar: when, where, how long and by which code. Never part of a manifest.
 
     Yields a dictionary to which the step adds what it measured.
     """
     started = time.time()
     clock = time.monotonic()
     run: dict[str, Any] = {
+        "code_sha256": code_sha256(),
         "host": platform.node(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,15 @@ def add_entry(folder: WorkingFolder, name: str, track: str, tiny: Path, **recipe
 
 
 @contextmanager
-def controller(folder: WorkingFolder, cluster: Cluster, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`snakemake --profile slurm`, as typed, running; killed at the end if it still does."""
+def controller(
+    folder: WorkingFolder, cluster: Cluster, *arguments: str, code: Path | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`snakemake --profile slurm`, as typed, running; killed at the end if it still does. `code` is where
+    Palio lies, if not in the environment."""
     command = [str(Path(sys.executable).with_name("snakemake")), "--profile", "slurm", *arguments]
     with (folder.path / "snakemake.log").open("ab") as log:
-        process = subprocess.Popen(command, cwd=folder.path, env=cluster.environment, stdout=log, stderr=log)
+        environment = cluster.environment | ({"PYTHONPATH": str(code)} if code else {})
+        process = subprocess.Popen(command, cwd=folder.path, env=environment, stdout=log, stderr=log)
         try:
             yield process
         finally:
@@ -97,8 +102,15 @@ def prepare_datasets(folder: WorkingFolder) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def ended(cluster: Cluster, job: str | None) -> float:
+    """When SLURM says that a job ended, in seconds since 1970."""
+    times = dict(line.split("|") for line in cluster.jobs("%i|%e"))
+    return datetime.fromisoformat(times[job or ""]).timestamp()
+
+
 def fault_row(fault: str, lost: str, reran: str, seconds: float | None) -> None:
-    """A line of the table in docs/slurm.md, into the file that PALIO_FAULT_TABLE names."""
+    """A line of the table in docs/slurm.md, into the file that PALIO_FAULT_TABLE names. `seconds` is from the
+    fault, or from the next start where it needs one, until the step runs again."""
     if table := os.environ.get("PALIO_FAULT_TABLE"):
         back = "–" if seconds is None else f"{seconds:.0f} s"
         with Path(table).open("a", encoding="utf-8") as file:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from itertools import pairwise
 
 from palio.operating.attempt import Attempt, read_attempts
+from tests.folder import ROOT
+from tests.slurm.cluster import Cluster
 from tests.slurm.competition import TRACKS, output
 from tests.slurm.conftest import Finished
 
@@ -71,6 +75,30 @@ def test_status_beside_the_run_showed_it_going_on(finished: Finished) -> None:
         assert words in together
     last = finished.folder.run("palio", "status").stdout
     assert "3 entries: 3 done; no run in this folder" in last
+
+
+def test_what_a_step_cost_besides_its_work_is_told_from_the_records(
+    finished: Finished, cluster: Cluster
+) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/chain.py")],
+        cwd=finished.folder.path,
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    jobs = dict(re.findall(r"\| (\w+) \| (\d+) \|", done.stdout))
+    assert jobs == {
+        "check_entry": "3",
+        "curate_dataset": "2",
+        "measure_contamination": "2",
+        "finetune": "2",
+        "build_package": "3",
+        "helm_open": "3",
+        "helm_closed": "3",
+    }
+    assert re.search(r"\d+ s for the 7 steps of an entry", done.stdout)
 
 
 def test_a_second_run_submits_nothing(finished: Finished) -> None:

@@ -25,7 +25,7 @@ from palio.training.ledger import charged, read_ledger
 from tests.folder import WorkingFolder
 from tests.slurm import competition
 from tests.slurm.cluster import Cluster
-from tests.slurm.competition import controller, fault_row, output
+from tests.slurm.competition import controller, ended, fault_row, output
 
 ENTRIES = {
     "good": "a100",
@@ -52,7 +52,10 @@ class Night:
     again_exit_code: int
     jobs_before_restart: set[str]
     jobs_after_restart: set[str]
+    slurmctld_away: float
+    """Seconds."""
     lost_at: float
+    again_at: float
     slurm_jobs: list[str]
     """rule with wildcards of every job of the night."""
     status: str
@@ -138,11 +141,12 @@ def night(
             cluster.wait(lambda: running_pid(hangs) is not None, "the hanging entry to start", 600)
             os.kill(running_pid(hangs) or 0, signal.SIGSTOP)
             cluster.wait(lambda: training(moved), "training to begin", 300)
-            before = set(cluster.jobs("%i"))
+            before, stopped = set(cluster.jobs("%i")), time.monotonic()
             cluster.stop_controller()
             time.sleep(2)
             cluster.start_controller()
             after = set(cluster.jobs("%i"))
+            away = time.monotonic() - stopped
             node = next(one.node for one in read_attempts(moved) if one.step == "finetune")
             lost_at = time.time()
             cluster.lose_node(node)
@@ -154,12 +158,24 @@ def night(
         subprocess.run(["mount", "-o", "remount,size=300m", str(disk)], check=True)
         mend = (folder.path / "profiles/slurm/config.yaml").read_text().replace("gppu", "gpu")
         (folder.path / "profiles/slurm/config.yaml").write_text(mend)
+        again_at = time.time()
         with controller(folder, cluster, adapter("full"), adapter("refused"), adapter("good")) as snakemake:
             again_exit_code = snakemake.wait(600)
         lines = [line.split("|") for line in cluster.jobs("%i|%k")]
         mine = [comment for job, comment in lines if job not in known]
         yield Night(
-            folder, cluster, exit_code, again_exit_code, before, after, lost_at, mine, status, first_log
+            folder=folder,
+            cluster=cluster,
+            exit_code=exit_code,
+            again_exit_code=again_exit_code,
+            jobs_before_restart=before,
+            jobs_after_restart=after,
+            slurmctld_away=away,
+            lost_at=lost_at,
+            again_at=again_at,
+            slurm_jobs=mine,
+            status=status,
+            first_log=first_log,
         )
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
@@ -176,7 +192,8 @@ def test_a_poisoned_entry_trains_once_and_is_refused_after(night: Night) -> None
     assert attempt.state is State.CRASHED
     assert "diverged" in night.failure("diverges").reason
     assert night.submitted("diverges") == 3, "Snakemake tried twice more; the step ended at once"
-    fault_row("an entry that crashes every time", "nothing", "nothing: refused at once in the same run", None)
+    again = "nothing: Snakemake's two retries end at once with the first reason"
+    fault_row("a poisoned entry that crashes every time", "nothing", again, None)
 
 
 def test_an_entry_over_its_memory_is_killed_twice_at_most(night: Night) -> None:
@@ -185,7 +202,11 @@ def test_an_entry_over_its_memory_is_killed_twice_at_most(night: Night) -> None:
     failure = night.failure("greedy")
     assert failure.state in (State.OUT_OF_MEMORY, State.CRASHED)
     assert "memory" in failure.reason
-    fault_row("out of memory (killed by SLURM)", "nothing", f"the entry, {len(attempts) - 1} time more", None)
+    again = (
+        "that training once, then refused (at once where SLURM says OUT_OF_MEMORY, as it does with cgroups)"
+    )
+    seconds = attempts[1].started - ended(night.cluster, attempts[0].job) if len(attempts) == 2 else None
+    fault_row("out of memory (killed by SLURM)", "nothing", again, seconds)
 
 
 def test_a_hanging_entry_ends_at_the_time_limit_and_is_not_tried_again(night: Night) -> None:
@@ -193,7 +214,8 @@ def test_a_hanging_entry_ends_at_the_time_limit_and_is_not_tried_again(night: Ni
     failure = night.failure("hangs")
     assert failure.state is State.TIME_LIMIT, failure.reason
     assert night.submitted("hangs") > 1
-    fault_row("an entry that hangs (job's time limit)", "nothing", "nothing: refused at once", None)
+    again = "nothing: refused as `time_limit`"
+    fault_row("an entry that hangs, until the job's time limit", "nothing", again, None)
 
 
 def test_training_goes_on_on_another_node_inside_its_budget(night: Night) -> None:
@@ -210,14 +232,13 @@ def test_training_goes_on_on_another_node_inside_its_budget(night: Night) -> Non
     assert "resumed from step" in (night.of("moved") / "logs" / "finetune.log").read_text()
     assert (night.of("moved") / "work" / "logs" / "finetune.1.log").exists()
     waited = second.started - night.lost_at
-    fault_row(
-        "node gone in the middle of training", "steps since the last checkpoint", "that training", waited
-    )
+    again = "that training, on another node, same SLURM job, inside its budget"
+    fault_row("node gone in the middle of training", "steps since the last checkpoint", again, waited)
 
 
 def test_a_restarted_slurmctld_forgets_no_job(night: Night) -> None:
     assert night.jobs_before_restart <= night.jobs_after_restart
-    fault_row("slurmctld killed and started again", "nothing", "nothing", 0)
+    fault_row("slurmctld killed and started again", "nothing", "nothing", night.slurmctld_away)
 
 
 def test_a_full_disk_is_the_machines_fault_and_the_next_run_finishes(night: Night) -> None:
@@ -227,14 +248,18 @@ def test_a_full_disk_is_the_machines_fault_and_the_next_run_finishes(night: Nigh
     assert attempts[-1].state is State.FINISHED
     assert all(one.state in (State.INTERRUPTED, None) for one in attempts[:-1])
     assert "make room" in night.first_log
-    fault_row("disk full", "steps since the last checkpoint", "that training, when there is room", None)
+    seconds = attempts[-1].started - night.again_at
+    again = "that training, at the next start with room"
+    fault_row("disk full", "steps since the last checkpoint", again, seconds)
 
 
 def test_a_refused_submission_costs_nothing_and_says_what_sbatch_said(night: Night) -> None:
     assert "invalid partition specified: gppu" in night.first_log
     (attempt,) = night.attempts("refused")
     assert attempt.state is State.FINISHED
-    fault_row("sbatch refused (wrong partition)", "nothing", "that step, once the profile is right", None)
+    seconds = attempt.started - night.again_at
+    again = "that step, at the next start with the profile mended"
+    fault_row("sbatch refused (wrong partition)", "nothing", again, seconds)
 
 
 def test_status_in_the_middle_of_it_named_nodes_and_failures(night: Night) -> None:

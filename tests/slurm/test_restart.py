@@ -85,7 +85,8 @@ def restart(finished: Any, cluster: Cluster, tiny: Path, tmp_path_factory: pytes
 
 def test_a_second_controller_beside_a_living_one_is_refused_by_name(restart: Restart) -> None:
     assert "another Snakemake runs in this folder: process" in restart.second
-    fault_row("two controllers started in one folder", "nothing", "nothing: the second is refused", 0)
+    again = "nothing: the second is refused, with the first one's host and process"
+    fault_row("two controllers in one folder", "nothing", again, None)
 
 
 def test_what_the_killed_controller_left_is_cancelled_before_anything_is_submitted(restart: Restart) -> None:
@@ -93,8 +94,10 @@ def test_what_the_killed_controller_left_is_cancelled_before_anything_is_submitt
     assert restart.exit_code == 0, restart.log[-5000:]
     assert restart.log.count("cancelling job") == 3
     assert restart.log.index("cancelling job") < restart.log.index("has been submitted")
-    lost, reran = "steps since the last checkpoint", "what ran or waited, inside its budget"
-    fault_row("controller killed with -9, started again", lost, reran, restart.seconds_to_cancel)
+    lost = "steps since the last checkpoint: none, the orphans were told to stop and saved"
+    reran = "what ran or waited, inside its budget; finished steps stayed"
+    fault = "controller killed with -9 while two jobs ran and one waited, same command typed again"
+    fault_row(fault, lost, reran, restart.seconds_to_cancel)
 
 
 def test_no_training_is_doubled_and_none_gets_a_second_budget(restart: Restart) -> None:
