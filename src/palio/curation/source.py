@@ -101,9 +101,9 @@ def read_source(source: DataSource, base: Path) -> Iterator[SourceRow | Quaranti
 def _check(row: SourceRow, seen: set[bytes]) -> None:
     if _digest(row) in seen:
         raise Malformed(f"id {row.id!r} stands twice")
-    for text, key in zip(row.turns, cycle(("prompt", "completion")), strict=False):
+    for place, text in enumerate(row.turns):
         if not text.strip():
-            raise Malformed(f"{key} is empty")
+            raise Malformed(f"{('prompt', 'completion')[place % 2]} is empty")
         text.encode()
 
 
