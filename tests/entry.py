@@ -10,7 +10,7 @@ from palio.config import ScenarioRuns, StageLimits, StageRuns
 from palio.evaluation.evaluate import StartServer, evaluate
 from palio.evaluation.helm import run_entries
 from palio.provenance import fingerprint
-from palio.records import PackageManifest, ProbeReport, StageRecord
+from palio.records import Contained, PackageManifest, ProbeReport, StageRecord
 from tests.toy import Toy, serving
 
 
@@ -54,6 +54,7 @@ def starts(toy: Toy) -> StartServer:
     @contextmanager
     def start(package: Path, log: Path) -> Iterator[Toy]:
         log.write_text("loading\nToyError: out of words\n")
+        Contained(counts=toy.contained).write(Contained.file(log))
         with serving(toy) as served:
             yield served
 

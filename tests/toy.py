@@ -54,6 +54,8 @@ class Toy:
         self.base_url = ""
         self.stop: Callable[[], None] = lambda: None
         self.dead = False
+        self.contained: dict[str, int] = {}
+        """What a confinement would have held back."""
         self.app = FastAPI()
         self.app.post("/process")(self.blocking if defect == "blocks" else self.process)
         self.app.post("/tokenize")(self.tokenize)

@@ -34,10 +34,13 @@ class State(StrEnum):
 
 
 class PalioError(Exception):
-    """Base of every error with a one-line message for the user."""
+    """Base of every error with a one-line message for the user; its notes go on that line."""
 
     exit_code = 1
     state = State.CRASHED
+
+    def __str__(self) -> str:
+        return "; ".join([super().__str__(), *getattr(self, "__notes__", ())])
 
 
 class BadInput(PalioError):

@@ -165,6 +165,27 @@ class Contamination(Record):
     """Of these, how many share their whole text or an n-gram of words with a training row."""
 
 
+class Contained(Record):
+    """What a team's program or server did wrong and its confinement held back, beside its log; of all
+    attempts. Words of ours only, never a prompt or a reply."""
+
+    counts: dict[str, int]
+    """How often, by what it was."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} × {what}" for what, count in self.counts.items())
+
+    @staticmethod
+    def file(log: Path) -> Path:
+        return log.with_suffix(".contained.json")
+
+    @classmethod
+    def beside(cls, log: Path) -> Contained:
+        """What stands beside a log; nothing where nothing does."""
+        file = cls.file(log)
+        return read_record(cls, file) if file.exists() else cls(counts={})
+
+
 class AdapterManifest(Record):
     """The result of fine-tuning. `fingerprint` covers all that decides it."""
 
@@ -189,6 +210,8 @@ class AdapterManifest(Record):
     """The step handed in, where rows were held out for validation; None: the last."""
     validation_loss: float | None = None
     """At that step."""
+    contained: dict[str, int] = {}
+    """Of a team's own program: what its confinement held back or ended, in any attempt, and how often."""
     files: dict[str, str]
 
 
@@ -289,6 +312,9 @@ class StageRecord(Record):
     cut_at_stop_sequences: bool = True
     completions_cut: int = 0
     """Answers that went on behind a stop sequence and were cut there."""
+    contained: dict[str, int] = {}
+    """Of a team's own server: what it did wrong and its confinement held back, and how often; the probe's
+    odd requests included."""
     runs: list[HelmRun]
     metrics_sha256: str
     instances_table_sha256: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import time
 from collections.abc import Callable
@@ -12,8 +11,9 @@ import pytest
 import requests
 
 from palio.config import Isolation, ServerProgram
-from palio.errors import OutOfMemory
+from palio.errors import Crashed, OutOfMemory, RuleViolation
 from palio.provenance import write_json
+from palio.records import Contained
 from palio.sandbox.gateway import REPLY_BYTES
 from palio.sandbox.server import ConfinedServer
 from tests.attacks.conftest import LIMITS, MB
@@ -50,8 +50,8 @@ def server(tmp_path: Path) -> Server:
 
     def start(reply: str) -> ConfinedServer:
         files, model = tmp_path / "package" / "files", tmp_path / "model"
-        files.mkdir(parents=True)
-        model.mkdir()
+        files.mkdir(parents=True, exist_ok=True)
+        model.mkdir(exist_ok=True)
         (files / "main.py").write_text(HEAD + reply + TAIL)
         program = ServerProgram(run="python -I main.py", files="files")
         write_json(tmp_path / "package" / "server.json", program.model_dump(mode="json", exclude_none=True))
@@ -74,8 +74,7 @@ def ask(server: ConfinedServer) -> requests.Response:
 
 
 def faults(tmp_path: Path) -> dict[str, int]:
-    found: dict[str, int] = json.loads((tmp_path / "server.faults.json").read_text())
-    return found
+    return Contained.beside(tmp_path / "server.log").counts
 
 
 def test_a_reply_of_1_gb_is_cut_off_and_named(server: Server, tmp_path: Path) -> None:
@@ -124,7 +123,24 @@ def test_a_reply_made_to_break_a_parser_does_not_pass(server: Server, tmp_path: 
     assert faults(tmp_path) == {"a reply that is not JSON": 1}
 
 
-def test_a_server_over_its_memory_is_ended_and_named(server: Server) -> None:
+def test_what_a_server_did_wrong_is_counted_over_its_attempts_and_ends_in_the_reason(
+    server: Server, tmp_path: Path
+) -> None:
+    reply = "    def reply(self):\n        self.send(b'Siena')\n"
+    with server(reply) as running:
+        ask(running)
+    with pytest.raises(Crashed) as ended, server(reply) as running:
+        for _ in range(2):
+            ask(running)
+        raise Crashed("no run has a result")
+    assert str(ended.value) == "no run has a result; of the server: 2 × a reply that is not JSON"
+    assert faults(tmp_path) == {"a reply that is not JSON": 3}
+
+
+@pytest.mark.parametrize("seen", [None, RuleViolation("the connection broke")], ids=["nothing", "a symptom"])
+def test_a_server_over_its_memory_is_ended_and_named(
+    server: Server, tmp_path: Path, seen: Exception | None
+) -> None:
     eats = """
     def reply(self):
         if os.fork() == 0:
@@ -139,6 +155,9 @@ def test_a_server_over_its_memory_is_ended_and_named(server: Server) -> None:
         for _ in range(100):
             time.sleep(0.1 if running.alive() else 0)
         assert not running.alive()
+        if seen is not None:
+            raise seen
+    assert any(why.startswith("ended: used 0.") for why in faults(tmp_path))
 
 
 def test_a_server_reaches_nothing_and_leaves_nothing(server: Server, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def left(tmp_path: Path) -> Path:
     return folder
 
 
-def take(left: Path) -> str:
+def take(left: Path) -> tuple[str, list[str]]:
     base = left.parent / "base"
     base.mkdir(exist_ok=True)
     (base / "config.json").write_text(json.dumps(BASE))
@@ -55,7 +55,7 @@ def taken(left: Path) -> set[str]:
 def test_a_plain_adapter_is_taken_and_nothing_beside_it(left: Path) -> None:
     (left / "training_args.bin").write_bytes(pickle.dumps({}))
     (left / "modeling.py").write_text("import os")
-    assert take(left) == "lora"
+    assert take(left) == ("lora", ["training_args.bin"])
     assert taken(left) == {"adapter_config.json", "adapter_model.safetensors"}
 
 

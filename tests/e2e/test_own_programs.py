@@ -69,7 +69,9 @@ def test_the_servers_defects_are_named_and_cost_it_no_run(finished: WorkingFolde
     failed = {check["name"] for check in probe["checks"] if check["state"] == "fail"}
     assert {"long prompts", "request_time"} <= failed
     for stage in ("open", "closed"):
-        assert read(finished, f"results/laptop/server2023/{stage}.json")["state"] == "finished"
+        record = read(finished, f"results/laptop/server2023/{stage}.json")
+        assert record["state"] == "finished"
+        assert ("HTTP 500 of the server's own" in record["contained"]) == (stage == "open")
     assert not (finished.path / "results/laptop/server2023/adapter.json").exists()
 
 

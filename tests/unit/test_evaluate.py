@@ -112,12 +112,16 @@ def test_a_server_that_does_not_conform_is_named_before_helm_starts(stage: Stage
 def test_a_refused_request_is_one_unanswered_question(stage: StageRuns, tmp_path: Path) -> None:
     entry_dir = packaged_entry(tmp_path)
     refusing = Toy(refuses=lambda number: number == 4)
-    with pytest.raises(Crashed, match=r"1 of 2 HELM runs failed; first .*: 1 unanswered: HTTP 500"):
+    refusing.contained = {"HTTP 500 of the server's own": 1}
+    why = r"1 of 2 HELM runs failed; first .*: 1 unanswered: HTTP 500.*; of the server: 1 × HTTP 500 of"
+    with pytest.raises(Crashed, match=why):
         run(stage, entry_dir, refusing)
 
     refusing_again = Toy(refuses=lambda number: True)
+    refusing_again.contained = {"HTTP 500 of the server's own": 2}
     scored = run(stage, entry_dir, refusing_again, unanswered="wrong")
     assert scored.state is State.FINISHED
+    assert scored.contained == refusing_again.contained
     assert sum(one.answered for one in scored.runs) == SMALL + LARGE - 1
 
     mended = Toy()

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from palio.config import Competition
-from palio.records import AdapterManifest, Leaderboard, PackageManifest, StepFailure, read_record
+from palio.records import AdapterManifest, Leaderboard, PackageManifest, StageRecord, StepFailure, read_record
 from palio.report.build import build_report, read_board
 from palio.report.files import dropped_rows
 from tests.report import RECIPES, RIGHT, score_competition, write_competition
@@ -107,9 +107,18 @@ def test_curated_and_raw_differ_in_their_operations_only(page: str) -> None:
 def test_what_a_team_s_own_program_does_not_tell_is_left_out(tmp_path: Path) -> None:
     competition = write_competition(tmp_path)
     at = tmp_path / "results/laptop"
-    untold = {"steps": None, "planned_steps": None, "rows_too_long": None, "final_loss": None}
+    untold: dict[str, object] = {
+        "steps": None,
+        "planned_steps": None,
+        "rows_too_long": None,
+        "final_loss": None,
+    }
     trained = read_record(AdapterManifest, at / "raw/adapter.json")
+    untold["contained"] = {"more than 64 MB of output; the rest was dropped": 1}
     trained.model_copy(update=untold).write(at / "raw/adapter.json")
+    asked = read_record(StageRecord, at / "untuned/open.json")
+    held_back = {"contained": {"a reply of more than 4 MB": 3}}
+    asked.model_copy(update=held_back).write(at / "untuned/open.json")
     telemetry = pq.read_table(at / "raw/train.parquet")
     pq.write_table(telemetry.slice(0, 0), at / "raw/train.parquet")
     served = read_record(PackageManifest, at / "untuned/package.json")
@@ -119,7 +128,9 @@ def test_what_a_team_s_own_program_does_not_tell_is_left_out(tmp_path: Path) -> 
     build_report(competition, results=tmp_path / "results", leaderboards=boards, out=tmp_path / "report")
     page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
     assert "the team's own program trained, and does not tell its steps" in article(page, "raw")
+    assert "1 × more than 64 MB of output; the rest was dropped" in article(page, "raw")
     assert "handed in the team's own server" in article(page, "untuned")
+    assert "3 × a reply of more than 4 MB" in article(page, "untuned")
 
 
 # --- the whole page --------------------------------------------------------------------------------------

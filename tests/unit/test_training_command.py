@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from palio.config import Program
-from palio.errors import BadInput, Crashed, Interrupted
+from palio.errors import BadInput, Crashed, Interrupted, OutOfMemory
 from palio.packaging.package import build_package
 from palio.records import AdapterManifest, read_record
 from palio.training import command
@@ -171,6 +172,34 @@ def test_a_program_that_fails_is_named_with_its_code_and_last_line(entry: Entry,
     program = program_of(tmp_path / "files", "raise SystemExit('out of ideas \\x1b[31m')")
     with pytest.raises(Crashed, match=r"the program ended with code 1; .*program.log: out of ideas \[31m"):
         run_command(entry, program)
+
+
+def test_what_was_held_back_of_a_program_is_in_the_record_of_the_attempt_that_finished(
+    entry: Entry, tmp_path: Path
+) -> None:
+    code = (
+        HANDS_IN
+        + """
+import time
+asked = Path(os.environ["PALIO_CHECKPOINTS"], "asked")
+if not asked.exists():
+    asked.touch()
+    for _ in range(2):
+        if os.fork() == 0:
+            kept = b"x" * (700 << 20)
+            time.sleep(20)
+            os._exit(0)
+    time.sleep(20)
+Path(os.environ["PALIO_OUTPUT"], "optimizer.pt").write_bytes(b"")
+hand_in()
+"""
+    )
+    program = program_of(tmp_path / "files", code)
+    with pytest.raises(OutOfMemory):
+        run_command(entry, program, track={"ram_gb": 1})
+    pickle, killed = run_command(entry, program, track={"ram_gb": 1}).contained
+    assert re.fullmatch(r"ended: used \S+ GiB of memory, 1.0 GiB are allowed", killed)
+    assert pickle == "a pickle that was not taken: 'optimizer.pt'"
 
 
 def test_a_link_among_the_teams_files_is_refused(entry: Entry, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from palio.provenance import atomic_path, file_sha256, fingerprint, timed_run, w
 from palio.records import (
     INSTANCES_SCHEMA,
     METRICS_SCHEMA,
+    Contained,
     HelmRun,
     PackageManifest,
     ProbeReport,
@@ -89,12 +90,12 @@ def evaluate(
     folder = work_folder(runs, entry_dir, fingerprint(decides)[:16])
     folder.mkdir(parents=True, exist_ok=True)
     _forget_unanswered(folder)
+    log = folder / "server.log"
 
     with timed_run(entry_dir / f"{stage}.run.json", limit_seconds=limits.time_limit) as run:
         clock = UsedTime(folder / "used_seconds.json")
         died, overtime, code = "", False, None
         if not _complete(folder, plan):
-            log = folder / "server.log"
             with start_server(entry_dir / "package", log) as server:
                 if stage == "open":
                     _check_conformance(server, plan, limits, package, entry_dir / "probe.json")
@@ -108,13 +109,17 @@ def evaluate(
         answered = sum(one.answered for one in outcomes)
         run |= {"used_seconds": round(clock.used, 1), "requests": plan.requests, "answered": answered}
 
+    contained = Contained.beside(log)
     failed = [one for one in outcomes if one.state is State.CRASHED]
     if failed:
         what = died or f"{len(failed)} of {len(outcomes)} HELM runs failed"
         why = failed[0].reason or ("no result" if code is None else f"HELM ended with code {code}")
         where = f"see {folder}/helm.log" if stage == "open" else "the logs are in the closed store"
-        raise Crashed(f"{what}; first {failed[0].run}: {why}; {where}")
-    return _write_results(runs, limits, entry_dir, folder, package, prepared, outcomes)
+        error = Crashed(f"{what}; first {failed[0].run}: {why}; {where}")
+        if contained.counts:
+            error.add_note(f"of the server: {contained}")
+        raise error
+    return _write_results(runs, limits, entry_dir, folder, package, prepared, outcomes, contained)
 
 
 def _ask(folder: Path, plan: StagePlan, limits: StageLimits, clock: UsedTime, watch: Watch) -> helm.HelmExit:
@@ -161,6 +166,7 @@ def _write_results(
     package: PackageManifest,
     prepared: StageInstances,
     outcomes: list[HelmRun],
+    contained: Contained,
 ) -> StageRecord:
     stage = runs.stage
     where = {
@@ -185,6 +191,7 @@ def _write_results(
         unanswered=limits.unanswered,
         cut_at_stop_sequences=limits.cut_at_stop_sequences,
         completions_cut=_journal(folder).count(b'"cut": true'),
+        contained=contained.counts,
         runs=outcomes,
         metrics_sha256=file_sha256(tables / "metrics.parquet"),
         instances_table_sha256=file_sha256(tables / "instances.parquet"),

@@ -1,7 +1,7 @@
 """HTTP on our loopback in front of a confined server: what passes is a JSON reply of bounded size and time.
 
 A reply that is too large, too slow or no JSON becomes a short 502 or 504 with the reason, which the probe and
-HELM's client report; the gateway counts them. It never keeps or prints a prompt or a reply.
+HELM's client report; the gateway counts its faults. It never keeps or prints a prompt or a reply.
 """
 
 from __future__ import annotations
@@ -32,12 +32,16 @@ class BadReply(Exception):
 
 
 class Gateway:
-    """`with Gateway(connect) as gateway: gateway.base_url`; `connect` opens a connection to the server."""
+    """`with Gateway(connect, faults) as gateway: gateway.base_url`; `connect` opens a connection to the
+    server, `faults` counts what it did wrong."""
 
-    def __init__(self, connect: Callable[[], socket.socket], reply_seconds: float = REPLY_SECONDS) -> None:
-        self.connect, self.reply_seconds = connect, reply_seconds
-        self.faults: Counter[str] = Counter()
-        """How often each fault was seen."""
+    def __init__(
+        self,
+        connect: Callable[[], socket.socket],
+        faults: Counter[str],
+        reply_seconds: float = REPLY_SECONDS,
+    ) -> None:
+        self.connect, self.faults, self.reply_seconds = connect, faults, reply_seconds
         self._turn = threading.Lock()
 
     def __enter__(self) -> Gateway:

@@ -43,10 +43,13 @@ def check_files(folder: Path, key: str) -> None:
                 raise BadInput(path, "", None, f"is for its owner only; run chmod -R o+rX {folder}")
 
 
-def take_model(left: Path, out: Path, *, base_model: Path, base_model_id: str) -> Literal["lora", "full"]:
-    """Copy an adapter or a model out of the folder a program left; which of the two it is.
+def take_model(
+    left: Path, out: Path, *, base_model: Path, base_model_id: str
+) -> tuple[Literal["lora", "full"], list[str]]:
+    """Copy an adapter or a model out of the folder a program left; which of the two it is, and the names of
+    pickles that were left there.
 
-    Other files are left where they are: checkpoints, logs, `training_args.bin`.
+    Other files are left where they are too: checkpoints, logs.
 
     Raises RuleViolation if there is neither, or it holds what Palio does not load.
     """
@@ -65,8 +68,8 @@ def take_model(left: Path, out: Path, *, base_model: Path, base_model_id: str) -
         if Path(name).suffix in TAKEN:
             _copy(left / name, out / name)
     weights = sorted(out.glob("*.safetensors"))
+    pickles = [name for name in names if Path(name).suffix in PICKLES]
     if not weights:
-        pickles = [name for name in names if Path(name).suffix in PICKLES]
         found = f"{_some(pickles)}: a pickle runs code when it is opened" if pickles else _some(names)
         raise RuleViolation(f"the result has no .safetensors weights but {found}; save safetensors")
     for path in weights:
@@ -79,7 +82,7 @@ def take_model(left: Path, out: Path, *, base_model: Path, base_model_id: str) -
         _settle_adapter(out / "adapter_config.json", base_model_id)
     else:
         _check_architecture(_json(out / "config.json"), _json(base_model / "config.json"))
-    return kind
+    return kind, pickles
 
 
 def _some(names: list[str]) -> str:

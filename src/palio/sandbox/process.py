@@ -17,6 +17,7 @@ import stat
 import subprocess
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -25,6 +26,7 @@ import psutil
 
 from palio.config import Program
 from palio.errors import Crashed, Interrupted, OutOfMemory, PalioError
+from palio.records import Contained
 from palio.sandbox import gpu
 from palio.sandbox.room import GIB, UID, Room, building, command_line, environment, limited, program_arguments
 from palio.sandbox.seccomp import filter_program
@@ -57,6 +59,8 @@ class Confined:
         """Bytes, of all processes together."""
         self.broken: PalioError | None = None
         """The limit it broke, if it was ended for that."""
+        self.contained: Counter[str] = Counter()
+        """What was held back, and how often; goes to the `Contained` record beside the log."""
         self._ended = threading.Event()
 
     def __enter__(self) -> Confined:
@@ -82,6 +86,10 @@ class Confined:
         for thread in self._threads:
             thread.join(START_SECONDS)  # what outlives an unconfined run may hold the log open
         self._stream.close()
+        if self.broken is not None:
+            self.contained[f"ended: {self.broken}"] += 1
+        before = Counter(Contained.beside(self.log).counts)
+        Contained(counts=before + self.contained).write(Contained.file(self.log))
 
     # --- what the caller asks
 
@@ -189,6 +197,7 @@ class Confined:
             self._stream.write(part[: max(0, room_left)])
             self._stream.flush()
             if room_left > 0 >= room_left - len(part):
+                self.contained[f"more than {LOG_BYTES >> 20} MB of output; the rest was dropped"] += 1
                 self._stream.write(f"\n[palio: more than {LOG_BYTES >> 20} MB of output; cut]\n".encode())
             kept += len(part)
         self._process.stdout.close()

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 
 from palio.config import Isolation, ServerProgram
-from palio.errors import Crashed
-from palio.provenance import write_json
+from palio.errors import Crashed, PalioError
+from palio.records import Contained
 from palio.sandbox.door import Door
 from palio.sandbox.gateway import REPLY_SECONDS, BadReply, Gateway
 from palio.sandbox.image import image_folder
@@ -34,11 +34,12 @@ def read_program(package: Path) -> ServerProgram:
 class ConfinedServer:
     """`with ConfinedServer(package, …) as server: server.base_url`, once it answers on its port.
 
-    The server's output is appended to `log`, and what the gateway held back to `log` with `.faults.json`.
-    It sees prompts: for the closed stage both lie in the closed store.
+    The server's output is appended to `log`, and what it did wrong is counted in the `Contained` record
+    beside it. It sees prompts: for the closed stage both lie in the closed store.
 
     Raises:
-        Crashed, OutOfMemory: it ended, did not get ready, or broke a limit.
+        Crashed, OutOfMemory: it ended, did not get ready, or broke a limit. Any PalioError raised inside the
+            block leaves it with a note of what was held back.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class ConfinedServer:
     ) -> None:
         program = read_program(package)
         self._port = _free_port() if isolation.unconfined else program.port
-        self._log, self._ready_seconds, self._reply_seconds = log, ready_seconds, reply_seconds
+        self._ready_seconds, self._reply_seconds = ready_seconds, reply_seconds
         if isolation.unconfined and program.image:
             raise cannot_confine("an image runs confined only")
         image = package / IMAGE
@@ -80,7 +81,8 @@ class ConfinedServer:
     def __enter__(self) -> ConfinedServer:
         with contextlib.ExitStack() as opened:
             opened.enter_context(self._confined)
-            self._gateway = opened.enter_context(Gateway(self._connection(opened), self._reply_seconds))
+            gateway = Gateway(self._connection(opened), self._confined.contained, self._reply_seconds)
+            self._gateway = opened.enter_context(gateway)
             self._wait()
             self.base_url = self._gateway.base_url
             self._open = opened.pop_all()
@@ -89,16 +91,14 @@ class ConfinedServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if faults := self._confined.contained:
+            seen = f"of the server: {Contained(counts=faults)}"
+            print(seen, file=sys.stderr, flush=True)
+            if isinstance(error, PalioError):
+                error.add_note(seen)
         self._open.close()
-        faults = self._gateway.faults
-        write_json(self._log.with_suffix(".faults.json"), dict(faults))
-        if faults:
-            seen = "; ".join(f"{count} times {why}" for why, count in faults.most_common())
-            with self._log.open("a", encoding="utf-8") as log:
-                log.write(f"\n[palio: held back: {seen}]\n")
-            print(f"replies held back or failed: {seen}", file=sys.stderr, flush=True)
-        if self._confined.broken is not None and kind is None:
-            raise self._confined.broken
+        if self._confined.broken is not None and (error is None or isinstance(error, PalioError)):
+            raise self._confined.broken from None  # what the others saw is what came of it
 
     def _connection(self, opened: contextlib.ExitStack) -> Callable[[], socket.socket]:
         """What opens a connection to the server, wherever it listens."""

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from palio.config import Isolation, Program, Track
 from palio.errors import Crashed, Interrupted
 from palio.provenance import atomic_path, fingerprint, folder_sha256, timed_run, write_json
-from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, read_record
+from palio.records import AdapterManifest, BaseModelManifest, Contained, DatasetManifest, read_record
 from palio.sandbox import gpu
 from palio.sandbox.handed_in import check_files, take_model
 from palio.sandbox.image import image_folder
@@ -103,12 +103,12 @@ def finetune_by_command(
                 visible=isolation.visible,
                 system=image_folder(program.image, entry_dir / "work"),
             )
-            facts = gpu.hardware(track)
+            facts, log = gpu.hardware(track), work / "program.log"
             with Ledger(
                 work / "ledger.jsonl", float(track.training_budget), meter=gpu.energy_meter(track), **facts
             ) as ledger:
-                state = _run(program, room, ledger, work / "program.log", isolation.unconfined)
-                method = take_model(
+                state = _run(program, room, ledger, log, isolation.unconfined)
+                method, pickles = take_model(
                     work / "program" / "result",
                     work / "adapter",
                     base_model=base_model / "model",
@@ -137,6 +137,8 @@ def finetune_by_command(
                 rows=data_manifest.rows,
                 rows_too_long=None,
                 final_loss=None,
+                contained=Contained.beside(log).counts
+                | {f"a pickle that was not taken: {name!r}": 1 for name in pickles},
                 files=folder_sha256(work / "adapter"),
             ).write(work / "adapter.json")
         run.update(json.loads((work / "training.json").read_text(encoding="utf-8")))
