@@ -47,6 +47,7 @@ from palio.training.attention import NAME, row_bounds
 from palio.training.finetune import finetune
 from palio.training.model import adapt, base_dtype
 from palio.training.rows import Row, flat_batch, step_rows, tokenise
+from palio.training.step import TrainingStep
 from palio.training.trainer import StepReport, Trainer, peak_memory
 
 SHAPES = {
@@ -171,18 +172,18 @@ def run_palio(work: Path, model: Path, steps: int) -> dict[str, Any]:
 
     Trainer.train_step = marked  # type: ignore[method-assign]
     entry_dir = Path(tempfile.mkdtemp(dir=work))
-    finetune(
-        recipe=recipe_of(steps),
+    step = TrainingStep(
+        competition="benchmark",
+        track_id="benchmark",
+        entry="benchmark",
         track=Track.model_validate({"title": "benchmark", "ram_gb": 8, "training_budget": "24h"}),
         base_model=model,
         dataset=work / "dataset",
         entry_dir=entry_dir,
-        competition="benchmark",
-        track_id="benchmark",
-        entry="benchmark",
         threads=1,
         telemetry=Telemetry(report_to=("tensorboard",)),
     )
+    finetune(recipe_of(steps), step)
     losses = pq.read_table(entry_dir / "train.parquet")["loss"].to_pylist()
     # Between the steps stand ledger and telemetry; after the first also its checkpoint, which is neither.
     between = sum(marks[place + 1][1] - marks[place][1] for place in range(3, len(marks) - 1, 2))

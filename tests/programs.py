@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from palio.config import Isolation, Program, Track
+from palio.config import Isolation, Program
 from palio.records import AdapterManifest
 from palio.training.command import finetune_by_command
 from tests.training import Entry
@@ -53,20 +53,8 @@ def run_command(
 ) -> AdapterManifest:
     """The fine-tuning step with a team's program, in this process."""
     limits = {"title": "t", "ram_gb": 4, "cpus": 1, "training_budget": budget, **(track or {})}
-    return finetune_by_command(
-        program=program,
-        isolation=isolation or Isolation(scratch_gb=0.05, output_gb=0.5, processes=256),
-        network=False,
-        track=Track.model_validate(limits),
-        base_model=entry.base,
-        dataset=entry.folder / "dataset",
-        entry_dir=entry.folder,
-        competition="c",
-        track_id="t",
-        entry="e",
-        threads=1,
-        retrain=retrain,
-    )
+    isolation = isolation or Isolation(scratch_gb=0.05, output_gb=0.5, processes=256)
+    return finetune_by_command(program, entry.step(limits, retrain=retrain), isolation, network=False)
 
 
 def start_command(entry: Entry, program: Program, budget: str = "60s") -> subprocess.Popen[str]:

@@ -22,6 +22,7 @@ from palio.config import BaseModelSource, FinetuneRecipe, Telemetry, Track
 from palio.curation.rows import ROW
 from palio.provenance import file_sha256, folder_sha256
 from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest
+from palio.training.step import TrainingStep
 
 
 def tiny_base_model(out: Path, tokenizer_of: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -108,18 +109,21 @@ class Entry:
 
         limits = {"title": "t", "ram_gb": 4, "training_budget": "600s", **(track or {})}
         settings = {"learning_rate": 1e-3, **recipe}
-        return finetune(
-            recipe=FinetuneRecipe.model_validate(settings),
-            track=Track.model_validate(limits),
-            base_model=self.base,
-            dataset=self.folder / "dataset",
-            entry_dir=self.folder,
+        step = self.step(limits, telemetry=Telemetry.model_validate(telemetry or {}), retrain=retrain)
+        return finetune(FinetuneRecipe.model_validate(settings), step)
+
+    def step(self, track: dict[str, Any], **settings: Any) -> TrainingStep:
+        """Entry `e`'s training in track `t`."""
+        return TrainingStep(
             competition="c",
             track_id="t",
             entry="e",
+            track=Track.model_validate(track),
+            base_model=self.base,
+            dataset=self.folder / "dataset",
+            entry_dir=self.folder,
             threads=1,
-            telemetry=Telemetry.model_validate(telemetry or {}),
-            retrain=retrain,
+            **settings,
         )
 
     def start(self, *, budget: str = "600s", **recipe: Any) -> subprocess.Popen[str]:

@@ -476,41 +476,30 @@ def finetune(
     with entry_step("finetune", entry_dir):
         if fresh_start:
             set_aside(entry_dir / "work" / "train", fresh_start)
-        if program is not None:
-            from palio.training.command import finetune_by_command
+        from palio.training.step import TrainingStep
 
-            finetune_by_command(
-                program=parse(Program, json.loads(program), "command"),
-                isolation=parse(Isolation, json.loads(isolation), "isolation"),
-                network=network,
-                track=parse(Track, json.loads(track_limits), "track"),
-                base_model=base_model,
-                dataset=entry_dir / "dataset",
-                entry_dir=entry_dir,
-                competition=competition_id,
-                track_id=track,
-                entry=entry,
-                threads=threads,
-                usd_per_hour=parse(Telemetry, json.loads(telemetry), "--telemetry").usd_per_hour.get(track),
-                retrain=retrain,
-            )
-            return
-        assert recipe is not None
-        from palio.training.finetune import finetune as run
-
-        run(
-            recipe=parse(FinetuneRecipe, json.loads(recipe), "finetune"),
+        step = TrainingStep(
+            competition=competition_id,
+            track_id=track,
+            entry=entry,
             track=parse(Track, json.loads(track_limits), "track"),
             base_model=base_model,
             dataset=entry_dir / "dataset",
             entry_dir=entry_dir,
-            competition=competition_id,
-            track_id=track,
-            entry=entry,
             threads=threads,
             telemetry=parse(Telemetry, json.loads(telemetry), "--telemetry"),
             retrain=retrain,
         )
+        if program is not None:
+            from palio.training.command import finetune_by_command
+
+            handed_in = parse(Program, json.loads(program), "command")
+            confinement = parse(Isolation, json.loads(isolation), "isolation")
+            finetune_by_command(handed_in, step, confinement, network=network)
+        elif recipe is not None:
+            from palio.training.finetune import finetune as run
+
+            run(parse(FinetuneRecipe, json.loads(recipe), "finetune"), step)
 
 
 @palio.command(cls=Verb, example="snakemake --profile local results/laptop/curated/package.json")

@@ -1,17 +1,14 @@
-"""The fine-tuning step with a team's own program, confined: docs/command_entries.md is its contract.
+"""A team's own program in the fine-tuning step (`palio.training.step`), confined.
 
-The same budget ledger, folders and record as Palio's own trainer has:
+docs/command_entries.md is its contract. In the work folder also:
 
-    work/train/<fingerprint[:16]>/
-        ledger.jsonl      seconds of the budget used, over all attempts
-        program/          /output of the program: result/ and checkpoints/
-        program.log       what it printed
-        adapter/, train.parquet, training.json, adapter.json    as of the trainer's
+    program/                  /output of the program: result/ and checkpoints/
+    program.log               what it printed
+    program.contained.json    what its confinement held back
 """
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import sys
@@ -24,17 +21,17 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from palio.config import Isolation, Program, Track
+from palio.config import Isolation, Program
 from palio.errors import Crashed, Interrupted
-from palio.provenance import atomic_path, fingerprint, folder_sha256, timed_run, write_json
-from palio.records import AdapterManifest, BaseModelManifest, Contained, DatasetManifest, read_record
+from palio.provenance import atomic_path, fingerprint, folder_sha256
+from palio.records import AdapterManifest, Contained
 from palio.sandbox import gpu
 from palio.sandbox.handed_in import check_files, take_model
 from palio.sandbox.image import image_folder
 from palio.sandbox.process import Confined
 from palio.sandbox.room import OUTPUT, Limits, Room
-from palio.training.handover import ended, publish, refuse_to_replace
-from palio.training.ledger import Ledger, joules, read_ledger, sole_process
+from palio.training.ledger import Ledger
+from palio.training.step import Trained, TrainingStep, adapter_of
 from palio.training.telemetry import SCHEMA
 
 RECIPE_VERSION = "command 1"
@@ -47,103 +44,58 @@ POLL_SECONDS = 0.2
 
 
 def finetune_by_command(
-    *,
-    program: Program,
-    isolation: Isolation,
-    network: bool,
-    track: Track,
-    base_model: Path,
-    dataset: Path,
-    entry_dir: Path,
-    competition: str,
-    track_id: str,
-    entry: str,
-    threads: int | None = None,
-    usd_per_hour: float | None = None,
-    retrain: bool = False,
+    program: Program, step: TrainingStep, isolation: Isolation, *, network: bool
 ) -> AdapterManifest:
-    """Run, go on or restore; leaves adapter/, train.parquet and adapter.json in `entry_dir`.
+    """Run, go on or restore; leaves adapter/, train.parquet and adapter.json in the entry's folder.
 
     Raises BadInput, RuleViolation, OutOfMemory, Crashed or Interrupted. Started again, the program finds its
     own checkpoints and what is left of the budget.
     """
-    model_manifest = read_record(BaseModelManifest, base_model / "manifest.json")
-    data_manifest = read_record(DatasetManifest, dataset / "manifest.json")
     files = Path(program.files) if program.files else None
     if files is not None:
         check_files(files, "command.files")
-    gpu.check_gpu(track)
+    gpu.check_gpu(step.track)
     recipe = {
         "kind": "command",
         **program.model_dump(mode="json", exclude_none=True),
         "files_sha256": fingerprint(folder_sha256(files)) if files else None,
         "network": network,
     }
-    key = fingerprint(
-        {
-            "recipe": recipe,
-            "recipe_version": RECIPE_VERSION,
-            "base_model": model_manifest.fingerprint,
-            "dataset": data_manifest.sha256,
-        }
-    )
-    if not retrain:
-        refuse_to_replace(entry_dir / "adapter.json", key)
-    work = entry_dir / "work" / "train" / key[:16]
-    with timed_run(entry_dir / "finetune.run.json", fingerprint=key) as run, sole_process(work):
-        run["restored"] = ended(work, track)
-        if not run["restored"]:
-            (work / "adapter.json").unlink(missing_ok=True)  # of a smaller budget
-            room = Room(
-                limits=Limits.of(track, isolation, threads),
-                files=files,
-                inputs={"/base_model": base_model / "model", "/dataset": dataset},
-                output=work / "program",
-                network=network,
-                visible=isolation.visible,
-                system=image_folder(program.image, entry_dir / "work"),
+
+    def train(work: Path, base_model: str) -> Trained:
+        room = Room(
+            limits=Limits.of(step.track, isolation, step.threads),
+            files=files,
+            inputs={"/base_model": step.base_model / "model", "/dataset": step.dataset},
+            output=work / "program",
+            network=network,
+            visible=isolation.visible,
+            system=image_folder(program.image, step.entry_dir / "work"),
+        )
+        facts, log = gpu.hardware(step.track), work / "program.log"
+        budget, meter = float(step.track.training_budget), gpu.energy_meter(step.track)
+        with Ledger(work / "ledger.jsonl", budget, meter=meter, **facts) as ledger:
+            state = _run(program, room, ledger, log, isolation.unconfined)
+            method, pickles = take_model(
+                work / "program" / "result",
+                work / "adapter",
+                base_model=step.base_model / "model",
+                base_model_id=base_model,
             )
-            facts, log = gpu.hardware(track), work / "program.log"
-            with Ledger(
-                work / "ledger.jsonl", float(track.training_budget), meter=gpu.energy_meter(track), **facts
-            ) as ledger:
-                state = _run(program, room, ledger, log, isolation.unconfined)
-                method, pickles = take_model(
-                    work / "program" / "result",
-                    work / "adapter",
-                    base_model=base_model / "model",
-                    base_model_id=model_manifest.id,
-                )
-                ledger.outcome = state
-                seconds = ledger.used()
-            with atomic_path(work / "train.parquet") as temporary:  # its steps are its own
-                pq.write_table(pa.Table.from_pylist([], SCHEMA), temporary)
-            measured = {"training_seconds": round(seconds, 3), **facts}
-            measured["energy_joules"] = joules(read_ledger(work / "ledger.jsonl"))
-            write_json(work / "training.json", measured | {"memory_cap_gb": track.gpu_memory_gb})
-            AdapterManifest(
-                competition=competition,
-                track=track_id,
-                entry=entry,
-                fingerprint=key,
-                recipe_version=RECIPE_VERSION,
-                base_model=model_manifest.id,
-                base_model_fingerprint=model_manifest.fingerprint,
-                dataset_sha256=data_manifest.sha256,
-                recipe=recipe | {"method": method},
-                state=state,
-                steps=None,
-                planned_steps=None,
-                rows=data_manifest.rows,
-                rows_too_long=None,
-                final_loss=None,
-                contained=Contained.beside(log).counts
-                | {f"a pickle that was not taken: {name!r}": 1 for name in pickles},
-                files=folder_sha256(work / "adapter"),
-            ).write(work / "adapter.json")
-        run.update(json.loads((work / "training.json").read_text(encoding="utf-8")))
-        run["cost_usd"] = usd_per_hour and round(usd_per_hour * run["training_seconds"] / 3600, 4)
-        return publish(work, entry_dir)
+            ledger.outcome = state
+            seconds = ledger.used()
+        with atomic_path(work / "train.parquet") as temporary:  # its steps are its own
+            pq.write_table(pa.Table.from_pylist([], SCHEMA), temporary)
+        manifest = {
+            "recipe": recipe | {"method": method},
+            "state": state,
+            **dict.fromkeys(("steps", "planned_steps", "rows_too_long", "final_loss")),
+            "contained": Contained.beside(log).counts
+            | {f"a pickle that was not taken: {name!r}": 1 for name in pickles},
+        }
+        return Trained(manifest, seconds, facts)
+
+    return adapter_of(step, recipe, RECIPE_VERSION, train)
 
 
 def _run(

@@ -1,23 +1,10 @@
-"""The fine-tuning step: base model and dataset in, adapter out, inside the track's budget.
+"""Palio's own trainer in the fine-tuning step (`palio.training.step`).
 
-All training happens in a folder named by the fingerprint of what decides its result:
-
-    work/train/<fingerprint[:16]>/
-        ledger.jsonl      seconds of the budget used, over all attempts
-        checkpoints/      what a killed attempt goes on from
-        adapter/          the finished adapter
-        train.parquet     its telemetry
-        training.json     what trained it, and how long: goes into finetune.run.json
-        adapter.json      its manifest, written last
-    adapter/, train.parquet, adapter.json    hard links to (copies of) the recipe's own
-
-so going back to an earlier recipe restores its adapter in seconds, and a run that ended at its budget
-stays ended unless the budget is raised.
+In the work folder also: checkpoints/, what a killed attempt goes on from.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import signal
@@ -35,16 +22,16 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from palio.config import FinetuneRecipe, Telemetry, Track
+from palio.config import FinetuneRecipe
 from palio.errors import BadInput, Crashed, Interrupted, OutOfMemory, TimeLimit
-from palio.provenance import atomic_path, fingerprint, folder_sha256, library_versions, timed_run, write_json
-from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, read_record
+from palio.provenance import atomic_path, library_versions
+from palio.records import AdapterManifest
 from palio.training.checkpoint import load_checkpoint, save_checkpoint
 from palio.training.device import energy_meter, hardware, training_device
-from palio.training.handover import ended, publish, refuse_to_replace
-from palio.training.ledger import Ledger, joules, read_ledger, sole_process
+from palio.training.ledger import Ledger
 from palio.training.model import load_model, save_adapter
 from palio.training.rows import Row, split, tokenise
+from palio.training.step import Trained, TrainingStep, adapter_of
 from palio.training.telemetry import SCHEMA, Tell, console, dashboards, progress
 from palio.training.trainer import NonFiniteLossError, StepReport, Trainer, peak_memory
 
@@ -60,104 +47,37 @@ PROGRESS = ("telemetry", "best", "validations_since_best", "tokens", "slowest")
 TRACED = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 
 
-def finetune(
-    *,
-    recipe: FinetuneRecipe,
-    track: Track,
-    base_model: Path,
-    dataset: Path,
-    entry_dir: Path,
-    competition: str,
-    track_id: str,
-    entry: str,
-    threads: int | None = None,
-    telemetry: Telemetry | None = None,
-    retrain: bool = False,
-) -> AdapterManifest:
-    """Train, resume or restore; leaves adapter/, train.parquet and adapter.json in `entry_dir`.
+def finetune(recipe: FinetuneRecipe, step: TrainingStep) -> AdapterManifest:
+    """Train, resume or restore; leaves adapter/, train.parquet and adapter.json in the entry's folder.
 
-    `base_model` and `dataset` are folders with a manifest.json. `threads` are CPU threads of torch.
-    `retrain` allows that the adapter in `entry_dir` is replaced by one of another fingerprint.
-    Raises BadInput, TimeLimit, OutOfMemory, Crashed or Interrupted; a rerun goes on
-    from the last checkpoint.
+    Raises BadInput, TimeLimit, OutOfMemory, Crashed or Interrupted; a rerun goes on from the last
+    checkpoint.
     """
-    telemetry = telemetry or Telemetry()
-    model_manifest = read_record(BaseModelManifest, base_model / "manifest.json")
-    data_manifest = read_record(DatasetManifest, dataset / "manifest.json")
-    key = fingerprint(
-        {
-            "recipe": recipe.model_dump(mode="json"),
-            "recipe_version": RECIPE_VERSION,
-            "base_model": model_manifest.fingerprint,
-            "dataset": data_manifest.sha256,
-        }
-    )
-    if not retrain:
-        refuse_to_replace(entry_dir / "adapter.json", key)
     disable_progress_bar()  # of transformers' loading and saving: only noise in a log
-    work = entry_dir / "work" / "train" / key[:16]
-    if threads is not None:
-        torch.set_num_threads(threads)
-    with timed_run(entry_dir / "finetune.run.json", fingerprint=key) as run, sole_process(work):
-        run["restored"] = ended(work, track)
-        if not run["restored"]:
-            (work / "adapter.json").unlink(missing_ok=True)  # of a smaller budget
-            device = training_device(track)
-            training = _Training(recipe, track, device, base_model / "model", dataset / "train.parquet", work)
-            with dashboards(
-                telemetry.report_to,
-                folder=entry_dir / "work" / "dashboards",
-                run=f"{competition}/{track_id}/{entry}",
-                key=key[:16],
-                recipe=recipe.model_dump(mode="json"),
-            ) as training.tell:
-                result = training.run(model_manifest.id)
-            facts = {
-                "versions": library_versions(*TRACED),
-                "threads": torch.get_num_threads(),
-                "training_seconds": round(result.pop("seconds"), 3),
-                "tokens": training.tokens,
-                "energy_joules": joules(read_ledger(work / "ledger.jsonl")),
-                "peak_memory_bytes": peak_memory(device),
-                "memory_cap_gb": track.gpu_memory_gb,
-                **hardware(device),
-            }
-            write_json(work / "training.json", facts)
-            AdapterManifest(
-                competition=competition,
-                track=track_id,
-                entry=entry,
-                fingerprint=key,
-                recipe_version=RECIPE_VERSION,
-                base_model=model_manifest.id,
-                base_model_fingerprint=model_manifest.fingerprint,
-                dataset_sha256=data_manifest.sha256,
-                recipe=recipe.model_dump(mode="json"),
-                files=folder_sha256(work / "adapter"),
-                **result,
-            ).write(work / "adapter.json")
-            if result["state"] == "finished":
-                shutil.rmtree(work / "checkpoints", ignore_errors=True)
-        run.update(json.loads((work / "training.json").read_text(encoding="utf-8")))
-        price = telemetry.usd_per_hour.get(track_id)
-        run["cost_usd"] = price and round(price * run["training_seconds"] / 3600, 4)
-        return publish(work, entry_dir)
+    if step.threads is not None:
+        torch.set_num_threads(step.threads)
+
+    def train(work: Path, base_model: str) -> Trained:
+        training = _Training(recipe, step, work)
+        with dashboards(
+            step.telemetry.report_to,
+            folder=step.entry_dir / "work" / "dashboards",
+            run=f"{step.competition}/{step.track_id}/{step.entry}",
+            key=work.name,
+            recipe=recipe.model_dump(mode="json"),
+        ) as training.tell:
+            return training.run(base_model)
+
+    return adapter_of(step, recipe.model_dump(mode="json"), RECIPE_VERSION, train)
 
 
 class _Training:
     """One attempt at one training run, in its work folder."""
 
-    def __init__(
-        self,
-        recipe: FinetuneRecipe,
-        track: Track,
-        device: torch.device,
-        model: Path,
-        dataset: Path,
-        work: Path,
-    ) -> None:
-        self.recipe, self.track, self.device, self.work = recipe, track, device, work
-        self.model_folder, self.dataset = model, dataset
+    def __init__(self, recipe: FinetuneRecipe, step: TrainingStep, work: Path) -> None:
+        self.recipe, self.track, self.work = recipe, step.track, work
+        self.device = training_device(step.track)
+        self.model_folder, self.dataset = step.base_model / "model", step.dataset / "train.parquet"
         self.checkpoints = work / "checkpoints"
         self.telemetry: list[dict[str, float]] = []
         self.held_out: list[Row] = []
@@ -167,8 +87,8 @@ class _Training:
         self.slowest = {"step": 0.0, "save": 0.0, "validation": 0.0}  # seconds
         self.tell: Tell = lambda row: None
 
-    def run(self, base_model: str) -> dict[str, Any]:
-        """Train to the end or to the budget and save; the values of the manifest that training decides."""
+    def run(self, base_model: str) -> Trained:
+        """Train to the end or to the budget, and save."""
         rows, too_long = self._rows()
         rows, self.held_out = split(rows, self.recipe.validation_rows, self.recipe.seed)
         try:
@@ -200,7 +120,7 @@ class _Training:
                 "gradient_accumulation), lower max_length, or set gradient_checkpointing: true"
             ) from error
         last = [line["loss"] for line in self.telemetry[-FINAL_STEPS:]]
-        return {
+        manifest = {
             "state": state,
             "steps": trainer.step,
             "planned_steps": trainer.steps,
@@ -209,8 +129,15 @@ class _Training:
             "final_loss": sum(last) / len(last),
             "best_step": self.best["step"] if self.best else None,
             "validation_loss": self.best["loss"] if self.best else None,
-            "seconds": seconds,
         }
+        facts = {
+            "versions": library_versions(*TRACED),
+            "threads": torch.get_num_threads(),
+            "tokens": self.tokens,
+            "peak_memory_bytes": peak_memory(self.device),
+            **hardware(self.device),
+        }
+        return Trained(manifest, seconds, facts)
 
     def _rows(self) -> tuple[list[Row], int]:
         table = pq.read_table(self.dataset, columns=["history", "prompt", "completion"])

@@ -18,6 +18,7 @@ from palio.config import FinetuneRecipe, Metric, Scenario, Track
 from palio.errors import BadInput
 from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, Record, read_record
 from palio.training.finetune import RECIPE_VERSION, finetune
+from palio.training.step import TrainingStep
 
 WEIGHT_NOISE = 0.5
 """Weight distance that other rounding may cause: set, not measured; far below that of other seeds."""
@@ -93,17 +94,17 @@ def reproduce(
             )
     if out.resolve() == entry_dir.resolve():
         raise BadInput("out", "", str(out), "is the entry's own folder; give another")
-    second = finetune(
-        recipe=FinetuneRecipe.model_validate(first.recipe),
+    again = TrainingStep(
+        competition=first.competition,
+        track_id=first.track,
+        entry=first.entry,
         track=track,
         base_model=base_model,
         dataset=entry_dir / "dataset",
         entry_dir=out,
-        competition=first.competition,
-        track_id=first.track,
-        entry=first.entry,
         threads=threads,
     )
+    second = finetune(FinetuneRecipe.model_validate(first.recipe), again)
     assert first.final_loss is not None  # a recipe's; a team's own program has another recipe_version
     assert second.final_loss is not None
     return Reproduction(
