@@ -505,8 +505,8 @@ class Separation(Part):
     instances: int
     """Evaluation instances behind the two scores now, over all columns' distinct questions."""
     instances_needed: int | None
-    """At the observed difference, its spread shrinking with the square root of the number of instances;
-    None where the observed difference is 0."""
+    """At the observed difference, its interval shrinking with the square root of the number of instances: no
+    fewer than now unless the two are separated. None where the observed difference is 0."""
 
 
 class Uncertainty(Part):

@@ -89,6 +89,15 @@ def test_pairing_sees_a_small_but_constant_lead_that_independent_draws_would_not
     assert alone.entries[0].p_first < 0.95
 
 
+@pytest.mark.parametrize("more", range(1, 8))
+def test_who_cannot_be_told_apart_needs_no_fewer_questions_than_there_are(more: int) -> None:
+    found = uncertainty(*board_and_answers({"a": 1 - first(20), "b": first(20 + more)}))
+    assert found is not None
+    assert found.separation is not None
+    needed = found.separation.instances_needed
+    assert needed is None or (needed < found.separation.instances) == found.separation.separated
+
+
 def test_two_entries_that_answer_different_questions_are_not_told_apart() -> None:
     found = uncertainty(*board_and_answers({"a": first(21), "b": 1 - first(21)}))
     assert found is not None

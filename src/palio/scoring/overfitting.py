@@ -18,7 +18,7 @@ from palio.records import (
     Uncertainty,
 )
 from palio.scoring.robustness import rank_by_entry
-from palio.scoring.uncertainty import NORMAL_QUANTILE
+from palio.scoring.uncertainty import LEVEL
 
 FEWEST = 4
 """Fewer entries have no interval: its standard error divides by the root of n - 3."""
@@ -105,7 +105,7 @@ def _correlation(
     value = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
     if abs(value) == 1:
         return Correlation(value=value, low=value, high=value, n=n)
-    z, spread = math.atanh(value), NORMAL_QUANTILE * standard_error(value, n)
+    z, spread = math.atanh(value), float(stats.norm.ppf((1 + LEVEL) / 2)) * standard_error(value, n)
     return Correlation(value=value, low=math.tanh(z - spread), high=math.tanh(z + spread), n=n)
 
 

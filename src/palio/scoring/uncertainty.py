@@ -340,8 +340,7 @@ def _separation(board: Leaderboard, final: Array, pool: Pool, usable: UsableAnsw
     )
     needed = None
     if observed > 0:
-        standard_error = float(np.std(draws))
-        needed = max(1, math.ceil(instances * (NORMAL_QUANTILE * standard_error / observed) ** 2))
+        needed = max(1, math.ceil(instances * ((observed - interval.low) / observed) ** 2))
     return Separation(
         first=first.entry,
         second=second.entry,
@@ -350,10 +349,6 @@ def _separation(board: Leaderboard, final: Array, pool: Pool, usable: UsableAnsw
         instances=instances,
         instances_needed=needed,
     )
-
-
-NORMAL_QUANTILE = 1.959963984540054
-"""Of the standard normal distribution at (1 + LEVEL)/2."""
 
 
 def _instances(pool: Pool, key: tuple[str, str]) -> int:
