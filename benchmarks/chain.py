@@ -21,6 +21,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
@@ -67,15 +68,29 @@ def parts(attempt: Attempt, job: Job, noticed: float) -> dict[str, float]:
     return {part: times[at + 1] - times[at] for at, part in enumerate(PARTS)}
 
 
+def shared_gpus(attempts: list[Attempt]) -> list[tuple[str, str]]:
+    """Node and CUDA_VISIBLE_DEVICES of each GPU that two steps had at the same time."""
+    by_gpu: defaultdict[tuple[str, str], list[Attempt]] = defaultdict(list)
+    for one in attempts:
+        if one.gpu is not None:
+            by_gpu[one.node, one.gpu].append(one)
+    return [
+        gpu
+        for gpu, steps in by_gpu.items()
+        for before, after in pairwise(sorted(steps, key=lambda one: one.started))
+        if before.ended is None or before.ended > after.started
+    ]
+
+
 def main() -> None:
     jobs = slurm_jobs()
     logs = sorted(Path(".snakemake/log").glob("*.log"), key=lambda path: path.stat().st_mtime)
     noticed = {job: time for log in logs for job, time in seen(log.read_text(encoding="utf-8")).items()}
     by_rule: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
-    for folder in Path("results").glob("*/*"):
-        for one in read_attempts(folder):
-            if one.ended and one.job in jobs and one.job in noticed:
-                by_rule[STEPS[one.step].rule].append(parts(one, jobs[one.job], noticed[one.job]))
+    attempts = [one for folder in Path("results").glob("*/*") for one in read_attempts(folder)]
+    for one in attempts:
+        if one.ended and one.job in jobs and one.job in noticed:
+            by_rule[STEPS[one.step].rule].append(parts(one, jobs[one.job], noticed[one.job]))
     if not by_rule:
         sys.exit("SLURM knows no finished job of this folder any more")
     print(f"| rule | jobs | {' | '.join(PARTS)} | all but queue and step |")
@@ -88,6 +103,7 @@ def main() -> None:
         cells = " | ".join(f"{means[part]:.0f}" for part in PARTS)
         print(f"| {rule} | {len(by_rule[rule])} | {cells} | {overhead:.0f} |")
     print(f"\n{total:.0f} s for the {len(by_rule)} steps of an entry, {total / len(by_rule):.0f} s a step")
+    print("two at once on one GPU: " + (", ".join(map(":".join, shared_gpus(attempts))) or "never"))
 
 
 if __name__ == "__main__":

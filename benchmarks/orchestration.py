@@ -1,16 +1,18 @@
 """What Snakemake and our rules cost: the plan of N entries, a job's start, a run that finds nothing to do.
 
     python benchmarks/orchestration.py                   50, 200, 1000 entries
-    python benchmarks/orchestration.py 1000 5000         others
+    python benchmarks/orchestration.py 1000 --database   others; Snakemake's records in a database
+    python benchmarks/orchestration.py 5000 --plan-only  without the run that finds nothing to do
 
 No step is run. A plan is a dry run on a fresh clone. A job's start is the Snakemake that a SLURM job begins
 with (it begins with two, one after the other), up to the step's command. For the run with nothing to do,
-every output is made as an empty file and accepted with --touch, which also tells what the controller does for
-each job. Prints wall-clock and CPU seconds and the peak memory of Snakemake.
+every output is made as an empty file and accepted with --touch (a tenth of a second each, asleep), which also
+tells what the controller does for each job. Prints wall-clock and CPU seconds and Snakemake's peak memory.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import resource
 import shutil
@@ -22,7 +24,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ENTRY = "config/entries/demo/curated.yaml"
-LOCAL = ("--profile", "local")
 LIMIT_SECONDS = 30.0
 """What 200 entries may take."""
 
@@ -70,35 +71,43 @@ def job_start(folder: Path) -> float:
     return snakemake(folder, *config, *target, *inside, "--dry-run", "--quiet", "all")[1]
 
 
-def make_outputs(folder: Path) -> float:
+def make_outputs(folder: Path, local: list[str]) -> float:
     """Every output of the plan, older ones first, as Snakemake's own summary lists them; the CPU seconds in
     which the controller took note of all of them."""
-    plan = snakemake(folder, *LOCAL, "--summary")[3]
+    plan = snakemake(folder, *local, "--summary")[3]
     lines = [line.split("\t") for line in plan.splitlines() if "\t" in line]
     for file, *_ in lines[1:]:
         path = folder / file
         (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
         if path.suffix:
             path.touch()
-    return snakemake(folder, *LOCAL, "--touch", "--forceall", "--quiet", "all")[1]
+    return snakemake(folder, *local, "--touch", "--forceall", "--quiet", "all")[1]
 
 
 def main() -> None:
-    sizes = [int(argument) for argument in sys.argv[1:]] or [50, 200, 1000]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("entries", nargs="*", type=int, default=[50, 200, 1000])
+    parser.add_argument("--plan-only", action="store_true")
+    parser.add_argument("--database", action="store_true")
+    asked = parser.parse_args()
+    local = ["--profile", "local", *(["--persistence-backend", "db"] if asked.database else [])]
     print(
         "| entries | jobs | plan, s (CPU) | peak MB | job's start, CPU s | a job, CPU ms | no-op, s (CPU) |"
     )
     print("|---|---|---|---|---|---|---|")
     slow = []
-    for entries in sizes:
+    for entries in asked.entries:
         with tempfile.TemporaryDirectory() as temporary:
             folder = competition(Path(temporary), entries)
-            plan, cpu, memory, output = snakemake(folder, *LOCAL, "--dry-run", "--quiet", "rules")
+            plan, cpu, memory, output = snakemake(folder, *local, "--dry-run", "--quiet", "rules")
             start = job_start(folder)
-            each = make_outputs(folder) / jobs(output) * 1000
-            again, again_cpu, _, nothing = snakemake(folder, *LOCAL)
-            assert "Nothing to be done" in nothing, nothing[-2000:]
             row = f"| {entries} | {jobs(output)} | {plan:.1f} ({cpu:.1f}) | {memory:.0f} | {start:.1f} |"
+            if asked.plan_only:
+                print(f"{row} – | – |", flush=True)
+                continue
+            each = make_outputs(folder, local) / jobs(output) * 1000
+            again, again_cpu, _, nothing = snakemake(folder, *local)
+            assert "Nothing to be done" in nothing, nothing[-2000:]
             print(f"{row} {each:.0f} | {again:.1f} ({again_cpu:.1f}) |", flush=True)
             if entries <= 200 and max(plan, again) > LIMIT_SECONDS:
                 slow.append(entries)

@@ -99,6 +99,7 @@ def test_what_a_step_cost_besides_its_work_is_told_from_the_records(
         "helm_closed": "3",
     }
     assert re.search(r"\d+ s for the 7 steps of an entry", done.stdout)
+    assert "two at once on one GPU: never" in done.stdout
 
 
 def test_a_second_run_submits_nothing(finished: Finished) -> None:
