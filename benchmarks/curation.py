@@ -110,12 +110,12 @@ def instances(shared: Path) -> Iterator[dict[str, str]]:
             yield {"scenario": "bbq", "instance": f"{path.name}{number}", "text": text, "reference": answer}
 
 
-def near_duplicates(folder: Path) -> dict[str, Any]:
+def near_alone(folder: Path) -> dict[str, Any]:
     """Palio's operation alone, in one process, on rows in memory, as datasketch gets them."""
     import pyarrow as pa
 
     from palio.config import DropNearDuplicates
-    from palio.curation.operations.near_duplicates import drop_near_duplicates
+    from palio.curation.operations.near_duplicates import near_duplicates, signatures
     from palio.curation.rows import BATCH_ROWS, ROW, Batch, Surroundings
 
     lines = [json.loads(line) for path in sorted(folder.glob("records-*.jsonl")) for line in path.open()]
@@ -124,18 +124,11 @@ def near_duplicates(folder: Path) -> dict[str, Any]:
     )
     batches = [Batch(batch) for batch in table.combine_chunks().to_batches(max_chunksize=BATCH_ROWS)]
 
-    class InMemory:
-        def __iter__(self) -> Iterator[Batch]:
-            return iter(batches)
-
-        def map(self, look: Any, *beside: Any) -> Iterator[Any]:
-            return map(look, batches, *beside)
-
     started = time.process_time()
     settings = DropNearDuplicates(op="drop_near_duplicates", threshold=THRESHOLD)
     around = Surroundings(base_model=folder, base=folder, seed=0, scratch=folder)
-    verdicts = drop_near_duplicates(settings, InMemory(), around)
-    reasons = [reason for verdict in verdicts for reason in verdict.reasons]
+    notes = [signatures(settings, batch, around) for batch in batches]
+    reasons = [reason for judged in near_duplicates(settings, notes, around) for reason in judged]
     cpu = time.process_time() - started
     dropped = [line["id"] for line, reason in zip(lines, reasons, strict=True) if reason]
     return {"cpu_seconds": round(cpu, 2), "dropped": dropped}
@@ -265,7 +258,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.part == "near":
-        print(json.dumps(near_duplicates(given.folder)))
+        print(json.dumps(near_alone(given.folder)))
         return
     if given.part == "whole":
         print(json.dumps(whole_recipe(given.folder, given.base_model, given.rows)))

@@ -26,6 +26,9 @@ wildcard_constraints:
     track="|".join(W.tracks),
     entry="[A-Za-z0-9][A-Za-z0-9_-]*",
     stage="open|closed",
+    phase=r"\d+",
+    shard=r"\d+",
+    shards=r"\d+",
 
 
 # Of a run, never of its jobs. Standings run beside another run, so they take nothing over.

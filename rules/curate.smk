@@ -17,6 +17,7 @@ rule curate_dataset:
         base_model=W.base_model_manifest,  # its tokenizer counts tokens
         sources=W.source_files,
         open_stage=W.held_against,
+        shards=W.last_shards,
     output:
         manifest="results/{track}/{entry}/dataset/manifest.json",
         dataset="results/{track}/{entry}/dataset/train.parquet",
@@ -34,13 +35,44 @@ rule curate_dataset:
         competition=W.competition.competition,
         recipe=W.dataset_recipe,
         base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
+        ahead=[],
     shell:
         "palio curate {params.recipe:q}"
         " --competition-id {params.competition}"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
         " --base-model {params.base_model:q}"
         " --workers {threads}"
+        " {params.ahead:q}"
         " > {log:q} 2>&1"
+
+
+# Several jobs share the curation of an entry that the config's `shards` names. join_shards 0 reads the sources;
+# each curate_shard takes its share of the rows as far as they need no others; join_shards 1 judges what needs all;
+# and so on. They only work ahead, in work/curate: curate_dataset does what is left, and decides.
+use rule curate_dataset as curate_shard with:
+    input:
+        W.join_before,
+    output:
+        temp(touch("results/{track}/{entry}/work/shards/{phase}.{shard}-of-{shards}")),
+    log:
+        "results/{track}/{entry}/logs/curate.{phase}.{shard}-of-{shards}.log",
+    params:
+        ahead=["--shard", "{shard}-of-{shards}"],
+
+
+use rule curate_dataset as join_shards with:
+    input:
+        check="results/{track}/{entry}/check.json",
+        base_model=W.base_model_manifest,
+        sources=W.source_files,
+        open_stage=W.held_against,
+        shards=W.shards,
+    output:
+        temp(touch("results/{track}/{entry}/work/shards/{phase}.joined")),
+    log:
+        "results/{track}/{entry}/logs/curate.{phase}.joined.log",
+    params:
+        ahead=["--join", "{phase}"],
 
 
 # The organizer's side: it reads the closed stage's instances, counts alone leave it.

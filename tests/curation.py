@@ -13,7 +13,10 @@ import pyarrow.parquet as pq
 
 from palio.config import DatasetRecipe, parse
 from palio.curation.curate import curate_dataset
+from palio.provenance import file_sha256
 from palio.records import DatasetManifest
+
+OUTPUTS = ("train.parquet", "dropped.parquet", "quarantine.jsonl", "card.md", "manifest.json")
 
 
 def demo_lines(sources: Path, family: str) -> list[dict[str, str]]:
@@ -66,6 +69,15 @@ def curate(
         limit=limit,
         workers=workers,
     )
+
+
+def digests(dataset: Path) -> dict[str, str]:
+    return {name: file_sha256(dataset / name) for name in OUTPUTS}
+
+
+def finished(work: Path) -> dict[Path, int]:
+    """When each batch was read, or finished by an operation."""
+    return {path: path.stat().st_mtime_ns for path in work.glob("*/[0-9][0-9][0-9][0-9][0-9].arrow")}
 
 
 def pairs_of(table: Path) -> list[tuple[str, str]]:

@@ -299,6 +299,12 @@ def demo_data(out: Path, seed: int) -> None:
 @click.option("--limit", type=click.IntRange(min=1), help="Read so many rows of each source.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
 @click.option("--competition-id", default="none", show_default=True, help="The competition's id.")
+@click.option(
+    "--shard", metavar="I-of-N", help="Only work ahead: on this share of the rows, while it can alone."
+)
+@click.option(
+    "--join", type=click.IntRange(min=0), metavar="N", help="Only work ahead: join what shards noted."
+)
 def curate(
     entry: str,
     out: Path | None,
@@ -307,13 +313,16 @@ def curate(
     limit: int | None,
     workers: int,
     competition_id: str,
+    shard: str | None,
+    join: int | None,
 ) -> None:
     """Turn an entry's sources into its training dataset, and account for every row.
 
-    ENTRY is an entry file, or the JSON of its dataset section, as the workflow passes it.
+    ENTRY is an entry file, or the JSON of its dataset section, as the workflow passes it. With --shard or
+    --join it is a part of that, for a run without them to find done: see docs/curation.md.
     """
     from palio.config import DatasetRecipe, load_entry, parse
-    from palio.curation.curate import curate_dataset
+    from palio.curation.curate import curate_ahead, curate_dataset
 
     if (out is None) == (entry_dir is None):
         raise click.UsageError("give either --out or --entry-dir")
@@ -329,15 +338,27 @@ def curate(
         recipe, track, name = found.dataset, found.track, Path(entry).stem
         if base_model is None and found.base_model:
             base_model = Path("resources/base_models") / found.base_model.id
+    model = (base_model or Path()) / "model"
+    work = (out or entry_dir or Path()) / "work" / "curate"
+    if shard or join is not None:
+        try:
+            share = shard_of(shard) if shard else None
+            curate_ahead(
+                recipe, base_model=model, entry=name, work=work, shard=share, join=join or 0, workers=workers
+            )
+        except PalioError as fault:
+            # The run that is to find this done meets the same, and its word is on record.
+            print(f"left to the run without --shard and --join: {fault}")
+        return
     with entry_step("curate", entry_dir) if entry_dir else nullcontext(), progress_bar() as progress:
         manifest = curate_dataset(
             recipe,
-            base_model=(base_model or Path()) / "model",
+            base_model=model,
             competition=competition_id,
             track=track,
             entry=name,
             out=out or entry_dir / "dataset",  # type: ignore[operator]  # one of them is given
-            work=out / "work" / "curate" if out else None,
+            work=work,
             limit=limit,
             workers=workers,
             progress=progress,
@@ -348,6 +369,14 @@ def curate(
         changed = f", {step.changed} rewritten" if step.changed else ""
         print(f"{number} {step.op}: {step.rows_in} → {step.rows_out}{changed}")
     print(f"{manifest.rows} rows")
+
+
+def shard_of(given: str) -> tuple[int, int]:
+    """(2, 8) of 2-of-8."""
+    number, _, count = given.partition("-of-")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise click.UsageError(f"--shard {given}: write it as 2-of-8")
+    return int(number), int(count)
 
 
 @contextmanager

@@ -239,19 +239,23 @@ class DropRefusals(Strict):
     patterns: tuple[Pattern, ...] = (r"as an ai\b", r"\bi (cannot|can't|am unable to)\b", r"^i don't know")
 
 
-class DropDisagreement(Strict):
+class ByAllRows(Strict):
+    """An operation that judges a row by all the others."""
+
+
+class DropDisagreement(ByAllRows):
     """Where one prompt has several answers keep the most frequent; drop the prompt on a tie."""
 
     op: Literal["drop_disagreement"]
 
 
-class DropExactDuplicates(Strict):
+class DropExactDuplicates(ByAllRows):
     """Keep the first of rows equal in prompt and completion after case and white space are normalised."""
 
     op: Literal["drop_exact_duplicates"]
 
 
-class DropNearDuplicates(Strict):
+class DropNearDuplicates(ByAllRows):
     """Keep the first of rows whose sets of word 3-shingles overlap by `threshold` (Jaccard, exact).
 
     Rows that differ in a number or a name are different questions, and are kept. Templated data made by a
@@ -306,7 +310,7 @@ class KeepQuality(Strict):
     """Phrases of web pages that are no text (C4)."""
 
 
-class DropSemanticDuplicates(Strict):
+class DropSemanticDuplicates(ByAllRows):
     """Keep the first of rows whose embeddings have a cosine of at least `threshold`.
 
     Embeddings are the mean of the last hidden states (transformers), of the prompt. Time grows with the
@@ -337,7 +341,7 @@ class LengthFilter(Strict):
     max_completion: PositiveInt = 4000
 
 
-class SampleRows(Strict):
+class SampleRows(ByAllRows):
     """Keep `rows` rows, or all if there are fewer, in a mix of sources; no row is taken twice.
 
     A source's share is its weight, times its number of rows to the power of 1/`temperature`. What a source
@@ -355,7 +359,7 @@ class SampleRows(Strict):
     on TF-IDF (each next row is the one least like those chosen; time grows with rows × rows kept)."""
 
 
-class CapRows(Strict):
+class CapRows(ByAllRows):
     """Keep at most `rows` rows, drawn, of every source, or of every answer of every source: class balance
     of a task with few different answers."""
 
@@ -392,6 +396,13 @@ class DatasetRecipe(Strict):
     max_quarantined: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of a source's lines that may be malformed; above it the step fails."""
     seed: int = 0
+
+    @property
+    def phases(self) -> int:
+        """Runs of operations that end with one that must see all rows, or with the last: what shards of the
+        rows can be taken through, each on its own."""
+        ends = [isinstance(one, ByAllRows) for one in self.operations]
+        return sum(ends) + (not ends[-1]) if ends else 0
 
     @model_validator(mode="after")
     def _labels_differ(self) -> DatasetRecipe:
@@ -721,6 +732,8 @@ class Competition(Strict):
     """Entry id: why it was withdrawn. Shown in the leaderboard, not run."""
     retries: dict[str, dict[str, PositiveInt]] = {}
     """Entry id -> step -> how often the organizer has granted it a fresh start."""
+    shards: dict[str, PositiveInt] = {}
+    """Entry id -> how many jobs share its curation; no part of the dataset. Entries not named take one."""
     notify: str | None = None
     """The organizer's shell line for news of a run; omit for none."""
     stalled_after: Seconds = Field(default=3600, validate_default=False)
@@ -975,9 +988,10 @@ def entry_files(competition: Competition, file: str | Path = "config") -> dict[s
             if path.stem in found:
                 raise BadInput(path, "id", path.stem, f"is taken by {found[path.stem]}; rename one of them")
             found[path.stem] = path
-    for entry in competition.withdrawn:
-        if entry not in found:
-            raise BadInput(file, f"withdrawn.{entry}", None, "no entry has this id; correct or remove it")
+    for key in ("withdrawn", "shards"):
+        for entry in getattr(competition, key):
+            if entry not in found:
+                raise BadInput(file, f"{key}.{entry}", None, "no entry has this id; correct or remove it")
     if not found:
         raise BadInput(file, "entries", None, "no entry file in these folders; add <id>.yaml")
     return dict(sorted(found.items()))

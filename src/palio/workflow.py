@@ -174,6 +174,25 @@ class Workflow:
             if (found := self.entries[track, entry]) is None or found.dataset
         ]
 
+    def last_shards(self, wildcards: Any) -> list[str]:
+        """What curate_dataset waits for, where jobs share the entry's curation."""
+        entry = self.entry(wildcards)
+        shared = wildcards.entry in self.competition.shards and entry is not None and entry.dataset
+        return self._shards(wildcards, shared.phases) if shared else []
+
+    def shards(self, wildcards: Any) -> list[str]:
+        """What a join waits for; the sources (0) are read before there are shards."""
+        return self._shards(wildcards, int(wildcards.phase))
+
+    def _shards(self, wildcards: Any, phase: int) -> list[str]:
+        count = self.competition.shards[wildcards.entry] if phase else 0
+        folder = f"results/{wildcards.track}/{wildcards.entry}/work/shards"
+        return [f"{folder}/{phase}.{number}-of-{count}" for number in range(1, count + 1)]
+
+    def join_before(self, wildcards: Any) -> str:
+        phase = int(wildcards.phase) - 1
+        return f"results/{wildcards.track}/{wildcards.entry}/work/shards/{phase}.joined"
+
     # --- parameters
 
     def identity(self, wildcards: Any) -> str:
@@ -268,7 +287,7 @@ class Workflow:
 
     def whole(self) -> str:
         """All that scores and reports depend on."""
-        operating = {"notify", "stalled_after", "retries"}
+        operating = {"notify", "stalled_after", "retries", "shards"}
         return canonical_json(self.competition.model_dump(mode="json", exclude_none=True, exclude=operating))
 
     def teams(self, track: str) -> str:

@@ -24,10 +24,9 @@ from palio.demo.data import FAMILIES, solve, write_demo_sources
 from palio.errors import BadInput
 from palio.provenance import file_sha256
 from palio.records import DatasetManifest, read_record
-from tests.curation import curate, demo_lines, pairs_of, plain, recipe, write_jsonl
+from tests.curation import curate, demo_lines, digests, finished, pairs_of, plain, recipe, write_jsonl
 
 CURATED = ("clean_markup", "drop_refusals", "drop_disagreement", "drop_exact_duplicates")
-OUTPUTS = ("train.parquet", "dropped.parquet", "quarantine.jsonl", "card.md", "manifest.json")
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +120,6 @@ def test_inspection_shows_kept_and_dropped_rows_with_the_reason(curated: Path) -
 # --- reproducible, resumable ----------------------------------------------------------------------
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {name: file_sha256(folder / name) for name in OUTPUTS}
-
-
 def test_the_same_input_gives_the_same_bytes(demo: Path, curated: Path, tmp_path: Path) -> None:
     curate(demo_recipe(demo, *CURATED), tmp_path / "again")
     assert digests(tmp_path / "again") == digests(curated)
@@ -134,10 +129,7 @@ def test_changing_the_last_operation_redoes_only_it(demo: Path, tmp_path: Path) 
     curate(demo_recipe(demo, "clean_markup", "drop_refusals", "drop_disagreement"), tmp_path / "dataset")
 
     def steps() -> dict[str, int]:
-        return {
-            path.parent.name: path.stat().st_mtime_ns
-            for path in (tmp_path / "work/curate").glob("*/report.json")
-        }
+        return {path.parent.name: when for path, when in finished(tmp_path / "work/curate").items()}
 
     before = steps()
     curate(demo_recipe(demo, "clean_markup", "drop_refusals", "drop_exact_duplicates"), tmp_path / "dataset")
@@ -161,9 +153,9 @@ def test_a_source_that_changes_is_read_again(tmp_path: Path) -> None:
     assert pairs_of(tmp_path / "dataset/train.parquet") == [("1 + 2 =", "3")]
 
 
-def test_a_killed_curation_goes_on_behind_the_last_finished_operation(tmp_path: Path) -> None:
-    """kill -9 in the middle: nothing half-written, finished operations not redone, and the bytes are those
-    of an uninterrupted run, which one process makes as two do."""
+def test_a_killed_curation_goes_on_behind_the_last_finished_batch(tmp_path: Path) -> None:
+    """kill -9 in the middle: nothing half-written, finished work not redone, and the bytes are those of an
+    uninterrupted run, which one process makes as two do."""
     source = write_jsonl(
         tmp_path / "many.jsonl",
         (
@@ -184,7 +176,7 @@ def test_a_killed_curation_goes_on_behind_the_last_finished_operation(tmp_path: 
     )
     work = tmp_path / "killed/work/curate"
     deadline = time.monotonic() + 60
-    while not list(work.glob("00-*/report.json")):
+    while not list(work.glob("01-*/*.arrow")):
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -193,11 +185,11 @@ def test_a_killed_curation_goes_on_behind_the_last_finished_operation(tmp_path: 
     process.wait()
     assert not psutil.wait_procs(children, timeout=20)[1], "processes outlive the killed curation"
     assert not (out / "manifest.json").exists()
-    finished = {path: path.stat().st_mtime_ns for path in work.glob("*/report.json")}
-    assert len(finished) < 1 + len(operations)
-
+    before = finished(work)
     curate(given, out)
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    after = finished(work)
+    assert 8 < len(before) < len(after)
+    assert before.items() <= after.items()
     curate(given, tmp_path / "whole/dataset")
     assert digests(out) == digests(tmp_path / "whole/dataset")
     assert not [path for path in (tmp_path / "killed").rglob(".*") if path.is_file()]

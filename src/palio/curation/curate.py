@@ -6,71 +6,40 @@
     <out>/card.md            what a reader needs to know of it
     <out>/manifest.json      DatasetManifest, written last
 
-Between two operations the rows lie in a file of the work folder, named by the hash of everything that
-decides its content. So an operation holds a batch of rows in memory, and a rerun (after a crash, or with
-another last operation) starts behind the last operation whose result is there.
+Between two operations the rows lie in batches in a folder of the work folder, named by the hash of
+everything that decides their content. So an operation holds a batch of rows in memory, and a rerun (after a
+crash, or with another last operation) starts behind the last batch whose result is there. Jobs on several
+machines share the work folder: each works ahead on a shard of the batches as far as it needs no others,
+`curate_dataset` does what is left.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
-
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.ipc
 
 from palio.config import (
     DatasetRecipe,
-    DataSource,
     Decontaminate,
     DropSemanticDuplicates,
     Operation,
     TokenLength,
 )
 from palio.curation.card import card
-from palio.curation.dataset import EXAMPLES, write_dropped, write_shuffled
-from palio.curation.operations import JUDGES
-from palio.curation.rows import (
-    BATCH_CHARACTERS,
-    BATCH_ROWS,
-    DROPPED,
-    ROW,
-    Batch,
-    Surroundings,
-    Verdict,
-    asked,
-    columns_of,
-    shortened,
-    texts_of,
-)
-from palio.curation.source import Quarantined, SourceRow, read_source, source_digest
-from palio.curation.store import Pool, StoredRows, Tick, pool, write_batches
+from palio.curation.dataset import write_dropped, write_shuffled
+from palio.curation.reading import Progress, Sources, read_sources
+from palio.curation.rows import Surroundings
+from palio.curation.step import Step, batch_files
+from palio.curation.store import Pool, Stored, Tick, pool
 from palio.errors import BadInput
-from palio.provenance import (
-    atomic_path,
-    canonical_json,
-    file_sha256,
-    fingerprint,
-    folder_sha256,
-    write_json,
-    write_text,
-)
-from palio.records import DatasetManifest, OperationReport, SourceReport
+from palio.provenance import file_sha256, fingerprint, folder_sha256, write_text
+from palio.records import DatasetManifest, OperationReport
 
 RECIPE_VERSION = "3"
 """Raised when equal recipes give other rows than before."""
-
-
-class Progress(Protocol):
-    def __call__(self, step: str, total: int | None, rows: int, /) -> None: ...
 
 
 def _silent(step: str, total: int | None, rows: int, /) -> None: ...
@@ -97,34 +66,24 @@ def curate_dataset(
         base: folder that paths in the recipe are relative to.
         work: folder of the intermediate files, kept for reruns; default: work/curate beside `out`.
         limit: rows to read of each source, for a preview; omit to read all.
-        workers: processes that look at rows; no part of the result.
+        workers: processes that work on batches; no part of the result.
         progress: called with the operation under way, rows in all where known, and rows just seen.
 
     Raises:
         BadInput: a source is absent or broken, too much of it is malformed, or no row is left.
     """
     work = work or out.parent / "work" / "curate"
-    around = Surroundings(base_model=base_model, base=base, seed=recipe.seed, scratch=work)
-    sources, steps = _read_sources(recipe, base, work, limit, progress), []
-    rows, count = sources.folder, sum(source.rows for source in sources.reports)
-    key = sources.key
+    sources = read_sources(recipe, base, work, limit, RECIPE_VERSION, progress)
+    steps = _steps(recipe, sources, base_model, base, work)
     with pool(workers) as processes:
-        for place, operation in enumerate(recipe.operations):
-            key = fingerprint(
-                [key, recipe.seed, operation.model_dump(mode="json"), _content(operation, around)]
-            )
-            tick = partial(progress, f"{place + 1} {operation.op}", count)
-            step = _apply(operation, place, key, rows, work, around, processes, tick)
-            if step.report.rows_out == 0:
-                fix = f"dropped the last of {step.report.rows_in} rows; loosen it or add sources"
-                raise BadInput(f"entry {entry}", f"dataset.operations.{place}", operation.op, fix)
-            steps.append(step)
-            rows, count = step.folder, step.report.rows_out
-    _remove_others(work, {sources.folder, *(step.folder for step in steps)})
+        reports = _carry_out(steps, sources, processes, entry, progress)
 
-    write_text(out / "quarantine.jsonl", (sources.folder / "quarantine.jsonl").read_text(encoding="utf-8"))
-    write_dropped([step.folder / "dropped.arrow" for step in steps], out / "dropped.parquet")
-    written = write_shuffled(rows / "rows.arrow", out / "train.parquet", recipe.seed, scratch=work)
+    folders = [sources.folder, *(step.folder for step in steps)]
+    quarantine = (sources.folder / "quarantine.jsonl").read_text(encoding="utf-8")
+    write_text(out / "quarantine.jsonl", quarantine)
+    write_dropped(((step.name, step.dropped(sources.batches)) for step in steps), out / "dropped.parquet")
+    rows = Stored(batch_files(folders[-1], sources.batches))
+    written = write_shuffled(rows, out / "train.parquet", recipe.seed, scratch=work)
     manifest = DatasetManifest(
         competition=competition,
         track=track,
@@ -134,140 +93,58 @@ def curate_dataset(
         rows=written.rows,
         sha256=file_sha256(out / "train.parquet"),
         sources=sources.reports,
-        operations=[step.report for step in steps],
+        operations=reports,
         rows_by_source=dict(sorted(written.by_source.items())),
         characters=written.characters(),
     )
     write_text(out / "card.md", card(manifest, written.examples))
     manifest.write(out / "manifest.json")
+    _tidy(work, folders)
     return manifest
 
 
-# --- the work folder ------------------------------------------------------------------------------
+def curate_ahead(
+    recipe: DatasetRecipe,
+    *,
+    base_model: Path,
+    entry: str,
+    work: Path,
+    shard: tuple[int, int] | None = None,
+    join: int = 0,
+    base: Path = Path(),
+    workers: int = 1,
+) -> None:
+    """Do a part of `curate_dataset` ahead of it, in the same work folder.
+
+    Args:
+        shard: (number from 1, of how many). Works on every so many-th batch, up to the first operation
+            that must see all rows and has not been judged.
+        join: without a shard: 0 reads the sources, n judges the nth operation that must see all rows.
+
+    Raises:
+        BadInput: as `curate_dataset`.
+    """
+    sources = read_sources(recipe, base, work, None, RECIPE_VERSION, _silent)
+    steps = _steps(recipe, sources, base_model, base, work)
+    with pool(workers) as processes:
+        if shard:
+            number, shards = shard
+            _carry_out_alone(steps, sources.batches[number - 1 :: shards], processes)
+        elif by_all := [step for step in steps if step.by_all_rows][:join]:
+            _carry_out(steps[: by_all[-1].place], sources, processes, entry, _silent)
+            _judge(by_all[-1], sources.batches, processes, lambda rows: None)
 
 
-@dataclass(frozen=True)
-class _Sources:
-    folder: Path
-    key: str
-    reports: list[SourceReport]
-
-
-@dataclass(frozen=True)
-class _Step:
-    folder: Path
-    report: OperationReport
-
-
-def _remove_others(work: Path, kept: set[Path]) -> None:
-    """Results of earlier recipes, and nothing else that may lie there."""
-    for folder in work.iterdir():
-        if folder not in kept and re.fullmatch(r"(sources|\d\d-\w+)-[0-9a-f]{16}", folder.name):
-            shutil.rmtree(folder)
-
-
-def _start(folder: Path) -> None:
-    """An empty folder, whatever a killed run left in it."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
-# --- sources --------------------------------------------------------------------------------------
-
-
-def _read_sources(
-    recipe: DatasetRecipe, base: Path, work: Path, limit: int | None, progress: Progress
-) -> _Sources:
-    digests = [source_digest(source, base) for source in recipe.sources]
-    described = [
-        source.model_dump(mode="json", exclude={"path"}) | {"label": source.label}
-        for source in recipe.sources
-    ]
-    key = fingerprint([RECIPE_VERSION, digests, described, recipe.max_quarantined, limit])
-    folder = work / f"sources-{key[:16]}"
-    report = folder / "report.json"
-    if not report.exists():
-        _start(folder)
-        reading = _Reading(limit, progress)
-        batches = reading.batches(recipe.sources, digests, base, recipe.max_quarantined)
-        write_batches(folder / "rows.arrow", ROW, batches)
-        text = "".join(canonical_json(line) + "\n" for line in reading.quarantine)
-        write_text(folder / "quarantine.jsonl", text)
-        write_json(report, [source.model_dump(mode="json") for source in reading.reports])
-    reports = [
-        SourceReport.model_validate(source) for source in json.loads(report.read_text(encoding="utf-8"))
-    ]
-    if not any(source.rows for source in reports):
-        fix = "the sources hold no row; add rows or other sources"
-        raise BadInput(recipe.sources[0].address, "", None, fix)
-    return _Sources(folder, key, reports)
-
-
-@dataclass
-class _Reading:
-    """Rows of all sources in batches, and what was set aside on the way."""
-
-    limit: int | None
-    progress: Progress
-    reports: list[SourceReport] = field(default_factory=list)
-    quarantine: list[dict[str, Any]] = field(default_factory=list)
-
-    def batches(
-        self, sources: Sequence[DataSource], digests: Sequence[str], base: Path, most: float
-    ) -> Iterator[pa.RecordBatch]:
-        for source, digest in zip(sources, digests, strict=True):
-            rows = quarantined = size = 0
-            batch: list[SourceRow] = []
-            for record in read_source(source, base):
-                if isinstance(record, Quarantined):
-                    quarantined += 1
-                    self.quarantine.append({"source": source.label, **record.__dict__})
-                    continue
-                if rows == self.limit:
-                    break
-                rows += 1
-                batch.append(record)
-                size += sum(map(len, record.turns))
-                if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
-                    yield _record_batch(source, batch)
-                    self.progress(f"0 read {source.label}", None, len(batch))
-                    batch, size = [], 0
-            if batch:
-                yield _record_batch(source, batch)
-            if quarantined > most * (rows + quarantined):
-                first = next(line for line in self.quarantine if line["source"] == source.label)
-                share = f"{quarantined} of {rows + quarantined} lines are malformed"
-                limit = f"more than max_quarantined = {most:g}"
-                fix = f"{first['reason']}; {share}, {limit}: correct the file or its format"
-                raise BadInput(source.address, f"line {first['line']}", None, fix)
-            self.reports.append(
-                SourceReport(
-                    name=source.label,
-                    sha256=digest,
-                    revision=source.revision,
-                    licence=source.licence,
-                    generator=source.generator,
-                    rows=rows,
-                    quarantined=quarantined,
-                )
-            )
-
-
-def _record_batch(source: DataSource, rows: Sequence[SourceRow]) -> pa.RecordBatch:
-    count = len(rows)
-    columns = {
-        **columns_of([row.turns for row in rows]),
-        "source": [source.label] * count,
-        "id": [row.id for row in rows],
-        "licence": [source.licence] * count,
-        "generator": [source.generator] * count,
-        "score": [row.score for row in rows],
-    }
-    return pa.RecordBatch.from_pydict(columns, schema=ROW)
-
-
-# --- operations -----------------------------------------------------------------------------------
+def _steps(recipe: DatasetRecipe, sources: Sources, base_model: Path, base: Path, work: Path) -> list[Step]:
+    around = Surroundings(base_model=base_model, base=base, seed=recipe.seed, scratch=work)
+    steps: list[Step] = []
+    rows, key = sources.folder, sources.key
+    for place, operation in enumerate(recipe.operations):
+        key = fingerprint([key, recipe.seed, operation.model_dump(mode="json"), _content(operation, around)])
+        folder = work / f"{place:02}-{operation.op}-{key[:16]}"
+        steps.append(Step(place, operation, rows, folder, around))
+        rows = folder
+    return steps
 
 
 def _content(operation: Operation, around: Surroundings) -> str | None:
@@ -278,7 +155,11 @@ def _content(operation: Operation, around: Surroundings) -> str | None:
             raise BadInput(path, "", None, "no such table of instances; prepare the open stage first")
         return file_sha256(path)
     if isinstance(operation, DropSemanticDuplicates):
-        return fingerprint(folder_sha256(around.base / operation.model))
+        model = around.base / operation.model
+        if not (model / "config.json").is_file():
+            fix = "no model in this folder; give one in Hugging Face format"
+            raise BadInput("dataset", "drop_semantic_duplicates.model", str(model), fix)
+        return fingerprint(folder_sha256(model))
     if isinstance(operation, TokenLength):
         files = sorted(around.base_model.glob("token*"))
         if not files:
@@ -288,89 +169,46 @@ def _content(operation: Operation, around: Surroundings) -> str | None:
     return None
 
 
-def _apply(
-    operation: Operation,
-    place: int,
-    key: str,
-    rows: Path,
-    work: Path,
-    around: Surroundings,
-    processes: Pool,
-    tick: Tick,
-) -> _Step:
-    """Apply one operation to the rows of the folder `rows`, unless its result is there already."""
-    folder = work / f"{place:02}-{operation.op}-{key[:16]}"
-    report = folder / "report.json"
-    if report.exists():
-        return _Step(folder, OperationReport.model_validate_json(report.read_text(encoding="utf-8")))
-    stored = StoredRows(rows / "rows.arrow", processes, tick)
-    verdicts = JUDGES[operation.op](operation, stored, around)
-    _start(folder)
-    with atomic_path(folder / "dropped.arrow") as temporary, pa.ipc.new_file(temporary, DROPPED) as writer:
-        account = _Account(operation, place, writer)
-        write_batches(folder / "rows.arrow", ROW, account.kept(zip(stored, verdicts, strict=True)))
-    write_json(report, account.report().model_dump(mode="json"))
-    return _Step(folder, account.report())
+def _carry_out(
+    steps: Sequence[Step], sources: Sources, processes: Pool, entry: str, progress: Progress
+) -> list[OperationReport]:
+    """Every step on all batches, as far as it is not done."""
+    reports: list[OperationReport] = []
+    rows = sum(source.rows for source in sources.reports)
+    for step in steps:
+        tick = partial(progress, step.name, rows)
+        _judge(step, sources.batches, processes, tick)
+        processes.each(step.apply, step.unapplied(sources.batches), tick)
+        report = step.report(sources.batches)
+        if report.rows_out == 0:
+            fix = f"dropped the last of {report.rows_in} rows; loosen it or add sources"
+            raise BadInput(f"entry {entry}", f"dataset.operations.{step.place}", step.operation.op, fix)
+        reports.append(report)
+        rows = report.rows_out
+    return reports
 
 
-@dataclass
-class _Account:
-    """Carries an operation's verdicts out and counts them."""
+def _carry_out_alone(steps: Sequence[Step], batches: range, processes: Pool) -> None:
+    """The steps on these batches, as far as they need no others."""
+    for step in steps:
+        if step.by_all_rows and not step.judged:
+            processes.each(step.note, step.without_notes(batches), lambda rows: None)
+            return
+        processes.each(step.apply, step.unapplied(batches), lambda rows: None)
 
-    operation: Operation
-    place: int
-    dropped: pa.ipc.RecordBatchFileWriter
-    rows_in: int = 0
-    rows_out: int = 0
-    changed: int = 0
-    by_source: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
 
-    def kept(self, judged: Iterator[tuple[Batch, Verdict]]) -> Iterator[pa.RecordBatch]:
-        for batch, verdict in judged:
-            before, after = batch.table, verdict.rewritten or batch.table
-            self.rows_in += before.num_rows
-            reasons = [reason for reason in verdict.reasons if reason is not None]
-            if reasons:
-                drop = pa.array([reason is not None for reason in verdict.reasons])
-                self._drop(before.filter(drop), reasons)
-                keep = pc.invert(drop)
-                before, after = before.filter(keep), after.filter(keep)
-            if verdict.rewritten:
-                self._count_changed(before, after)
-            self.rows_out += after.num_rows
-            if after.num_rows:
-                yield after
+def _judge(step: Step, batches: range, processes: Pool, tick: Tick) -> None:
+    if step.by_all_rows and not step.judged:
+        processes.each(step.note, step.without_notes(batches), tick)
+        step.judge(batches)
 
-    def _drop(self, rows: pa.RecordBatch, reasons: list[str]) -> None:
-        """Dropped rows are kept as they came in."""
-        self.by_source.update(rows["source"].to_pylist())
-        name = pa.array([f"{self.place + 1} {self.operation.op}"] * rows.num_rows)
-        self.dropped.write_batch(
-            pa.RecordBatch.from_arrays([*rows.columns, name, pa.array(reasons)], schema=DROPPED)
-        )
-        shown = rows.slice(0, EXAMPLES - len(self.examples)).to_pylist()
-        for row, why in zip(shown, reasons, strict=False):
-            self.examples.append(f"{why}: {shortened(asked(row))} → {shortened(row['completion'], 40)}")
 
-    def _count_changed(self, before: pa.RecordBatch, after: pa.RecordBatch) -> None:
-        differs = pc.not_equal(texts_of(before), texts_of(after))
-        self.changed += pc.sum(differs).as_py() or 0
-        old, new = (
-            Batch(rows.filter(differs).slice(0, EXAMPLES - len(self.examples))).turns
-            for rows in (before, after)
-        )
-        for pairs in map(zip, old, new):
-            one, other = next((one, other) for one, other in pairs if one != other)
-            self.examples.append(f"{ascii(one)[:80]} → {ascii(other)[:80]}")
-
-    def report(self) -> OperationReport:
-        return OperationReport(
-            op=self.operation.op,
-            settings=self.operation.model_dump(mode="json", exclude={"op"}),
-            rows_in=self.rows_in,
-            rows_out=self.rows_out,
-            changed=self.changed,
-            dropped_by_source=dict(sorted(self.by_source.items())),
-            examples=self.examples,
-        )
+def _tidy(work: Path, kept: Sequence[Path]) -> None:
+    """Remove results of earlier recipes and what killed processes left; nothing else that may lie there."""
+    for folder in work.iterdir():
+        if re.fullmatch(r"(sources|\d\d-\w+)-[0-9a-f]{16}", folder.name):
+            if folder not in kept:
+                shutil.rmtree(folder)
+            else:
+                for left in folder.glob(".*"):
+                    left.unlink()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +56,7 @@ class Written:
         }
 
 
-def write_shuffled(rows: Path, path: Path, seed: int, scratch: Path) -> Written:
+def write_shuffled(rows: Iterable[pa.RecordBatch], path: Path, seed: int, scratch: Path) -> Written:
     """The rows in random order as Parquet. Memory holds a bucket of `BUCKET_BYTES`, whatever their number."""
     written = Written()
     with atomic_path(path) as temporary, pq.ParquetWriter(temporary, ROW, compression="zstd") as writer:
@@ -66,9 +66,9 @@ def write_shuffled(rows: Path, path: Path, seed: int, scratch: Path) -> Written:
     return written
 
 
-def _buckets(rows: Path, seed: int, scratch: Path) -> Iterator[pa.Table]:
+def _buckets(rows: Iterable[pa.RecordBatch], seed: int, scratch: Path) -> Iterator[pa.Table]:
     """The permuted rows: first each to the file of its bucket, then bucket by bucket in order."""
-    sizes = [(batch.num_rows, batch.nbytes) for batch in read_batches(rows)]
+    sizes = [(batch.num_rows, batch.nbytes) for batch in rows]
     count, size = (sum(column) for column in zip(*sizes, strict=True))
     buckets = -(-size // BUCKET_BYTES)
     # Whole row groups, so that the file does not show where a bucket ends.
@@ -79,9 +79,9 @@ def _buckets(rows: Path, seed: int, scratch: Path) -> Iterator[pa.Table]:
     with ExitStack() as stack:
         writers = [stack.enter_context(pa.ipc.new_file(file, _PLACED)) for file in files]
         start = 0
-        for batch in read_batches(rows):
+        for batch in rows:
             places = place[start : start + batch.num_rows]
-            placed = pa.RecordBatch.from_arrays([*batch.columns, pa.array(places)], schema=_PLACED)
+            placed = pa.RecordBatch.from_arrays([*_row(batch), pa.array(places)], schema=_PLACED)
             for number in np.unique(places // height).tolist():
                 writers[number].write_batch(placed.take(pa.array(np.flatnonzero(places // height == number))))
             start += batch.num_rows
@@ -92,8 +92,16 @@ def _buckets(rows: Path, seed: int, scratch: Path) -> Iterator[pa.Table]:
         file.unlink()
 
 
-def write_dropped(dropped: Sequence[Path], path: Path) -> None:
+def write_dropped(dropped: Iterable[tuple[str, Iterable[pa.RecordBatch]]], path: Path) -> None:
+    """By operation the rows that it dropped, each with a `reason`."""
     with atomic_path(path) as temporary, pq.ParquetWriter(temporary, DROPPED, compression="zstd") as writer:
-        for file in dropped:
-            for batch in read_batches(file):
-                writer.write_batch(batch)
+        for operation, batches in dropped:
+            for batch in batches:
+                if batch.num_rows:
+                    names = pa.array([operation] * batch.num_rows)
+                    columns = [*_row(batch), names, batch["reason"]]
+                    writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=DROPPED))
+
+
+def _row(batch: pa.RecordBatch) -> list[pa.Array]:
+    return [batch[name] for name in ROW.names]

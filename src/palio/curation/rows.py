@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,7 +27,6 @@ ROW = pa.schema(
 DROPPED = ROW.append(pa.field("operation", pa.string(), nullable=False)).append(
     pa.field("reason", pa.string(), nullable=False)
 )
-Seen = TypeVar("Seen")
 BATCH_ROWS = 8192
 BATCH_CHARACTERS = 32 << 20
 """Rows in memory at a time: so many, or fewer long ones."""
@@ -48,10 +47,12 @@ class Batch:
 
     @cached_property
     def turns(self) -> list[Turns]:
-        pairs = zip(self._column("prompt"), self._column("completion"), strict=True)
+        pairs = zip(*(self.table[name].to_pylist() for name in ("prompt", "completion")), strict=True)
         if len(self.table["history"].flatten()) == 0:  # most batches; making lists costs more than texts
             return list(pairs)
-        return [(*before, *pair) for before, pair in zip(self._column("history"), pairs, strict=True)]
+        return [
+            (*before, *pair) for before, pair in zip(self.table["history"].to_pylist(), pairs, strict=True)
+        ]
 
     def rewritten(self, turns: Sequence[Turns]) -> pa.RecordBatch:
         """The rows with other texts."""
@@ -60,43 +61,20 @@ class Batch:
             table = table.set_column(ROW.get_field_index(name), ROW.field(name), texts)
         return table
 
-    @cached_property
-    def sources(self) -> list[str]:
-        return self._column("source")
 
-    @cached_property
-    def ids(self) -> list[str]:
-        return self._column("id")
-
-    @cached_property
-    def scores(self) -> list[float | None]:
-        return self._column("score")
-
-    def _column(self, name: str) -> list[Any]:
-        return self.table[name].to_pylist()  # type: ignore[no-any-return]
+Notes = Iterable[pa.RecordBatch]
+"""What an operation noted of each batch, a line for each row; may be gone through more than once."""
+Reasons = list[str | None]
+"""Why each row of a batch is dropped; None keeps it."""
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What an operation says about the rows of one batch, in their order."""
 
-    reasons: list[str | None]
-    """Why a row is dropped; None keeps it."""
+    reasons: Reasons
     rewritten: pa.RecordBatch | None = None
     """All rows with their new texts, of an operation that rewrites."""
-
-
-class Rows(Protocol):
-    """All rows in order, as often as an operation needs to see them."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def map(self, look: Callable[..., Seen], *beside: Iterable[Any]) -> Iterator[Seen]:
-        """`look` at every batch, in other processes where there are; results in the order of the batches.
-
-        As the builtin, with one item of each iterable `beside` the batch. `look` is a function of a
-        module, or a `partial` of one with small arguments.
-        """
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
-"""The operations of a recipe: each turns batches of rows into verdicts.
+"""The operations of a recipe, in two kinds.
 
-An operation is a function of its settings (`palio.config`), the rows and its surroundings. It may look
-at all rows before it judges the first; it keeps hashes of them, never the rows.
+One that judges row by row turns a batch into a verdict. One that judges a row by all the others
+(`ByAllRows` in `palio.config`) takes notes of each batch, such as hashes of its rows, and judges all rows by
+the notes alone. So verdicts and notes are functions of one batch, made anywhere and in any order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
-from palio.config import Operation
+import pyarrow as pa
+
 from palio.curation.operations import (
     cleaning,
     decontamination,
@@ -20,27 +22,35 @@ from palio.curation.operations import (
     sampling,
     semantic_duplicates,
 )
-from palio.curation.rows import Rows, Surroundings, Verdict
+from palio.curation.rows import Batch, Notes, Reasons, Surroundings, Verdict
+
+# `Any` is the operation's own settings.
+ROW_BY_ROW: dict[str, Callable[[Any, Batch, Surroundings], Verdict]] = {
+    "clean_markup": cleaning.clean_markup,
+    "replace_matches": cleaning.replace_matches,
+    "drop_matches": filtering.drop_matches,
+    "drop_refusals": filtering.drop_refusals,
+    "keep_languages": quality.keep_languages,
+    "keep_quality": quality.keep_quality,
+    "length_filter": filtering.length_filter,
+    "token_length": filtering.token_length,
+    "decontaminate": decontamination.decontaminate,
+}
 
 
-class Judge(Protocol):
-    def __call__(self, settings: Operation, rows: Rows, around: Surroundings, /) -> Iterator[Verdict]: ...
+class Joint(NamedTuple):
+    note: Callable[[Any, Batch, Surroundings], pa.RecordBatch]
+    """A line for each row of a batch."""
+    judge: Callable[[Any, Notes, Surroundings], Iterator[Reasons]]
 
 
-JUDGES: dict[str, Judge] = {
-    "clean_markup": cleaning.clean_markup,  # type: ignore[dict-item]  # each takes its own settings
-    "replace_matches": cleaning.replace_matches,  # type: ignore[dict-item]
-    "drop_matches": filtering.drop_matches,  # type: ignore[dict-item]
-    "drop_refusals": filtering.drop_refusals,  # type: ignore[dict-item]
-    "keep_languages": quality.keep_languages,  # type: ignore[dict-item]
-    "keep_quality": quality.keep_quality,  # type: ignore[dict-item]
-    "length_filter": filtering.length_filter,  # type: ignore[dict-item]
-    "token_length": filtering.token_length,  # type: ignore[dict-item]
-    "drop_disagreement": duplicates.drop_disagreement,  # type: ignore[dict-item]
-    "drop_exact_duplicates": duplicates.drop_exact_duplicates,  # type: ignore[dict-item]
-    "drop_near_duplicates": near_duplicates.drop_near_duplicates,  # type: ignore[dict-item]
-    "drop_semantic_duplicates": semantic_duplicates.drop_semantic_duplicates,  # type: ignore[dict-item]
-    "decontaminate": decontamination.decontaminate,  # type: ignore[dict-item]
-    "cap_rows": sampling.cap_rows,  # type: ignore[dict-item]
-    "sample_rows": sampling.sample_rows,  # type: ignore[dict-item]
+BY_ALL_ROWS: dict[str, Joint] = {
+    "drop_disagreement": Joint(duplicates.answer_digests, duplicates.disagreement),
+    "drop_exact_duplicates": Joint(duplicates.row_digests, duplicates.exact_duplicates),
+    "drop_near_duplicates": Joint(near_duplicates.signatures, near_duplicates.near_duplicates),
+    "drop_semantic_duplicates": Joint(
+        semantic_duplicates.embeddings, semantic_duplicates.semantic_duplicates
+    ),
+    "cap_rows": Joint(sampling.groups, sampling.cap),
+    "sample_rows": Joint(sampling.mix, sampling.sample),
 }

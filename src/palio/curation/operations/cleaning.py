@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 from palio.config import CleanMarkup, ReplaceMatches
-from palio.curation.rows import FIELDS, Batch, Rows, Surroundings, Verdict
+from palio.curation.rows import FIELDS, Batch, Surroundings, Verdict
 
 # Named tags only: `a < b > c` and `<n>` of a formula are text.
 _TAGS = (
@@ -36,19 +36,11 @@ def without_markup(text: str) -> str:
     return _TRAILING.sub("", text) if " \n" in text else text
 
 
-def clean_markup(settings: CleanMarkup, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
-    return rows.map(_clean)
-
-
-def _clean(batch: Batch) -> Verdict:
+def clean_markup(settings: CleanMarkup, batch: Batch, around: Surroundings) -> Verdict:
     return _rewritten(batch, without_markup, "both", "without its markup")
 
 
-def replace_matches(settings: ReplaceMatches, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
-    return rows.map(partial(_replaced, settings))
-
-
-def _replaced(settings: ReplaceMatches, batch: Batch) -> Verdict:
+def replace_matches(settings: ReplaceMatches, batch: Batch, around: Surroundings) -> Verdict:
     rewrite = partial(re.compile(settings.pattern).sub, settings.by)
     return _rewritten(batch, rewrite, settings.field, f"without what {settings.pattern} matches")
 

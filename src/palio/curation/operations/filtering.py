@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
 from palio.config import DropMatches, DropRefusals, LengthFilter, TokenLength
-from palio.curation.rows import FIELDS, Batch, Rows, Surroundings, Turns, Verdict
+from palio.curation.rows import FIELDS, Batch, Reasons, Surroundings, Turns, Verdict
 
 
-def drop_refusals(settings: DropRefusals, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
-    return rows.map(partial(_matches, settings.patterns, "completion", "the answer refuses"))
+def drop_refusals(settings: DropRefusals, batch: Batch, around: Surroundings) -> Verdict:
+    return _matches(settings.patterns, "completion", "the answer refuses", batch)
 
 
-def drop_matches(settings: DropMatches, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
-    return rows.map(partial(_matches, settings.patterns, settings.field, "holds"))
+def drop_matches(settings: DropMatches, batch: Batch, around: Surroundings) -> Verdict:
+    return _matches(settings.patterns, settings.field, "holds", batch)
 
 
 def _matches(patterns: Sequence[str], field: str, why: str, batch: Batch) -> Verdict:
     compiled = [re.compile(pattern, re.IGNORECASE) for pattern in patterns]
-    reasons: list[str | None] = []
+    reasons: Reasons = []
     for turns in batch.turns:
         texts = [text.strip() for text in turns[FIELDS[field]]]
         found = next((match for text in texts for one in compiled if (match := one.search(text))), None)
@@ -30,12 +30,8 @@ def _matches(patterns: Sequence[str], field: str, why: str, batch: Batch) -> Ver
     return Verdict(reasons)
 
 
-def length_filter(settings: LengthFilter, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
-    return rows.map(partial(_lengths, settings))
-
-
-def _lengths(settings: LengthFilter, batch: Batch) -> Verdict:
-    reasons = []
+def length_filter(settings: LengthFilter, batch: Batch, around: Surroundings) -> Verdict:
+    reasons: Reasons = []
     for turns in batch.turns:
         prompt, completion = (sum(map(len, turns[FIELDS[side]])) for side in ("prompt", "completion"))
         reasons.append(
@@ -45,11 +41,6 @@ def _lengths(settings: LengthFilter, batch: Batch) -> Verdict:
             )
         )
     return Verdict(reasons)
-
-
-def token_length(settings: TokenLength, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
-    """Counts as the trainer does: every turn on its own, one token for the end of each answer."""
-    return rows.map(partial(_token_lengths, settings, around.base_model))
 
 
 @lru_cache(maxsize=1)
@@ -69,12 +60,13 @@ def _token_counter(base_model: Path) -> Callable[[list[str]], list[int]]:
     return lambda texts: [len(ids) for ids in slow(texts, add_special_tokens=False)["input_ids"]]
 
 
-def _token_lengths(settings: TokenLength, base_model: Path, batch: Batch) -> Verdict:
-    reasons: list[str | None] = [None] * len(batch)
+def token_length(settings: TokenLength, batch: Batch, around: Surroundings) -> Verdict:
+    """Counts as the trainer does: every turn on its own, one token for the end of each answer."""
+    reasons: Reasons = [None] * len(batch)
     places = [place for place, turns in enumerate(batch.turns) if not _surely_inside(turns, settings)]
     if places:
         texts = [text for place in places for text in batch.turns[place]]
-        counts = iter(_token_counter(base_model)(texts))
+        counts = iter(_token_counter(around.base_model)(texts))
         for place in places:
             turns = len(batch.turns[place])
             tokens = sum(islice(counts, turns)) + turns // 2

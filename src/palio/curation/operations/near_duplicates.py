@@ -2,8 +2,8 @@
 
 Signatures are rensa's (R-MinHash, 60 permutations), banded 12 × 5: two rows that overlap by 0.85 become
 candidates with probability 0.999, by 0.5 with 0.32, by 0.1 with 0.0001. Every candidate pair is then
-verified on the sets of 3-shingles, so nothing is dropped on an estimate. Memory: 96
-bytes a row; the rows' words lie in a file meanwhile.
+verified on the sets of 3-shingles, so nothing is dropped on an estimate. Memory: 96 bytes a row and its
+id; the rows' words lie in a file meanwhile.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from rensa import RMinHash
 
 from palio.config import DropNearDuplicates
-from palio.curation.rows import Batch, Rows, Surroundings, Verdict
+from palio.curation.rows import Batch, Notes, Reasons, Surroundings
 from palio.curation.words import TELLING, Flags, Numbers, Places, Words, row_words
 
 PERMUTATIONS = 60
@@ -49,15 +50,24 @@ def _shingles(words: Words) -> tuple[Numbers, Places]:
     return ngrams[kept], np.concatenate([[0], np.cumsum(kept)])[words.offsets]
 
 
-def _look(batch: Batch) -> tuple[Numbers, Words]:
-    """(rows, BANDS) keys, and the rows' words; rows that share a key are candidates."""
+def signatures(settings: DropNearDuplicates, batch: Batch, around: Surroundings) -> pa.RecordBatch:
+    """`BANDS` keys of each row, and its words; rows that share a key are candidates."""
     words = row_words(batch.table)
     shingles, offsets = _shingles(words)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(
         shingles, offsets.astype(np.uint64), PERMUTATIONS, SEED
     )
-    signature = np.array(matrix.to_rows(), dtype=np.uint64).reshape(len(batch), BANDS, -1)
-    return np.asarray((signature * _MIX).sum(axis=2, dtype=np.uint64)), words
+    signature = np.array(matrix.to_rows(), dtype=np.uint64).reshape(len(batch), BANDS, PERMUTATIONS // BANDS)
+    keys = (signature * _MIX).sum(axis=2, dtype=np.uint64)
+    offsets = pa.array(words.offsets, pa.int32())
+    return pa.record_batch(
+        {
+            "keys": pa.FixedSizeListArray.from_arrays(keys.ravel(), BANDS),
+            "words": pa.ListArray.from_arrays(offsets, words.numbers),
+            "names": pa.ListArray.from_arrays(offsets, words.names),
+            "id": batch.table["id"],
+        }
+    )
 
 
 def _candidates(bands: Numbers) -> Places:
@@ -160,29 +170,21 @@ def _firsts(pairs: Iterator[tuple[int, int]]) -> dict[int, int]:
     return {row: first_of(row) for row in root}
 
 
-def drop_near_duplicates(settings: DropNearDuplicates, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
+def near_duplicates(settings: DropNearDuplicates, notes: Notes, around: Surroundings) -> Iterator[Reasons]:
     numbers, names = _Spilled(around.scratch, np.uint64), _Spilled(around.scratch, np.bool_)
-    bands, lengths = [], []
-    for keys, words in rows.map(_look):
-        bands.append(keys)
-        lengths.append(words.lengths)
-        numbers.add(words.numbers)
-        names.add(words.names)
+    bands, lengths, ids = [], [], []
+    for note in notes:
+        bands.append(note["keys"].flatten().to_numpy().reshape(-1, BANDS))
+        lengths.append(np.diff(note["words"].offsets.to_numpy()))
+        numbers.add(note["words"].flatten().to_numpy())
+        names.add(note["names"].flatten().to_numpy(zero_copy_only=False))
+        ids.append(note["id"])
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
     pairs = _candidates(np.concatenate(bands))
     first = _firsts(_alike(pairs, Words(numbers.whole(), offsets, names.whole()), settings.threshold))
-    ids = _ids(rows, set(first.values()))
+    id_of = pa.chunked_array(ids)
     start = 0
-    for keys in bands:
-        yield Verdict(
-            [
-                f"is nearly {ids[first[row]]}" if row in first else None
-                for row in range(start, start + len(keys))
-            ]
-        )
-        start += len(keys)
-
-
-def _ids(rows: Rows, wanted: set[int]) -> dict[int, str]:
-    numbered = enumerate(name for batch in rows for name in batch.ids)
-    return {row: name for row, name in numbered if row in wanted}
+    for batch in ids:
+        rows = range(start, start + len(batch))
+        yield [f"is nearly {id_of[first[row]]}" if row in first else None for row in rows]
+        start += len(batch)

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 from palio.config import KeepLanguages, KeepQuality
-from palio.curation.rows import Batch, Rows, Surroundings, Verdict
+from palio.curation.rows import Batch, Reasons, Surroundings, Verdict
 
 _BULLETS = ("•", "●", "-", "*", "‣")
 _NO_LETTER = re.compile(r"[\W\d_]+")
-
-
-def keep_languages(settings: KeepLanguages, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
-    return rows.map(partial(_languages, settings))
 
 
 @lru_cache(maxsize=1)
@@ -27,8 +22,8 @@ def _detector() -> Any:
     return LangDetector(LangDetectConfig(max_input_length=1000, model="lite"))
 
 
-def _languages(settings: KeepLanguages, batch: Batch) -> Verdict:
-    reasons: list[str | None] = []
+def keep_languages(settings: KeepLanguages, batch: Batch, around: Surroundings) -> Verdict:
+    reasons: Reasons = []
     for text in map(" ".join, batch.turns):
         if len(_NO_LETTER.sub("", text)) < settings.min_characters:
             reasons.append(None)
@@ -39,11 +34,7 @@ def _languages(settings: KeepLanguages, batch: Batch) -> Verdict:
     return Verdict(reasons)
 
 
-def keep_quality(settings: KeepQuality, rows: Rows, around: Surroundings) -> Iterator[Verdict]:
-    return rows.map(partial(_quality, settings))
-
-
-def _quality(settings: KeepQuality, batch: Batch) -> Verdict:
+def keep_quality(settings: KeepQuality, batch: Batch, around: Surroundings) -> Verdict:
     return Verdict([fault(settings, "\n".join(turns)) for turns in batch.turns])
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from palio.config import DropSemanticDuplicates
-from palio.curation.rows import FIELDS, Rows, Surroundings, Verdict
-from palio.errors import BadInput
+from palio.curation.rows import FIELDS, Batch, Notes, Reasons, Surroundings
 
 _TEXTS = 64
 _BLOCK = 2048
@@ -23,19 +25,15 @@ class _Embedder:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        if not (folder / "config.json").is_file():
-            fix = "no model in this folder; give one in Hugging Face format"
-            raise BadInput("dataset", "drop_semantic_duplicates.model", str(folder), fix)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self._tokenizer.pad_token = self._tokenizer.pad_token or self._tokenizer.eos_token
         self._model: Any = AutoModel.from_pretrained(folder).eval()
 
-    def vectors(self, texts: list[str]) -> Vectors:
+    def vectors(self, texts: list[str]) -> Iterator[Vectors]:
         """Unit vectors: the mean of the last hidden states."""
         import torch
 
-        found = []
-        with torch.inference_mode():
+        with torch.inference_mode(), _one_thread():
             for start in range(0, len(texts), _TEXTS):
                 given = self._tokenizer(
                     texts[start : start + _TEXTS],
@@ -46,22 +44,49 @@ class _Embedder:
                 )
                 mask = given["attention_mask"].unsqueeze(-1)
                 mean = (self._model(**given).last_hidden_state * mask).sum(1) / mask.sum(1)
-                found.append(torch.nn.functional.normalize(mean, dim=1).float().numpy())
-        return np.concatenate(found)
+                yield torch.nn.functional.normalize(mean, dim=1).float().numpy()
 
 
-def drop_semantic_duplicates(
-    settings: DropSemanticDuplicates, rows: Rows, around: Surroundings
-) -> Iterator[Verdict]:
-    embedder = _Embedder(around.base / settings.model)
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Batches are embedded side by side; and the order of a sum is the same whatever the cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@lru_cache(maxsize=1)
+def _embedder(folder: Path) -> _Embedder:
+    """One for all batches that a process looks at."""
+    return _Embedder(folder)
+
+
+def embeddings(settings: DropSemanticDuplicates, batch: Batch, around: Surroundings) -> pa.RecordBatch:
+    """Of what the user says in each row."""
+    texts = ["\n".join(turns[FIELDS["prompt"]]) for turns in batch.turns]
+    vectors = [row for part in _embedder(around.base / settings.model).vectors(texts) for row in part]
+    return pa.record_batch({"vector": pa.array(vectors, pa.list_(pa.float32())), "id": batch.table["id"]})
+
+
+def semantic_duplicates(
+    settings: DropSemanticDuplicates, notes: Notes, around: Surroundings
+) -> Iterator[Reasons]:
     kept: list[Vectors] = []
     names: list[str] = []
-    for batch in rows:
-        vectors = embedder.vectors(["\n".join(turns[FIELDS["prompt"]]) for turns in batch.turns])
-        reasons: list[str | None] = []
+    for note in notes:
+        reasons: Reasons = []
+        if note.num_rows == 0:
+            yield reasons
+            continue
+        vectors = note["vector"].flatten().to_numpy().reshape(note.num_rows, -1)
         earlier = _best(vectors, np.concatenate(kept)) if kept else None
         mine: list[int] = []
-        for place, name in enumerate(batch.ids):
+        for place, name in enumerate(note["id"].to_pylist()):
             best, likeness = (int(earlier[0][place]), float(earlier[1][place])) if earlier else (0, -1.0)
             if mine:
                 near = vectors[mine] @ vectors[place]
@@ -73,7 +98,7 @@ def drop_semantic_duplicates(
                 mine.append(place)
                 names.append(name)
         kept.append(vectors[mine])
-        yield Verdict(reasons)
+        yield reasons
 
 
 def _best(vectors: Vectors, others: Vectors) -> tuple[npt.NDArray[np.int64], Vectors]:

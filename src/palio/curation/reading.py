@@ -1,0 +1,133 @@
+"""The sources of a recipe, read once into batches of rows.
+
+<folder>/00007.arrow        batch 7
+<folder>/quarantine.jsonl   malformed records, with line and reason
+<folder>/sources.json       what was read; written last
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from palio.config import DatasetRecipe, DataSource
+from palio.curation.rows import BATCH_CHARACTERS, BATCH_ROWS, ROW, columns_of
+from palio.curation.source import Quarantined, SourceRow, read_source, source_digest
+from palio.curation.step import batch_files
+from palio.curation.store import write_batches
+from palio.errors import BadInput
+from palio.provenance import canonical_json, fingerprint, write_json, write_text
+from palio.records import SourceReport
+
+
+class Progress(Protocol):
+    def __call__(self, step: str, total: int | None, rows: int, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class Sources:
+    folder: Path
+    key: str
+    """Digest of everything that decides the rows."""
+    reports: list[SourceReport]
+    batches: range
+    """Numbers of the batches."""
+
+
+def read_sources(
+    recipe: DatasetRecipe, base: Path, work: Path, limit: int | None, version: str, progress: Progress
+) -> Sources:
+    """Read the sources into a folder of `work`, unless they have been."""
+    digests = [source_digest(source, base) for source in recipe.sources]
+    described = [
+        source.model_dump(mode="json", exclude={"path"}) | {"label": source.label}
+        for source in recipe.sources
+    ]
+    key = fingerprint([version, digests, described, recipe.max_quarantined, limit])
+    folder = work / f"sources-{key[:16]}"
+    record = folder / "sources.json"
+    if not record.exists():
+        reading = _Reading(limit, progress)
+        batches = 0
+        for batch in reading.batches(recipe.sources, digests, base, recipe.max_quarantined):
+            (file,) = batch_files(folder, [batches])
+            write_batches(file, ROW, [batch])
+            batches += 1
+        text = "".join(canonical_json(line) + "\n" for line in reading.quarantine)
+        write_text(folder / "quarantine.jsonl", text)
+        described = [report.model_dump(mode="json") for report in reading.reports]
+        write_json(record, {"batches": batches, "sources": described})
+    found = json.loads(record.read_text(encoding="utf-8"))
+    if not found["batches"]:
+        fix = "the sources hold no row; add rows or other sources"
+        raise BadInput(recipe.sources[0].address, "", None, fix)
+    reports = [SourceReport.model_validate(source) for source in found["sources"]]
+    return Sources(folder, key, reports, range(found["batches"]))
+
+
+@dataclass
+class _Reading:
+    """Rows of all sources in batches, and what was set aside on the way."""
+
+    limit: int | None
+    progress: Progress
+    reports: list[SourceReport] = field(default_factory=list)
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
+
+    def batches(
+        self, sources: Sequence[DataSource], digests: Sequence[str], base: Path, most: float
+    ) -> Iterator[pa.RecordBatch]:
+        for source, digest in zip(sources, digests, strict=True):
+            rows = quarantined = size = 0
+            batch: list[SourceRow] = []
+            for record in read_source(source, base):
+                if isinstance(record, Quarantined):
+                    quarantined += 1
+                    self.quarantine.append({"source": source.label, **record.__dict__})
+                    continue
+                if rows == self.limit:
+                    break
+                rows += 1
+                batch.append(record)
+                size += sum(map(len, record.turns))
+                if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
+                    yield _record_batch(source, batch)
+                    self.progress(f"0 read {source.label}", None, len(batch))
+                    batch, size = [], 0
+            if batch:
+                yield _record_batch(source, batch)
+            if quarantined > most * (rows + quarantined):
+                first = next(line for line in self.quarantine if line["source"] == source.label)
+                share = f"{quarantined} of {rows + quarantined} lines are malformed"
+                limit = f"more than max_quarantined = {most:g}"
+                fix = f"{first['reason']}; {share}, {limit}: correct the file or its format"
+                raise BadInput(source.address, f"line {first['line']}", None, fix)
+            self.reports.append(
+                SourceReport(
+                    name=source.label,
+                    sha256=digest,
+                    revision=source.revision,
+                    licence=source.licence,
+                    generator=source.generator,
+                    rows=rows,
+                    quarantined=quarantined,
+                )
+            )
+
+
+def _record_batch(source: DataSource, rows: Sequence[SourceRow]) -> pa.RecordBatch:
+    count = len(rows)
+    columns = {
+        **columns_of([row.turns for row in rows]),
+        "source": [source.label] * count,
+        "id": [row.id for row in rows],
+        "licence": [source.licence] * count,
+        "generator": [source.generator] * count,
+        "score": [row.score for row in rows],
+    }
+    return pa.RecordBatch.from_pydict(columns, schema=ROW)
