@@ -125,22 +125,37 @@ Record = Mapping[str, Any]
 
 def _hub(source: DataSource) -> Iterator[tuple[int, Record | Malformed]]:
     """Records of a hub dataset: from the cache if they are there, else fetched. No code of it is run."""
-    from datasets import load_dataset
+    from datasets import load_dataset_builder
 
     name = str(source.hub).partition("@")[0]
     try:
-        found = load_dataset(
-            name,
-            source.config,
-            split=source.split,
-            revision=source.revision,
-            streaming=source.streaming,
-        )
+        builder = load_dataset_builder(name, source.config, revision=source.revision)
+        if builder.hash != source.revision:
+            builder = _cached(builder, source)
+        if source.streaming:
+            found = builder.as_streaming_dataset(source.split)
+        else:
+            builder.download_and_prepare()
+            found = builder.as_dataset(source.split)
         yield from enumerate(found, start=1)
     except (OSError, ValueError, RuntimeError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         fix = f"could not be read ({first}); check id, config and split, or fetch it on a node with network"
         raise BadInput(f"hub:{source.hub}", "", None, fix) from None
+
+
+def _cached(newest: Any, source: DataSource) -> Any:
+    """The pinned revision; offline, `datasets` takes the newest that the cache has of any."""
+    if not Path(newest.cache_dir).with_name(str(source.revision)).is_dir():
+        fix = f"is not in the cache, which has {newest.hash} of it; fetch it on a node with network"
+        raise BadInput(f"hub:{source.hub}", "", None, fix)
+    return type(newest)(
+        repo_id=newest.repo_id,
+        dataset_name=newest.dataset_name,
+        config_name=newest.config.name,
+        version=str(newest.config.version),
+        hash=source.revision,
+    )
 
 
 def _saved(folder: Path) -> Iterator[tuple[int, Record | Malformed]]:
