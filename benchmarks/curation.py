@@ -134,16 +134,21 @@ def near_alone(folder: Path) -> dict[str, Any]:
     return {"cpu_seconds": round(cpu, 2), "dropped": dropped}
 
 
-def whole_recipe(folder: Path, base_model: Path, rows: int) -> dict[str, Any]:
+def default_recipe(folder: Path, rows: int) -> Any:
     from palio.config import DatasetRecipe
-    from palio.curation.curate import curate_dataset
 
     names = ["clean_markup", "drop_refusals", "length_filter", "token_length", "drop_exact_duplicates"]
     operations: list[dict[str, Any]] = [{"op": name} for name in [*names, "drop_near_duplicates"]]
     operations.append({"op": "decontaminate", "instances": str(folder / "instances.parquet")})
     operations.append({"op": "sample_rows", "rows": rows // 2, "weights": {"records-0": 2}})
     sources = [{"path": str(path), "licence": "MIT"} for path in sorted(folder.glob("records-*.jsonl"))]
-    recipe = DatasetRecipe.model_validate({"sources": sources, "operations": operations})
+    return DatasetRecipe.model_validate({"sources": sources, "operations": operations})
+
+
+def whole_recipe(folder: Path, base_model: Path, rows: int) -> dict[str, Any]:
+    from palio.curation.curate import curate_dataset
+
+    recipe = default_recipe(folder, rows)
     started, clock, seen = time.monotonic(), time.monotonic(), {}
     step = ""
 

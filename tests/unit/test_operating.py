@@ -203,6 +203,20 @@ def test_status_tells_every_state(folder: WorkingFolder, monkeypatch: pytest.Mon
         assert text in page
 
 
+def test_status_tells_how_far_the_jobs_are_that_share_a_curation(
+    folder: WorkingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.path)
+    shards = folder.path / "results/laptop/raw/work/shards"
+    shards.mkdir(parents=True)
+    for done in ("1.1-of-3", "1.2-of-3", "1.3-of-3", "1.joined", "2.2-of-3"):
+        (shards / done).touch()
+    status = competition_status(load_competition(Path("config/config.yaml")))
+    (raw,) = (entry for entry in status.entries if entry.entry == "raw")
+    (curate,) = (step for step in raw.steps if step.step == "curate")
+    assert (curate.state, curate.reason) == ("waiting", "1 of 3 shards of phase 2 are done")
+
+
 def cli(*arguments: str) -> str:
     done = CliRunner().invoke(palio, arguments, standalone_mode=False)
     if done.exception:

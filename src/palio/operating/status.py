@@ -183,7 +183,17 @@ def _step(step: str, at: _Place) -> StepStatus:
         return replace(known, state="failed", reason=f"{found['state']}: {found['reason']}")
     if last and last.state is None:
         return replace(known, reason=f"lost on {last.node}; runs again")
-    return known
+    return replace(known, reason=_shards_done(at.folder)) if step == "curate" else known
+
+
+def _shards_done(entry_dir: Path) -> str:
+    """How far the jobs are that share a curation; empty where there are none."""
+    done = [path.name.split(".") for path in (entry_dir / "work/shards").glob("*.*-of-*")]
+    if not done:
+        return ""
+    phase, shard = max(done, key=lambda name: int(name[0]))
+    finished = sum(name[0] == phase for name in done)
+    return f"{finished} of {shard.rpartition('-')[2]} shards of phase {phase} are done"
 
 
 def _alive(last: Attempt, job: slurm.Job | None, at: _Place) -> bool:
