@@ -29,6 +29,7 @@ rule curate_dataset:
         "../envs/palio.yaml"
     threads: 2
     resources:
+        shards=W.shard_count,  # no param: how many jobs share a curation changes nothing of it
         mem_mb=8192,
         runtime=240,
     params:
@@ -42,6 +43,7 @@ rule curate_dataset:
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
         " --base-model {params.base_model:q}"
         " --workers {threads}"
+        " --shards {resources.shards}"
         " {params.ahead:q}"
         " > {log:q} 2>&1"
 

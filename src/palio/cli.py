@@ -11,7 +11,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -305,6 +305,9 @@ def demo_data(out: Path, seed: int) -> None:
 @click.option(
     "--join", type=click.IntRange(min=0), metavar="N", help="Only work ahead: join what shards noted."
 )
+@click.option(
+    "--shards", type=click.IntRange(min=0), default=0, help="How many worked ahead, for the record."
+)
 def curate(
     entry: str,
     out: Path | None,
@@ -315,6 +318,7 @@ def curate(
     competition_id: str,
     shard: str | None,
     join: int | None,
+    shards: int,
 ) -> None:
     """Turn an entry's sources into its training dataset, and account for every row.
 
@@ -323,6 +327,7 @@ def curate(
     """
     from palio.config import DatasetRecipe, load_entry, parse
     from palio.curation.curate import curate_ahead, curate_dataset
+    from palio.provenance import fingerprint, timed_run
 
     if (out is None) == (entry_dir is None):
         raise click.UsageError("give either --out or --entry-dir")
@@ -350,7 +355,11 @@ def curate(
             # The run that is to find this done meets the same, and its word is on record.
             print(f"left to the run without --shard and --join: {fault}")
         return
-    with entry_step("curate", entry_dir) if entry_dir else nullcontext(), progress_bar() as progress:
+    run: dict[str, Any] = {}
+    with ExitStack() as around, progress_bar() as progress:
+        if entry_dir:
+            around.enter_context(entry_step("curate", entry_dir))
+            run = around.enter_context(timed_run(entry_dir / "curate.run.json"))
         manifest = curate_dataset(
             recipe,
             base_model=model,
@@ -363,6 +372,7 @@ def curate(
             workers=workers,
             progress=progress,
         )
+        run.update(recipe=fingerprint(entry), shards=shards)
     for source in manifest.sources:
         print(f"{source.name}: {source.rows} rows, {source.quarantined} malformed")
     for number, step in enumerate(manifest.operations, start=1):

@@ -8,6 +8,7 @@ not stop the workflow: the entry's `check_entry` fails and the standings say why
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,18 +175,28 @@ class Workflow:
             if (found := self.entries[track, entry]) is None or found.dataset
         ]
 
+    # --- jobs that share a curation: read, shards of phase 1, join 1, shards of phase 2, …, curate_dataset
+
+    def shard_count(self, wildcards: Any) -> int:
+        """How many jobs share the entry's curation, 0 if one does it all. A dataset keeps the number that it
+        was made with while its recipe is the same: for other jobs Snakemake would make it again."""
+        made = Path(f"results/{wildcards.track}/{wildcards.entry}/curate.run.json")
+        run = json.loads(made.read_text(encoding="utf-8")) if made.exists() else {}
+        if run.get("recipe") == fingerprint(self.dataset_recipe(wildcards)):
+            return int(run["shards"])
+        return self.competition.shards.get(wildcards.entry, 0)
+
     def last_shards(self, wildcards: Any) -> list[str]:
-        """What curate_dataset waits for, where jobs share the entry's curation."""
+        """What curate_dataset waits for."""
         entry = self.entry(wildcards)
-        shared = wildcards.entry in self.competition.shards and entry is not None and entry.dataset
-        return self._shards(wildcards, shared.phases) if shared else []
+        return self._shards(wildcards, entry.dataset.phases if entry and entry.dataset else 0)
 
     def shards(self, wildcards: Any) -> list[str]:
         """What a join waits for; the sources (0) are read before there are shards."""
         return self._shards(wildcards, int(wildcards.phase))
 
     def _shards(self, wildcards: Any, phase: int) -> list[str]:
-        count = self.competition.shards[wildcards.entry] if phase else 0
+        count = self.shard_count(wildcards) if phase else 0
         folder = f"results/{wildcards.track}/{wildcards.entry}/work/shards"
         return [f"{folder}/{phase}.{number}-of-{count}" for number in range(1, count + 1)]
 

@@ -31,7 +31,9 @@ def curated(folder: WorkingFolder, base_model: Path) -> WorkingFolder:
     return folder
 
 
-def test_jobs_that_share_a_curation_make_the_dataset_of_one(curated: WorkingFolder) -> None:
+def test_jobs_that_share_a_curation_make_the_dataset_of_one_and_their_number_redoes_nothing(
+    curated: WorkingFolder,
+) -> None:
     one, shared = ((curated.path / path).parent for path in MANIFESTS)
     tables = ("train.parquet", "dropped.parquet", "quarantine.jsonl")
     assert [digests(one)[name] for name in tables] == [digests(shared)[name] for name in tables]
@@ -42,7 +44,9 @@ def test_jobs_that_share_a_curation_make_the_dataset_of_one(curated: WorkingFold
     phases = {f"curate.{phase}.{number}-of-3.log" for phase in (1, 2) for number in (1, 2, 3)}
     assert logs == phases | {f"curate.{join}.joined.log" for join in (0, 1)}
     assert not list((shared.parent / "work/shards").glob("*"))
-    assert curated.plan(*MANIFESTS) == set()
+    for number in ({"shared": 7}, {}, {"curated": 2}):
+        share(curated, **number)
+        assert curated.plan(*MANIFESTS) == set(), f"{number} makes a finished dataset again"
 
 
 def test_an_entry_that_is_not_shared_has_no_more_jobs_than_before(folder: WorkingFolder) -> None:
