@@ -53,6 +53,11 @@ class BadInput(PalioError):
         where = f"{file}: {key}" if key else f"{file}"
         shown = "" if value is None else f" is {value!r}"
         super().__init__(f"{where}{shown}: {fix}")
+        self._given = file, key, value, fix
+
+    def __reduce__(self) -> tuple[type[BadInput], tuple[str | Path, str, object, str]]:
+        """So that it comes back from another process as what it is."""
+        return type(self), self._given
 
 
 class RuleViolation(PalioError):

@@ -198,11 +198,13 @@ def test_an_id_taken_twice_is_refused(tmp_path: Path, demo: dict[str, Any]) -> N
         entry_files(competition_with((str(tmp_path / "a"), str(tmp_path / "b")), demo))
 
 
-def test_a_missing_folder_and_an_unknown_withdrawn_entry_are_named(demo: dict[str, Any]) -> None:
+def test_a_missing_folder_and_an_entry_that_there_is_not_are_named(demo: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match="entries is 'nowhere': no such folder"):
         entry_files(competition_with(("nowhere",), demo))
     with pytest.raises(BadInput, match=r"withdrawn\.ghost: no entry has this id"):
         entry_files(load_competition(demo | {"withdrawn": {"ghost": "?"}}))
+    with pytest.raises(BadInput, match=r"shards\.ghost: no entry has this id"):
+        entry_files(load_competition(demo | {"shards": {"ghost": 2}}))
 
 
 def test_base_models_of_different_revisions_have_different_ids() -> None:

@@ -461,6 +461,15 @@ def test_a_broken_source_stops_with_one_line_and_leaves_no_dataset(
     assert not (tmp_path / "dataset").exists()
 
 
+def test_a_mistake_that_a_process_of_curation_meets_is_told_as_if_there_were_one(tmp_path: Path) -> None:
+    (tmp_path / "instances.parquet").write_bytes(b"PAR1 and no more")
+    lines = ({"prompt": f"What is {number}?", "completion": "x"} for number in range(30_000))
+    source = write_jsonl(tmp_path / "a.jsonl", lines)
+    operation = {"op": "decontaminate", "instances": str(tmp_path / "instances.parquet")}
+    with pytest.raises(BadInput, match=r"instances\.parquet: is no table of instances"):
+        curate(recipe([{"path": str(source)}], operation), tmp_path / "dataset", workers=2)
+
+
 def test_an_empty_result_names_the_operation_that_dropped_the_last_row(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Who?", "completion": "As an AI, nobody."}])
     given = recipe([{"path": str(source)}], "clean_markup", "drop_refusals", "drop_exact_duplicates")
