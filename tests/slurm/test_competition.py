@@ -88,7 +88,7 @@ def test_what_a_step_cost_besides_its_work_is_told_from_the_records(
         text=True,
         check=True,
     )
-    jobs = dict(re.findall(r"\| (\w+) \| (\d+) \|", done.stdout))
+    jobs = dict(re.findall(r"(?m)^\| (\w+) \| (\d+) \|", done.stdout))
     assert jobs == {
         "check_entry": "3",
         "curate_dataset": "2",
