@@ -431,11 +431,12 @@ def measure(
             "max_steps": 10**6,
             "batch_size": batch_size,
             "gradient_checkpointing": checkpointing,
+            "compile_layers": compiled,
         }
     )
     rows = random_rows(count=4096)
     model = adapt(random_model(options.shape, method, device), recipe)
-    trainer = Trainer(model, rows, recipe, device, compile_layers=compiled)
+    trainer = Trainer(model, rows, recipe, device)
     for _ in range(options.warmup):
         trainer.train_step()
     clock, tokens, flops, steps, losses = time.monotonic(), 0, 0.0, 0, []

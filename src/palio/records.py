@@ -30,9 +30,13 @@ from palio.errors import BadInput, State
 from palio.provenance import write_json
 
 
-class Record(BaseModel):
+class Part(BaseModel):
+    """What records are made of."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+
+class Record(Part):
     schema_version: Literal[1] = 1
 
     def write(self, path: Path) -> None:
@@ -54,10 +58,8 @@ def read_record(model: type[AnyRecord], path: Path) -> AnyRecord:
         raise BadInput(path, key, None, f"{fault['msg']}; run the step again") from None
 
 
-class Violation(BaseModel):
+class Violation(Part):
     """One broken rule: which, where, why, and how to fix it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rule: str
     key: str
@@ -92,9 +94,7 @@ class BaseModelManifest(Record):
         return fingerprint(self.files)
 
 
-class SourceReport(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class SourceReport(Part):
     name: str
     sha256: str
     """Of the file; of a saved folder or a pinned hub dataset, of what identifies its content."""
@@ -108,9 +108,7 @@ class SourceReport(BaseModel):
     """Malformed lines set aside."""
 
 
-class OperationReport(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class OperationReport(Part):
     op: str
     settings: dict[str, Any]
     rows_in: int
@@ -242,10 +240,8 @@ class PackageManifest(Record):
         return fingerprint(self.files)
 
 
-class ProbeCheck(BaseModel):
+class ProbeCheck(Part):
     """Outcome of one check of a running server."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     required: bool
@@ -279,10 +275,8 @@ class ProbeReport(Record):
         return [check.name for check in self.checks if check.state == "fail"]
 
 
-class HelmRun(BaseModel):
+class HelmRun(Part):
     """One HELM run (one run spec) and how it ended."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     scenario: str
     run: str
@@ -367,10 +361,8 @@ INSTANCES_SCHEMA = pa.schema(
 # --- scores ----------------------------------------------------------------------------------------
 
 
-class Column(BaseModel):
+class Column(Part):
     """One scored column: a metric of a scenario of a stage."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage: str
     scenario: str
@@ -379,10 +371,8 @@ class Column(BaseModel):
     higher_is_better: bool = True
 
 
-class Cell(BaseModel):
+class Cell(Part):
     """One entry's value in one column, or the state that explains why there is none."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     value: float | None
     state: State = State.FINISHED
@@ -393,9 +383,7 @@ class Cell(BaseModel):
     """None where the value is missing and the policy excludes it."""
 
 
-class ScoredEntry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class ScoredEntry(Part):
     entry: str
     team: str
     rank: int
@@ -409,9 +397,7 @@ class ScoredEntry(BaseModel):
     """Footnotes: missing values and what they cost, a stage score of 0 and why."""
 
 
-class DidNotFinish(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class DidNotFinish(Part):
     entry: str
     team: str
     step: str
@@ -438,9 +424,7 @@ class Leaderboard(Record):
     """sha256 of each stage record and table that went in, by path."""
 
 
-class PanelEntry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class PanelEntry(Part):
     entry: str
     values: list[float | None]
     """In the order of the panel's columns; None where it has none."""
@@ -459,12 +443,6 @@ class Panel(Record):
 
 
 # --- analysis of a leaderboard: results/leaderboard/<track>.analysis.json -----------------------------
-
-
-class Part(BaseModel):
-    """Base of what an `Analysis` is made of."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Interval(Part):

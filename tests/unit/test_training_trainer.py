@@ -35,11 +35,13 @@ def rows_of(count: int) -> list[Row]:
     ]
 
 
-def trainer_of(recipe: FinetuneRecipe, *, attention_backend: bool = True) -> Trainer:
+def trainer_of(
+    recipe: FinetuneRecipe, *, attention_backend: bool = True, device: torch.device = CPU
+) -> Trainer:
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIG))
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIG)).to(device)
     model._supports_attention_backend = attention_backend
-    return Trainer(adapt(model, recipe), rows_of(40), recipe, CPU)
+    return Trainer(adapt(model, recipe), rows_of(40), recipe, device)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
@@ -161,3 +163,16 @@ def test_the_gpus_attention_keeps_rows_apart_as_the_cpus_does() -> None:
         with row_bounds(batch.bounds, device):
             out = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     torch.testing.assert_close(out.logits[0], alone, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_compiled_layers_train_as_the_others_do() -> None:
+    """On a CPU too, after minutes of C++ compiling."""
+
+    def losses(*, compiled: bool) -> list[float]:
+        recipe = FinetuneRecipe(max_steps=3, learning_rate=1e-2, batch_size=2, compile_layers=compiled)
+        trainer = trainer_of(recipe, device=torch.device("cuda"))
+        return [trainer.train_step().loss for _ in range(3)]
+
+    assert losses(compiled=True) == pytest.approx(losses(compiled=False), rel=1e-2)

@@ -37,7 +37,6 @@ _SPELLED_NUMBERS = pc.ascii_split_whitespace(
     million half third quarter first second twice double"""
 ).values
 _FACTORS = np.random.default_rng(13).integers(1, 2**63, size=64, dtype=np.uint64) | np.uint64(1)
-MAX_NGRAM = len(_FACTORS)
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from palio.errors import BadInput, State
 from palio.provenance import file_sha256
-from palio.records import Cell, Column, Correlation, Leaderboard, RoundName
+from palio.records import Cell, Column, Correlation, Leaderboard, Part, RoundName
 from palio.scoring.conventions import CONVENTIONS
 from palio.scoring.formula import Formula, scores
 from palio.scoring.leaderboard import Candidate, score
@@ -81,10 +80,8 @@ ROUNDS = (
 )
 
 
-class PublishedFile(BaseModel):
+class PublishedFile(Part):
     """How one file compares with what its own metric columns give."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: str
     track: str
@@ -104,10 +101,8 @@ class PublishedFile(BaseModel):
         )
 
 
-class Published(BaseModel):
+class Published(Part):
     """All published files of a folder, recomputed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     files: list[PublishedFile]
     open_against_hidden: dict[str, Correlation]

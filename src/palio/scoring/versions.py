@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import cast, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from palio.config import STAGES, Competition
 from palio.errors import BadInput
-from palio.records import Analysis, Column, Leaderboard, ScoredEntry, read_record
+from palio.records import Analysis, Column, Leaderboard, Part, ScoredEntry, read_record
 from palio.scoring.columns import columns_of
 from palio.scoring.conventions import CONVENTIONS, Array, Missing
 from palio.scoring.formula import Formula, scores
@@ -101,10 +100,8 @@ def read_leaderboard(path: Path) -> Leaderboard:
 # --- why ranks differ ----------------------------------------------------------------------------------
 
 
-class StepMove(BaseModel):
+class StepMove(Part):
     """What one change did to one entry's rank."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     change: str
     before: int
@@ -115,10 +112,8 @@ class StepMove(BaseModel):
     """What it did to the entry's own score and scenarios; a rank can also move because others' did."""
 
 
-class Move(BaseModel):
+class Move(Part):
     """One entry whose rank differs, and the changes that moved it, in the order they were applied."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     entry: str
     before: int
@@ -134,10 +129,8 @@ class Move(BaseModel):
         return "\n".join(lines)
 
 
-class Difference(BaseModel):
+class Difference(Part):
     """Between two leaderboards A and B."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     changes: list[str]
     """What differs, in words; empty if nothing that decides a score does."""

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file
 
 from palio.config import FinetuneRecipe, Metric, Scenario, Track
 from palio.errors import BadInput
-from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, Record, read_record
+from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, Part, Record, read_record
 from palio.training.finetune import RECIPE_VERSION, finetune
 from palio.training.step import TrainingStep
 
@@ -26,10 +25,8 @@ LOSS_NOISE = 0.02
 """Nats."""
 
 
-class ScoreDifference(BaseModel):
+class ScoreDifference(Part):
     """One scored column of the entry against that of the package trained again."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage: str
     scenario: str

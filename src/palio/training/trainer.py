@@ -69,16 +69,7 @@ def learning_rate(recipe: FinetuneRecipe, step: int, steps: int) -> float:
 class Trainer:
     """Trains `model`'s parameters that require gradients on `rows` as `recipe` says."""
 
-    def __init__(
-        self,
-        model: Any,
-        rows: Sequence[Row],
-        recipe: FinetuneRecipe,
-        device: torch.device,
-        *,
-        compile_layers: bool = False,
-    ) -> None:
-        """`compile_layers` fuses the small operations of each decoder layer: worth it on a GPU."""
+    def __init__(self, model: Any, rows: Sequence[Row], recipe: FinetuneRecipe, device: torch.device) -> None:
         self.model, self.rows, self.recipe, self.device = model, rows, recipe, device
         self.step = 0
         self.steps = planned_steps(len(rows), recipe)
@@ -92,7 +83,7 @@ class Trainer:
         self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
         if recipe.neftune_alpha is not None:
             inner.get_input_embeddings().register_forward_hook(_noise(recipe.neftune_alpha))
-        if compile_layers:
+        if recipe.compile_layers:
             _compile_layers(inner)
         dtype = compute_dtype(device)
         self._autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
