@@ -11,10 +11,11 @@ request after the other (but, unlike the sample, it stops at stop sequences).
 Printed, with the goal where there is one:
 
     suite time            ours / sequential                                        at most 0.25
+    processor time        the same of the servers' CPU seconds: what holds on a busy machine
     prompt tokens         computed / distinct prefixes, the least that can be      at most 1.2
     answers               equal texts of all requests                              all
     memory                largest use of keys and values / their bound             at most 1
-    multiplication limit  suite time / (FLOPs that are needed / measured FLOP/s of a large product)
+    multiplication limit  CPU seconds / (FLOPs that are needed / measured FLOP/s of a large product)
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import requests
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # where Palio is not installed
@@ -56,6 +58,13 @@ WITH_DATA = {
 }
 INSTANCES = {"gsm": 4, "bbq": 16}
 """Of a scenario; the others have 20. GSM8K writes up to 400 tokens an answer."""
+
+
+class Spent(NamedTuple):
+    """Seconds."""
+
+    wall: float
+    cpu: float
 
 
 @dataclass(frozen=True)
@@ -105,18 +114,19 @@ class Suite:
             )
         )
 
-    def ask(self, base_url: str) -> tuple[float, list[dict[str, Any]]]:
-        """Seconds for all requests, and the replies in their order."""
+    def ask(self, base_url: str, pid: int) -> tuple[Spent, list[dict[str, Any]]]:
+        """What all requests took of the server with this process id, and the replies in their order."""
 
         def post(body: dict[str, Any]) -> dict[str, Any]:
             reply = requests.post(f"{base_url}/process", json=body, timeout=3000)
             reply.raise_for_status()
             return dict(reply.json())
 
-        started = time.monotonic()
+        server = psutil.Process(pid)
+        started, used = time.monotonic(), sum(server.cpu_times()[:2])
         with ThreadPoolExecutor(CLIENTS) as pool:
             replies = list(pool.map(post, self.bodies))
-        return time.monotonic() - started, replies
+        return Spent(time.monotonic() - started, sum(server.cpu_times()[:2]) - used), replies
 
 
 def distinct_prefixes(prompts: Sequence[Sequence[int]]) -> int:
@@ -186,7 +196,7 @@ def serve_sequentially(package: Path, port: int, threads: int) -> None:
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="error")
 
 
-def run_sequentially(suite: Suite, package: Path, threads: int, port: int) -> tuple[float, list[Any]]:
+def run_sequentially(suite: Suite, package: Path, threads: int, port: int) -> tuple[Spent, list[Any]]:
     arguments = [str(package), "--threads", str(threads), "--sequential-on", str(port)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     server = subprocess.Popen([sys.executable, __file__, *arguments], env=environment)
@@ -195,7 +205,7 @@ def run_sequentially(suite: Suite, package: Path, threads: int, port: int) -> tu
         while server.poll() is None:
             try:
                 requests.get(f"{base_url}/health", timeout=5)
-                return suite.ask(base_url)
+                return suite.ask(base_url, server.pid)
             except requests.ConnectionError:
                 time.sleep(0.2)
         sys.exit("the sequential server died")
@@ -260,7 +270,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         log = Path(name) / "server.log"
         with ServerProcess(given.package, log=log, threads=given.threads, cache_gb=given.cache_gb) as server:
-            ours, replies = suite.ask(server.base_url)
+            ours, replies = suite.ask(server.base_url, server.pid)
             counts = metrics(server.base_url)
     from transformers import AutoTokenizer
 
@@ -271,22 +281,27 @@ def main() -> None:
     written = counts["new_tokens_total"]
     print(f"prompt tokens   {sum(map(len, prompts))} asked, {least} distinct, {computed:.0f} computed")
     print(f"                {computed / least:.2f} × the least (goal: at most 1.2)")
-    print(
-        f"new tokens      {written:.0f}, {counts['step_sequences_total'] / counts['steps_total']:.1f} a step"
-    )
+    print(f"new tokens      {written:.0f}, {written / counts['steps_total']:.1f} a step")
+    accepted, drafted = counts["draft_tokens_accepted_total"], counts["draft_tokens_total"]
+    print(f"                {accepted:.0f} of them guessed, of {drafted:.0f} guesses")
     half, most = counts["request_seconds_p50"], counts["request_seconds_p95"]
     print(f"latency         p50 {half:.1f} s, p95 {most:.1f} s")
     peak, bound = counts["cache_bytes_peak"] / 1e6, counts["cache_bytes_capacity"] / 1e6
     print(f"memory          {peak:.0f} MB of keys and values, bound {bound:.0f} MB")
     limit = seconds_of_multiplications(given.package, given.threads, int(computed + written), int(written))
-    print(f"ours            {ours:.1f} s, {counts['step_seconds_total']:.1f} s of it in the model")
-    print(f"                {ours / limit:.1f} × the multiplications' {limit:.1f} s")
+    print(f"ours            {ours.wall:.1f} s, {counts['step_seconds_total']:.1f} s of it in steps")
+    print(
+        f"                {ours.cpu:.1f} CPU s, {ours.cpu / limit:.1f} × the multiplications' {limit:.1f} s"
+    )
     if given.ours_only:
         return
     sequential, expected = run_sequentially(suite, given.package, given.threads, given.port)
     equal = sum(one["text"] == other["text"] for one, other in zip(replies, expected, strict=True))
-    print(f"sequential      {sequential:.1f} s")
-    print(f"suite time      {ours / sequential:.3f} of the sequential server's (goal: at most 0.25)")
+    print(f"sequential      {sequential.wall:.1f} s, {sequential.cpu:.1f} CPU s")
+    print(
+        f"suite time      {ours.wall / sequential.wall:.3f} of the sequential server's (goal: at most 0.25)"
+    )
+    print(f"processor time  {ours.cpu / sequential.cpu:.3f}")
     print(f"answers         {equal} of {len(replies)} identical")
     for body, one, other in zip(suite.bodies, replies, expected, strict=True):
         if one["text"] != other["text"]:

@@ -10,7 +10,7 @@ log-sum-exp of their scores, which is exact (arXiv 2402.05099).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -46,15 +46,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Part:
-    """One call: rows `first` to `last` attend to tokens `start` to `stop` of a node."""
+    """One call: rows `first` to `last` attend to the first `stop` tokens of a node."""
 
-    level: int
     first: int
     last: int
     node: Node
-    start: int
     stop: int
     causal: bool
+    """The last row attends to them all, the row before it to all but the last, and so on."""
 
 
 class Plan:
@@ -64,37 +63,31 @@ class Plan:
         # In this order the chunks below a node stand side by side, and those of a node before them.
         self.chunks = sorted(chunks, key=lambda chunk: [node.serial for node in chunk.node.path()])
         self.rows: list[tuple[int, int]] = []
-        self.parts: list[Part] = []
+        self.levels: list[list[Part]] = []
+        """A row is in at most one part of a level, and in one of the first."""
         first = 0
         for chunk in self.chunks:
             last = first + len(chunk)
             self.rows.append((first, last))
-            above = [(node, 0, len(node.tokens), False) for node in chunk.node.path()[:-1]]
-            if len(chunk) == 1:
-                own = [(chunk.node, 0, chunk.stop, False)]
-            else:
-                own = [(chunk.node, 0, chunk.start, False)] if chunk.start else []
-                own.append((chunk.node, chunk.start, chunk.stop, True))
-            for level, (node, start, stop, causal) in enumerate(above + own):
-                self._add(Part(level, first, last, node, start, stop, causal))
+            parts = [Part(first, last, node, len(node.tokens), False) for node in chunk.node.path()[:-1]]
+            parts.append(Part(first, last, chunk.node, chunk.stop, len(chunk) > 1))
+            self.levels += [[] for _ in parts[len(self.levels) :]]
+            for level, part in zip(self.levels, parts, strict=False):
+                _add(level, part)
             first = last
-        self.length = first
-        self.levels = 1 + max(part.level for part in self.parts)
         self.window = float("inf")
         """The shortest sliding window that a layer asked for: up to there, attention is as here."""
 
-    def _add(self, part: Part) -> None:
-        """Join a part to its left neighbour where both attend to the same."""
-        for index in range(len(self.parts) - 1, -1, -1):
-            other = self.parts[index]
-            if other.level == part.level:
-                same = (other.node, other.start, other.stop) == (part.node, part.start, part.stop)
-                if same and not part.causal and not other.causal and other.last == part.first:
-                    joined = Part(part.level, other.first, part.last, part.node, part.start, part.stop, False)
-                    self.parts[index] = joined
-                    return
-                break
-        self.parts.append(part)
+
+def _add(level: list[Part], part: Part) -> None:
+    """Join a part to its left neighbour where both attend to the same."""
+    if level:
+        left = level[-1]
+        same = left.node is part.node and left.last == part.first
+        if same and not part.causal and not left.causal:
+            level[-1] = replace(left, last=part.last)
+            return
+    level.append(part)
 
 
 def tree_attention(
@@ -125,18 +118,34 @@ def tree_attention(
     for chunk, (first, last) in zip(plan.chunks, plan.rows, strict=True):
         store(chunk, layer, key[0, :, first:last], value[0, :, first:last])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    outs = query.new_zeros(plan.levels, *query.shape[1:])
-    sums = query.new_full((plan.levels, *query.shape[1:3]), -torch.inf, dtype=torch.float32)
-    for part in plan.parts:
-        keys, values = part.node.memory[layer][:, :, part.start : part.stop]
-        rows = slice(part.first, part.last)
-        outs[part.level, :, rows], sums[part.level, :, rows] = attend(
-            query[0, :, rows], keys, values, part.causal, scale
+    joined, sums = _attend_level(plan.levels[0], layer, query[0], scale)
+    joined = joined.float()
+    for parts in plan.levels[1:]:
+        rows = slice(parts[0].first, parts[-1].last)
+        out, more = _attend_level(parts, layer, query[0], scale)
+        joined[:, rows].lerp_(out.float(), (more - sums[:, rows]).sigmoid_().unsqueeze(-1))
+        sums[:, rows] = sums[:, rows].logaddexp(more)
+    return joined.to(query.dtype)[None].transpose(1, 2), None
+
+
+def _attend_level(
+    parts: Sequence[Part], layer: int, query: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` for the rows from the first part's to the last's; those between parts attend to nothing."""
+    begin, end = parts[0].first, parts[-1].last
+    if len(parts) == 1:
+        (part,) = parts
+        keys, values = part.node.memory[layer][:, :, : part.stop]
+        return attend(query[:, begin:end], keys, values, part.causal, scale)
+    out = torch.zeros_like(query[:, begin:end])
+    sums = query.new_full(out.shape[:2], -torch.inf, dtype=torch.float32)
+    for part in parts:
+        keys, values = part.node.memory[layer][:, :, : part.stop]
+        rows = slice(part.first - begin, part.last - begin)
+        out[:, rows], sums[:, rows] = attend(
+            query[:, part.first : part.last], keys, values, part.causal, scale
         )
-    if plan.levels == 1:
-        return outs.transpose(1, 2), None
-    weights = sums.softmax(0).nan_to_num().unsqueeze(-1)  # NaN: rows that only fill up
-    return (outs * weights).sum(0, keepdim=True).to(query.dtype).transpose(1, 2), None
+    return out, sums
 
 
 def store(chunk: Chunk, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -155,11 +164,13 @@ def attend(
     """(heads, rows, size) queries over (key heads, tokens, size) keys and values.
 
     Returns the attention's output and, per head and row, the log of the sum of the exponentials of its
-    scores. With `causal` row i attends to the first i + 1 tokens.
+    scores. With `causal` the last row attends to all tokens, the row before it to all but one, and so on.
     """
     if query.device.type == "cpu":
+        rows, tokens = query.shape[1], key.shape[1]
+        mask = _mask(rows, tokens, query.dtype) if causal and rows < tokens else None
         out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query[None], key[None], value[None], 0.0, causal, scale=scale
+            query[None], key[None], value[None], 0.0, causal and mask is None, attn_mask=mask, scale=scale
         )
         return out[0], sums[0]
     if query.device.type == "cuda" and query.dtype != torch.float32 and query.shape[-1] <= 256:
@@ -187,6 +198,12 @@ def _attend_cuda(
     return out.transpose(0, 1), sums
 
 
+@lru_cache(maxsize=64)
+def _mask(rows: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """(rows, tokens) to be added to scores, the diagonal ending in the corner; the same for every layer."""
+    return torch.full((rows, tokens), -torch.inf, dtype=dtype).triu_(1 + tokens - rows)
+
+
 @lru_cache(maxsize=4096)
 def _ends(length: int, device: torch.device) -> torch.Tensor:
     """Of the only sequence in a row; the same for every layer of a pass, so copied to the GPU once."""
@@ -200,7 +217,7 @@ def attend_plainly(
     groups = query.shape[0] // key.shape[0]
     scores = (query.float() * scale) @ key.float().repeat_interleave(groups, 0).transpose(1, 2)
     if causal:
-        scores += torch.full_like(scores, -torch.inf).triu_(1)
+        scores += torch.full_like(scores, -torch.inf).triu_(1 + scores.shape[2] - scores.shape[1])
     sums = scores.logsumexp(-1)
     weights = (scores - sums.unsqueeze(-1)).exp().to(value.dtype)
     return weights @ value.repeat_interleave(groups, 0), sums

@@ -1,15 +1,14 @@
 """The default engine: any causal model of transformers, batched continuously over shared prefixes.
 
 One thread owns the model. Each of its steps is one forward pass over the next tokens of all running
-sequences: one token each of those that write, and up to `STEP_TOKENS` of the prompts still to be read,
-each distinct prefix once. Requests are admitted in their order as soon as the memory of their keys and
-values is free, so nothing that runs is ever thrown out again.
+sequences: one token each of those that write with a few guessed ones behind it, and up to `STEP_TOKENS`
+of the prompts still to be read, each distinct prefix once. Requests are admitted in their order as soon
+as the memory of their keys and values is free, so nothing that runs is ever thrown out again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import random
 import threading
 import time
 import traceback
@@ -22,19 +21,11 @@ import torch
 from transformers import AutoTokenizer
 
 from palio.serving.attention import Chunk
-from palio.serving.engine import (
-    GREEDY_BELOW,
-    BadRequest,
-    Completion,
-    QueueFull,
-    Request,
-    Token,
-    Unavailable,
-)
+from palio.serving.engine import BadRequest, Completion, QueueFull, Request, Unavailable
+from palio.serving.job import Job, Writer
 from palio.serving.model import Model, cache_tokens, load_model
 from palio.serving.prefix_tree import Node, PrefixTree
-from palio.serving.sampling import draw, most_likely
-from palio.serving.text import TextStream, Vocabulary, cut, find_stop
+from palio.serving.text import Vocabulary
 
 QUEUE_LENGTH = 256
 """Requests that may wait; HELM has 8 in flight."""
@@ -44,89 +35,11 @@ STEP_TOKENS = 512
 """Prompt tokens in one forward pass: enough to keep the hardware busy, few enough to let others write."""
 ECHO_TOKENS = 64
 """Of a prompt whose log-probabilities are wanted, in one pass: each has a row of logits."""
+DRAFT_ROWS = 64
+"""Rows up to which guessed tokens fill a step: few rows cost hardly less than these, as the time is that
+of reading the weights."""
 MAX_FAILURES = 3
 """Failed steps one after the other before the engine says that it is broken."""
-
-
-class Job:
-    """A request on its way."""
-
-    def __init__(self, request: Request, prompt: list[int], context: int, shares: bool) -> None:
-        self.request = request
-        self.prompt = prompt
-        self.limit = min(request.max_new_tokens, context - len(prompt))
-        """New tokens."""
-        # A sequence's own tokens begin with the prompt's last: however much of the prompt is shared, there
-        # is a token left to compute the next one's logits from. What must be computed anew is all its own.
-        alone = request.echo_prompt or not shares
-        self.shared = [] if alone else prompt[:-1]
-        self.begun = prompt if alone else prompt[-1:]
-        self.own = len(self.begun) + max(0, self.limit - 1)
-        """Tokens of each sequence that need room of their own."""
-        self.future: Future[list[Completion]] = Future()
-        self.submitted = time.monotonic()
-        self.writers: list[Writer] = []
-
-    @property
-    def tokens(self) -> int:
-        """That need room, shared or not."""
-        return len(self.shared) + self.own * self.request.num_return_sequences
-
-
-class Writer:
-    """One completion being written."""
-
-    def __init__(self, job: Job, leaf: Node, number: int, vocabulary: Vocabulary) -> None:
-        self.job = job
-        self.leaf = leaf
-        leaf.tokens = list(job.begun)
-        self.echoed: list[Token] = []
-        self.written: list[Token] = []
-        self.text = ""
-        self.done = False
-        self._vocabulary = vocabulary
-        self._random = random.Random(f"{job.request.seed} {number} {job.request.prompt}")
-        self._echo = TextStream(vocabulary, [])
-        self._stream = TextStream(vocabulary, job.prompt)
-
-    def read(self, position: int, logits: torch.Tensor, best: int, ends: frozenset[int]) -> None:
-        """Take the (vocabulary,) logits behind the leaf's token at `position`, whose largest is `best`."""
-        request, tokens = self.job.request, self.leaf.tokens
-        if position + 1 < len(tokens):  # the next token is known: the prompt is echoed
-            if not self.echoed:
-                self.echoed.append(Token(self._echo.add(tokens[0]), 0.0))  # nothing predicts the first
-            token = tokens[position + 1]
-            self.echoed.append(self._token(logits, token, self._echo.add(token)))
-            return
-        if request.echo_prompt and not self.echoed:
-            self.echoed.append(Token(self._echo.add(tokens[0]), 0.0))
-        if self.job.limit == 0:
-            self.done = True
-            return
-        greedy = request.temperature < GREEDY_BELOW
-        token = best if greedy else draw(logits, request.temperature, request.top_p, self._random)
-        if token in ends:
-            self.done = True
-            return
-        self.written.append(self._token(logits, token, self._stream.add(token)))
-        self.text += self.written[-1].text
-        if (stop := find_stop(self.text, request.stop_sequences)) is not None:
-            self.written = list(cut(self.written, stop).tokens)
-            self.done = True
-        elif len(self.written) == self.job.limit:
-            self.done = True
-        else:
-            tokens.append(token)
-
-    def _token(self, logits: torch.Tensor, token: int, text: str) -> Token:
-        logprobs = logits.log_softmax(-1)
-        best = most_likely(logprobs, self.job.request.top_k_per_token)
-        top = {self._vocabulary.visible([one]): value for one, value in reversed(best)}
-        return Token(text, float(logprobs[token]), top)
-
-    def completion(self) -> Completion:
-        tokens = (*self.echoed, *self.written)
-        return Completion("".join(token.text for token in tokens), tokens)
 
 
 def next_chunks(writers: Iterable[Writer], budget: int = STEP_TOKENS) -> list[Chunk]:
@@ -143,7 +56,7 @@ def next_chunks(writers: Iterable[Writer], budget: int = STEP_TOKENS) -> list[Ch
                 if count == 0:
                     break
                 stop = node.filled + count
-                keep = count if echo else int(own and stop == len(node.tokens))
+                keep = count if echo else max(0, stop - max(node.filled, writer.known - 1)) if own else 0
                 planned = chunks[node] = Chunk(node, node.filled, stop, keep)
                 budget = max(0, budget - count)
             if planned.stop < len(node.tokens):
@@ -263,6 +176,7 @@ class TransformersEngine:
             writer.done = writer.done or writer.job.future.cancelled()
         self._leave()
         self._admit()
+        self._draft()
         chunks = next_chunks(self._running)
         if not chunks:
             return
@@ -272,9 +186,10 @@ class TransformersEngine:
         for chunk, rows in zip(chunks, logits, strict=True):
             if chunk.keep:
                 writer = of_leaf[chunk.node]
-                best = rows.argmax(-1).tolist()
-                for at in range(chunk.keep):
-                    writer.read(chunk.stop - chunk.keep + at, rows[at], best[at], self._model.ends)
+                self._counts["draft_tokens_total"] += max(0, chunk.stop - writer.known)
+                chosen = writer.read(chunk.stop - chunk.keep, rows, self._model.ends)
+                self._counts["draft_tokens_accepted_total"] += max(0, chosen - 1)
+                self._counts["new_tokens_total"] += chosen
         self._count(chunks, of_leaf, time.monotonic() - started)
         self._leave()
 
@@ -294,6 +209,12 @@ class TransformersEngine:
                 return
             with self._changed:
                 self._waiting.popleft()
+
+    def _draft(self) -> None:
+        count = len(self._running)
+        if self._model.shares and count:  # other models' caches cannot be rolled back
+            for writer in self._running:
+                writer.draft(DRAFT_ROWS // count - 1)
 
     def _leave(self) -> None:
         """Free what is done, and answer the requests that are."""
@@ -326,7 +247,6 @@ class TransformersEngine:
         for chunk in chunks:
             begun = len(of_leaf[chunk.node].job.begun) if chunk.node in of_leaf else chunk.stop
             counts["prompt_tokens_computed_total"] += max(0, min(chunk.stop, begun) - chunk.start)
-        counts["new_tokens_total"] += sum(chunk.node in of_leaf and chunk.keep > 0 for chunk in chunks)
         counts["steps_total"] += 1
         counts["step_tokens_total"] += sum(map(len, chunks))
         counts["step_sequences_total"] += sum(chunk.keep > 0 for chunk in chunks)
@@ -342,6 +262,8 @@ COUNTERS = (
     "prompt_tokens_total",
     "prompt_tokens_computed_total",
     "new_tokens_total",
+    "draft_tokens_total",
+    "draft_tokens_accepted_total",
     "steps_total",
     "step_tokens_total",
     "step_sequences_total",
