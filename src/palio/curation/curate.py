@@ -30,10 +30,10 @@ from palio.config import (
 )
 from palio.curation.card import card
 from palio.curation.dataset import write_dropped, write_shuffled
-from palio.curation.reading import Progress, Sources, read_sources
+from palio.curation.reading import Progress, Sources, find_sources, read_sources
 from palio.curation.rows import Surroundings
-from palio.curation.step import Step, batch_files
-from palio.curation.store import Pool, Stored, Tick, pool
+from palio.curation.step import Step
+from palio.curation.store import Pool, Stored, Tick, batch_file, pool, unheard
 from palio.errors import BadInput
 from palio.provenance import file_sha256, fingerprint, folder_sha256, write_text
 from palio.records import DatasetManifest, OperationReport
@@ -82,7 +82,7 @@ def curate_dataset(
     quarantine = (sources.folder / "quarantine.jsonl").read_text(encoding="utf-8")
     write_text(out / "quarantine.jsonl", quarantine)
     write_dropped(((step.name, step.dropped(sources.batches)) for step in steps), out / "dropped.parquet")
-    rows = Stored(batch_files(folders[-1], sources.batches))
+    rows = Stored([batch_file(folders[-1], number) for number in sources.batches])
     written = write_shuffled(rows, out / "train.parquet", recipe.seed, scratch=work)
     manifest = DatasetManifest(
         competition=competition,
@@ -124,7 +124,8 @@ def curate_ahead(
     Raises:
         BadInput: as `curate_dataset`.
     """
-    sources = read_sources(recipe, base, work, None, RECIPE_VERSION, _silent)
+    found = find_sources(recipe, base, work, RECIPE_VERSION)
+    sources = found or read_sources(recipe, base, work, None, RECIPE_VERSION, _silent)
     steps = _steps(recipe, sources, base_model, base, work)
     with pool(workers) as processes:
         if shard:
@@ -132,7 +133,7 @@ def curate_ahead(
             _carry_out_alone(steps, sources.batches[number - 1 :: shards], processes)
         elif by_all := [step for step in steps if step.by_all_rows][:join]:
             _carry_out(steps[: by_all[-1].place], sources, processes, entry, _silent)
-            _judge(by_all[-1], sources.batches, processes, lambda rows: None)
+            _judge(by_all[-1], sources.batches, processes)
 
 
 def _steps(recipe: DatasetRecipe, sources: Sources, base_model: Path, base: Path, work: Path) -> list[Step]:
@@ -192,12 +193,12 @@ def _carry_out_alone(steps: Sequence[Step], batches: range, processes: Pool) -> 
     """The steps on these batches, as far as they need no others."""
     for step in steps:
         if step.by_all_rows and not step.judged:
-            processes.each(step.note, step.without_notes(batches), lambda rows: None)
+            processes.each(step.note, step.without_notes(batches))
             return
-        processes.each(step.apply, step.unapplied(batches), lambda rows: None)
+        processes.each(step.apply, step.unapplied(batches))
 
 
-def _judge(step: Step, batches: range, processes: Pool, tick: Tick) -> None:
+def _judge(step: Step, batches: range, processes: Pool, tick: Tick = unheard) -> None:
     if step.by_all_rows and not step.judged:
         processes.each(step.note, step.without_notes(batches), tick)
         step.judge(batches)

@@ -1,8 +1,10 @@
 """The sources of a recipe, read once into batches of rows.
 
-<folder>/00007.arrow        batch 7
-<folder>/quarantine.jsonl   malformed records, with line and reason
-<folder>/sources.json       what was read; written last
+    <folder>/00007.arrow        batch 7
+    <folder>/quarantine.jsonl   malformed records, with line and reason
+    <folder>/sources.json       what was read; written last
+
+The folder's name is the hash of what decides the rows: content of the sources' files, and how they are read.
 """
 
 from __future__ import annotations
@@ -18,8 +20,7 @@ import pyarrow as pa
 from palio.config import DatasetRecipe, DataSource
 from palio.curation.rows import BATCH_CHARACTERS, BATCH_ROWS, ROW, columns_of
 from palio.curation.source import Quarantined, SourceRow, read_source, source_digest
-from palio.curation.step import batch_files
-from palio.curation.store import write_batches
+from palio.curation.store import batch_file, write_batches
 from palio.errors import BadInput
 from palio.provenance import canonical_json, fingerprint, write_json, write_text
 from palio.records import SourceReport
@@ -44,30 +45,58 @@ def read_sources(
 ) -> Sources:
     """Read the sources into a folder of `work`, unless they have been."""
     digests = [source_digest(source, base) for source in recipe.sources]
+    key = fingerprint([digests, _how(recipe, limit, version)])
+    folder = work / f"sources-{key[:16]}"
+    if not (folder / "sources.json").exists():
+        stamp = _stamp(recipe, base, limit, version)
+        reading = _Reading(limit, progress)
+        batches = 0
+        for batch in reading.batches(recipe.sources, digests, base, recipe.max_quarantined):
+            write_batches(batch_file(folder, batches), ROW, [batch])
+            batches += 1
+        text = "".join(canonical_json(line) + "\n" for line in reading.quarantine)
+        write_text(folder / "quarantine.jsonl", text)
+        reports = [report.model_dump(mode="json") for report in reading.reports]
+        record = {"key": key, "stamp": stamp, "batches": batches, "sources": reports}
+        write_json(folder / "sources.json", record)
+    sources = _sources(folder)
+    if not sources.batches:
+        fix = "the sources hold no row; add rows or other sources"
+        raise BadInput(recipe.sources[0].address, "", None, fix)
+    return sources
+
+
+def find_sources(recipe: DatasetRecipe, base: Path, work: Path, version: str) -> Sources | None:
+    """The sources if a job has read them whole, known by sizes and times of their files: a job that only
+    works ahead need not hash them all again."""
+    stamp = _stamp(recipe, base, None, version)
+    records = ((path, json.loads(path.read_text(encoding="utf-8"))) for path in work.glob("*/sources.json"))
+    return next((_sources(path.parent) for path, record in records if record["stamp"] == stamp), None)
+
+
+def _sources(folder: Path) -> Sources:
+    record = json.loads((folder / "sources.json").read_text(encoding="utf-8"))
+    reports = [SourceReport.model_validate(source) for source in record["sources"]]
+    return Sources(folder, record["key"], reports, range(record["batches"]))
+
+
+def _how(recipe: DatasetRecipe, limit: int | None, version: str) -> Any:
     described = [
         source.model_dump(mode="json", exclude={"path"}) | {"label": source.label}
         for source in recipe.sources
     ]
-    key = fingerprint([version, digests, described, recipe.max_quarantined, limit])
-    folder = work / f"sources-{key[:16]}"
-    record = folder / "sources.json"
-    if not record.exists():
-        reading = _Reading(limit, progress)
-        batches = 0
-        for batch in reading.batches(recipe.sources, digests, base, recipe.max_quarantined):
-            (file,) = batch_files(folder, [batches])
-            write_batches(file, ROW, [batch])
-            batches += 1
-        text = "".join(canonical_json(line) + "\n" for line in reading.quarantine)
-        write_text(folder / "quarantine.jsonl", text)
-        described = [report.model_dump(mode="json") for report in reading.reports]
-        write_json(record, {"batches": batches, "sources": described})
-    found = json.loads(record.read_text(encoding="utf-8"))
-    if not found["batches"]:
-        fix = "the sources hold no row; add rows or other sources"
-        raise BadInput(recipe.sources[0].address, "", None, fix)
-    reports = [SourceReport.model_validate(source) for source in found["sources"]]
-    return Sources(folder, key, reports, range(found["batches"]))
+    return [version, described, recipe.max_quarantined, limit]
+
+
+def _stamp(recipe: DatasetRecipe, base: Path, limit: int | None, version: str) -> str:
+    files = [
+        [str(file), file.stat().st_size, file.stat().st_mtime_ns]
+        for source in recipe.sources
+        if source.path
+        for file in sorted([base / source.path, *(base / source.path).rglob("*")])
+        if file.is_file()
+    ]
+    return fingerprint([files, _how(recipe, limit, version)])
 
 
 @dataclass

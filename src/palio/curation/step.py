@@ -23,17 +23,13 @@ from palio.config import ByAllRows, Operation
 from palio.curation.dataset import EXAMPLES
 from palio.curation.operations import BY_ALL_ROWS, ROW_BY_ROW
 from palio.curation.rows import ROW, Batch, Surroundings, Verdict, asked, shortened, texts_of
-from palio.curation.store import Stored, read_batch, write_batches
+from palio.curation.store import Stored, batch_file, read_batch, write_batches
 from palio.records import OperationReport
 
 _REASON = pa.schema([pa.field("reason", pa.string())])
 _OUTCOME = ROW.append(_REASON.field("reason"))
 _KEPT, _DROPPED = 0, 1
 _ACCOUNT = b"account"
-
-
-def batch_files(folder: Path, batches: Iterable[int]) -> list[Path]:
-    return [folder / f"{number:05}.arrow" for number in batches]
 
 
 @dataclass(frozen=True)
@@ -56,13 +52,15 @@ class Step:
 
     @property
     def judged(self) -> bool:
-        return self._reasons.exists()
+        return self._reasons in self._made()
 
     def without_notes(self, batches: Iterable[int]) -> list[int]:
-        return [number for number in batches if not self._notes(number).exists()]
+        made = self._made()
+        return [number for number in batches if self._notes(number) not in made]
 
     def unapplied(self, batches: Iterable[int]) -> list[int]:
-        return [number for number in batches if not self._outcome(number).exists()]
+        made = self._made()
+        return [number for number in batches if batch_file(self.folder, number) not in made]
 
     def note(self, number: int) -> int:
         """Take notes of a batch; returns its number of rows."""
@@ -89,18 +87,19 @@ class Step:
             verdict = ROW_BY_ROW[self.operation.op](self.operation, batch, self.around)
         kept, dropped, account = self._carried_out(batch.table, verdict)
         schema = _OUTCOME.with_metadata({_ACCOUNT: account.model_dump_json()})
-        write_batches(self._outcome(number), schema, [kept, dropped])
+        write_batches(batch_file(self.folder, number), schema, [kept, dropped])
         return len(batch)
 
     def dropped(self, batches: Iterable[int]) -> Stored:
         """Rows as they came in, and a column `reason`."""
-        return Stored(batch_files(self.folder, batches), _DROPPED)
+        return Stored([batch_file(self.folder, number) for number in batches], _DROPPED)
 
     def report(self, batches: Iterable[int]) -> OperationReport:
         rows_in = rows_out = changed = 0
         by_source: Counter[str] = Counter()
         examples: list[str] = []
-        for file in batch_files(self.folder, batches):
+        for number in batches:
+            file = batch_file(self.folder, number)
             with pa.memory_map(str(file)) as mapped, pa.ipc.open_file(mapped) as reader:
                 account = OperationReport.model_validate_json(reader.schema.metadata[_ACCOUNT])
             rows_in += account.rows_in
@@ -111,8 +110,11 @@ class Step:
         return self._report(rows_in, rows_out, changed, by_source, examples)
 
     def _batch(self, number: int) -> Batch:
-        (file,) = batch_files(self.rows, [number])
-        return Batch(read_batch(file, _KEPT).select(ROW.names))
+        return Batch(read_batch(batch_file(self.rows, number), _KEPT).select(ROW.names))
+
+    def _made(self) -> set[Path]:
+        """Listed, not asked for one by one: so a network file system shows what other nodes have made."""
+        return set(self.folder.glob("*.arrow"))
 
     def _notes(self, number: int) -> Path:
         return self.folder / f"{number:05}.notes.arrow"
@@ -120,10 +122,6 @@ class Step:
     @property
     def _reasons(self) -> Path:
         return self.folder / "reasons.arrow"
-
-    def _outcome(self, number: int) -> Path:
-        (file,) = batch_files(self.folder, [number])
-        return file
 
     def _carried_out(
         self, before: pa.RecordBatch, verdict: Verdict

@@ -55,6 +55,13 @@ Tick = Callable[[int], None]
 """Told how many rows were just seen."""
 
 
+def batch_file(folder: Path, number: int) -> Path:
+    return folder / f"{number:05}.arrow"
+
+
+def unheard(rows: int) -> None: ...
+
+
 class Pool:
     """Processes that work on batches, started when first needed."""
 
@@ -62,7 +69,7 @@ class Pool:
         self.workers = workers
         self._executor: ProcessPoolExecutor | None = None
 
-    def each(self, work: Callable[[int], int], batches: Sequence[int], tick: Tick) -> None:
+    def each(self, work: Callable[[int], int], batches: Sequence[int], tick: Tick = unheard) -> None:
         """Do the work on the batches with these numbers; it returns how many rows it has seen."""
         if self.workers == 1 or len(batches) < _POOL_BATCHES:
             seen: Iterator[int] = map(work, batches)
