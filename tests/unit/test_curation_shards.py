@@ -20,7 +20,7 @@ from palio.config import DatasetRecipe
 from palio.curation.curate import curate_ahead
 from palio.curation.operations import BY_ALL_ROWS, ROW_BY_ROW
 from palio.errors import BadInput
-from tests.curation import curate, digests, finished, recipe, write_jsonl
+from tests.curation import curate, digests, finished, pairs_of, recipe, write_jsonl
 from tests.training import tiny_base_model
 
 ROOT = Path(__file__).parents[2]
@@ -159,6 +159,17 @@ def test_changing_the_number_of_shards_on_the_way_redoes_nothing(
     in_shards(every_operation, tmp_path / "dataset", 2, base_model)
     assert before.items() <= finished(work).items()
     assert digests(tmp_path / "dataset") == of_one_job
+
+
+def test_a_source_that_changes_between_two_jobs_is_read_again(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "1 + 1 =", "completion": "2"}])
+    given = recipe([{"path": str(source)}], "drop_exact_duplicates")
+    work = tmp_path / "work/curate"
+    curate_ahead(given, base_model=Path("none"), entry="civetta", work=work)
+    write_jsonl(source, [{"prompt": "1 + 2 =", "completion": "3"}])
+    curate_ahead(given, base_model=Path("none"), entry="civetta", work=work, shard=(1, 1))
+    curate(given, tmp_path / "dataset")
+    assert pairs_of(tmp_path / "dataset/train.parquet") == [("1 + 2 =", "3")]
 
 
 def test_a_killed_shard_goes_on_behind_its_last_batch(tmp_path: Path) -> None:
