@@ -121,6 +121,15 @@ def test_a_rehearsal_changes_size_and_nothing_else_of_an_entry(folder: WorkingFo
     assert scenario["metrics"] == {"exact match": {"metric": "exact_match"}}
 
 
+def test_a_rehearsal_knows_nothing_of_the_organizers_other_entries(folder: WorkingFolder) -> None:
+    decided = {"withdrawn": {"raw": "asked to"}, "retries": {"raw": {"open": 1}}, "shards": {"raw": 8}}
+    folder.edit_yaml("config/config.yaml", lambda config: config.update(decided))
+    competition = load_competition(Path("config/config.yaml"))
+    entry = load_entry(Path("config/entries/demo/curated.yaml"))
+    small = small_competition(competition, entry, folder.path)
+    assert {key: small[key] for key in decided} == {key: {} for key in decided}
+
+
 def test_the_whole_run_in_small_ends_with_a_place_and_an_estimate(
     folder: WorkingFolder, base_model: Path
 ) -> None:

@@ -127,6 +127,7 @@ def small_competition(competition: Competition, entry: Entry, folder: Path) -> d
         "tracks": {entry.track: track},
         "withdrawn": {},
         "retries": {},
+        "shards": {},
     }
 
 
