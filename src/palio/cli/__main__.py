@@ -1,0 +1,3 @@
+from palio.cli import main
+
+main()

@@ -1,0 +1,459 @@
+"""Verbs for a team: make an entry, try every part of it, look at what came out, hand it on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from palio.cli.group import (
+    DEFAULT_CONFIG,
+    ExistingPath,
+    Verb,
+    competition_of,
+    competition_option,
+    entries_by_track,
+    entry_step,
+    palio,
+    track_and_entry,
+)
+from palio.errors import BadInput, PalioError, RuleViolation
+
+
+@palio.command(cls=Verb, example="palio new config/entries/demo/mine.yaml --team 'Contrada del Drago'")
+@click.argument("file", type=ExistingPath)
+@competition_option
+@click.option(
+    "--kind", type=click.Choice(["recipe", "command", "server"]), default="recipe", show_default=True
+)
+@click.option("--team", prompt="Name of the team", help="Asked for if left out.")
+@click.option("--track", help="Default: the competition's first.")
+@click.option("--base-model", help="hub:org/name@<commit>, path:… or gguf:…; default: one the rules approve.")
+@click.option("--data", multiple=True, help="Source file of training data; default: example data is written.")
+@click.option("--licence", default="", help="SPDX id of the source files.")
+@click.option("--url", default="", help="Where the public finds them.")
+def new(
+    file: Path,
+    competition: str,
+    kind: str,
+    team: str,
+    track: str | None,
+    base_model: str | None,
+    data: tuple[str, ...],
+    licence: str,
+    url: str,
+) -> None:
+    """Make an entry that works, to start from: its file, example data, a program of its kind."""
+    from palio.participant.new import new_entry, suggested_base_model
+
+    rules = competition_of(competition)
+    if data and not licence:
+        licence = click.prompt("Licence of the data (SPDX id)")
+    new_entry(
+        rules,
+        path=file,
+        kind=kind,
+        team=team,
+        track=track or next(iter(rules.tracks)),
+        base_model=base_model or suggested_base_model(rules),
+        data=data,
+        licence=licence,
+        url=url,
+    )
+    print(f"{file}: made; next: palio try {file}")
+
+
+@palio.command("try", cls=Verb, example="palio try config/entries/demo/curated.yaml")
+@click.argument("file", type=ExistingPath)
+@competition_option
+@click.option("--panel", type=ExistingPath, help="Reference panel; default: config/panel/…, if there is one.")
+@click.option("--out", type=ExistingPath, default=Path("try"), show_default=True)
+def try_entry(file: Path, competition: str, panel: Path | None, out: Path) -> None:
+    """Rehearse an entry on this machine: every step in small, its place, and what the whole would take."""
+    from palio.config import load_entry
+    from palio.participant.rehearsal import rehearse
+    from palio.participant.summary import summary
+    from palio.rules.entry_file import check_file
+    from palio.scoring.panel import panel_path
+
+    rules = competition_of(competition)
+    checked = check_file(file, rules.checked_against)
+    for notice in checked.notices:
+        print(f"notice: {notice}", file=sys.stderr)
+    checked.require_clean()
+    print("check: clean", flush=True)
+    entry = load_entry(file)
+    if panel is None and (published := panel_path(rules.competition, entry.track)).is_file():
+        panel = published
+    for line in summary(rehearse(file, rules, out), entry, rules, panel):
+        print(line)
+
+
+@palio.command(cls=Verb, example="palio check config/entries/demo")
+@click.argument("files", nargs=-1, required=True, type=ExistingPath)
+@competition_option
+@click.option("--against", help="JSON slice of the competition, in place of --competition.")
+@click.option("--among", help="JSON of the folders of the other entries; default: the file's own.")
+@click.option("--entry-dir", type=ExistingPath, help="Write check.json here (one FILE only).")
+@click.option("--json", "as_json", is_flag=True, help="Print violations and notices as JSON lines.")
+def check(
+    files: tuple[Path, ...],
+    competition: str,
+    against: str | None,
+    among: str | None,
+    entry_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Check entry files, or folders of them, against the competition's rules, before GPU time is spent.
+
+    A violation names rule, key, why and fix. A notice is for the organizers and stops nothing.
+    """
+    from palio.config import CheckedAgainst, EntryFolders, parse
+    from palio.rules.entry_file import check_file
+
+    rules = (
+        parse(CheckedAgainst, json.loads(against), "--against")
+        if against
+        else competition_of(competition).checked_against
+    )
+    others = parse(EntryFolders, json.loads(among), "--among") if among else None
+    clean = True
+    for file in (
+        one for given in files for one in (sorted(given.glob("*.y*ml")) if given.is_dir() else [given])
+    ):
+        checked = check_file(file, rules, others)
+        clean = clean and checked.record is not None
+        if as_json:
+            for level, found in (("violation", checked.violations), ("notice", checked.notices)):
+                for one in found:
+                    print(json.dumps({"file": str(file), "level": level, **one.model_dump()}))
+        else:
+            for one in checked.notices:
+                print(f"notice: {file}: {one}", file=sys.stderr)
+            for one in checked.violations:
+                print(f"error: {file}: {one}", file=sys.stderr)
+            if checked.record:
+                print(f"{file}: clean")
+        if entry_dir is not None:
+            with entry_step("check", entry_dir):
+                checked.require_clean().write(entry_dir / "check.json")
+    raise click.exceptions.Exit(0 if clean else RuleViolation.exit_code)
+
+
+@palio.command("demo-data", cls=Verb, example="palio demo-data --out resources/demo_sources --seed 7")
+@click.option("--out", type=ExistingPath, required=True, help="Folder for the JSONL files.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def demo_data(out: Path, seed: int) -> None:
+    """Generate the demo's training sources: task families with the noise of scraped data."""
+    from palio.demo.data import write_demo_sources
+
+    write_demo_sources(out, seed=seed)
+
+
+@palio.command(cls=Verb, example="palio curate config/entries/demo/curated.yaml --out preview --limit 1000")
+@click.argument("entry")
+@click.option("--out", type=ExistingPath, help="Folder for a dataset of your own, for a look at it.")
+@click.option(
+    "--entry-dir", type=ExistingPath, help="Or the entry's folder in a competition, results/<track>/<entry>."
+)
+@click.option("--base-model", type=ExistingPath, help="Folder of the base model; default: the workflow's.")
+@click.option("--limit", type=click.IntRange(min=1), help="Read so many rows of each source.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option("--competition-id", default="none", show_default=True, help="The competition's id.")
+@click.option(
+    "--shard", metavar="I-of-N", help="Only work ahead: on this share of the rows, while it can alone."
+)
+@click.option(
+    "--join", type=click.IntRange(min=0), metavar="N", help="Only work ahead: join what shards noted."
+)
+@click.option(
+    "--shards", type=click.IntRange(min=0), default=0, help="How many worked ahead, for the record."
+)
+def curate(
+    entry: str,
+    out: Path | None,
+    entry_dir: Path | None,
+    base_model: Path | None,
+    limit: int | None,
+    workers: int,
+    competition_id: str,
+    shard: str | None,
+    join: int | None,
+    shards: int,
+) -> None:
+    """Turn an entry's sources into its training dataset, and account for every row.
+
+    ENTRY is an entry file, or the JSON of its dataset section, as the workflow passes it. With --shard or
+    --join it is a part of that, for a run without them to find done: see docs/curation.md.
+    """
+    from palio.config import DatasetRecipe, load_entry, parse
+    from palio.curation.curate import curate_ahead, curate_dataset
+    from palio.provenance import fingerprint, timed_run
+
+    if (out is None) == (entry_dir is None):
+        raise click.UsageError("give either --out or --entry-dir")
+    if entry.startswith("{"):
+        recipe = parse(DatasetRecipe, json.loads(entry), "dataset")
+        if entry_dir is None or base_model is None:
+            raise click.UsageError("a dataset section needs --entry-dir and --base-model")
+        track, name = track_and_entry(entry_dir)
+    else:
+        found = load_entry(Path(entry))
+        if found.dataset is None:
+            raise BadInput(entry, "dataset", None, "the entry has none; there is nothing to curate")
+        recipe, track, name = found.dataset, found.track, Path(entry).stem
+        if base_model is None and found.base_model:
+            base_model = Path("resources/base_models") / found.base_model.id
+    model = (base_model or Path()) / "model"
+    work = (out or entry_dir or Path()) / "work" / "curate"
+    if shard or join is not None:
+        try:
+            share = shard_of(shard) if shard else None
+            curate_ahead(
+                recipe, base_model=model, entry=name, work=work, shard=share, join=join or 0, workers=workers
+            )
+        except PalioError as fault:
+            # The run that is to find this done meets the same, and its word is on record.
+            print(f"left to the run without --shard and --join: {fault}")
+        return
+    run: dict[str, Any] = {}
+    with ExitStack() as around, progress_bar() as progress:
+        if entry_dir:
+            around.enter_context(entry_step("curate", entry_dir))
+            run = around.enter_context(timed_run(entry_dir / "curate.run.json"))
+        manifest = curate_dataset(
+            recipe,
+            base_model=model,
+            competition=competition_id,
+            track=track,
+            entry=name,
+            out=out or entry_dir / "dataset",  # type: ignore[operator]  # one of them is given
+            work=work,
+            limit=limit,
+            workers=workers,
+            progress=progress,
+        )
+        run.update(recipe=fingerprint(entry), shards=shards)
+    for source in manifest.sources:
+        print(f"{source.name}: {source.rows} rows, {source.quarantined} malformed")
+    for number, step in enumerate(manifest.operations, start=1):
+        changed = f", {step.changed} rewritten" if step.changed else ""
+        print(f"{number} {step.op}: {step.rows_in} → {step.rows_out}{changed}")
+    print(f"{manifest.rows} rows")
+
+
+def shard_of(given: str) -> tuple[int, int]:
+    """(2, 8) of 2-of-8."""
+    number, _, count = given.partition("-of-")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise click.UsageError(f"--shard {given}: write it as 2-of-8")
+    return int(number), int(count)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int | None, int], None]]:
+    """A bar for each step on a terminal, nothing in a log. A step that looks twice begins again."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(step: str, total: int | None, rows: int) -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(step, total=total)
+            if bars.tasks[tasks[step]].finished:
+                bars.reset(tasks[step])
+            bars.advance(tasks[step], rows)
+
+        yield advance
+
+
+@palio.command(cls=Verb, example="palio inspect results/laptop/curated/dataset --dropped")
+@click.argument("dataset", type=ExistingPath)
+@click.option("--dropped", is_flag=True, help="The rows that operations dropped, with the reason.")
+@click.option("--operation", help="Of the dropped, those of this operation: its name, or number and name.")
+@click.option("--source", help="Only rows of this source.")
+@click.option("--limit", type=click.IntRange(min=1), help="Stop after so many rows.")
+def inspect(
+    dataset: Path, dropped: bool, operation: str | None, source: str | None, limit: int | None
+) -> None:
+    """Page through the rows of a curated dataset, or through the dropped ones."""
+    from palio.curation.inspection import lines_of
+
+    found = lines_of(
+        dataset, dropped=dropped or operation is not None, operation=operation, source=source, limit=limit
+    )
+    click.echo_via_pager(f"{line}\n" for line in found)
+
+
+@palio.command(cls=Verb, example="palio contamination results/laptop/curated/dataset --stage open")
+@click.argument("dataset", type=ExistingPath)
+@click.option("--stage", type=click.Choice(["open", "closed"]), default="open", show_default=True)
+@click.option("--limit", type=int, default=20, show_default=True, help="Offending pairs to show.")
+@competition_option
+def contamination(dataset: Path, stage: Literal["open", "closed"], limit: int, competition: str) -> None:
+    """Evaluation instances that stand in a dataset: counts, and of the open stage the offending rows.
+
+    DATASET is the folder of a curated dataset. Of the closed stage nothing but counts is shown.
+    """
+    from palio.curation.contamination import contaminated_pairs, contamination
+    from palio.evaluation.helm import stage_runs
+
+    instances = stage_runs(competition_of(competition), stage).store / "instances.parquet"
+    record = contamination(dataset, {stage: instances}, competition="", track="", entry="")
+    for scenario, total in record.instances[stage].items():
+        print(f"{scenario}: {record.contaminated[stage][scenario]} of {total} instances")
+    if stage == "open":
+        for pair in islice(contaminated_pairs(dataset, instances), limit):
+            print(f"{pair.scenario} {pair.instance} in {pair.source} {pair.row}: {pair.shown}")
+
+
+@palio.command(cls=Verb, example="palio probe http://127.0.0.1:8080")
+@click.argument("url")
+@competition_option
+@click.option("--stage", type=click.Choice(["open", "closed"]), default="open", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def probe(url: str, competition: str, stage: str, as_json: bool) -> None:
+    """Check that a running server does what HELM asks of it, and how long the stage would take.
+
+    Ends with code 3 if a required check fails: the server would not be evaluated.
+    """
+    from rich.console import Console
+
+    from palio.errors import RuleViolation
+    from palio.evaluation.helm import stage_runs
+    from palio.evaluation.probe import probe as run
+    from palio.evaluation.probe import probe_table
+    from palio.evaluation.stage import planned_requests
+
+    settings = competition_of(competition)
+    report = run(
+        url,
+        planned_requests=planned_requests(stage_runs(settings, stage)),
+        time_limit=settings.stage(stage).time_limit,
+    )
+    if as_json:
+        print(report.model_dump_json(indent=2))
+    else:
+        Console().print(probe_table(report))
+    if not report.conforms:
+        raise click.exceptions.Exit(RuleViolation.exit_code)
+
+
+@palio.command(cls=Verb, example="palio serve results/laptop/curated/package --port 8080")
+@click.argument("package", type=ExistingPath)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--threads", type=int, help="CPU threads; default: torch's choice.")
+@click.option("--gpu-memory-gb", type=float, help="Cap on GPU memory.")
+@click.option("--cache-gb", type=float, help="Memory for keys and values; default: 2 on a CPU, all of a GPU.")
+@click.option(
+    "--engine", type=click.Choice(["transformers", "vllm"]), default="transformers", show_default=True
+)
+def serve(
+    package: Path,
+    host: str,
+    port: int,
+    device: str,
+    threads: int | None,
+    gpu_memory_gb: float | None,
+    cache_gb: float | None,
+    engine: str,
+) -> None:
+    """Serve a package behind HELM's HTTP contract: /process, /tokenize, /decode, /health."""
+    from palio.serving.app import serve as run
+
+    run(
+        package,
+        host=host,
+        port=port,
+        device=device,
+        threads=threads,
+        gpu_memory_gb=gpu_memory_gb,
+        cache_gb=cache_gb,
+        engine=engine,
+    )
+
+
+@palio.command(cls=Verb, example="palio verify results/laptop/curated/package")
+@click.argument("folder", type=ExistingPath)
+@click.option("--competition", metavar="FILE", help="Its config, for the memory of a package's track.")
+@click.option("--base-models", type=ExistingPath, default=Path("resources/base_models"), show_default=True)
+@click.option(
+    "--load/--no-load", default=True, help="Without loading a package: files, cards and limits only."
+)
+def verify(folder: Path, competition: str | None, base_models: Path, load: bool) -> None:
+    """Check a package again (files, loads without Palio, is what was trained), or score a release again."""
+    from palio.errors import Crashed
+    from palio.packaging.verify import findings_lines, manifest_of, verify_package
+    from palio.records import PackageManifest, read_record
+    from palio.release.crate import METADATA
+
+    if (folder / METADATA).is_file():
+        _verify_release(folder)
+        return
+    track = None
+    if competition:
+        manifest = read_record(PackageManifest, manifest_of(folder))
+        track = competition_of(competition).tracks.get(manifest.track)
+    findings = verify_package(folder, track=track, base_models=base_models, load=load)
+    for line in findings_lines(findings):
+        print(line)
+    if failed := [one.check for one in findings if one.state == "fail"]:
+        raise Crashed(f"{folder}: {len(failed)} of {len(findings)} checks failed: {', '.join(failed)}")
+
+
+def _verify_release(folder: Path) -> None:
+    """Every file against its sha256, every leaderboard against what its records and tables give."""
+    from contextlib import chdir
+
+    from palio.records import Leaderboard, read_record
+    from palio.release.crate import changed_files
+    from palio.scoring.leaderboard import score_track
+    from palio.scoring.versions import difference
+
+    with chdir(folder):
+        wrong = changed_files(Path())
+        for line in wrong:
+            print(f"fail     files: {line}")
+        competition = competition_of(DEFAULT_CONFIG)
+        for track, entries in entries_by_track(competition).items():
+            shipped = read_record(Leaderboard, Path(f"results/leaderboard/{track}.json"))
+            board = score_track(competition, track, Path("results"), entries, final=shipped.final)
+            if board == shipped:
+                print(f"pass     {track}: the identical leaderboard, {len(board.entries)} entries")
+            else:
+                wrong.append(track)
+                print(f"fail     {track}: another leaderboard\n{difference(shipped, board)}")
+    if wrong:
+        raise PalioError(f"{folder} is not the release that was made: {wrong[0]}")
+
+
+@palio.command(cls=Verb, example="palio publish results/laptop/curated --repo org/name")
+@click.argument("entry_dir", type=ExistingPath)
+@click.option("--repo", required=True, help="org/name on the Hugging Face hub.")
+@click.option("--leaderboard", type=ExistingPath, help="Record whose scores go with it.")
+@click.option("--private", is_flag=True, help="Make the repository private.")
+@click.option("--push", is_flag=True, help="Do it. Without this nothing leaves the machine.")
+def publish(entry_dir: Path, repo: str, leaderboard: Path | None, private: bool, push: bool) -> None:
+    """Push a package, its cards, scores and container file to the hub; without --push, show what would go."""
+    from palio.packaging.publish import assemble, push_folder
+
+    folder = assemble(entry_dir, leaderboard)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        print(f"{path.stat().st_size:>13,}  {path.relative_to(folder)}")
+    if push:
+        print(push_folder(folder, repo, private=private))
+    else:
+        print(f"{len(files)} files would be pushed to {repo}; add --push to do it", file=sys.stderr)
