@@ -13,7 +13,7 @@ rule fetch_base_model:
         source=W.base_model,
         approved_as=W.approved_as,
     shell:
-        "palio fetch-base-model"
+        "exec palio fetch-base-model"
         " --source {params.source:q}"
         " --approved-as={params.approved_as:q}"
         " --out resources/base_models/{wildcards.base_model:q}"

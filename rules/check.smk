@@ -15,7 +15,7 @@ rule check_entry:
         # re-runs the check when what the rules look at changes, not when a learning rate does
         identity=W.identity,
     shell:
-        "palio check {params.file:q}"
+        "exec palio check {params.file:q}"
         " --against {params.against:q}"
         " --among {resources.among:q}"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"

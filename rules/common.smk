@@ -5,6 +5,9 @@
 #   results/<track>/<entry>/                one entry; logs/ and work/ inside it
 #   results/{leaderboard,standings,report}/
 #
+# Every command is `exec palio`: a signal reaches all processes of a job, and a shell in between would die of it at
+# once, and the job with it, while Palio still saves.
+#
 # No edge between two rules is only ancient(): where an upstream job is due, Snakemake leaves its downstream jobs
 # to the edges and asks them nothing itself, so behind an ancient() edge a changed recipe or a missing output would
 # wait for the next start. A step that starts again finds what it had finished instead.

@@ -8,7 +8,7 @@ rule generate_demo_data:
     params:
         seed=7,
     shell:
-        "palio demo-data --out resources/demo_sources --seed {params.seed} > {log:q} 2>&1"
+        "exec palio demo-data --out resources/demo_sources --seed {params.seed} > {log:q} 2>&1"
 
 
 rule curate_dataset:
@@ -38,7 +38,7 @@ rule curate_dataset:
         base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
         ahead=[],
     shell:
-        "palio curate {params.recipe:q}"
+        "exec palio curate {params.recipe:q}"
         " --competition-id {params.competition}"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
         " --base-model {params.base_model:q}"
@@ -96,7 +96,7 @@ rule measure_contamination:
         open_store=W.stage_runs["open"].store,
         closed_store=W.stage_runs["closed"].store,
     shell:
-        "palio measure-contamination"
+        "exec palio measure-contamination"
         " --competition-id {params.competition}"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
         " --open-store {params.open_store:q}"

@@ -25,7 +25,7 @@ rule helm_open:
         own_server=W.own_server,
         again=W.again("open"),
     shell:
-        "palio evaluate"
+        "exec palio evaluate"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
         " --runs {params.runs:q}"
         " --limits {params.limits:q}"

@@ -29,7 +29,7 @@ rule finetune:
         track=W.track_limits,
         base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
     shell:
-        "palio finetune"
+        "exec palio finetune"
         " --competition-id {params.competition}"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
         " {params.training:q}"

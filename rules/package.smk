@@ -19,7 +19,7 @@ rule build_package:
         handed_in=W.handed_in,
         base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
     shell:
-        "OMP_NUM_THREADS={threads} palio package"
+        "OMP_NUM_THREADS={threads} exec palio package"
         " --competition-id {params.competition}"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
         " {params.handed_in:q}"

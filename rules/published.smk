@@ -13,6 +13,6 @@ rule published:
         mem_mb=4096,
         runtime=30,
     shell:
-        "palio published resources/neurips2023 --fetch"
+        "exec palio published resources/neurips2023 --fetch"
         " --out results/published"
         " > {log:q} 2>&1"

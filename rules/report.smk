@@ -15,4 +15,4 @@ rule report:
     params:
         competition=W.whole(),
     shell:
-        "palio report" " --competition {params.competition:q}" " > {log:q} 2>&1"
+        "exec palio report" " --competition {params.competition:q}" " > {log:q} 2>&1"

@@ -22,7 +22,7 @@ rule score:
         competition=W.whole(),
         teams=lambda wildcards: W.teams(wildcards.track),
     shell:
-        "palio score"
+        "exec palio score"
         " --competition {params.competition:q}"
         " --track {wildcards.track}"
         " > {log:q} 2>&1"

@@ -11,7 +11,7 @@ rule prepare_stage:
     params:
         runs=lambda wildcards: W.runs(wildcards.stage),
     shell:
-        "palio prepare-stage"
+        "exec palio prepare-stage"
         " --runs {params.runs:q}"
         " --out {output.record:q}"
         " > {log:q} 2>&1"

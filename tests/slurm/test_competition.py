@@ -77,6 +77,16 @@ def test_status_beside_the_run_showed_it_going_on(finished: Finished) -> None:
     assert "3 entries: 3 done; no run in this folder" in last
 
 
+def cells(status: str) -> list[str]:
+    return [cell.strip() for line in status.splitlines() if "│" in line for cell in line.split("│")[3:-1]]
+
+
+def test_a_step_that_is_done_stays_done_while_its_job_ends(finished: Finished) -> None:
+    for before, after in pairwise(cells(status) for status in finished.statuses):
+        for cell, later in zip(before, after, strict=True):
+            assert not cell.startswith("done") or later.startswith("done")
+
+
 def test_what_a_step_cost_besides_its_work_is_told_from_the_records(
     finished: Finished, cluster: Cluster
 ) -> None:

@@ -176,14 +176,6 @@ def _interruption(reason: str) -> tuple[State, str]:
     return State.INTERRUPTED, f"{reason} (SLURM job {job})"
 
 
-def _end_of(job: str) -> str:
-    """SLURM's state of a job. What hangs does not hear the warning before the time limit, the shell around it
-    does and ends the job: that is a TIMEOUT too."""
-    state, left = slurm.state(job), slurm.seconds_left(job)
-    hung = state == "FAILED" and left is not None and left < NEAR_LIMIT_SECONDS
-    return "TIMEOUT" if hung else state
-
-
 class _Record:
     """The files that tell of an attempt."""
 
@@ -198,7 +190,7 @@ class _Record:
     def refuse_what_failed(self) -> None:
         last = self.earlier[-1] if self.earlier else None
         died = last is not None and last.state is None and last.job is not None and self.run
-        state_of_job = _end_of(last.job) if last and last.job and died else ""
+        state_of_job = slurm.state(last.job) if last and last.job and died else ""
         if found := refusal(self.earlier, self.run, self.job, state_of_job):
             state, reason = found
             if not self.failure.exists():

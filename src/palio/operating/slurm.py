@@ -101,9 +101,9 @@ def state(job: str) -> str:
 
 
 def seconds_left(job: str) -> float | None:
-    """Until the job's time limit, or what was left at its end; None if it has none or SLURM does not say."""
+    """Until the job's time limit; None if it has none or SLURM does not say."""
     try:
-        left = ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%L").strip()
+        left = ask("squeue", "--noheader", f"--jobs={job}", "--format=%L").strip()
     except PalioError:
         return None
     days, _, clock = left.rpartition("-")

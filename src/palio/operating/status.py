@@ -172,7 +172,8 @@ def _step(step: str, at: _Place) -> StepStatus:
     if last and last.state is None and _alive(last, job, at):
         heard = log.stat().st_mtime if log.exists() else last.started
         return replace(known, state="running", ends=_end(log, at.now, used, budget), heard=heard)
-    if job:
+    ending = job is not None and last is not None and last.job == job.id and last.state is not None
+    if job and not ending:
         why = job.reason if job.state == "PENDING" else f"starting on {job.reason}"
         return replace(known, state="queued", job=job.id, reason=why)
     if (at.folder / STEPS[step].record).exists():
