@@ -36,12 +36,11 @@ ROLES = {
 class Palio(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """By who calls them, and in the order of use."""
-        width = formatter.width - 6 - max(map(len, self.commands))
         for role, module in ROLES.items():
             with formatter.section(role):
                 formatter.write_dl(
                     [
-                        (name, verb.get_short_help_str(width))
+                        (name, verb.get_short_help_str(200))  # the first sentence, whole
                         for name, verb in self.commands.items()
                         if verb.callback.__module__ == module
                     ]
