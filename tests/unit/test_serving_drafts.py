@@ -148,6 +148,14 @@ def test_sampled_answers_are_not_drafted(engine: TransformersEngine) -> None:
     assert engine.metrics()["draft_tokens_total"] == 0
 
 
+def test_a_model_whose_memory_cannot_be_rolled_back_is_not_drafted(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine._model, "shares", False)
+    complete(engine, [SHOTS], max_new_tokens=16)
+    assert engine.metrics()["draft_tokens_total"] == 0
+
+
 def test_a_request_cancelled_in_a_draft_leaves_the_others_alone(engine: TransformersEngine) -> None:
     (expected,) = complete(engine, [SHOTS], max_new_tokens=60)
     held = engine.metrics()["cache_tokens"]

@@ -92,22 +92,36 @@ def test_what_runs_is_never_evicted() -> None:
     assert tree.acquire([4, 5, 6], 2)
 
 
+@pytest.mark.parametrize("rows", [5, 3, 1])
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_fused_kernel_computes_what_the_definition_says(causal: bool) -> None:
+def test_the_fused_kernel_computes_what_the_definition_says(causal: bool, rows: int) -> None:
     torch.manual_seed(0)
-    query, key, value = torch.randn(6, 5, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    query, key, value = torch.randn(6, rows, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     for ours, expected in zip(
         attend(query, key, value, causal, 0.3), attend_plainly(query, key, value, causal, 0.3), strict=True
     ):
         torch.testing.assert_close(ours, expected)
 
 
+def test_the_last_of_few_rows_attends_to_all_tokens() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(6, 3, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    together = attend_plainly(query, key, value, True, 0.3)[0]
+    for row, tokens in enumerate((3, 4, 5)):
+        alone = attend_plainly(query[:, row : row + 1], key[:, :tokens], value[:, :tokens], False, 0.3)[0]
+        torch.testing.assert_close(together[:, row : row + 1], alone)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("rows", [40, 7, 1])
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_gpu_kernel_computes_what_the_definition_says(causal: bool) -> None:
+def test_the_gpu_kernel_computes_what_the_definition_says(causal: bool, rows: int) -> None:
     torch.manual_seed(0)
-    query, key, value = (torch.randn(n, 40, 64, dtype=torch.bfloat16, device="cuda") for n in (6, 2, 2))
+    query, key, value = (
+        torch.randn(heads, tokens, 64, dtype=torch.bfloat16, device="cuda")
+        for heads, tokens in ((6, rows), (2, 40), (2, 40))
+    )
     for ours, expected in zip(
         attend(query, key, value, causal, 0.1), attend_plainly(query, key, value, causal, 0.1), strict=True
     ):
