@@ -212,7 +212,9 @@ def test_an_entry_over_its_memory_is_killed_twice_at_most(night: Night) -> None:
 def test_a_hanging_entry_ends_at_the_time_limit_and_is_not_tried_again(night: Night) -> None:
     (attempt,) = night.attempts("hangs")
     states = dict(line.split("|") for line in night.cluster.jobs("%i|%T"))
-    assert states[attempt.job or ""] == "TIMEOUT", "a job lasts as long as the Palio in it"
+    # On a busy machine the warning may find it not yet stopped, and be heard.
+    heard = attempt.state is State.TIME_LIMIT
+    assert heard or states[attempt.job or ""] == "TIMEOUT", "a job lasts as long as the Palio in it"
     failure = night.failure("hangs")
     assert failure.state is State.TIME_LIMIT, failure.reason
     assert night.submitted("hangs") > 1
