@@ -998,3 +998,14 @@ def entry_files(competition: Competition, file: str | Path = "config") -> dict[s
     if not found:
         raise BadInput(file, "entries", None, "no entry file in these folders; add <id>.yaml")
     return dict(sorted(found.items()))
+
+
+def load_entries(competition: Competition) -> dict[str, Entry | None]:
+    """By id; None for a file that is not valid, which its own check reports."""
+    found: dict[str, Entry | None] = {}
+    for name, path in entry_files(competition).items():
+        try:
+            found[name] = load_entry(path)
+        except BadInput:
+            found[name] = None
+    return found

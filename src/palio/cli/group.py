@@ -97,15 +97,9 @@ def track_and_entry(entry_dir: Path) -> tuple[str, str]:
 
 def entries_by_track(competition: Competition) -> dict[str, dict[str, Entry | None]]:
     """track -> id -> entry; None for a file that is not valid, shown in the first track."""
-    from palio.config import entry_files, load_entry
-    from palio.errors import BadInput
+    from palio.config import load_entries
 
-    entries: dict[str, Entry | None] = {}
-    for name, path in entry_files(competition).items():
-        try:
-            entries[name] = load_entry(path)
-        except BadInput:
-            entries[name] = None
+    entries = load_entries(competition)
     first = next(iter(competition.tracks))
     return {
         track: {

@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from palio.config import STAGES, Competition, Entry, entry_files, load_entry
-from palio.errors import BadInput
+from palio.config import STAGES, Competition, Entry, load_entries
 from palio.provenance import atomic_path, fingerprint, write_text
 from palio.records import Analysis, Leaderboard, PublishedFigures, read_record
 from palio.report.figures import BudgetUse
@@ -40,7 +39,7 @@ def build_report(competition: Competition, *, results: Path, leaderboards: Path,
     Raises:
         BadInput: a track has no leaderboard there.
     """
-    entries = _entries_of(competition)
+    entries = load_entries(competition)
     listed = max(5, ROWS_LISTED // (TYPICAL_OPERATIONS * max(len(entries), 1)))
     tracks = []
     for track, settings in competition.tracks.items():
@@ -69,16 +68,6 @@ def published_report(
                 title = f"{track}, {told}"
                 tracks.append(TrackReport(board.track, title, board, analysis, entry_reports(board)))
     write_report("NeurIPS 2023, recomputed", tracks, out, paper_figures(paper))
-
-
-def _entries_of(competition: Competition) -> dict[str, Entry | None]:
-    found: dict[str, Entry | None] = {}
-    for name, path in entry_files(competition).items():
-        try:
-            found[name] = load_entry(path)
-        except BadInput:
-            found[name] = None
-    return found
 
 
 def read_board(path: Path) -> tuple[Leaderboard, Analysis | None]:
