@@ -3,94 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from palio.config import Competition, StageLimits, load_competition, read_yaml
+from palio.config import Competition, StageLimits
 from palio.errors import State
 from palio.evaluation.evaluate import evaluate
-from palio.evaluation.helm import stage_runs
-from palio.evaluation.stage import fetch_data, prepare_stage
 from palio.records import Cell, StageRecord
 from palio.scoring.columns import columns_of, stage_cells
-from palio.serving.process import ServerProcess
 from tests.entry import packaged_entry
+from tests.stages import competition_of_2023, needs_data, one_core, real_stage
 
-ROOT = Path(__file__).parents[2]
-SHARED = Path(os.environ.get("PALIO_SHARED", ROOT.parent / "shared")) / "helm_data"
-BBQ = ("Age", "Disability_status", "Nationality", "Physical_appearance", "Religion", "Sexual_orientation")
-ETHICS = ("justice", "virtue", "deontology", "commonsense", "utilitarianism")
-
-pytestmark = [
-    pytest.mark.skipif(not SHARED.is_dir(), reason=f"no evaluation data in {SHARED}"),
-    pytest.mark.timeout(1500),
-]
-
-
-def run_file(path: Path, descriptions: list[str]) -> str:
-    lines = [f'{{description: "{description}", priority: 1}}' for description in descriptions]
-    path.write_text("entries: [\n" + "\n".join(lines) + "\n]\n")
-    return str(path)
-
-
-def competition_of_2023(folder: Path) -> Competition:
-    """config/neurips2023.yaml where its data is here: no summaries, BBQ's six categories, ETHICS."""
-    config = read_yaml(ROOT / "config/neurips2023.yaml")
-    config["closed_store"] = str(folder / "closed")
-    opened, closed = config["stages"]["open"], config["stages"]["closed"]
-    del opened["scenarios"]["CNN-DailyMail"]
-    closed["scenarios"] = {"ethics": closed["scenarios"]["ethics"]}
-    bbq = opened["scenarios"]["BBQ"]
-    del bbq["questions"]
-    bbq |= {
-        "max_eval_instances": 18,
-        "run_entries": run_file(folder / "bbq.conf", [f"bbq:subject={name}" for name in BBQ]),
-    }
-    # The training files of two subsets are not here, so these prompts show no examples.
-    bare = {"commonsense": ",examples=false", "utilitarianism": ",examples=false"}
-    closed["scenarios"]["ethics"]["run_entries"] = run_file(
-        folder / "ethics.conf",
-        [f"palio_ethics:subset={name}{bare.get(name, '')},data_augmentation=canonical" for name in ETHICS],
-    )
-    # Columns that nothing fills: these inputs are not perturbed.
-    opened["scenarios"]["GSM8K"]["metrics"]["EM (Robustness)"] = {
-        "metric": "final_number_exact_match",
-        "perturbation": "robustness",
-    }
-    opened["scale"] = closed["scale"] = 0.005
-    return load_competition(config)
-
-
-def data_source(folder: Path) -> Path:
-    """What a login node has: the shared data, and small word lists in the format of HELM's."""
-    source = folder / "source"
-    source.mkdir()
-    for path in SHARED.iterdir():
-        (source / path.name).symlink_to(path)
-    words = {"is": ["be"], "the": ["da"], "this": ["dis"], "that": ["dat"], "i": ["ah"], "you": ["ya"]}
-    names = [
-        f"{name},first_name,race,{race},gender,{gender}"
-        for race, gender, of in (
-            ("white_american", "female", "emily anne"),
-            ("white_american", "male", "greg todd"),
-            ("black_american", "female", "aisha keisha"),
-            ("black_american", "male", "darnell jamal"),
-        )
-        for name in of.split()
-    ]
-    for path, text in (
-        ("dialect/SAE_to_AAVE_mapping.json", json.dumps(words)),
-        ("person_name/data/person_names.txt", "\n".join(names) + "\n"),
-    ):
-        (source / "perturbations" / path).parent.mkdir(parents=True)
-        (source / "perturbations" / path).write_text(text)
-    return source
+pytestmark = [needs_data, pytest.mark.timeout(1500)]
 
 
 @dataclass(frozen=True)
@@ -111,29 +39,17 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Ite
     """Both stages of an entry that hands in the demo's base model as it is."""
     folder = tmp_path_factory.mktemp("real")
 
-    @contextmanager
-    def start(package: Path, log: Path) -> Iterator[ServerProcess]:
-        with ServerProcess(package, log=log, threads=1) as server:
-            yield server
-
+    competition = competition_of_2023(folder, scale=0.005)
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)  # where the config's run files are
-        competition = competition_of_2023(folder)
-        runs = {stage: stage_runs(competition, stage) for stage in ("open", "closed")}
         patch.chdir(folder)
-        for name, of in runs["open"].scenarios.items():
-            path = str(ROOT / of.run_entries)
-            runs["open"].scenarios[name] = of.model_copy(update={"run_entries": path})
+        patch.delenv("PALIO_HELM_DATA", raising=False)
         entry_dir = packaged_entry(folder)
         (entry_dir / "package").symlink_to(base_model)
-        source = data_source(folder)
-        patch.delenv("PALIO_HELM_DATA", raising=False)
-        records = {}
         limits = StageLimits(time_limit=1800, threads=4, unanswered="wrong")
-        for stage, what in runs.items():
-            fetch_data(what, source)
-            prepare_stage(what, folder / f"{stage}.json")
-            records[stage] = evaluate(what, limits, folder / f"{stage}.json", entry_dir, start)
+        records = {}
+        for stage in ("open", "closed"):
+            runs = real_stage(competition, stage, folder)
+            records[stage] = evaluate(runs, limits, folder / f"{stage}.json", entry_dir, one_core)
         yield Evaluated(competition, entry_dir, records)
 
 
