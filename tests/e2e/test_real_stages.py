@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from palio.config import Competition, StageLimits
 from palio.errors import State
 from palio.evaluation.evaluate import evaluate
+from palio.evaluation.stage import StagePlan
 from palio.records import Cell, StageRecord
 from palio.scoring.columns import columns_of, stage_cells
 from tests.entry import packaged_entry
@@ -89,3 +91,15 @@ def test_perturbed_questions_are_asked_beside_the_plain_ones(evaluated: Evaluate
         "perturbation"
     )
     assert {"mild_mix", "dialect"} <= set(kinds.to_pylist())
+
+
+def test_the_full_budget_can_be_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    competition = competition_of_2023(tmp_path, scale=1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PALIO_HELM_DATA", raising=False)
+    asked: Counter[str] = Counter()
+    for stage in ("open", "closed"):
+        for run in StagePlan(real_stage(competition, stage, tmp_path).store).runs:
+            asked[str(run["scenario"])] += int(run["instances"])
+    assert asked.pop("BIG-bench") == 4 * 17 * 18  # 0 to 3 shots; without vitaminc
+    assert asked == {"MMLU": 216, "TruthfulQA": 18, "GSM8K": 18, "BBQ": 6 * 18, "ethics": 1000}
