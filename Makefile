@@ -14,7 +14,7 @@ demo: env
 	@echo "Report: $(CURDIR)/results/report/index.html"
 
 slurm-demo: env system
-	python -m tests.slurm.cluster snakemake --profile slurm
+	python -m tests.slurm.cluster sh -c "snakemake --profile slurm && python benchmarks/chain.py"
 	@cat results/leaderboard/laptop.md
 
 test: env system

@@ -1,8 +1,9 @@
 """What a step costs on SLURM besides its own work, from the records of the runs in a folder.
 
-    python -m tests.slurm.cluster sh -c "snakemake --profile slurm; python benchmarks/chain.py"
+    make slurm-demo                    ends with it
+    python benchmarks/chain.py         on a cluster, in the working folder
 
-In the working folder, while squeue still knows its jobs (MinJobAge). Mean seconds for each rule:
+While squeue still knows its jobs (MinJobAge). Mean seconds for each rule:
 
     queued      from sbatch until SLURM starts the job: no node free, SLURM's own rounds
     starting    until the step begins: two Snakemakes, one after the other, parse the rules; Palio's imports
@@ -15,6 +16,7 @@ SLURM and Snakemake tell whole seconds.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -44,7 +46,10 @@ def slurm_jobs() -> dict[str, Job]:
     """Every job that SLURM still knows, by id."""
     fields = "%i|%V|%S|%e"
     command = ("squeue", "--noheader", "--me", "--states=COMPLETED", f"--format={fields}")
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        sys.exit("squeue does not answer here; run it where SLURM is, in the folder of a run")
     found = {}
     for line in lines:
         job, *times = line.split("|")
@@ -83,6 +88,9 @@ def shared_gpus(attempts: list[Attempt]) -> list[tuple[str, str]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     jobs = slurm_jobs()
     logs = sorted(Path(".snakemake/log").glob("*.log"), key=lambda path: path.stat().st_mtime)
     noticed = {job: time for log in logs for job, time in seen(log.read_text(encoding="utf-8")).items()}
@@ -92,7 +100,8 @@ def main() -> None:
         if one.ended and one.job in jobs and one.job in noticed:
             by_rule[STEPS[one.step].rule].append(parts(one, jobs[one.job], noticed[one.job]))
     if not by_rule:
-        sys.exit("SLURM knows no finished job of this folder any more")
+        print("SLURM knows no finished job of this folder any more: nothing to measure")
+        return
     print(f"| rule | jobs | {' | '.join(PARTS)} | all but queue and step |")
     print("|---|---|---|---|---|---|---|---|")
     total = 0.0

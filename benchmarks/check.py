@@ -49,8 +49,10 @@ def seconds(*command: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--files", type=int, default=200)
-    parser.add_argument("--entries", type=int, default=500)
+    parser.add_argument("--files", type=int, default=200, help="entry files in the folder that is checked")
+    parser.add_argument(
+        "--entries", type=int, default=500, help="entries among which near-duplicates are sought"
+    )
     given = parser.parse_args()
     check = ("check", "--competition", str(COMPETITION))
     with tempfile.TemporaryDirectory() as name:

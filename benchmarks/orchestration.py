@@ -85,10 +85,14 @@ def make_outputs(folder: Path, local: list[str]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("entries", nargs="*", type=int, default=[50, 200, 1000])
-    parser.add_argument("--plan-only", action="store_true")
-    parser.add_argument("--database", action="store_true")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "entries", nargs="*", type=int, default=[50, 200, 1000], help="how many, one row of the table each"
+    )
+    parser.add_argument("--plan-only", action="store_true", help="leave out the run with nothing to do")
+    parser.add_argument("--database", action="store_true", help="Snakemake's records in one SQLite file")
     asked = parser.parse_args()
     local = ["--profile", "local", *(["--persistence-backend", "db"] if asked.database else [])]
     print(
