@@ -1,4 +1,4 @@
-"""A tiny package to serve, and what transformers itself makes of the same prompt."""
+"""Packages served in a test, and what transformers itself makes of the same prompt."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import requests
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from palio.serving.engine import Completion, Request
+from palio.serving.process import ServerProcess
 from palio.serving.transformers_engine import TransformersEngine
 
 SHOTS = "".join(f"Question: What is {n} plus {3 * n}?\nAnswer: {4 * n}\n\n" for n in range(12))
@@ -45,3 +47,16 @@ def generated(package: Path, prompts: Sequence[str], new_tokens: int) -> list[st
         ]
         texts.append(tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return texts
+
+
+@contextmanager
+def one_core(package: Path, log: Path) -> Iterator[ServerProcess]:
+    """A server on one CPU core."""
+    with ServerProcess(package, log=log, threads=1) as server:
+        yield server
+
+
+def metric(server: ServerProcess, name: str) -> float:
+    """One of its /metrics, named without `palio_`."""
+    lines = requests.get(f"{server.base_url}/metrics", timeout=60).text.splitlines()
+    return float(dict(line.split() for line in lines)[f"palio_{name}"])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ import pytest
 from palio.config import Competition, StageRuns, load_competition, read_yaml
 from palio.evaluation.helm import run_entries, stage_runs
 from palio.evaluation.stage import fetch_data, prepare_stage
-from palio.serving.process import ServerProcess
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("PALIO_SHARED", ROOT.parent / "shared")) / "helm_data"
@@ -111,10 +108,3 @@ def real_stage(competition: Competition, stage: str, folder: Path) -> StageRuns:
     fetch_data(runs, data_source(folder))
     prepare_stage(runs, folder / f"{stage}.json")
     return runs
-
-
-@contextmanager
-def one_core(package: Path, log: Path) -> Iterator[ServerProcess]:
-    """Palio's own server on one CPU core."""
-    with ServerProcess(package, log=log, threads=1) as server:
-        yield server

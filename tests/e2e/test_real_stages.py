@@ -18,7 +18,8 @@ from palio.evaluation.stage import StagePlan
 from palio.records import Cell, StageRecord
 from palio.scoring.columns import columns_of, stage_cells
 from tests.entry import packaged_entry
-from tests.stages import competition_of_2023, needs_data, one_core, real_stage
+from tests.serving import one_core
+from tests.stages import competition_of_2023, needs_data, real_stage
 
 pytestmark = [needs_data, pytest.mark.timeout(1500)]
 

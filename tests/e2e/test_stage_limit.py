@@ -1,4 +1,4 @@
-"""A stage limit of a minute on real tasks that need three: what is answered stands, the rest can follow."""
+"""A stage limit of a minute on real tasks that need four: what is answered stands, the rest can follow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import requests
 
 from palio.config import StageLimits
 from palio.errors import State
@@ -18,7 +17,8 @@ from palio.records import StageRecord
 from palio.scoring.columns import columns_of, stage_cells
 from palio.serving.process import ServerProcess
 from tests.entry import packaged_entry
-from tests.stages import competition_of_2023, needs_data, one_core, real_stage
+from tests.serving import metric, one_core
+from tests.stages import competition_of_2023, needs_data, real_stage
 
 pytestmark = [needs_data, pytest.mark.timeout(2400)]
 MINUTE = 60
@@ -39,9 +39,7 @@ def test_a_minute_keeps_what_it_answered_and_a_lifted_limit_asks_only_the_rest(
     def counted(package: Path, log: Path) -> Iterator[ServerProcess]:
         with one_core(package, log) as server:
             yield server
-            lines = requests.get(f"{server.base_url}/metrics", timeout=60).text.splitlines()
-            counters = dict(line.split() for line in lines)
-            served.append(int(counters["palio_requests_total"]))
+            served.append(int(metric(server, "requests_total")))
 
     def ask(seconds: float) -> tuple[StageRecord, float, int]:
         """The stage's record, the seconds it used in all, and the answers it has."""

@@ -18,7 +18,7 @@ import requests
 from palio.errors import Crashed, OutOfMemory
 from palio.evaluation.probe import probe
 from palio.serving.process import ServerProcess
-from tests.serving import SHOTS
+from tests.serving import SHOTS, metric
 from tests.training import tiny_base_model
 
 
@@ -31,11 +31,6 @@ def package(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(package: Path) -> Iterator[ServerProcess]:
     with ServerProcess(package, log=package.parent / "server.log", threads=1) as server:
         yield server
-
-
-def metric(server: ServerProcess, name: str) -> float:
-    lines = requests.get(f"{server.base_url}/metrics", timeout=10).text.splitlines()
-    return float(dict(line.split() for line in lines)[f"palio_{name}"])
 
 
 def test_it_answers_once_it_is_ready(server: ServerProcess) -> None:

@@ -211,22 +211,23 @@ def serves_in_parallel(client: Client) -> None:
 
 
 def listens_while_it_generates(client: Client) -> None:
-    def seconds(ask: Callable[[], object]) -> float:
+    def tokenize() -> None:
+        client.post("tokenize", {"text": PROMPT, "truncation": False, "max_length": 2048})
+
+    def generate() -> None:
+        client.process(max_new_tokens=32)
+
+    def seconds(ask: Callable[[], None]) -> float:
         started = time.monotonic()
         ask()
         return time.monotonic() - started
 
-    def tokenize() -> float:
-        return seconds(
-            lambda: client.post("tokenize", {"text": PROMPT, "truncation": False, "max_length": 2048})
-        )
-
-    alone = tokenize()
+    alone = seconds(tokenize)
     waits = [0.0]
     with ThreadPoolExecutor(1) as pool:
-        generating = pool.submit(seconds, lambda: client.process(max_new_tokens=32))
+        generating = pool.submit(seconds, generate)
         while not generating.done():  # asked again and again: the first may come before the completion
-            waits.append(tokenize())
+            waits.append(seconds(tokenize))
             time.sleep(0.02)
         generation = generating.result()
     # One that waits sits through nearly the whole completion; a busy machine makes all of them slow.
