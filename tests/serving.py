@@ -21,8 +21,8 @@ QUESTIONS = [f"{SHOTS}Question: What is {7 * n} plus {n + 5}?\nAnswer:" for n in
 
 
 @contextmanager
-def engine_of(package: Path, **settings: Any) -> Iterator[TransformersEngine]:
-    engine = TransformersEngine(package, device="cpu", threads=1, **settings)
+def engine_of(package: Path, *, device: str = "cpu", **settings: Any) -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(package, device=device, threads=1, **settings)
     try:
         yield engine
     finally:

@@ -126,13 +126,16 @@ class Entry:
             **settings,
         )
 
-    def start(self, *, budget: str = "600s", **recipe: Any) -> subprocess.Popen[str]:
+    def start(
+        self, *, budget: str = "600s", track: dict[str, Any] | None = None, **recipe: Any
+    ) -> subprocess.Popen[str]:
         """Run the step through the command line in a process of its own; its stderr can be read."""
+        limits = {"title": "t", "ram_gb": 4, "training_budget": budget, **(track or {})}
         command = [
             *(sys.executable, "-m", "palio.cli", "finetune", "--competition-id", "c", "--threads", "1"),
             *("--entry-dir", str(self.folder), "--base-model", str(self.base)),
             *("--recipe", json.dumps({"learning_rate": 1e-3, **recipe})),
-            *("--track", json.dumps({"title": "t", "ram_gb": 4, "training_budget": budget})),
+            *("--track", json.dumps(limits)),
         ]
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 

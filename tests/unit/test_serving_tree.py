@@ -113,7 +113,6 @@ def test_the_last_of_few_rows_attends_to_all_tokens() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("rows", [40, 7, 1])
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_gpu_kernel_computes_what_the_definition_says(causal: bool, rows: int) -> None:

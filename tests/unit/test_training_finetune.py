@@ -173,7 +173,7 @@ def test_a_second_visible_gpu_is_refused(entry: Entry, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(BadInput, match=r"CUDA_VISIBLE_DEVICES is '0,1': 2 GPUs.*the rules allow one"):
-        entry.finetune(max_steps=1)
+        entry.finetune(max_steps=1, track={"gpu_memory_gb": 24})
 
 
 def test_a_tokenizer_without_a_pad_token_trains_since_nothing_is_padded(tiny: Path, tmp_path: Path) -> None:

@@ -163,8 +163,12 @@ def _requantise(model: Any, base: Path, kind: str) -> Any:
     """The base model quantised as it was for training; `model`, in fp32, gets its dequantised weights."""
     from peft.utils.integrations import dequantize_module_weight
 
-    settings = quantization(kind, torch.float32)
-    quantised = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=settings)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=torch.float32,
+        quantization_config=quantization(kind, torch.float32),
+        device_map="cpu",  # transformers would put a quantised model, and no other, on a GPU that is there
+    )
     with torch.no_grad():
         for name, module in quantised.named_modules():
             if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):

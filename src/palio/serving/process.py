@@ -28,7 +28,7 @@ class ServerProcess:
 
     Enter it in a thread that outlives it: the server ends with that thread. Entering waits until it takes
     requests. The server's output is appended to `log`, which
-    never holds a prompt.
+    never holds a prompt. Without `gpu_memory_gb` it runs on the CPU, whatever the node has.
 
     Raises:
         Crashed, OutOfMemory: it died or did not get ready; with the last lines of its log.
@@ -50,6 +50,7 @@ class ServerProcess:
         self._command = [
             *(sys.executable, "-m", "palio.cli", "serve", str(package), "--port", "0", "--engine", engine),
             *(["--threads", str(threads)] if threads else []),
+            *("--device", "cuda" if gpu_memory_gb else "cpu"),
             *(["--gpu-memory-gb", str(gpu_memory_gb)] if gpu_memory_gb else []),
             *(["--cache-gb", str(cache_gb)] if cache_gb else []),
         ]

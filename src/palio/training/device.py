@@ -14,22 +14,21 @@ from palio.errors import BadInput
 
 
 def training_device(track: Track) -> torch.device:
-    """The one GPU, capped at the track's memory, or the CPU on a track without a GPU.
+    """The one GPU, capped at the track's memory; on a track without a GPU the CPU, whatever the node has.
 
-    Raises BadInput where a track with a GPU finds none, and where any finds more than one.
+    Raises BadInput where a track with a GPU finds none or more than one.
     """
-    if not torch.cuda.is_available():
-        if track.gpu_memory_gb is not None:
-            fix = "no CUDA GPU is visible; run on a node with one"
-            raise BadInput("track", "gpu_memory_gb", track.gpu_memory_gb, fix)
+    if track.gpu_memory_gb is None:
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        fix = "no CUDA GPU is visible; run on a node with one"
+        raise BadInput("track", "gpu_memory_gb", track.gpu_memory_gb, fix)
     if torch.cuda.device_count() > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         fix = f"{torch.cuda.device_count()} GPUs are visible and the rules allow one; set it to one GPU"
         raise BadInput("environment", "CUDA_VISIBLE_DEVICES", visible, fix)
-    if track.gpu_memory_gb is not None:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, track.gpu_memory_gb * 1e9 / total))
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, track.gpu_memory_gb * 1e9 / total))
     return torch.device("cuda")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +102,14 @@ def _fuse(model: Any) -> None:
     for module in model.modules():
         plain = isinstance(module, LoraLayer) and "default" in module.lora_A
         if plain and not module.lora_variant:  # DoRA has a forward of its own
-            module.forward = partial(_adapted_forward, module)
+            module.__class__ = _fused(type(module))  # type: ignore[arg-type]
+
+
+@cache
+def _fused(kind: type) -> type:
+    """One class for all layers of a kind. If each layer had a forward of its own, torch.compile would compile
+    it anew for each, and give up after eight of them."""
+    return type(kind.__name__, (kind,), {"forward": _adapted_forward})
 
 
 def _adapted_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:

@@ -52,7 +52,7 @@ class StopInTime(TrainerCallback):
 
 
 def tokenised(tokenizer, row):
-    """Tokens of prompt and completion; the loss is on the completion alone. Conversations need `history` too."""
+    """Tokens of prompt and completion, the loss on the completion; conversations need `history` too."""
     prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
     completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
     completion = [*completion, tokenizer.eos_token_id]
