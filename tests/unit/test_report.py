@@ -77,10 +77,8 @@ def test_a_stage_score_of_0_says_why(page: str) -> None:
 def test_every_dropped_row_stands_on_the_page_with_its_reason(folder: Path, page: str) -> None:
     told = article(page, "curated")
     dropped = pq.read_table(folder / "results/laptop/curated/dataset/dropped.parquet").to_pylist()
-    listed = dropped_rows(folder / "results/laptop/curated/dataset/dropped.parquet", 10_000)
-    assert sum(one.rows for one in listed.values()) == len(dropped) > 300
-    refused = [row for row in dropped if row["operation"] == "2 drop_refusals"]
-    assert all(row["id"] in told for row in refused)
+    assert len(dropped) > 300
+    assert [row["id"] for row in dropped if row["id"] not in told] == []
     assert "the answer refuses: 'as an AI'" in told
 
 
@@ -145,7 +143,7 @@ def test_no_link_and_no_source_leads_out_of_the_page(page: str) -> None:
 
 
 def test_the_page_stays_small(page: str) -> None:
-    assert len(page.encode()) < 300_000
+    assert len(page.encode()) < 500_000
 
 
 def test_the_verdicts_on_the_prizes_stand_before_the_table(page: str) -> None:
