@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -235,8 +236,27 @@ def test_the_winners_recipe_fits_day_and_memory_of_its_track() -> None:
     assert 8e9 < told.training_bytes < 24e9
 
 
+@pytest.mark.parametrize(
+    ("compiled", "gigabytes", "tokens_per_second"), [(False, 66.2, 13468), (True, 54.9, 17390)]
+)
+def test_what_an_h200_took_is_what_is_estimated(
+    compiled: bool, gigabytes: float, tokens_per_second: float
+) -> None:
+    """benchmarks/finetune.py --device cuda --shape 7b: 16 rows a step, 9 258 tokens the most."""
+    recipe = FinetuneRecipe(max_steps=1, batch_size=16, compile_layers=compiled)
+    llama = replace(
+        MEASURED, parameters=6_738_415_616, trained_parameters=39_976_960, tokens_per_row=9258 / 16
+    )
+    told = estimate(recipe, track(gpu_model="h100"), llama, 1000, MISTRAL)
+    assert told.training_seconds == pytest.approx(9258 / tokens_per_second, rel=0.15)
+    longest = estimate(
+        recipe, track(gpu_model="h100"), replace(llama, tokens_per_row=9258 / 64), 1000, MISTRAL
+    )
+    assert longest.training_bytes == pytest.approx(gigabytes * 1e9, rel=0.1)
+
+
 def test_full_fine_tuning_of_seven_billion_does_not_fit() -> None:
-    full = Measured(**{**MEASURED.__dict__, "trained_parameters": MEASURED.parameters})
+    full = replace(MEASURED, trained_parameters=MEASURED.parameters)
     told = estimate(FinetuneRecipe(method="full"), track(gpu_model="a100"), full, 1000, MISTRAL)
     assert told.training_bytes > 40e9
 

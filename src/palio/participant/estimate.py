@@ -1,10 +1,11 @@
 """What the whole run would take on its track, from what the rehearsal measured: estimates, with grounds.
 
 Time on a GPU: 6 floating-point operations a parameter and token (arXiv 2001.08361; with LoRA 4, since frozen
-weights need no gradient) at MFU of the GPU's bf16 peak. On a CPU track: the rehearsal's own speed.
+weights need no gradient) at a share of the GPU's bf16 peak. On a CPU track: the rehearsal's own speed.
 Memory: weights as the method keeps them, 16 bytes a trained parameter (gradient, two moments, fp32 copy),
-activations of one forward pass (34 bytes a hidden unit, layer and token: arXiv 2205.05198, without the
-attention matrix; with gradient checkpointing 2), logits in fp32 with their gradient.
+activations of one forward pass, logits in fp32 with their gradient. Share and activations are those of LoRA
+on a 7B Llama shape, measured on an H200 by benchmarks/finetune.py (arXiv 2205.05198 counts 34 bytes without
+the attention matrix).
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from palio.config import FinetuneRecipe, Track
 
 PEAK_TFLOPS = {"a100": 312.0, "rtx4090": 165.2, "h100": 989.0, "a6000": 154.8, "l40s": 362.0}
 """Dense bf16 with fp32 accumulation, from the makers' data sheets."""
-MFU = 0.35
-"""Share of the peak that fine-tuning reaches; 0.3 to 0.5 is usual."""
+MFU, MFU_COMPILED = 0.35, 0.45
+"""Share of the peak that fine-tuning reaches; the second with `compile_layers`."""
+ACTIVATIONS, ACTIVATIONS_COMPILED, ACTIVATIONS_CHECKPOINTED = 42, 33, 2
+"""Bytes a hidden unit, layer and token, in bf16."""
 WEIGHT_BYTES = {"lora": 2.0, "qlora": 0.6, "full": 2.0}
 """A parameter: bf16, or 4 bits with their scales and the layers that stay in bf16."""
 
@@ -59,8 +62,9 @@ def estimate(
     if peak:
         operations = 6 if recipe.method == "full" else 4
         operations += 2 if recipe.gradient_checkpointing else 0  # the forward pass again
-        seconds = operations * measured.parameters * tokens / (MFU * peak * 1e12)
-        grounds = f"{operations} operations a parameter and token at {MFU:.0%} of {peak:g} Tflop/s"
+        share = MFU_COMPILED if recipe.compile_layers else MFU
+        seconds = operations * measured.parameters * tokens / (share * peak * 1e12)
+        grounds = f"{operations} operations a parameter and token at {share:.0%} of {peak:g} Tflop/s"
     else:
         seconds = tokens * measured.seconds_per_token
         grounds = "this machine's speed"
@@ -73,7 +77,8 @@ def _bytes(recipe: FinetuneRecipe, measured: Measured, config: Mapping[str, Any]
     vocabulary = int(config.get("vocab_size", 0))
     # The longest rows decide: batches are padded or packed up to max_length.
     tokens = recipe.batch_size * min(recipe.max_length, 4 * measured.tokens_per_row)
-    unit = (2 if recipe.gradient_checkpointing else 34) * (1 if gpu else 2)
+    unit = ACTIVATIONS_COMPILED if recipe.compile_layers else ACTIVATIONS
+    unit = (ACTIVATIONS_CHECKPOINTED if recipe.gradient_checkpointing else unit) * (1 if gpu else 2)
     return (
         width * measured.parameters
         + 16 * measured.trained_parameters
