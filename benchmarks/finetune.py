@@ -327,6 +327,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def in_own_process(name: str, work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    print(f"{name} trains", file=sys.stderr, flush=True)
     out, log = work / "result.json", work / f"{name}.log"
     command = [sys.executable, __file__, "--only", name, "--work", str(work), "--model", str(options.model)]
     command += ["--steps", str(options.steps), "--out", str(out), "--device", options.device]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import math
+from functools import cache, partial, partialmethod
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from palio.config import FinetuneRecipe
+from palio.training import trainer as training
 from palio.training.attention import NAME, row_bounds
 from palio.training.model import adapt
 from palio.training.rows import Row, flat_batch
@@ -168,17 +171,48 @@ def test_the_gpus_attention_keeps_rows_apart_as_the_cpus_does() -> None:
     torch.testing.assert_close(out.logits[0], alone, atol=0.02, rtol=0.02)
 
 
-@pytest.mark.gpu
-def test_compiled_layers_train_as_the_others_do() -> None:
-    """On a CPU too, after minutes of C++ compiling."""
+DEEP = copy.deepcopy(CONFIG)
+DEEP.num_hidden_layers = 12  # more than dynamo compiles one by one
 
-    model = copy.deepcopy(CONFIG)
-    model.num_hidden_layers = 12  # more than dynamo compiles one by one
 
-    def losses(*, compiled: bool) -> list[float]:
-        recipe = FinetuneRecipe(max_steps=3, learning_rate=1e-2, batch_size=2, compile_layers=compiled)
-        trainer = trainer_of(recipe, config=model, device=torch.device("cuda"))
+def compiled_and_not(device: torch.device, **settings: object) -> tuple[list[float], list[float]]:
+    """Losses of three steps, with compiled layers and without."""
+
+    def losses(compiled: bool) -> list[float]:
+        given = {
+            "max_steps": 3,
+            "learning_rate": 1e-2,
+            "batch_size": 2,
+            "compile_layers": compiled,
+            **settings,
+        }
+        trainer = trainer_of(FinetuneRecipe.model_validate(given), config=DEEP, device=device)
         return [trainer.train_step().loss for _ in range(3)]
 
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        assert losses(compiled=True) == pytest.approx(losses(compiled=False), rel=1e-2)
+        compiled = losses(True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # it did compile
+    return compiled, losses(False)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gradient_checkpointing": True}, {"lora_dropout": 0.1}, {"dora": True}, {"method": "full"}],
+)
+def test_compiled_layers_train_as_the_others_do(
+    settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All of torch.compile but its last part: on a CPU that is minutes of C++ compiling.
+    quick: dict[str, Any] = {"backend": "aot_eager"}
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, **quick))
+    monkeypatch.setattr(training, "_compiled", cache(partial(torch.compile, dynamic=True, **quick)))
+    compiled, plain = compiled_and_not(CPU, **settings)
+    assert compiled == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_kernels_compiled_for_the_gpu_train_as_the_others_do() -> None:
+    compiled, plain = compiled_and_not(torch.device("cuda"))
+    assert compiled == pytest.approx(plain, rel=1e-2)

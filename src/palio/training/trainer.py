@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -223,8 +224,23 @@ def _noise(alpha: float) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
 def _compile_layers(model: Any) -> None:
     """Compile each decoder layer in place, once for all lengths; attention itself is left as it is."""
     lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
-    for layer in max(lists, key=len):
-        layer.compile(dynamic=True)
+    layers: Any = max(lists, key=len)
+    for layer in layers:
+        if getattr(layer, "gradient_checkpointing", False):
+            # torch.compile leaves a whole layer as it is if its checkpoint holds what cannot be compiled.
+            layer._gradient_checkpointing_func = partial(_compiled_inside, layer._gradient_checkpointing_func)
+        else:
+            layer.compile(dynamic=True)
+
+
+def _compiled_inside(checkpoint: Callable[..., Any], layer: partial[Any], *inputs: Any) -> Any:
+    """`checkpoint` of a layer's forward, bound as transformers binds it, compiled."""
+    return checkpoint(partial(_compiled(layer.func), *layer.args, **layer.keywords), *inputs)
+
+
+@cache
+def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(forward, dynamic=True)
 
 
 def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
