@@ -14,8 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from palio.config import FinetuneRecipe
+from palio.training import attention
 from palio.training import trainer as training
-from palio.training.attention import NAME, row_bounds
+from palio.training.attention import NAME, kernel_dtype, row_bounds
 from palio.training.model import adapt
 from palio.training.rows import Row, flat_batch
 from palio.training.trainer import NonFiniteLossError, Trainer, learning_rate
@@ -102,6 +103,25 @@ def test_validation_changes_nothing() -> None:
         with_it.validation_loss(rows_of(5))
     torch.manual_seed(3)
     assert ours == [without.train_step().loss for _ in range(4)]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_attention_is_computed_in_bf16_as_a_gpus_kernel_wants_it(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "compute_dtype", lambda device: torch.bfloat16)
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+
+    def watched(query: torch.Tensor) -> torch.dtype:
+        seen.append((query.dtype, kernel_dtype(query)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(attention, "kernel_dtype", watched)
+    trainer_of(FinetuneRecipe.model_validate({"method": method, "max_steps": 1})).train_step()
+    assert seen == 2 * [
+        (torch.float32, torch.bfloat16)
+    ]  # rotated with fp32 angles, the base model being fp32
+    assert kernel_dtype(torch.zeros(1)) == torch.float32
 
 
 def test_fp16_skips_a_step_that_overflows_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

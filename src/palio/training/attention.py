@@ -69,8 +69,9 @@ def rows_attention(
 
     Returns (1, T, heads, head size), the form transformers' attention layers expect.
     """
-    if VARLEN is not None and query.is_cuda and query.dtype != torch.float32 and dropout == 0:
-        return _varlen(VARLEN, query, key, value, scaling), None
+    dtype = kernel_dtype(query)
+    if VARLEN is not None and query.is_cuda and dtype != torch.float32 and dropout == 0:
+        return _varlen(VARLEN, query.to(dtype), key.to(dtype), value.to(dtype), scaling), None
     grouped = key.shape[1] != query.shape[1]
     parts = [
         scaled_dot_product_attention(
@@ -85,6 +86,13 @@ def rows_attention(
         for start, end in pairwise(_Rows.bounds)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def kernel_dtype(query: torch.Tensor) -> torch.dtype:
+    """What attention is computed in. Where all is trained, rotated queries and keys are fp32 and values are
+    not: autocast would bring them together, but does not know the variable-length kernel."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
 
 def _varlen(
