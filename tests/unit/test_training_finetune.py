@@ -19,6 +19,7 @@ from palio.errors import BadInput, Crashed
 from palio.provenance import folder_sha256
 from palio.quantization import evaluation_mode
 from palio.records import AdapterManifest, read_record
+from palio.training.finetune import is_out_of_memory
 from palio.training.ledger import read_ledger
 from palio.training.model import load_model
 from palio.training.rows import Row, split
@@ -166,6 +167,19 @@ def test_a_track_with_a_gpu_needs_one(entry: Entry) -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(BadInput, match="no CUDA GPU is visible"):
         entry.finetune(max_steps=1, track={"gpu_memory_gb": 24})
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_libraries_that_ran_out_of_memory_are_understood(told: str, expected: bool) -> None:
+    assert is_out_of_memory(RuntimeError(told)) is expected
 
 
 def test_a_second_visible_gpu_is_refused(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:

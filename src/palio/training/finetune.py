@@ -112,7 +112,7 @@ class _Training:
                 ledger.outcome = state
                 seconds = ledger.used()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             peak = peak_memory(self.device) / 1e9
             raise OutOfMemory(
@@ -311,8 +311,11 @@ def _signals() -> Iterator[set[int]]:
             signal.signal(number, handler)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """torch says it on a CPU only by the text of a RuntimeError."""
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch on a CPU, the CUDA driver, bitsandbytes and cuBLAS say in a RuntimeError."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return any(text in str(error) for text in OUT_OF_MEMORY)
