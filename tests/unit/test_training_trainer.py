@@ -82,6 +82,26 @@ def test_a_saved_state_goes_on_bit_by_bit(optimizer: str, method: str) -> None:
     assert all(torch.equal(value, theirs[name]) for name, value in whole.trained().items())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "paged_adamw_32bit"])
+def test_a_paged_optimizer_is_paged_after_a_resume_too(optimizer: str) -> None:
+    wide = copy.deepcopy(CONFIG)
+    wide.intermediate_size = 4096  # bitsandbytes pages no small parameters
+    recipe = FinetuneRecipe.model_validate({"optimizer": optimizer, "method": "full", "max_steps": 6})
+    whole, second = (trainer_of(recipe, config=wide, device=torch.device("cuda")) for _ in range(2))
+    for _ in range(3):
+        whole.train_step()
+    file = io.BytesIO()
+    torch.save(whole.state(), file)
+    file.seek(0)
+    second.restore(torch.load(file, map_location="cpu", weights_only=True))
+    again = [second.train_step().loss for _ in range(3)]
+    assert again == pytest.approx([whole.train_step().loss for _ in range(3)], rel=1e-3)
+    moments = [second.optimizer.state[p]["state1"] for p in second.parameters if p.numel() > 1e5]
+    assert len(moments) == 6
+    assert all(moment.is_paged for moment in moments)
+
+
 def test_padded_rows_train_like_rows_end_to_end() -> None:
     recipe = FinetuneRecipe(max_steps=5, learning_rate=1e-2)
     flat, padded = trainer_of(recipe), trainer_of(recipe, attention_backend=False)

@@ -50,16 +50,14 @@ def save_checkpoint(folder: Path, step: int, seconds: float, state: dict[str, An
         shutil.rmtree(old)
 
 
-def load_checkpoint(
-    folder: Path, device: torch.device, budget: float
-) -> tuple[dict[str, Any] | None, list[str]]:
+def load_checkpoint(folder: Path, budget: float) -> tuple[dict[str, Any] | None, list[str]]:
     """State of the newest checkpoint that is complete and inside the budget, None without one; and which
-    newer ones were skipped, and why."""
+    newer ones were skipped, and why. Its tensors are on the CPU: a GPU may have no room for a second copy."""
     skipped: list[str] = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         seconds = _seconds(path)
         if seconds is not None and seconds <= budget:
-            return torch.load(path / "state.pt", map_location=device, weights_only=True), skipped
+            return torch.load(path / "state.pt", map_location="cpu", weights_only=True), skipped
         skipped.append(f"{path.name} is {'torn' if seconds is None else 'over the budget'}")
     return None, skipped
 

@@ -186,7 +186,7 @@ class _Training:
 
     def _resume(self, trainer: Trainer, budget: float) -> None:
         """Go to the last complete checkpoint inside the budget, or to the start."""
-        state, skipped = load_checkpoint(self.checkpoints, self.device, budget)
+        state, skipped = load_checkpoint(self.checkpoints, budget)
         for why in skipped:
             console.print(f"checkpoint {why} and left out", highlight=False)
         if state is not None:
@@ -254,7 +254,7 @@ class _Training:
         self.telemetry[-1]["validation_loss"] = loss
         self.validations_since_best += 1
         if self.best is None or loss < self.best["loss"]:
-            parameters = {name: value.clone() for name, value in trainer.trained().items()}
+            parameters = {name: value.to("cpu", copy=True) for name, value in trainer.trained().items()}
             self.best = {"step": trainer.step, "loss": loss, "parameters": parameters}
             self.validations_since_best = 0
         self._measured("validation", time.monotonic() - clock)

@@ -194,6 +194,7 @@ class Trainer:
         self.step = state["step"]
         self.put(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
+        _page(self.optimizer)
         self._scaler.load_state_dict(state["scaler"])
         self._set_random(state["random"])
 
@@ -262,6 +263,16 @@ def _optimizer(
     }[recipe.optimizer]
     optimizer: torch.optim.Optimizer = kind(parameters, **settings)
     return optimizer
+
+
+def _page(optimizer: Any) -> None:
+    """bitsandbytes loads a paged optimizer's moments onto the GPU for good: move them to pages again."""
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, moments in optimizer.state.items():
+        for name in {"state1", "state2"} & moments.keys():
+            pages = optimizer.get_state_buffer(parameter, dtype=moments[name].dtype)
+            moments[name] = pages.copy_(moments[name])
 
 
 def peak_memory(device: torch.device) -> int:
