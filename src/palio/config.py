@@ -455,8 +455,8 @@ class FinetuneRecipe(Strict):
     """Noise on the embeddings while training (arXiv 2310.05914), e.g. 5; omit for none."""
     gradient_checkpointing: bool = False
     compile_layers: bool = False
-    """Fuse the small operations of each layer (torch.compile): faster on a GPU by a quarter or more, after
-    first steps that take about a minute of the budget."""
+    """Fuse the small operations of each layer (torch.compile): faster on a GPU, after first steps that take
+    about a minute of the budget."""
     save_steps: PositiveInt = 50
     """Optimizer steps between checkpoints: what a crash can cost."""
     validation_rows: NonNegativeInt = 0

@@ -14,8 +14,6 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from palio.config import FinetuneRecipe
-from palio.training import attention
-from palio.training import trainer as training
 from palio.training.attention import NAME, kernel_dtype, row_bounds
 from palio.training.model import adapt
 from palio.training.rows import Row, flat_batch
@@ -129,18 +127,17 @@ def test_validation_changes_nothing() -> None:
 def test_attention_is_computed_in_bf16_as_a_gpus_kernel_wants_it(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("palio.training.trainer.compute_dtype", lambda device: torch.bfloat16)
     seen: list[tuple[torch.dtype, torch.dtype]] = []
 
     def watched(query: torch.Tensor) -> torch.dtype:
         seen.append((query.dtype, kernel_dtype(query)))
         return seen[-1][1]
 
-    monkeypatch.setattr(attention, "kernel_dtype", watched)
+    monkeypatch.setattr("palio.training.attention.kernel_dtype", watched)
     trainer_of(FinetuneRecipe.model_validate({"method": method, "max_steps": 1})).train_step()
-    assert seen == 2 * [
-        (torch.float32, torch.bfloat16)
-    ]  # rotated with fp32 angles, the base model being fp32
+    # In both layers; queries were rotated by fp32 angles, the base model being fp32.
+    assert seen == 2 * [(torch.float32, torch.bfloat16)]
     assert kernel_dtype(torch.zeros(1)) == torch.float32
 
 
@@ -247,7 +244,8 @@ def test_compiled_layers_train_as_the_others_do(
     # All of torch.compile but its last part: on a CPU that is minutes of C++ compiling.
     quick: dict[str, Any] = {"backend": "aot_eager"}
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, **quick))
-    monkeypatch.setattr(training, "_compiled", cache(partial(torch.compile, dynamic=True, **quick)))
+    compiling = cache(partial(torch.compile, dynamic=True, **quick))
+    monkeypatch.setattr("palio.training.trainer._compiled", compiling)
     compiled, plain = compiled_and_not(CPU, **settings)
     assert compiled == pytest.approx(plain, rel=1e-5)
 

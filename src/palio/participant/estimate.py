@@ -19,7 +19,7 @@ from typing import Any
 
 from palio.config import FinetuneRecipe, Track
 
-PEAK_TFLOPS = {"a100": 312.0, "rtx4090": 165.2, "h100": 989.0, "a6000": 154.8, "l40s": 362.0}
+PEAK_TFLOPS = {"a100": 312.0, "rtx4090": 165.2, "h100": 989.0, "h200": 989.0, "a6000": 154.8, "l40s": 362.0}
 """Dense bf16 with fp32 accumulation, from the makers' data sheets."""
 MFU, MFU_COMPILED = 0.35, 0.45
 """Share of the peak that fine-tuning reaches; the second with `compile_layers`."""

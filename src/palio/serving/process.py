@@ -27,8 +27,8 @@ class ServerProcess:
     """`palio serve PACKAGE` on loopback and a free port, while the context lasts.
 
     Enter it in a thread that outlives it: the server ends with that thread. Entering waits until it takes
-    requests. The server's output is appended to `log`, which
-    never holds a prompt. Without `gpu_memory_gb` it runs on the CPU, whatever the node has.
+    requests. The server's output is appended to `log`, which never holds a prompt. Without `gpu_memory_gb`
+    it runs on the CPU, whatever the node has.
 
     Raises:
         Crashed, OutOfMemory: it died or did not get ready; with the last lines of its log.

@@ -44,6 +44,9 @@ FINAL_STEPS = 10
 PROGRESS = ("telemetry", "best", "validations_since_best", "tokens", "slowest")
 """What a checkpoint holds beside the trainer's own state."""
 
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch on a CPU, the CUDA driver, bitsandbytes and cuBLAS say in a RuntimeError."""
+
 TRACED = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 
 
@@ -309,10 +312,6 @@ def _signals() -> Iterator[set[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What torch on a CPU, the CUDA driver, bitsandbytes and cuBLAS say in a RuntimeError."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
