@@ -13,8 +13,7 @@ rule fetch_base_model:
         source=W.base_model,
         approved_as=W.approved_as,
     shell:
-        "exec palio fetch-base-model"
+        "exec palio step fetch-base-model resources/base_models/{wildcards.base_model:q}"
         " --source {params.source:q}"
         " --approved-as={params.approved_as:q}"
-        " --out resources/base_models/{wildcards.base_model:q}"
         " > {log:q} 2>&1"

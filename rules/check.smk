@@ -8,15 +8,11 @@ rule check_entry:
     conda:
         "../envs/palio.yaml"
     resources:
-        among=W.among(),  # no param: a later entry does not re-run the check of an earlier one
+        options=W.options("among"),  # a later entry does not re-run the check of an earlier one
     params:
-        file=W.entry_file,
-        against=W.against(),
-        # re-runs the check when what the rules look at changes, not when a learning rate does
-        identity=W.identity,
+        settings=W.settings("check"),
     shell:
-        "exec palio check {params.file:q}"
-        " --against {params.against:q}"
-        " --among {resources.among:q}"
-        " --entry-dir results/{wildcards.track}/{wildcards.entry}"
+        "exec palio step check results/{wildcards.track}/{wildcards.entry}"
+        " --settings {params.settings:q}"
+        " --options {resources.options:q}"
         " > {log:q} 2>&1"

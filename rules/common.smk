@@ -5,8 +5,11 @@
 #   results/<track>/<entry>/                one entry; logs/ and work/ inside it
 #   results/{leaderboard,standings,report}/
 #
-# Every command is `exec palio`: a signal reaches all processes of a job, and a shell in between would die of it at
-# once, and the job with it, while Palio still saves.
+# A step of an entry is `palio step <name> results/<track>/<entry>`. Its only parameter is its settings, the slice of
+# the competition and the entry that decides its result; --options is how it runs here, a resource, and re-runs nothing.
+#
+# Every command is `exec palio`: a signal reaches all processes of a job. A shell in between would die of it at once,
+# and the job with it, while Palio still saves.
 #
 # No edge between two rules is only ancient(): where an upstream job is due, Snakemake leaves its downstream jobs
 # to the edges and asks them nothing itself, so behind an ancient() edge a changed recipe or a missing output would
@@ -52,5 +55,5 @@ onerror:
     controller.notify(
         W.competition,
         "failure",
-        "the run ended with steps that failed; palio status names them",
+        "the run ended with failed steps; palio status names them",
     )

@@ -29,21 +29,17 @@ rule curate_dataset:
         "../envs/palio.yaml"
     threads: 2
     resources:
-        shards=W.shard_count,  # no param: how many jobs share a curation changes nothing of it
+        options=W.options("shards"),  # how many jobs share a curation changes nothing of it
         mem_mb=8192,
         runtime=240,
     params:
-        competition=W.competition.competition,
-        recipe=W.dataset_recipe,
-        base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
+        settings=W.settings("curate"),
         ahead=[],
     shell:
-        "exec palio curate {params.recipe:q}"
-        " --competition-id {params.competition}"
-        " --entry-dir results/{wildcards.track}/{wildcards.entry}"
-        " --base-model {params.base_model:q}"
-        " --workers {threads}"
-        " --shards {resources.shards}"
+        "exec palio step curate results/{wildcards.track}/{wildcards.entry}"
+        " --settings {params.settings:q}"
+        " --options {resources.options:q}"
+        " --threads {threads}"
         " {params.ahead:q}"
         " > {log:q} 2>&1"
 
@@ -59,6 +55,7 @@ use rule curate_dataset as curate_shard with:
     log:
         "results/{track}/{entry}/logs/curate.{phase}.{shard}-of-{shards}.log",
     params:
+        settings=W.settings("curate"),
         ahead=["--shard", "{shard}-of-{shards}"],
 
 
@@ -74,6 +71,7 @@ use rule curate_dataset as join_shards with:
     log:
         "results/{track}/{entry}/logs/curate.{phase}.joined.log",
     params:
+        settings=W.settings("curate"),
         ahead=["--join", "{phase}"],
 
 
@@ -92,13 +90,8 @@ rule measure_contamination:
         mem_mb=8192,
         runtime=60,
     params:
-        competition=W.competition.competition,
-        open_store=W.stage_runs["open"].store,
-        closed_store=W.stage_runs["closed"].store,
+        settings=W.settings("contamination"),
     shell:
-        "exec palio measure-contamination"
-        " --competition-id {params.competition}"
-        " --entry-dir results/{wildcards.track}/{wildcards.entry}"
-        " --open-store {params.open_store:q}"
-        " --closed-store {params.closed_store:q}"
+        "exec palio step contamination results/{wildcards.track}/{wildcards.entry}"
+        " --settings {params.settings:q}"
         " > {log:q} 2>&1"

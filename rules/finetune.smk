@@ -18,24 +18,15 @@ rule finetune:
     threads: W.cpus
     resources:
         gpu=1,
-        telemetry=W.telemetry,  # no param: where training is told and what it costs re-runs nothing
+        options=W.options("telemetry"),
         gpu_model=W.gpu_model,
         mem_mb=W.mem_mb,
-        runtime=W.finetune_minutes,  # the track's budget is the trainer's; the margin is for loading and saving
+        runtime=W.minutes("finetune"),  # the track's budget is the trainer's; the margin is for loading and saving
     params:
-        competition=W.competition.competition,
-        training=W.training,
-        again=W.again("finetune"),
-        track=W.track_limits,
-        base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
+        settings=W.settings("finetune"),
     shell:
-        "exec palio finetune"
-        " --competition-id {params.competition}"
-        " --entry-dir results/{wildcards.track}/{wildcards.entry}"
-        " {params.training:q}"
-        " {params.again:q}"
-        " --track {params.track:q}"
-        " --base-model {params.base_model:q}"
+        "exec palio step finetune results/{wildcards.track}/{wildcards.entry}"
+        " --settings {params.settings:q}"
+        " --options {resources.options:q}"
         " --threads {threads}"
-        " --telemetry {resources.telemetry:q}"
         " > {log:q} 2>&1"

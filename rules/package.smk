@@ -2,7 +2,7 @@ rule build_package:
     input:
         check="results/{track}/{entry}/check.json",
         base_model=W.base_model_manifest,
-        adapter=W.adapter_manifest,
+        adapter=W.adapter,
         program=W.program_files,
     output:
         package="results/{track}/{entry}/package.json",
@@ -15,13 +15,9 @@ rule build_package:
         mem_mb=W.mem_mb,
         runtime=120,
     params:
-        competition=W.competition.competition,
-        handed_in=W.handed_in,
-        base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
+        settings=W.settings("package"),
     shell:
-        "OMP_NUM_THREADS={threads} exec palio package"
-        " --competition-id {params.competition}"
-        " --entry-dir results/{wildcards.track}/{wildcards.entry}"
-        " {params.handed_in:q}"
-        " --base-model {params.base_model:q}"
+        "exec palio step package results/{wildcards.track}/{wildcards.entry}"
+        " --settings {params.settings:q}"
+        " --threads {threads}"
         " > {log:q} 2>&1"

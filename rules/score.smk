@@ -1,9 +1,6 @@
 rule score:
     input:
-        records=lambda wildcards: W.of_entries(
-            wildcards.track, ("open.json", "closed.json")
-        ),
-        contamination=lambda wildcards: W.datasets(wildcards.track),
+        records=lambda wildcards: W.records(wildcards.track),
     output:
         leaderboard="results/leaderboard/{track}.json",
         csv="results/leaderboard/{track}.csv",

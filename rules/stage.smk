@@ -9,9 +9,8 @@ rule prepare_stage:
         mem_mb=8192,
         runtime=120,
     params:
-        runs=lambda wildcards: W.runs(wildcards.stage),
+        runs=W.runs,
     shell:
-        "exec palio prepare-stage"
+        "exec palio step prepare-stage {output.record:q}"
         " --runs {params.runs:q}"
-        " --out {output.record:q}"
         " > {log:q} 2>&1"

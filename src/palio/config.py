@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from palio.errors import BadInput
+from palio.layout import OPEN_INSTANCES, TEAMS, ClosedStore, overrides
 from palio.provenance import fingerprint
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -270,7 +271,7 @@ class Decontaminate(Strict):
     """Drop rows that hold an evaluation instance of the open stage, whole or `ngram` words of it."""
 
     op: Literal["decontaminate"]
-    instances: str = "resources/stages/open/store/instances.parquet"
+    instances: str = OPEN_INSTANCES
     """Table of the instances, as the workflow's `prepare_stage` writes it."""
     ngram: Annotated[int, Field(ge=1, le=64)] = 13
 
@@ -678,7 +679,7 @@ class RuleSet(Strict):
     """Patterns in a base model's address that are refused even inside an approved family."""
     require_revision: bool = True
     data_licences: tuple[str, ...] = Field(min_length=1)
-    team_folders: tuple[str, ...] = ("resources/teams",)
+    team_folders: tuple[str, ...] = (TEAMS,)
     """Folders that teams' data and programs lie in: never the stages' instances, or anybody's home."""
     require_url: bool = True
     """Whether a data source must say where the public finds it."""
@@ -747,16 +748,13 @@ class Competition(Strict):
     tracks: dict[str, Track] = Field(min_length=1)
     stages: Stages
 
+    @property
+    def store(self) -> ClosedStore:
+        """Where everything of the closed stage lies."""
+        return ClosedStore(expand(self.closed_store) / self.competition)
+
     def stage(self, name: str) -> Stage:
         return self.stages.open if name == "open" else self.stages.closed
-
-    @property
-    def checked_against(self) -> CheckedAgainst:
-        return CheckedAgainst(competition=self.competition, rules=self.rules, tracks=tuple(self.tracks))
-
-    @property
-    def entry_folders(self) -> EntryFolders:
-        return EntryFolders(folders=self.entries, withdrawn=tuple(sorted(self.withdrawn)))
 
 
 class Overrides(Strict):
@@ -764,62 +762,6 @@ class Overrides(Strict):
 
     withdrawn: dict[str, str] = {}
     retries: dict[str, dict[str, PositiveInt]] = {}
-
-
-# --- slices: what one step needs of a competition, so that only its own changes re-run it --------------
-
-
-class CheckedAgainst(Strict):
-    """What an entry file is checked against."""
-
-    competition: str
-    rules: str
-    tracks: tuple[str, ...]
-
-
-class EntryFolders(Strict):
-    """Where the entries are that an entry is seen beside."""
-
-    folders: tuple[str, ...]
-    withdrawn: tuple[str, ...] = ()
-
-
-class ScenarioRuns(Strict):
-    """A scenario's HELM runs. The digest stands for the run file's content, which may be secret."""
-
-    run_entries: str
-    max_eval_instances: PositiveInt | None = None
-    questions: PositiveInt | None = None
-    split: Literal["test", "valid"] | None = None
-    """The one split that its metrics look at; None if they look at both."""
-    sha256: str
-
-
-class StageRuns(Strict):
-    """What decides a stage's evaluation instances."""
-
-    competition: str
-    stage: Literal["open", "closed"]
-    closed_store: str
-    scenarios: dict[str, ScenarioRuns]
-
-    @property
-    def store(self) -> Path:
-        """Folder of the prepared stage; the closed one's shows prompts and lies in the closed store."""
-        if self.stage == "open":
-            return Path("resources/stages/open/store")
-        return expand(self.closed_store) / self.competition / "stage"
-
-
-class StageLimits(Strict):
-    """How a prepared stage is asked, see `Stage`."""
-
-    time_limit: PositiveInt
-    """Seconds."""
-    threads: PositiveInt
-    engine: Literal["transformers", "vllm"] = "transformers"
-    unanswered: Literal["missing", "wrong"] = "missing"
-    cut_at_stop_sequences: bool = True
 
 
 # --- reading ---------------------------------------------------------------------------------------
@@ -959,13 +901,8 @@ def load_competition(data: Path | Mapping[str, Any], file: str | Path = "config"
     return competition
 
 
-def overrides_file(competition: str) -> Path:
-    """Where `palio withdraw` and `palio retry` write down the organizer's decisions."""
-    return Path("config/overrides") / f"{competition}.yaml"
-
-
 def load_overrides(competition: str) -> Overrides:
-    path = overrides_file(competition)
+    path = overrides(competition)
     return parse(Overrides, read_yaml(path), path) if path.exists() else Overrides()
 
 
@@ -973,39 +910,7 @@ def _overridden(content: object) -> object:
     """A competition's content with its overrides, which win."""
     if not isinstance(content, Mapping) or not ID_PATTERN.fullmatch(str(content.get("competition"))):
         return content  # the model says what is wrong
-    overrides = load_overrides(str(content["competition"]))
-    withdrawn = {**(content.get("withdrawn") or {}), **overrides.withdrawn}
-    retries = {**(content.get("retries") or {}), **overrides.retries}
+    decided = load_overrides(str(content["competition"]))
+    withdrawn = {**(content.get("withdrawn") or {}), **decided.withdrawn}
+    retries = {**(content.get("retries") or {}), **decided.retries}
     return {**content, "withdrawn": withdrawn, "retries": retries}
-
-
-def entry_files(competition: Competition, file: str | Path = "config") -> dict[str, Path]:
-    """Path of every entry file by entry id, sorted by id."""
-    found: dict[str, Path] = {}
-    for folder in competition.entries:
-        if not Path(folder).is_dir():
-            raise BadInput(file, "entries", folder, "no such folder; create it or correct the path")
-        for path in sorted(Path(folder).glob("*.y*ml")):
-            if not ID_PATTERN.fullmatch(path.stem) or path.suffix != ".yaml":
-                raise BadInput(path, "", None, "rename it to <id>.yaml, the id of letters, digits, - and _")
-            if path.stem in found:
-                raise BadInput(path, "id", path.stem, f"is taken by {found[path.stem]}; rename one of them")
-            found[path.stem] = path
-    for key in ("withdrawn", "shards"):
-        for entry in getattr(competition, key):
-            if entry not in found:
-                raise BadInput(file, f"{key}.{entry}", None, "no entry has this id; correct or remove it")
-    if not found:
-        raise BadInput(file, "entries", None, "no entry file in these folders; add <id>.yaml")
-    return dict(sorted(found.items()))
-
-
-def load_entries(competition: Competition) -> dict[str, Entry | None]:
-    """By id; None for a file that is not valid, which its own check reports."""
-    found: dict[str, Entry | None] = {}
-    for name, path in entry_files(competition).items():
-        try:
-            found[name] = load_entry(path)
-        except BadInput:
-            found[name] = None
-    return found

@@ -21,7 +21,6 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from palio.config import StageLimits, StageRuns
 from palio.errors import Crashed, RuleViolation, State
 from palio.evaluation import helm
 from palio.evaluation.helm import BROKEN, LIMIT

@@ -35,7 +35,7 @@ from typing import Any, Literal
 import yaml
 from pyhocon import ConfigFactory
 
-from palio.config import STAGES, Competition, Scenario, ScenarioRuns, StageRuns, expand
+from palio.config import STAGES, Competition, Scenario, expand
 from palio.errors import BadInput, Crashed
 from palio.provenance import canonical_json, fingerprint, write_text
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from palio.config import StageRuns, expand
+from palio.config import expand
 from palio.errors import BadInput
 from palio.evaluation.helm import helm_version, plan_stage, stage_entries
 from palio.provenance import atomic_path, fingerprint, folder_sha256, write_json

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from palio.errors import Interrupted, NotRetried, PalioError, State
+from palio.layout import EntryFolder
 from palio.operating import slurm
 from palio.records import StepFailure
 
@@ -62,9 +63,9 @@ class Attempt:
     reason: str = ""
 
 
-def read_attempts(entry_dir: Path) -> list[Attempt]:
+def read_attempts(folder: EntryFolder) -> list[Attempt]:
     """All attempts of an entry in the order they began; a line that a crash tore is left out."""
-    path = entry_dir / "work" / "attempts.jsonl"
+    path = folder.attempts
     attempts: list[Attempt] = []
     if not path.exists():
         return attempts
@@ -118,12 +119,12 @@ def set_aside(work: Path, grant: int) -> None:
 
 
 @contextmanager
-def attempt(step: str, entry_dir: Path) -> Iterator[None]:
+def attempt(step: str, folder: EntryFolder) -> Iterator[None]:
     """Run a step's body as one attempt. Whatever ends it is on record for the standings.
 
     Raises NotRetried without running it, if it failed in this run of the workflow by its own fault.
     """
-    record = _Record(step, entry_dir)
+    record = _Record(step, folder)
     record.refuse_what_failed()
     record.begin()
 
@@ -179,11 +180,10 @@ def _interruption(reason: str) -> tuple[State, str]:
 class _Record:
     """The files that tell of an attempt."""
 
-    def __init__(self, step: str, entry_dir: Path) -> None:
-        self.step, self.entry_dir = step, entry_dir
-        self.log = entry_dir / "logs" / f"{step}.log"
-        self.failure = entry_dir / "work" / "failures" / f"{step}.json"
-        self.earlier = [one for one in read_attempts(entry_dir) if one.step == step]
+    def __init__(self, step: str, folder: EntryFolder) -> None:
+        self.step, self.folder = step, folder
+        self.log, self.failure = folder.log(step), folder.failure(step)
+        self.earlier = [one for one in read_attempts(folder) if one.step == step]
         self.number = len(self.earlier) + 1
         self.run, self.job = os.environ.get(RUN_VARIABLE, ""), slurm.own_job()
 
@@ -220,7 +220,7 @@ class _Record:
         StepFailure(step=self.step, state=state, reason=reason, log=str(self.log)).write(self.failure)
 
     def _append(self, **line: Any) -> None:
-        path = self.entry_dir / "work" / "attempts.jsonl"
+        path = self.folder.attempts
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"step": self.step, "number": self.number, **line}) + "\n"
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -233,7 +233,7 @@ class _Record:
     def _keep_log(self) -> None:
         """A second name for the log that the rule has just opened: Snakemake deletes the first."""
         if self.log.exists():
-            kept = self.entry_dir / "work" / "logs" / f"{self.step}.{self.number}.log"
+            kept = self.folder.attempt_log(self.step, self.number)
             kept.parent.mkdir(parents=True, exist_ok=True)
             with suppress(OSError):  # a file system without hard links: the last log is the only one then
                 os.link(self.log, kept)

@@ -22,11 +22,11 @@ from typing import IO
 
 from palio.config import Competition
 from palio.errors import PalioError
+from palio.layout import LOCK, Results
 from palio.operating import slurm
 from palio.operating.attempt import RUN_VARIABLE
 from palio.operating.status import EntryStatus, competition_status
 
-LOCK = Path(".snakemake/palio.lock")
 RUN_NAME = "palio_"
 """How names of our SLURM jobs begin: the profile's slurm-jobname-prefix."""
 WATCH_SECONDS = 60.0
@@ -133,14 +133,14 @@ def watch(competition: Competition) -> None:
     """Start the watch of a running workflow, if the organizer wants to be told. Ends with the process."""
     if competition.notify is None:
         return
-    watching = Watch(competition.stalled_after)
-    watching.look(competition_status(competition).entries, time.time())  # earlier failures are no news
+    watching, results = Watch(competition.stalled_after), Results(store=competition.store)
+    watching.look(competition_status(competition, results).entries, time.time())  # earlier failures are no news
 
     def loop() -> None:
         while True:
             time.sleep(WATCH_SECONDS)
             try:
-                news = watching.look(competition_status(competition).entries, time.time())
+                news = watching.look(competition_status(competition, results).entries, time.time())
             except (PalioError, OSError) as error:
                 news = [("stall", f"the state of the competition cannot be read: {error}")]
             for event, message in news:

@@ -18,12 +18,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from palio import __version__
-from palio.config import STAGES, Competition, Track, expand, read_yaml
+from palio.config import Competition, Track, expand, read_yaml
 from palio.errors import BadInput, PalioError
 from palio.operating import slurm
+from palio.pipeline import STEPS
 
 COMMANDS = ("sbatch", "squeue", "scancel", "sinfo", "scontrol", "srun")
-GPU_RULES = ("finetune", "helm_open", "helm_closed")
 NODE_SECONDS = 60
 """How long a test job may wait for a free node."""
 
@@ -112,16 +112,18 @@ def partition_of(profile: dict[str, Any], rule: str, track: str) -> str:
 
 
 def needs(competition: Competition, profile: dict[str, Any]) -> list[Need]:
-    found = []
-    for name, track in competition.tracks.items():
-        seconds = {"finetune": track.training_budget + track.training_margin}
-        for stage in STAGES:
-            settings = competition.stage(stage)
-            seconds[f"helm_{stage}"] = settings.time_limit + settings.margin
-        for rule in GPU_RULES:
-            partition = partition_of(profile, rule, name)
-            found.append(Need(name, rule, partition, -(-seconds[rule] // 60), track))
-    return found
+    return [
+        Need(
+            track_id,
+            step.rule,
+            partition_of(profile, step.rule, track_id),
+            step.limit(competition, track_id).job_minutes,
+            track,
+        )
+        for track_id, track in competition.tracks.items()
+        for step in STEPS
+        if step.limit
+    ]
 
 
 def findings(competition: Competition, profile: dict[str, Any], file: Path, site: Site) -> Iterator[Finding]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import yaml
 
-from palio.config import Competition, Overrides, entry_files, load_overrides, overrides_file
+from palio.config import Competition, Overrides, load_overrides
+from palio.entries import Entries
 from palio.errors import BadInput
+from palio.layout import overrides as overrides_file
+from palio.pipeline import LIMITED
 from palio.provenance import write_text
-
-RETRIED = ("finetune", "open", "closed")
-"""Steps that keep work and used time; the others simply run again with the next run of the workflow."""
 
 HEADER = "# Written by palio withdraw and palio retry; they win over the competition's config.\n"
 
@@ -29,8 +29,8 @@ def retry(competition: Competition, entry: str, steps: list[str]) -> None:
     """Grant steps of an entry a fresh start: work, used budget and finished results are set aside."""
     _known(competition, entry)
     for step in steps:
-        if step not in RETRIED:
-            fix = f"runs again by itself with the next run of the workflow; {', '.join(RETRIED)} need a grant"
+        if step not in (limited := [one.name for one in LIMITED]):
+            fix = f"runs again by itself with the next run of the workflow; {', '.join(limited)} need a grant"
             raise BadInput("--step", "", step, fix)
     overrides = load_overrides(competition.competition)
     granted = dict(overrides.retries.get(entry, {}))
@@ -40,12 +40,11 @@ def retry(competition: Competition, entry: str, steps: list[str]) -> None:
 
 
 def _known(competition: Competition, entry: str) -> None:
-    known = entry_files(competition)
+    known = Entries(competition)
     if entry not in known:
         raise BadInput("ENTRY", "", entry, f"no entry has this id; use one of {', '.join(known)}")
 
 
 def _write(competition: Competition, overrides: Overrides, change: dict[str, object]) -> None:
     content = overrides.model_copy(update=change).model_dump(exclude_defaults=True)
-    path = overrides_file(competition.competition)
-    write_text(path, HEADER + yaml.safe_dump(content, sort_keys=True, allow_unicode=True))
+    write_text(overrides_file(competition.competition), HEADER + yaml.safe_dump(content, sort_keys=True, allow_unicode=True))

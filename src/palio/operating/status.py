@@ -16,33 +16,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from palio.config import Competition, Entry, entry_files, expand, load_entry
-from palio.errors import BadInput, PalioError
+from palio.config import Competition
+from palio.entries import BrokenEntry, Entries
+from palio.errors import PalioError
+from palio.layout import EntryFolder, HelmFolder, Results, TrainingFolder, stage_named
 from palio.operating import slurm
 from palio.operating.attempt import Attempt, read_attempts
+from palio.pipeline import Step, steps_of
+from palio.settings import EvaluateSettings
 from palio.training.ledger import charged, read_ledger
 
 StepState = Literal["waiting", "queued", "running", "done", "failed", "withdrawn"]
-
-
-@dataclass(frozen=True)
-class Step:
-    rule: str
-    """Snakemake's rule, as SLURM's job comments name it."""
-    record: str
-    """In the entry's folder; its existence means done."""
-
-
-STEPS = {
-    "check": Step("check_entry", "check.json"),
-    "curate": Step("curate_dataset", "dataset/manifest.json"),
-    "contamination": Step("measure_contamination", "contamination.json"),
-    "finetune": Step("finetune", "adapter.json"),
-    "package": Step("build_package", "package.json"),
-    "open": Step("helm_open", "open.json"),
-    "closed": Step("helm_closed", "closed.json"),
-}
-"""In the order of an entry's life."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +80,7 @@ class Status:
 
 
 def competition_status(
-    competition: Competition, results: Path = Path("results"), controller: str | None = None
+    competition: Competition, results: Results, controller: str | None = None
 ) -> Status:
     """The state of every step of every entry, now."""
     notes: list[str] = []
@@ -107,36 +91,18 @@ def competition_status(
         except PalioError as error:
             notes.append(f"SLURM does not answer: {error}")
     now = time.time()
-    first = next(iter(competition.tracks))
-    entries = []
-    for name, path in entry_files(competition).items():
-        entry: Entry | None = None
-        try:
-            entry = load_entry(path)
-        except BadInput as fault:
-            notes.append(str(fault))
-        track = entry.track if entry and entry.track in competition.tracks else first
-        at = _Place(competition, results / track / name, track, name, queue, bool(notes), now)
-        if name in competition.withdrawn:
-            steps = [StepStatus("check", "withdrawn", reason=competition.withdrawn[name])]
-        else:
-            steps = [_step(step, at) for step in steps_of(entry)]
-        entries.append(EntryStatus(track, name, entry.team if entry else "", steps))
-    order = {track: number for number, track in enumerate(competition.tracks)}
-    entries.sort(key=lambda one: (order[one.track], one.entry))
-    return Status(competition.competition, competition.title, now, controller, entries, notes)
-
-
-def steps_of(entry: Entry | None) -> list[str]:
-    """The steps of an entry's life; of a broken file, what is known to come."""
-    if entry is None:
-        return ["check"]
-    left_out = set()
-    if entry.dataset is None:
-        left_out |= {"curate", "contamination"}
-    if not entry.trained:
-        left_out.add("finetune")
-    return [step for step in STEPS if step not in left_out]
+    statuses = []
+    for track_id, entries in Entries(competition).by_track().items():
+        for entry_id, entry in entries.items():
+            if isinstance(entry, BrokenEntry):
+                notes.append(str(entry.fault))
+            at = _Place(competition, results.entry(track_id, entry_id), queue, bool(notes), now)
+            if entry_id in competition.withdrawn:
+                steps = [StepStatus("check", "withdrawn", reason=competition.withdrawn[entry_id])]
+            else:
+                steps = [_step(step, at) for step in steps_of(entry)]
+            statuses.append(EntryStatus(track_id, entry_id, entry.team, steps))
+    return Status(competition.competition, competition.title, now, controller, statuses, notes)
 
 
 @dataclass(frozen=True)
@@ -144,28 +110,24 @@ class _Place:
     """What the state of a step is read from."""
 
     competition: Competition
-    folder: Path
-    track: str
-    entry: str
+    folder: EntryFolder
     queue: Mapping[str, slurm.Job]
     """My jobs in SLURM by comment."""
     queue_unknown: bool
     now: float
 
-    def queued(self, step: str) -> slurm.Job | None:
+    def queued(self, step: Step) -> slurm.Job | None:
         # the executor writes wildcards in the order of the rule's output, joined by "_"
-        return self.queue.get(f"rule_{STEPS[step].rule}_wildcards_{self.track}_{self.entry}")
-
-    def log(self, step: str) -> Path:
-        return self.folder / "logs" / f"{step}.log"
+        return self.queue.get(f"rule_{step.rule}_wildcards_{self.folder.track_id}_{self.folder.entry_id}")
 
 
-def _step(step: str, at: _Place) -> StepStatus:
-    attempts = [one for one in read_attempts(at.folder) if one.step == step]
+def _step(step: Step, at: _Place) -> StepStatus:
+    name, folder = step.name, at.folder
+    attempts = [attempt for attempt in read_attempts(folder) if attempt.step == name]
     last = attempts[-1] if attempts else None
-    job, log = at.queued(step), at.log(step)
+    job, log = at.queued(step), folder.log(name)
     used, budget = _used(step, at)
-    known = StepStatus(step, "waiting", attempt=len(attempts), log=str(log), used=used, budget=budget)
+    known = StepStatus(name, "waiting", attempt=len(attempts), log=str(log), used=used, budget=budget)
     if last:
         seconds = (last.ended or at.now) - last.started
         known = replace(known, node=last.node, job=last.job, started=last.started, seconds=seconds)
@@ -176,20 +138,20 @@ def _step(step: str, at: _Place) -> StepStatus:
     if job and not ending:
         why = job.reason if job.state == "PENDING" else f"starting on {job.reason}"
         return replace(known, state="queued", job=job.id, reason=why)
-    if (at.folder / STEPS[step].record).exists():
-        return replace(known, state="done", reason=_note(step, at))
-    failure = at.folder / "work" / "failures" / f"{step}.json"
+    if (record := step.record(folder)).exists():
+        return replace(known, state="done", reason=_note(step, record))
+    failure = folder.failure(name)
     if failure.exists():
         found = json.loads(failure.read_text(encoding="utf-8"))
         return replace(known, state="failed", reason=f"{found['state']}: {found['reason']}")
     if last and last.state is None:
         return replace(known, reason=f"lost on {last.node}; runs again")
-    return replace(known, reason=_shards_done(at.folder)) if step == "curate" else known
+    return replace(known, reason=_shards_done(folder)) if name == "curate" else known
 
 
-def _shards_done(entry_dir: Path) -> str:
+def _shards_done(folder: EntryFolder) -> str:
     """How far the jobs are that share a curation; empty where there are none."""
-    done = [path.name.split(".") for path in (entry_dir / "work/shards").glob("*.*-of-*")]
+    done = [path.name.split(".") for path in folder.shards.glob("*.*-of-*")]
     if not done:
         return ""
     phase, shard = max(done, key=lambda name: int(name[0]))
@@ -212,34 +174,31 @@ def _alive(last: Attempt, job: slurm.Job | None, at: _Place) -> bool:
     return True
 
 
-def _note(step: str, at: _Place) -> str:
-    if step not in ("open", "closed"):
+def _note(step: Step, record: Path) -> str:
+    """What a stage's record says of unanswered questions."""
+    if step.settings is not EvaluateSettings:
         return ""
     try:
-        return str(json.loads((at.folder / f"{step}.json").read_text(encoding="utf-8"))["reason"])
+        return str(json.loads(record.read_text(encoding="utf-8"))["reason"])
     except (OSError, ValueError, KeyError):
         return ""
 
 
-def _used(step: str, at: _Place) -> tuple[float | None, float | None]:
+def _used(step: Step, at: _Place) -> tuple[float | None, float | None]:
     """Seconds used of the step's budget, and the budget; None where it has none or has not begun."""
-    if step == "finetune":
-        budget = float(at.competition.tracks[at.track].training_budget)
-        ledger = _newest(at.folder / "work" / "train", "*/ledger.jsonl")
+    if step.limit is None:
+        return None, None
+    budget = float(step.limit(at.competition, at.folder.track_id).seconds)
+    if step.name == "finetune":
+        ledger = _newest(at.folder.trainings, TrainingFolder.LEDGER)
         return (sum(charged(read_ledger(ledger)).values()) if ledger else None), budget
-    if step in ("open", "closed"):
-        work = at.folder / "work" / "helm" / "open"
-        if step == "closed":
-            store = expand(at.competition.closed_store) / at.competition.competition
-            work = store / "runs" / at.track / at.entry
-        clock = _newest(work, "*/used_seconds.json")
-        used = float(json.loads(clock.read_text(encoding="utf-8"))["seconds"]) if clock else None
-        return used, float(at.competition.stage(step).time_limit)
-    return None, None
+    clock = _newest(at.folder.helm_runs(stage_named(step.name)), HelmFolder.USED_SECONDS)
+    return (float(json.loads(clock.read_text(encoding="utf-8"))["seconds"]) if clock else None), budget
 
 
-def _newest(folder: Path, pattern: str) -> Path | None:
-    return max(folder.glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
+def _newest(folder: Path, name: str) -> Path | None:
+    """The file of this name that was written last in the folders of `folder`."""
+    return max(folder.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 _PROGRESS = re.compile(r"step (\d+)/(\d+) |(\d+) of (\d+) HELM runs done")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from palio.config import FinetuneRecipe, Track
+from palio.layout import EntryFolder
 
 PEAK_TFLOPS = {"a100": 312.0, "rtx4090": 165.2, "h100": 989.0, "h200": 989.0, "a6000": 154.8, "l40s": 362.0}
 """Dense bf16 with fp32 accumulation, from the makers' data sheets."""
@@ -87,22 +88,23 @@ def _bytes(recipe: FinetuneRecipe, measured: Measured, config: Mapping[str, Any]
     )
 
 
-def measure(entry_dir: Path) -> Measured | None:
+def measure(folder: EntryFolder) -> Measured | None:
     """From a rehearsal's records; None where Palio's trainer did not train."""
     from palio.records import AdapterManifest, DatasetManifest, PackageManifest, read_record
 
-    if not (entry_dir / "adapter.json").is_file() or not (entry_dir / "finetune.run.json").is_file():
+    run_facts = folder.run_facts("finetune")
+    if not folder.adapter_manifest.is_file() or not run_facts.is_file():
         return None
-    run = json.loads((entry_dir / "finetune.run.json").read_text(encoding="utf-8"))
+    run = json.loads(run_facts.read_text(encoding="utf-8"))
     if not run.get("tokens"):
         return None
-    adapter = read_record(AdapterManifest, entry_dir / "adapter.json")
-    dataset = read_record(DatasetManifest, entry_dir / "dataset/manifest.json")
-    package = read_record(PackageManifest, entry_dir / "package.json")
+    adapter = read_record(AdapterManifest, folder.adapter_manifest)
+    dataset = read_record(DatasetManifest, folder.dataset.manifest)
+    package = read_record(PackageManifest, folder.package_manifest)
     parameters = package.parameters
     if parameters is None or adapter.steps is None:
         return None
-    weights = entry_dir / "adapter" / "adapter_model.safetensors"
+    weights = folder.adapter / "adapter_model.safetensors"
     read = sum(source.rows for source in dataset.sources)
     rows_trained = adapter.steps * int(adapter.recipe.get("batch_size", 1))
     return Measured(

@@ -14,12 +14,12 @@ from pathlib import Path
 from palio.config import ID_PATTERN, Competition, RuleSet, load_rules
 from palio.demo.data import write_demo_sources
 from palio.errors import BadInput
+from palio.layout import EXAMPLES, Resources
 from palio.provenance import write_text
 
-TEAMS = Path("resources/teams")
 PROGRAMS = {
-    "command": Path("config/entries/examples/peft_script"),
-    "server": Path("config/entries/examples/server"),
+    "command": EXAMPLES / "peft_script",
+    "server": EXAMPLES / "server",
 }
 """The programs that a new entry of each kind starts from."""
 
@@ -95,7 +95,7 @@ def new_entry(
     if not ID_PATTERN.fullmatch(path.stem) or path.suffix != ".yaml":
         raise BadInput(path, "", None, "name it <id>.yaml, the id of letters, digits, - and _")
     if path.exists():
-        raise BadInput(path, "", None, "is there; choose another name")
+        raise BadInput(path, "", None, "already exists; choose another name")
     if track not in competition.tracks:
         raise BadInput("palio new", "--track", track, f"use one of {', '.join(competition.tracks)}")
     source_kind, separator, address = base_model.partition(":")
@@ -104,7 +104,7 @@ def new_entry(
             "palio new", "--base-model", base_model, "write hub:org/name@<commit>, path:… or gguf:…"
         )
     rules = load_rules(Path(competition.rules))
-    own = TEAMS / path.stem
+    own = Resources().teams / path.stem
     sources = ""
     if kind != "server":
         sources = _sources(own, data, licence, url, rules)

@@ -27,9 +27,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from palio.config import Competition, Entry, RuleSet, expand, load_entry, load_rules
+from palio.config import Competition, Entry, RuleSet, expand, load_competition, load_entry, load_rules
 from palio.demo.data import write_demo_sources
 from palio.errors import BadInput, Crashed
+from palio.layout import CONFIG, ENTRIES, RULESET, TEAMS, EntryFolder, Project, Resources
 from palio.provenance import write_text
 from palio.records import StepFailure, read_record
 
@@ -39,22 +40,19 @@ INSTANCES = 4
 """Of each scenario of the open stage."""
 PROGRAM_SECONDS = 120
 """What a team's own training program is given, in place of the track's budget."""
-SAMPLE = Path("config/competition.yaml")
-DEMO_SOURCES = Path("resources/demo_sources")
 
 
 @dataclass(frozen=True)
 class Rehearsal:
     """A rehearsed entry: where its records lie, and what was left out of it."""
 
-    folder: Path
-    entry_dir: Path
+    folder: EntryFolder
     competition: Competition
-    """The small one."""
+    """The competition at reduced scale."""
 
 
 def rehearse(file: Path, competition: Competition, out: Path) -> Rehearsal:
-    """Run the entry in small under `out`; a second call goes on where the first stopped.
+    """Run the entry at reduced scale under `out`; a second call goes on where the first stopped.
 
     Raises:
         BadInput: there is no workflow here, or a source is missing.
@@ -63,37 +61,39 @@ def rehearse(file: Path, competition: Competition, out: Path) -> Rehearsal:
     if not Path("Snakefile").is_file():
         raise BadInput("Snakefile", "", None, "no workflow here; run palio try in a clone of Palio")
     entry = load_entry(file)
-    folder = out / file.stem
-    small = small_competition(competition, entry, folder)
-    _write(small, small_rules(load_rules(Path(competition.rules))), folder)
-    write_text(folder / f"config/entries/{file.stem}.yaml", _yaml(small_entry(entry, folder)))
-    shared = folder / "resources/base_models"
-    Path("resources/base_models").mkdir(parents=True, exist_ok=True)
-    if not shared.exists():
-        shared.parent.mkdir(parents=True, exist_ok=True)
-        shared.symlink_to(Path("resources/base_models").resolve(), target_is_directory=True)
-    entry_dir = folder / "results" / entry.track / file.stem
-    _snakemake(folder, f"results/{entry.track}/{file.stem}/open.json", entry_dir)
-    with chdir(folder):
-        from palio.config import load_competition
+    project = Project(out / file.stem)
+    small = small_competition(competition, entry)
+    shutil.rmtree(project.config.parent, ignore_errors=True)
+    write_text(project.config, _yaml(small))
+    rules = small_rules(load_rules(Path(competition.rules)))
+    write_text(project.ruleset, _yaml(rules.model_dump(mode="json", exclude_none=True)))
+    write_text(project.entry_file(file.stem), _yaml(small_entry(entry, project)))
+    shared, own = Resources().base_models, project.resources.base_models
+    shared.mkdir(parents=True, exist_ok=True)
+    if not own.exists():
+        own.parent.mkdir(parents=True, exist_ok=True)
+        own.symlink_to(shared.resolve(), target_is_directory=True)
+    folder = project.results.entry(entry.track, file.stem)
+    _snakemake(project, folder)
+    with chdir(project.path):
+        return Rehearsal(folder, load_competition(CONFIG))
 
-        return Rehearsal(folder, entry_dir, load_competition(SAMPLE))
 
-
-def _snakemake(folder: Path, target: str, entry_dir: Path) -> None:
+def _snakemake(project: Project, folder: EntryFolder) -> None:
+    target = folder.stage_record("open").relative_to(project.path)
     command = [
         *(sys.executable, "-m", "snakemake", "--profile", "local", "--snakefile", "Snakefile"),
-        *("--directory", str(folder), "--configfile", str(folder / SAMPLE), "--", target),
+        *("--directory", str(project.path), "--configfile", str(project.config), "--", str(target)),
     ]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"}
-    with (folder / "snakemake.log").open("w", encoding="utf-8") as log:
+    with project.log.open("w", encoding="utf-8") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
     if done.returncode == 0:
         return
-    for path in sorted((entry_dir / "work/failures").glob("*.json")):
+    for path in sorted(folder.failures.glob("*.json")):
         why = read_record(StepFailure, path)
         raise Crashed(f"step {why.step} did not finish ({why.state.value}): {why.reason}; log: {why.log}")
-    raise Crashed(f"the workflow did not finish: {_said(folder / 'snakemake.log')}")
+    raise Crashed(f"the workflow did not finish: {_said(project.log)}")
 
 
 def _said(log: Path) -> str:
@@ -106,7 +106,7 @@ def _said(log: Path) -> str:
 # --- the small competition -----------------------------------------------------------------------------
 
 
-def small_competition(competition: Competition, entry: Entry, folder: Path) -> dict[str, Any]:
+def small_competition(competition: Competition, entry: Entry) -> dict[str, Any]:
     """The competition's content with few instances and short limits, paths from anywhere, one track."""
     content = competition.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
     track = content["tracks"][entry.track] | {"training_margin": "10m"}
@@ -121,8 +121,8 @@ def small_competition(competition: Competition, entry: Entry, folder: Path) -> d
             scenario["questions"] = INSTANCES
     return content | {
         "demo": True,  # the closed stage is not run: there is nothing to keep
-        "entries": ["config/entries"],
-        "rules": "config/rules.yaml",
+        "entries": [ENTRIES],
+        "rules": RULESET,
         "closed_store": "private",
         "tracks": {entry.track: track},
         "withdrawn": {},
@@ -134,25 +134,25 @@ def small_competition(competition: Competition, entry: Entry, folder: Path) -> d
 def small_rules(rules: RuleSet) -> RuleSet:
     """The same rules, for entries whose files are named by their whole path."""
     folders = [str(Path(folder).resolve()) for folder in rules.team_folders]
-    return rules.model_copy(update={"team_folders": (*folders, "resources/teams")})
+    return rules.model_copy(update={"team_folders": (*folders, TEAMS)})
 
 
-def small_entry(entry: Entry, folder: Path) -> dict[str, Any]:
+def small_entry(entry: Entry, project: Project) -> dict[str, Any]:
     """The entry's content with the heads of its sources and few steps."""
     content = entry.model_dump(mode="json", exclude_none=True)
-    heads = folder / "resources/teams/heads"
+    heads, made = project.resources.teams / "heads", Resources().demo_sources
     for index, source in enumerate(content.get("dataset", {}).get("sources", [])):
         path = Path(source.get("path", ""))
         if "hub" in source or path.is_dir():  # read whole: what `datasets` holds has no head to cut off
             if path.is_dir() and "path" in source:
                 source["path"] = str(path.resolve())
             continue
-        if not path.is_file() and path.parent == DEMO_SOURCES:
-            write_demo_sources(DEMO_SOURCES, seed=7)
+        if not path.is_file() and path.parent == made:
+            write_demo_sources(made, seed=7)
         head = heads / f"{index}-{path.name}"
         write_head(path, head, SOURCE_ROWS)
         source.setdefault("name", entry.dataset.sources[index].label if entry.dataset else "")
-        source["path"] = str(head.relative_to(folder))
+        source["path"] = str(head.relative_to(project.path))
     if "finetune" in content:
         content["finetune"]["max_steps"] = min(content["finetune"].get("max_steps") or STEPS, STEPS)
         content["finetune"]["validation_rows"] = min(content["finetune"]["validation_rows"], 8)
@@ -190,12 +190,6 @@ def _lines(stream: Any) -> Iterator[bytes]:
         yield from (line + b"\n" for line in whole)
     if rest:
         yield rest
-
-
-def _write(competition: dict[str, Any], rules: RuleSet, folder: Path) -> None:
-    shutil.rmtree(folder / "config", ignore_errors=True)
-    write_text(folder / SAMPLE, yaml.safe_dump(competition, sort_keys=False))
-    write_text(folder / "config/rules.yaml", _yaml(rules.model_dump(mode="json", exclude_none=True)))
 
 
 def _yaml(content: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from palio.config import Competition, Entry
 from palio.errors import BadInput
+from palio.layout import EntryFolder
 from palio.packaging.verify import findings_lines, verify_package
 from palio.participant.estimate import estimate, measure, rows_of
 from palio.participant.rehearsal import Rehearsal
@@ -22,13 +23,13 @@ def summary(
     rehearsal: Rehearsal, entry: Entry, competition: Competition, panel: Path | None
 ) -> Iterator[str]:
     """Curation, package, probe, open answers, place in the panel, and what the whole would take."""
-    at = rehearsal.entry_dir
-    if (at / "dataset/manifest.json").is_file():
-        dataset = read_record(DatasetManifest, at / "dataset/manifest.json")
+    at = rehearsal.folder
+    if at.dataset.manifest.is_file():
+        dataset = read_record(DatasetManifest, at.dataset.manifest)
         read = sum(source.rows for source in dataset.sources)
         yield f"curation: {dataset.rows} of the first {read} rows kept"
     yield from _package(at, rehearsal, entry)
-    probe = read_record(ProbeReport, at / "probe.json")
+    probe = read_record(ProbeReport, at.probe)
     yield f"probe: {sum(one.state == 'pass' for one in probe.checks)} of {len(probe.checks)} checks passed"
     for check in probe.checks:
         if check.state == "fail":
@@ -37,18 +38,18 @@ def summary(
     yield from _whole_run(at, entry, competition, probe)
 
 
-def _package(at: Path, rehearsal: Rehearsal, entry: Entry) -> Iterator[str]:
-    if read_record(PackageManifest, at / "package.json").kind != "model":
+def _package(at: EntryFolder, rehearsal: Rehearsal, entry: Entry) -> Iterator[str]:
+    if read_record(PackageManifest, at.package_manifest).kind != "model":
         return
     track = rehearsal.competition.tracks[entry.track]
-    for line in findings_lines(verify_package(at / "package", track=track, load=False)):
+    for line in findings_lines(verify_package(at.package, track=track, load=False)):
         if not line.startswith("skipped"):
             yield f"package: {line}"
 
 
-def _scores(at: Path, rehearsal: Rehearsal, panel: Path | None) -> Iterator[str]:
-    record = read_record(StageRecord, at / "open.json")
-    table = pq.read_table(at / "helm/open/metrics.parquet")
+def _scores(at: EntryFolder, rehearsal: Rehearsal, panel: Path | None) -> Iterator[str]:
+    record = read_record(StageRecord, at.stage_record("open"))
+    table = pq.read_table(at.tables("open").metrics)
     cells = stage_cells(rehearsal.competition, "open", record.runs, table)
     columns = columns_of(rehearsal.competition, "open")
     for column, cell in zip(columns, cells, strict=True):
@@ -66,7 +67,7 @@ def _scores(at: Path, rehearsal: Rehearsal, panel: Path | None) -> Iterator[str]
     yield from (f"  {value:.3f}  {name}" for name, value in scores.items())
 
 
-def _whole_run(at: Path, entry: Entry, competition: Competition, probe: ProbeReport) -> Iterator[str]:
+def _whole_run(at: EntryFolder, entry: Entry, competition: Competition, probe: ProbeReport) -> Iterator[str]:
     track = competition.tracks[entry.track]
     if probe.projected_seconds is not None:
         per_request = probe.projected_seconds / max(1, probe.planned_requests)
@@ -74,8 +75,8 @@ def _whole_run(at: Path, entry: Entry, competition: Competition, probe: ProbeRep
     measured = measure(at)
     if measured is None or entry.finetune is None or entry.dataset is None:
         return
-    config = json.loads((at / "package/config.json").read_text(encoding="utf-8"))
-    manifest = read_record(DatasetManifest, at / "dataset/manifest.json")
+    config = json.loads((at.package / "config.json").read_text(encoding="utf-8"))
+    manifest = read_record(DatasetManifest, at.dataset.manifest)
     told_rows = {source.name: source.rows for source in manifest.sources}
     rows = sum(
         rows_of(Path(source.path)) if source.path and Path(source.path).is_file() else told_rows[source.label]

@@ -14,6 +14,7 @@ from typing import Any
 from palio import __version__
 from palio.config import Competition, load_entry
 from palio.errors import BadInput
+from palio.layout import Project
 from palio.provenance import folder_sha256, write_json
 
 METADATA = "ro-crate-metadata.json"
@@ -104,7 +105,7 @@ def _entry(owner: str, inside: list[str], folder: Path, teams: dict[str, str]) -
         "hasPart": [{"@id": path} for path in inside],
     }
     try:
-        team = load_entry(folder / f"config/entries/{name}.yaml").team
+        team = load_entry(Project(folder).entry_file(name)).team
     except BadInput:  # the entry file was never valid: its team is not known
         return dataset
     dataset["creator"] = {"@id": teams.setdefault(team, f"#team-{len(teams) + 1}")}

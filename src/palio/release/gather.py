@@ -18,35 +18,27 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import yaml
 
-from palio.config import STAGES, Competition, entry_files, expand
+from palio.config import STAGES, Competition, expand
+from palio.entries import Entries
 from palio.errors import BadInput, PalioError
+from palio.layout import ENTRIES, ENVIRONMENT_LOCK, RULESET, Boards, EntryFolder, Project, Results
 from palio.packaging.container import write_container
+from palio.pipeline import STEPS
 from palio.provenance import write_json, write_text
 from palio.records import INSTANCES_SCHEMA, METRICS_SCHEMA
 from palio.release.crate import METADATA, describe
 
-ENTRY_FILES = (
-    "check.json",
-    "dataset/manifest.json",
-    "dataset/card.md",
-    "contamination.json",
-    "adapter.json",
-    "train.parquet",
-    "package.json",
-    "probe.json",
-    *(f"{stage}.json" for stage in STAGES),
-)
 TABLES = {"metrics.parquet": METRICS_SCHEMA, "instances.parquet": INSTANCES_SCHEMA}
 """HELM's tables of a stage. Their schemas hold ids and numbers; a table with another column is not taken."""
 RUN_FACTS_LEFT_OUT = ("host", "slurm_job_id", "fingerprint")
-LEADERBOARD_SUFFIXES = (".json", ".csv", ".parquet", ".md", ".tex", ".analysis.json", ".analysis.md")
+LEADERBOARD_SUFFIXES = ("json", "csv", "parquet", "md", "tex", "analysis.json", "analysis.md")
 REPORT_SUFFIXES = (".html", ".svg", ".png", ".csv", ".json", ".md", ".tex", ".parquet")
 TEXT_SUFFIXES = (".json", ".yaml", ".conf", ".md", ".csv", ".tex", ".html", ".svg", ".txt", ".lock", ".py")
 SECRETS = re.compile(
@@ -77,7 +69,9 @@ class Leak(PalioError):
     """Something that must not be public is in the release, which is therefore not made."""
 
 
-def gather(competition: Competition, *, results: Path, leaderboards: Path, report: Path, out: Path) -> Path:
+def gather(
+    competition: Competition, *, results: Results, leaderboards: Boards, report: Path, out: Path
+) -> Path:
     """Make the release in the folder `out`, which must not exist or be an earlier release.
 
     Raises:
@@ -85,79 +79,74 @@ def gather(competition: Competition, *, results: Path, leaderboards: Path, repor
         Leak: a file holds a text of the closed stage or a credential.
     """
     if out.exists() and any(out.iterdir()) and not (out / METADATA).is_file():
-        raise BadInput(out, "", None, "is there and is no release; name another folder")
-    building = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+        raise BadInput(out, "", None, "already exists and is not a release; name another folder")
+    building = Project(out.with_name(f".{out.name}.tmp"))
+    shutil.rmtree(building.path, ignore_errors=True)
+    building.path.mkdir(parents=True)
     try:
-        files = entry_files(competition)
-        _config(competition, files, building)
-        for track in competition.tracks:
-            _leaderboard(track, leaderboards, building / "results/leaderboard")
-            for entry in files:
-                _entry(results / track / entry, building / "results" / track / entry)
-        _take_tree(report, building / "results/report")
-        write_container(building / "container")
-        if Path("envs/lock.txt").is_file():
-            _take(Path("envs/lock.txt"), building / "lock.txt")
-        write_text(building / "README.md", _readme(competition, list(files)))
-        search_for_leaks(building, _closed_lines(competition))
-        describe(building, competition)
+        entries = Entries(competition)
+        _config(competition, entries.files, building)
+        for track_id in competition.tracks:
+            _leaderboard(track_id, leaderboards, building.results.leaderboards)
+            for entry_id in entries:
+                _entry(results.entry(track_id, entry_id), building.results.entry(track_id, entry_id))
+        _take_tree(report, building.results.report)
+        write_container(building.container)
+        if ENVIRONMENT_LOCK.is_file():
+            _take(ENVIRONMENT_LOCK, building.environment_lock)
+        write_text(building.readme, _readme(competition, list(entries)))
+        search_for_leaks(building.path, _closed_lines(competition))
+        describe(building.path, competition)
         shutil.rmtree(out, ignore_errors=True)
-        building.rename(out)
+        building.path.rename(out)
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(building.path, ignore_errors=True)
     return out
 
 
 # --- what goes in ------------------------------------------------------------------------------------
 
 
-def _config(competition: Competition, files: dict[str, Path], out: Path) -> None:
+def _config(competition: Competition, files: Mapping[str, Path], release: Project) -> None:
     """The config with paths inside the release. A run file from outside the workflow's folder stays away."""
     content = competition.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
-    content |= {"entries": ["config/entries"], "rules": "config/rules.yaml", "closed_store": "~/palio-closed"}
+    content |= {"entries": [ENTRIES], "rules": RULESET, "closed_store": "~/palio-closed"}
     for stage in STAGES:
         for name, scenario in content["stages"][stage]["scenarios"].items():
             path = expand(scenario["run_entries"])
             inside = f"config/helm/{stage}/{name}.conf"
             if path.is_file() and path.resolve().is_relative_to(Path.cwd().resolve()):
-                _take(path, out / inside)
+                _take(path, release.path / inside)
             scenario["run_entries"] = inside
-    write_text(out / "config/config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-    _take(Path(competition.rules), out / "config/rules.yaml")
-    for name, path in files.items():
-        _take(path, out / f"config/entries/{name}.yaml")
+    write_text(release.config, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    _take(Path(competition.rules), release.ruleset)
+    for entry_id, path in files.items():
+        _take(path, release.entry_file(entry_id))
 
 
-def _entry(folder: Path, out: Path) -> None:
-    for name in ENTRY_FILES:
-        if (folder / name).is_file():
-            _take(folder / name, out / name)
-    for path in sorted(folder.glob("*.run.json")):
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        write_json(
-            out / path.name, {key: value for key, value in facts.items() if key not in RUN_FACTS_LEFT_OUT}
+def _entry(folder: EntryFolder, out: EntryFolder) -> None:
+    for step in STEPS:
+        for path in (path for path in step.released(folder) if path.is_file()):
+            schema = TABLES.get(path.name)
+            if schema and not pq.read_schema(path).equals(schema):
+                raise Leak(f"{path} has other columns than the tables of a stage; run {step.rule} again")
+            _take(path, out.path / path.relative_to(folder.path))
+        if (path := folder.run_facts(step.name)).is_file():
+            facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            kept = {key: value for key, value in facts.items() if key not in RUN_FACTS_LEFT_OUT}
+            write_json(out.run_facts(step.name), kept)
+        if (path := folder.failure(step.name)).is_file():
+            _take(path, out.failure(step.name))
+
+
+def _leaderboard(track_id: str, boards: Boards, out: Boards) -> None:
+    if not boards.leaderboard(track_id).is_file():
+        raise BadInput(
+            boards.leaderboard(track_id), "", None, "no such leaderboard; run the workflow to its end"
         )
-    for path in sorted((folder / "work" / "failures").glob("*.json")):
-        _take(path, out / "work" / "failures" / path.name)
-    for stage in STAGES:
-        for name, schema in TABLES.items():
-            table = folder / "helm" / stage / name
-            if table.is_file():
-                if not pq.read_schema(table).equals(schema):
-                    raise Leak(
-                        f"{table} has other columns than the tables of a stage; run helm_{stage} again"
-                    )
-                _take(table, out / "helm" / stage / name)
-
-
-def _leaderboard(track: str, folder: Path, out: Path) -> None:
-    if not (folder / f"{track}.json").is_file():
-        raise BadInput(folder / f"{track}.json", "", None, "no such leaderboard; run the workflow to its end")
     for suffix in LEADERBOARD_SUFFIXES:
-        if (folder / f"{track}{suffix}").is_file():
-            _take(folder / f"{track}{suffix}", out / f"{track}{suffix}")
+        if (path := boards.table(track_id, suffix)).is_file():
+            _take(path, out.table(track_id, suffix))
 
 
 def _take_tree(folder: Path, out: Path) -> None:
@@ -182,10 +171,10 @@ def _readme(competition: Competition, entries: list[str]) -> str:
 
 def _closed_lines(competition: Competition) -> list[bytes]:
     """The longest line of every closed instance, where the closed store is at hand."""
-    store = expand(competition.closed_store) / competition.competition / "stage" / "instances.parquet"
-    if not store.is_file():
+    instances = competition.store.stage.instances
+    if not instances.is_file():
         return []
-    texts = pq.read_table(store, columns=["text"])["text"].to_pylist()
+    texts = pq.read_table(instances, columns=["text"])["text"].to_pylist()
     lines = {max(text.splitlines() or [""], key=len).strip() for text in texts}
     return sorted(line.encode() for line in lines if len(line) >= SHORTEST_TEXT)
 

@@ -13,7 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from palio.config import STAGES, Competition, Entry, load_entries
+from palio.config import Competition, Entry
+from palio.entries import AnyEntry, Entries
+from palio.layout import Boards, EntryFolder, Results
+from palio.pipeline import LIMITED
 from palio.provenance import atomic_path, fingerprint, write_text
 from palio.records import Analysis, Leaderboard, PublishedFigures, read_record
 from palio.report.figures import BudgetUse
@@ -33,23 +36,20 @@ ROUND_TITLES = {
 """Of the published leaderboards, in the order of the page."""
 
 
-def build_report(competition: Competition, *, results: Path, leaderboards: Path, out: Path) -> None:
-    """Report on the leaderboards (or standings) in the folder `leaderboards`.
+def build_report(competition: Competition, *, results: Results, leaderboards: Boards, out: Path) -> None:
+    """Report on leaderboards or standings.
 
     Raises:
         BadInput: a track has no leaderboard there.
     """
-    entries = load_entries(competition)
+    entries = Entries(competition)
     listed = max(5, ROWS_LISTED // (TYPICAL_OPERATIONS * max(len(entries), 1)))
     tracks = []
     for track, settings in competition.tracks.items():
-        board, analysis = read_board(leaderboards / f"{track}.json")
-        limits = {
-            "finetune": settings.training_budget,
-            **{stage: competition.stage(stage).time_limit for stage in STAGES},
-        }
+        board, analysis = read_board(leaderboards, track)
+        limits = {step.name: step.limit(competition, track).seconds for step in LIMITED if step.limit}
         of = [
-            _with_files(one, entries.get(one.id), results / track / one.id, limits, listed)
+            _with_files(one, entries.get(one.id), results.entry(track, one.id), limits, listed)
             for one in entry_reports(board)
         ]
         tracks.append(TrackReport(track, settings.title, board, analysis, of))
@@ -70,10 +70,10 @@ def published_report(
     write_report("NeurIPS 2023, recomputed", tracks, out, paper_figures(paper))
 
 
-def read_board(path: Path) -> tuple[Leaderboard, Analysis | None]:
+def read_board(boards: Boards, track: str) -> tuple[Leaderboard, Analysis | None]:
     """A leaderboard and the analysis beside it, if there is one of just this leaderboard."""
-    board = read_record(Leaderboard, path)
-    beside = path.with_suffix(".analysis.json")
+    board = read_record(Leaderboard, boards.leaderboard(track))
+    beside = boards.analysis(track)
     analysis = read_record(Analysis, beside) if beside.exists() else None
     if analysis and analysis.leaderboard_fingerprint != fingerprint(board.model_dump(mode="json")):
         analysis = None
@@ -87,8 +87,10 @@ def entry_reports(board: Leaderboard) -> list[EntryReport]:
 
 
 def _with_files(
-    one: EntryReport, entry: Entry | None, folder: Path, limits: Mapping[str, int], listed: int
+    one: EntryReport, entry: AnyEntry | None, folder: EntryFolder, limits: Mapping[str, int], listed: int
 ) -> EntryReport:
+    if not isinstance(entry, Entry):
+        entry = None
     if one.stopped:
         why = f"the entry stopped at {one.stopped.step}" if one.stopped.step else one.stopped.reason
     elif entry and entry.server:
@@ -97,7 +99,7 @@ def _with_files(
         why = "the base model as it is: no training data, no fine-tuning"
     else:
         why = "the step left no record"
-    files = read_entry(folder, STAGES, why, listed)
+    files = read_entry(folder, why, listed)
     used = {
         step: (float(seconds), float(limit))
         if (seconds := seconds_used(files.runs[step])) is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from palio.errors import BadInput
+from palio.layout import STAGES, EntryFolder
+from palio.pipeline import STEPS
 from palio.records import (
     AdapterManifest,
     Check,
@@ -87,11 +88,11 @@ class EntryFiles:
     probe: ProbeReport | Missing
     stages: dict[str, StageRecord | Missing]
     runs: dict[str, dict[str, Any] | Missing]
-    """The sidecars: what finetune, package, open and closed took."""
+    """The sidecars: what each step took."""
 
 
-def read_entry(folder: Path, stages: Sequence[str], why_missing: str, listed: int) -> EntryFiles:
-    """Read an entry's folder, results/<track>/<entry>.
+def read_entry(folder: EntryFolder, why_missing: str, listed: int) -> EntryFiles:
+    """Read an entry's folder.
 
     Args:
         why_missing: the reason for what is not there.
@@ -99,16 +100,16 @@ def read_entry(folder: Path, stages: Sequence[str], why_missing: str, listed: in
     """
     found = _Reader(folder, why_missing)
     return EntryFiles(
-        check=found.record(Check, "check.json"),
-        dataset=found.record(DatasetManifest, "dataset/manifest.json"),
-        dropped=dropped_rows(folder / "dataset" / "dropped.parquet", listed),
-        contamination=found.record(Contamination, "contamination.json"),
-        adapter=found.record(AdapterManifest, "adapter.json"),
+        check=found.record(Check, folder.check),
+        dataset=found.record(DatasetManifest, folder.dataset.manifest),
+        dropped=dropped_rows(folder.dataset.dropped, listed),
+        contamination=found.record(Contamination, folder.contamination),
+        adapter=found.record(AdapterManifest, folder.adapter_manifest),
         telemetry=found.telemetry(),
-        package=found.record(PackageManifest, "package.json"),
-        probe=found.record(ProbeReport, "probe.json"),
-        stages={stage: found.record(StageRecord, f"{stage}.json") for stage in stages},
-        runs={step: found.sidecar(step) for step in ("finetune", "package", *stages)},
+        package=found.record(PackageManifest, folder.package_manifest),
+        probe=found.record(ProbeReport, folder.probe),
+        stages={stage: found.record(StageRecord, folder.stage_record(stage)) for stage in STAGES},
+        runs={step.name: found.sidecar(step.name) for step in STEPS},
     )
 
 
@@ -117,26 +118,26 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 @dataclass(frozen=True)
 class _Reader:
-    folder: Path
+    folder: EntryFolder
     why_missing: str
 
-    def record(self, model: type[AnyRecord], name: str) -> AnyRecord | Missing:
-        if not (self.folder / name).exists():
+    def record(self, model: type[AnyRecord], path: Path) -> AnyRecord | Missing:
+        if not path.exists():
             return Missing(self.why_missing)
         try:
-            return read_record(model, self.folder / name)
+            return read_record(model, path)
         except BadInput as error:
             return Missing(str(error))
 
     def sidecar(self, step: str) -> dict[str, Any] | Missing:
         try:
-            content: dict[str, Any] = json.loads((self.folder / f"{step}.run.json").read_text("utf-8"))
+            content: dict[str, Any] = json.loads(self.folder.run_facts(step).read_text("utf-8"))
         except (FileNotFoundError, ValueError):
             return Missing(self.why_missing)
         return content
 
     def telemetry(self) -> Telemetry | Missing:
-        path = self.folder / "train.parquet"
+        path = self.folder.telemetry
         columns = list(Telemetry.__dataclass_fields__)
         try:
             table = pq.read_table(path, columns=columns)

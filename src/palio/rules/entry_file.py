@@ -15,11 +15,9 @@ from pathlib import Path
 
 from palio.config import (
     ID_PATTERN,
-    CheckedAgainst,
     Decontaminate,
     DropSemanticDuplicates,
     Entry,
-    EntryFolders,
     Fault,
     RuleSet,
     faults,
@@ -28,13 +26,14 @@ from palio.config import (
     read_yaml,
 )
 from palio.errors import BadInput, RuleViolation
+from palio.layout import Resources
 from palio.records import Check, Violation
 from palio.rules.check import approved_model, violations
 from palio.rules.lineage import lineage_violations, model_facts
 from palio.rules.neighbours import Participants, violations_among
+from palio.settings import CheckedAgainst, EntryFolders
 
-BASE_MODELS = Path("resources/base_models")
-OPEN_STAGE = "resources/stages/open"
+RESOURCES = Resources()
 HEAD = 1 << 16
 """Bytes of a source by which, with its size, it is told from others."""
 
@@ -62,6 +61,12 @@ class Checked:
             raise EntryViolations(self.file, self.violations)
         return self.record
 
+    def lines(self) -> list[str]:
+        """One line for each violation and notice, or that the file is clean."""
+        lines = [f"notice: {self.file}: {notice}" for notice in self.notices]
+        lines += [f"error: {self.file}: {violation}" for violation in self.violations]
+        return lines if self.record is None else [*lines, f"{self.file}: clean"]
+
 
 def check_file(file: Path, against: CheckedAgainst, among: EntryFolders | None = None) -> Checked:
     """Hold one entry file against the rules, beside the entries among which it is (default: its folder's)."""
@@ -72,8 +77,8 @@ def check_file(file: Path, against: CheckedAgainst, among: EntryFolders | None =
     rules = _rules(Path(against.rules))
     others = participants(among or EntryFolders(folders=(str(file.parent.resolve()),)))
     broken, notices = violations_among(file.stem, entry, rules, others.beside(file.stem))
-    found = [*violations(entry, rules, tracks=against.tracks), *broken, *_places(entry, rules)]
-    for folder in (BASE_MODELS / entry.base_model.id / "model", Path(entry.base_model.path or os.devnull)):
+    found = [*violations(entry, rules, tracks=against.track_ids), *broken, *_places(entry, rules)]
+    for folder in (RESOURCES.base_model(entry.base_model.id).model, Path(entry.base_model.path or os.devnull)):
         if folder.is_dir():
             found += lineage_violations(entry.base_model, model_facts(folder), rules)
             break
@@ -81,7 +86,7 @@ def check_file(file: Path, against: CheckedAgainst, among: EntryFolders | None =
     if found or family is None:
         return Checked(file, found, notices)
     record = Check(
-        competition=against.competition,
+        competition=against.competition_id,
         track=entry.track,
         entry=file.stem,
         rules_version=rules.version,
@@ -178,7 +183,7 @@ def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
                 fix=f"put it into a folder of your team there, {rules.team_folders[0]}/<team>/",
             )
     for index, operation in enumerate(entry.dataset.operations if entry.dataset else ()):
-        if isinstance(operation, Decontaminate) and not _inside(operation.instances, (OPEN_STAGE,)):
+        if isinstance(operation, Decontaminate) and not _inside(operation.instances, (str(RESOURCES.open_stage),)):
             yield Violation(
                 rule="data.path",
                 key=f"dataset.operations.{index}.instances",

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from palio.config import Competition, Metric
 from palio.errors import BadInput
+from palio.layout import Results, Stage, stage_named
 from palio.provenance import file_sha256, fingerprint
 from palio.records import Analysis, Contamination, Leaderboard, read_record
 from palio.scoring.overfitting import overfitting
@@ -56,7 +57,7 @@ def analyse(
 def analyse_track(
     competition: Competition,
     board: Leaderboard,
-    results: Path,
+    results: Results,
     *,
     replicates: int = REPLICATES,
     seed: int = 0,
@@ -78,14 +79,13 @@ def analyse_track(
     )
 
 
-def _contamination(board: Leaderboard, results: Path) -> dict[str, Contamination | str]:
+def _contamination(board: Leaderboard, results: Results) -> dict[str, Contamination | str]:
     found: dict[str, Contamination | str] = {}
     for one in board.entries:
-        folder = results / board.track / one.entry
-        path = folder / "contamination.json"
-        if path.exists():
-            found[one.entry] = read_record(Contamination, path)
-        elif (folder / "dataset" / "manifest.json").exists():
+        folder = results.entry(board.track, one.entry)
+        if folder.contamination.exists():
+            found[one.entry] = read_record(Contamination, folder.contamination)
+        elif folder.dataset.manifest.exists():
             found[one.entry] = "no contamination report yet"
         else:
             found[one.entry] = "no training data"
@@ -95,7 +95,7 @@ def _contamination(board: Leaderboard, results: Path) -> dict[str, Contamination
 # --- instances tables ----------------------------------------------------------------------------------
 
 
-def read_answers(competition: Competition, board: Leaderboard, results: Path) -> AnswersByScenario:
+def read_answers(competition: Competition, board: Leaderboard, results: Results) -> AnswersByScenario:
     """Every scored entry's value on every question, by (stage, scenario), from the instances tables.
 
     Raises:
@@ -103,7 +103,7 @@ def read_answers(competition: Competition, board: Leaderboard, results: Path) ->
     """
     entries = sorted(one.entry for one in board.entries)
     found: dict[tuple[str, str], ScenarioAnswers] = {}
-    for stage in dict.fromkeys(column.stage for column in board.columns):
+    for stage in dict.fromkeys(stage_named(column.stage) for column in board.columns):
         scenarios = competition.stage(stage).scenarios
         columns = [column for column in board.columns if column.stage == stage]
         metrics = [scenarios[column.scenario].metrics[column.metric] for column in columns]
@@ -132,9 +132,9 @@ EntryAnswers = tuple[NDArray[np.int64], NDArray[np.float32]]
 """Numbers of the questions that an entry has a value for, and the values."""
 
 
-def _scored_table(board: Leaderboard, results: Path, entry: str, stage: str) -> Path:
-    path = results / board.track / entry / "helm" / stage / "instances.parquet"
-    key = path.relative_to(results).as_posix()
+def _scored_table(board: Leaderboard, results: Results, entry: str, stage: Stage) -> Path:
+    path = results.entry(board.track, entry).tables(stage).instances
+    key = path.relative_to(results.root).as_posix()
     if not path.exists() or file_sha256(path) != board.inputs.get(key):
         raise BadInput(path, "", None, "is not the table that was scored; run `palio score` again")
     return path

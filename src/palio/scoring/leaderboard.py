@@ -14,8 +14,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from palio.config import STAGES, Competition, Entry
+from palio.config import STAGES, Competition
+from palio.entries import AnyEntry, BrokenEntry
 from palio.errors import BadInput, PalioError, State
+from palio.layout import EntryFolder, Results
+from palio.pipeline import steps_of
 from palio.provenance import file_sha256
 from palio.records import (
     Cell,
@@ -30,17 +33,6 @@ from palio.records import (
 from palio.scoring.columns import columns_of, stage_cells
 from palio.scoring.conventions import CONVENTIONS, Array, Convention, Missing, column_win_rates
 from palio.scoring.formula import Formula, Scores, ranks, scores_of_win_rates
-
-STEP_OUTPUTS = {
-    "check": "check.json",
-    "curate": "dataset/manifest.json",
-    "finetune": "adapter.json",
-    "package": "package.json",
-    "open": "open.json",
-    "closed": "closed.json",
-}
-"""The record each step of an entry leaves, in the order of the workflow."""
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -266,12 +258,12 @@ def _zero(columns: Sequence[Column], one: Candidate, stage: str, scenario: str) 
 def score_track(
     competition: Competition,
     track: str,
-    results: Path,
-    entries: Mapping[str, Entry | None],
+    results: Results,
+    entries: Mapping[str, AnyEntry],
     *,
     final: bool,
 ) -> Leaderboard:
-    """Score what lies in results/<track>/<entry>/. `entries`: None for a file that is not valid.
+    """Score the results of a track's entries.
 
     Standings (`final=False`) score whatever is finished; a final leaderboard needs every entry finished
     or withdrawn.
@@ -283,24 +275,26 @@ def score_track(
     found: dict[str, FinishedEntry] = {}
     missing: list[DidNotFinish] = []
     for name, entry in entries.items():
-        team = entry.team if entry else "unknown"
         if name in competition.withdrawn:
             reason = competition.withdrawn[name]
-            missing.append(DidNotFinish(entry=name, team=team, step="", state=State.WITHDRAWN, reason=reason))
+            missing.append(
+                DidNotFinish(entry=name, team=entry.team, step="", state=State.WITHDRAWN, reason=reason)
+            )
             continue
+        folder = results.entry(track, name)
         try:
-            stopped = unfinished_step(name, entry, results / track / name)
+            stopped = unfinished_step(entry, folder)
             if stopped is not None:
                 missing.append(stopped)
                 continue
-            found[name] = read_finished(competition, track, name, results)
+            found[name] = read_finished(competition, folder)
         except (PalioError, FileNotFoundError) as error:
             # A table can vanish while it is read: a job beside the standings replaces it.
             if final:
                 raise
-            missing.append(_unreadable(name, team, error))
+            missing.append(_unreadable(name, entry.team, error))
     for name, reason in _other_instances(found).items():
-        team = _team(entries[name])
+        team = entries[name].team
         missing.append(DidNotFinish(entry=name, team=team, step="open", state=State.NOT_RUN, reason=reason))
         del found[name]
     unfinished = [one for one in missing if one.state is not State.WITHDRAWN]
@@ -322,7 +316,7 @@ def score_track(
         track=track,
         columns=columns_of(competition),
         candidates=[
-            Candidate(name, _team(entries[name]), [*of.cells["open"], *of.cells["closed"]])
+            Candidate(name, entries[name].team, [*of.cells["open"], *of.cells["closed"]])
             for name, of in found.items()
         ],
         stage_weights={stage: competition.stage(stage).weight for stage in STAGES},
@@ -344,28 +338,24 @@ class FinishedEntry:
     """sha256 by path relative to the results folder."""
 
 
-def _team(entry: Entry | None) -> str:
-    return entry.team if entry else "unknown"
-
-
-def unfinished_step(name: str, entry: Entry | None, folder: Path) -> DidNotFinish | None:
+def unfinished_step(entry: AnyEntry, folder: EntryFolder) -> DidNotFinish | None:
     """The first step without a result, and why; None if the entry is finished."""
-    for step, output in STEP_OUTPUTS.items():
-        if entry is not None and entry.dataset is None and step in ("curate", "finetune"):
-            continue
-        failure = folder / "work" / "failures" / f"{step}.json"
-        if failure.exists():
+    for step in (step for step in steps_of(entry) if step.ranked):
+        state, reason, log = State.NOT_RUN, "not run yet", None
+        if (failure := folder.failure(step.name)).exists():
             why = read_record(StepFailure, failure)
-            return DidNotFinish(
-                entry=name, team=_team(entry), step=step, state=why.state, reason=why.reason, log=why.log
-            )
-        if not (folder / output).exists():
-            reason = "not run yet" if entry else "the entry file is not valid; `palio check` says why"
-            return DidNotFinish(entry=name, team=_team(entry), step=step, state=State.NOT_RUN, reason=reason)
+            state, reason, log = why.state, why.reason, why.log
+        elif isinstance(entry, BrokenEntry):
+            reason = "the entry file is not valid; `palio check` says why"
+        elif step.record(folder).exists():
+            continue
+        return DidNotFinish(
+            entry=folder.entry_id, team=entry.team, step=step.name, state=state, reason=reason, log=log
+        )
     return None
 
 
-def read_finished(competition: Competition, track: str, entry: str, results: Path) -> FinishedEntry:
+def read_finished(competition: Competition, folder: EntryFolder) -> FinishedEntry:
     """Read both stages of one entry and hold its tables against its records.
 
     Raises:
@@ -373,26 +363,25 @@ def read_finished(competition: Competition, track: str, entry: str, results: Pat
     """
     records, cells, inputs = {}, {}, {}
     for stage in STAGES:
-        path = results / track / entry / f"{stage}.json"
+        path, tables = folder.stage_record(stage), folder.tables(stage)
         record = read_record(StageRecord, path)
         told = (record.competition, record.track, record.entry, record.stage)
-        if told != (competition.competition, track, entry, stage):
+        if told != (competition.competition, folder.track_id, folder.entry_id, stage):
             raise BadInput(path, "", None, f"is the record of {'/'.join(told)}; run helm_{stage} again")
-        tables = path.parent / "helm" / stage
         wanted = {
-            tables / "metrics.parquet": record.metrics_sha256,
-            tables / "instances.parquet": record.instances_table_sha256,
+            tables.metrics: record.metrics_sha256,
+            tables.instances: record.instances_table_sha256,
         }
         for table, digest in wanted.items():
             if not table.exists():
                 raise BadInput(table, "", None, f"no such table; run helm_{stage} again")
             if file_sha256(table) != digest:
                 raise BadInput(table, "", None, f"differs from {path.name}; run helm_{stage} again")
-            inputs[table.relative_to(results).as_posix()] = digest
-        inputs[path.relative_to(results).as_posix()] = file_sha256(path)
-        metrics = tables / "metrics.parquet"
+            inputs[table.relative_to(folder.results).as_posix()] = digest
+        inputs[path.relative_to(folder.results).as_posix()] = file_sha256(path)
+        table = pq.read_table(tables.metrics)
         records[stage] = record
-        cells[stage] = stage_cells(competition, stage, record.runs, pq.read_table(metrics), str(metrics))
+        cells[stage] = stage_cells(competition, stage, record.runs, table, str(tables.metrics))
     return FinishedEntry(records, cells, inputs)
 
 
@@ -420,7 +409,7 @@ def _other_instances(found: Mapping[str, FinishedEntry]) -> dict[str, str]:
 
 
 def _blocked(
-    competition: Competition, found: Mapping[str, FinishedEntry], entries: Mapping[str, Entry | None]
+    competition: Competition, found: Mapping[str, FinishedEntry], entries: Mapping[str, AnyEntry]
 ) -> list[DidNotFinish]:
     """Under `block`, standings show an entry with a missing value as not finished."""
     blocked = []
@@ -436,7 +425,7 @@ def _blocked(
                 reason = f"{column.scenario}, {column.metric} is missing: {cell.reason}"
                 blocked.append(
                     DidNotFinish(
-                        entry=name, team=_team(entries[name]), step=stage, state=cell.state, reason=reason
+                        entry=name, team=entries[name].team, step=stage, state=cell.state, reason=reason
                     )
                 )
                 break

@@ -6,8 +6,6 @@ palio panel results/leaderboard/laptop.json     → config/panel/<competition>/<
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
 
 from palio.errors import BadInput
@@ -18,10 +16,6 @@ from palio.scoring.pool import Pool
 from palio.scoring.robustness import against_panel, reference_panel
 
 STAGE = "open"
-
-
-def panel_path(competition: str, track: str) -> Path:
-    return Path("config/panel") / competition / f"{track}.json"
 
 
 def panel_of(board: Leaderboard, members: Sequence[str] = ()) -> Panel:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from palio.errors import State
+from palio.layout import Boards
 from palio.provenance import atomic_path, write_text
 from palio.records import (
     Analysis,
@@ -30,26 +31,26 @@ from palio.records import (
 
 
 def write_leaderboard(
-    board: Leaderboard, folder: Path, analysis: Analysis | None = None, name: str | None = None
+    board: Leaderboard, boards: Boards, analysis: Analysis | None = None, name: str | None = None
 ) -> None:
-    """<folder>/<name>.{csv,parquet,md,tex} and .analysis.{md,json}, then the record <name>.json.
+    """Write <name>.{csv,parquet,md,tex} and .analysis.{md,json}, then the record <name>.json.
 
     Default name: the track's.
     """
     name = name or board.track
     rows = leaderboard_rows(board, analysis)
-    write_text(folder / f"{name}.csv", _csv(rows))
-    with atomic_path(folder / f"{name}.parquet") as temporary:
+    write_text(boards.table(name, "csv"), _csv(rows))
+    with atomic_path(boards.table(name, "parquet")) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, schema=_schema(board, analysis)), temporary)
-    write_text(folder / f"{name}.md", markdown(board, analysis))
-    write_text(folder / f"{name}.tex", latex(board, analysis))
+    write_text(boards.table(name, "md"), markdown(board, analysis))
+    write_text(boards.table(name, "tex"), latex(board, analysis))
     if analysis is None:
         for stale in ("analysis.md", "analysis.json"):
-            (folder / f"{name}.{stale}").unlink(missing_ok=True)
+            boards.table(name, stale).unlink(missing_ok=True)
     else:
-        write_text(folder / f"{name}.analysis.md", analysis_markdown(board, analysis))
-        analysis.write(folder / f"{name}.analysis.json")
-    board.write(folder / f"{name}.json")
+        write_text(boards.table(name, "analysis.md"), analysis_markdown(board, analysis))
+        analysis.write(boards.analysis(name))
+    board.write(boards.leaderboard(name))
 
 
 def _sureness(analysis: Analysis | None) -> dict[str, EntryUncertainty]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from palio.config import STAGES, Competition
 from palio.errors import BadInput
+from palio.layout import Boards, Results
 from palio.records import Analysis, Column, Leaderboard, Part, ScoredEntry, read_record
 from palio.scoring.columns import columns_of
 from palio.scoring.conventions import CONVENTIONS, Array, Missing
@@ -32,7 +33,7 @@ from palio.scoring.tables import write_leaderboard
 def rescore(
     board: Leaderboard,
     competition: Competition,
-    results: Path,
+    results: Results,
     *,
     convention: str | None = None,
     missing: str | None = None,
@@ -49,11 +50,11 @@ def rescore(
     candidates: list[Candidate] = []
     inputs: dict[str, str] = {}
     for one in board.entries:
-        finished = read_finished(competition, board.track, one.entry, results)
+        finished = read_finished(competition, results.entry(board.track, one.entry))
         for path, digest in finished.inputs.items():
             if board.inputs.get(path) != digest:
                 raise BadInput(
-                    results / path,
+                    results.root / path,
                     "",
                     None,
                     "changed since the leaderboard was made; run `palio score` instead",
@@ -76,21 +77,21 @@ def rescore(
     )
 
 
-def write_version(board: Leaderboard, folder: Path, analysis: Analysis | None = None) -> Path:
-    """<folder>/versions/<track>.v<n>.json and its tables, n from 2: the leaderboard itself is the first.
+def write_version(board: Leaderboard, boards: Boards, analysis: Analysis | None = None) -> Path:
+    """Write versions/<track>.v<n>.json and its tables, n from 2: the leaderboard itself is the first.
 
     A leaderboard equal to an earlier version is not written again; its path is returned.
     """
-    versions = folder / "versions"
+    versions = boards.versions
     numbers = {}
-    for path in sorted(versions.glob(f"{board.track}.v*.json")):
+    for path in sorted(versions.path.glob(f"{board.track}.v*.json")):
         if found := re.fullmatch(re.escape(board.track) + r"\.v(\d+)\.json", path.name):
             numbers[int(found[1])] = path
             if read_leaderboard(path) == board:
                 return path
     name = f"{board.track}.v{max(numbers, default=1) + 1}"
     write_leaderboard(board, versions, analysis, name)
-    return versions / f"{name}.json"
+    return versions.leaderboard(name)
 
 
 def read_leaderboard(path: Path) -> Leaderboard:
