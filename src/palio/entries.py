@@ -1,0 +1,97 @@
+"""The entries of a competition: every entry file is found here, and read once.
+
+A file that cannot be read, is not valid, or names an unknown track is a `BrokenEntry`. It is shown in the
+competition's first track, stops nobody else, and its own check says what is wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from palio.config import ID_PATTERN, Competition, Entry, load_entry
+from palio.errors import BadInput
+
+UNKNOWN_TEAM = "unknown"
+
+
+@dataclass(frozen=True)
+class BrokenEntry:
+    """An entry file that is not an entry of the competition."""
+
+    track: str
+    """The track that shows it."""
+    fault: BadInput
+    team: str = UNKNOWN_TEAM
+
+
+AnyEntry = Entry | BrokenEntry
+
+
+def entry_files(folders: Iterable[str], file: str | Path = "config") -> dict[str, Path]:
+    """Find the path of every entry file by entry id, sorted by id.
+
+    Raises:
+        BadInput: a folder does not exist, a file's name is not an id, or two files share one; `file` is the
+            config that names the folders.
+    """
+    paths: dict[str, Path] = {}
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise BadInput(file, "entries", folder, "no such folder; create it or correct the path")
+        for path in sorted(Path(folder).glob("*.y*ml")):
+            if not ID_PATTERN.fullmatch(path.stem) or path.suffix != ".yaml":
+                raise BadInput(path, "", None, "rename it to <id>.yaml, the id of letters, digits, - and _")
+            if path.stem in paths:
+                raise BadInput(path, "id", path.stem, f"is taken by {paths[path.stem]}; rename one of them")
+            paths[path.stem] = path
+    return dict(sorted(paths.items()))
+
+
+class Entries(Mapping[str, AnyEntry]):
+    """Entries by id, sorted; withdrawn ones included. A file is read when it is first asked for: a job of
+    one entry reads no other's."""
+
+    def __init__(self, competition: Competition, file: str | Path = "config") -> None:
+        """Find the files.
+
+        Raises:
+            BadInput: as `entry_files`; no file at all; or `withdrawn` or `shards` names an unknown entry.
+        """
+        self._track_ids = tuple(competition.tracks)
+        self.files = entry_files(competition.entries, file)
+        for key in ("withdrawn", "shards"):
+            for entry_id in getattr(competition, key):
+                if entry_id not in self.files:
+                    fix = "no entry has this id; correct or remove it"
+                    raise BadInput(file, f"{key}.{entry_id}", None, fix)
+        if not self.files:
+            raise BadInput(file, "entries", None, "no entry file in these folders; add <id>.yaml")
+
+    @functools.cache  # noqa: B019 (one competition a process)
+    def __getitem__(self, entry_id: str) -> AnyEntry:
+        path = self.files[entry_id]
+        first = self._track_ids[0]
+        try:
+            entry = load_entry(path)
+        except BadInput as fault:
+            return BrokenEntry(first, fault)
+        if entry.track not in self._track_ids:
+            fault = BadInput(path, "track", entry.track, f"use one of {', '.join(self._track_ids)}")
+            return BrokenEntry(first, fault, entry.team)
+        return entry
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def by_track(self) -> dict[str, dict[str, AnyEntry]]:
+        """Return track id -> entry id -> entry."""
+        tracks: dict[str, dict[str, AnyEntry]] = {track_id: {} for track_id in self._track_ids}
+        for entry_id, entry in self.items():
+            tracks[entry.track][entry_id] = entry
+        return tracks

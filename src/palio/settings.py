@@ -1,0 +1,311 @@
+"""Settings of the steps: the slice of a competition and an entry that decides a step's result.
+
+`settings_of` is the only place that makes them. A rule passes them on as canonical JSON, its only parameter:
+a step re-runs when its settings change and at no other time. How a step runs here (`RunOptions`) is not among
+them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import PositiveInt
+
+from palio.config import (
+    Competition,
+    DatasetRecipe,
+    Decontaminate,
+    Entry,
+    FinetuneRecipe,
+    Isolation,
+    Program,
+    RuleSet,
+    ServerProgram,
+    Strict,
+    Telemetry,
+    Track,
+    expand,
+    parse,
+)
+from palio.entries import AnyEntry
+from palio.layout import ClosedStore, Resources, Stage, StageStore, stage_named
+from palio.provenance import canonical_json, fingerprint
+
+
+def slice_of(model: Strict) -> str:
+    """Return the canonical JSON of a model, without its fields that are None."""
+    return canonical_json(model.model_dump(mode="json", exclude_none=True))
+
+
+@dataclass(frozen=True)
+class PlannedEntry:
+    """One entry in its competition: everything that settings are made from."""
+
+    competition: Competition
+    rules: RuleSet
+    stage_runs: Mapping[Stage, StageRuns]
+    file: Path
+    entry_id: str
+    entry: AnyEntry
+
+    @property
+    def valid(self) -> Entry | None:
+        """The entry, if its file is valid."""
+        return self.entry if isinstance(self.entry, Entry) else None
+
+    @property
+    def base_model_id(self) -> str:
+        return self.valid.base_model.id if self.valid else "unknown"
+
+    @property
+    def limits(self) -> Track:
+        """Limits of the entry's track that decide a result: not which SLURM type its GPU is."""
+        track = self.competition.tracks[self.entry.track]
+        names = ("title", "gpu_memory_gb", "ram_gb", "cpus", "training_budget")
+        return Track.model_construct(**{name: getattr(track, name) for name in names})
+
+    @property
+    def isolation(self) -> Isolation | None:
+        """Confinement of the team's own program, if the entry has one."""
+        return self.competition.isolation if self.valid and self.valid.program else None
+
+    def fresh_start(self, step: str) -> int | None:
+        """How many fresh starts of the step `palio retry` has granted."""
+        return self.competition.retries.get(self.entry_id, {}).get(step)
+
+
+class StepSettings(Strict):
+    """What decides the result of one step of one entry."""
+
+    competition_id: str
+
+    @classmethod
+    def of(cls, planned: PlannedEntry, step: str) -> Self:
+        raise NotImplementedError
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """Parse what `slice_of` wrote. Raises BadInput."""
+        return parse(cls, json.loads(text), "--settings")
+
+
+class EntryFolders(Strict):
+    """Folders of entry files, among which a check sees an entry."""
+
+    folders: tuple[str, ...]
+    withdrawn: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, competition: Competition) -> Self:
+        return cls(folders=competition.entries, withdrawn=tuple(sorted(competition.withdrawn)))
+
+
+class CheckedAgainst(Strict):
+    """What an entry file is checked against."""
+
+    competition_id: str
+    rules: str
+    """The rule set's file."""
+    track_ids: tuple[str, ...]
+
+    @classmethod
+    def of(cls, competition: Competition) -> Self:
+        return cls(
+            competition_id=competition.competition,
+            rules=competition.rules,
+            track_ids=tuple(competition.tracks),
+        )
+
+
+class CheckSettings(StepSettings):
+    file: str
+    """The entry file."""
+    against: CheckedAgainst
+    looked_at: str
+    """Fingerprint of the rule set and of what it looks at in the entry: a learning rate re-runs no check."""
+
+    @classmethod
+    def of(cls, planned: PlannedEntry, step: str) -> Self:
+        return cls(
+            competition_id=planned.competition.competition,
+            file=str(planned.file),
+            against=CheckedAgainst.of(planned.competition),
+            looked_at=_looked_at(planned),
+        )
+
+
+def _looked_at(planned: PlannedEntry) -> str:
+    entry = planned.valid
+    if entry is None:
+        return str(planned.entry.fault)  # type: ignore[union-attr]  # a broken one
+    seen = entry.model_dump(mode="json", exclude_none=True, exclude={"finetune", "title", "dataset"})
+    seen["max_length"] = entry.finetune.max_length if entry.finetune else None
+    dataset = entry.dataset
+    sources = dataset.sources if dataset else ()
+    seen["sources"] = [source.model_dump(mode="json", exclude_none=True) for source in sources]
+    operations = dataset.operations if dataset else ()
+    seen["instances"] = [one.instances for one in operations if isinstance(one, Decontaminate)]
+    return fingerprint([seen, planned.rules.model_dump(mode="json")])
+
+
+class CurateSettings(StepSettings):
+    dataset: DatasetRecipe
+    base_model_id: str
+    """Its tokenizer counts tokens."""
+
+    @classmethod
+    def of(cls, planned: PlannedEntry, step: str) -> Self:
+        entry = planned.valid
+        assert entry is not None
+        assert entry.dataset is not None
+        return cls(
+            competition_id=planned.competition.competition,
+            dataset=entry.dataset,
+            base_model_id=planned.base_model_id,
+        )
+
+
+class ContaminationSettings(StepSettings):
+    open_store: str
+    closed_store: str
+
+    @classmethod
+    def of(cls, planned: PlannedEntry, step: str) -> Self:
+        return cls(
+            competition_id=planned.competition.competition,
+            open_store=str(planned.stage_runs["open"].store.path),
+            closed_store=str(planned.stage_runs["closed"].store.path),
+        )
+
+
+class FinetuneSettings(StepSettings):
+    """Either `recipe`, or a team's own `program` with its confinement."""
+
+    base_model_id: str
+    track: Track
+    recipe: FinetuneRecipe | None = None
+    program: Program | None = None
+    isolation: Isolation | None = None
+    network: bool = False
+    """Whether the program may reach the network."""
+    fresh_start: PositiveInt | None = None
+
+    @classmethod
+    def of(cls, planned: PlannedEntry, step: str) -> Self:
+        entry = planned.valid
+        assert entry is not None
+        return cls(
+            competition_id=planned.competition.competition,
+            base_model_id=planned.base_model_id,
+            track=planned.limits,
+            recipe=entry.finetune,
+            program=entry.command,
+            isolation=planned.isolation,
+            network=entry.command is not None and planned.rules.network_in_training,
+            fresh_start=planned.fresh_start(step),
+        )
+
+
+class PackageSettings(StepSettings):
+    base_model_id: str
+    adapter: bool
+    """Whether an adapter is merged; else the base model, or the team's server, is the package."""
+    server: ServerProgram | None = None
+
+    @classmethod
+    def of(cls, planned: PlannedEntry, step: str) -> Self:
+        entry = planned.valid
+        return cls(
+            competition_id=planned.competition.competition,
+            base_model_id=planned.base_model_id,
+            adapter=entry is not None and entry.trained,
+            server=entry.server if entry else None,
+        )
+
+
+class ScenarioRuns(Strict):
+    """HELM runs of a scenario. The digest stands for the run file's content, which may be secret."""
+
+    run_entries: str
+    max_eval_instances: PositiveInt | None = None
+    questions: PositiveInt | None = None
+    split: Literal["test", "valid"] | None = None
+    """The only split that its metrics look at; None if they look at both."""
+    sha256: str
+
+
+class StageRuns(Strict):
+    """What decides a stage's evaluation instances."""
+
+    competition: str
+    stage: Stage
+    closed_store: str
+    scenarios: dict[str, ScenarioRuns]
+
+    @property
+    def closed(self) -> ClosedStore:
+        return ClosedStore(expand(self.closed_store) / self.competition)
+
+    @property
+    def store(self) -> StageStore:
+        """The prepared stage."""
+        return Resources().open_store if self.stage == "open" else self.closed.stage
+
+
+class StageLimits(Strict):
+    """How a prepared stage is asked; see `palio.config.Stage`."""
+
+    time_limit: PositiveInt
+    """Seconds."""
+    threads: PositiveInt
+    engine: Literal["transformers", "vllm"] = "transformers"
+    unanswered: Literal["missing", "wrong"] = "missing"
+    cut_at_stop_sequences: bool = True
+
+
+class EvaluateSettings(StepSettings):
+    runs: StageRuns
+    """What is asked."""
+    limits: StageLimits
+    """How it is asked."""
+    track: Track
+    base_model_id: str | None = None
+    """For a team's own server, which is given the base model."""
+    isolation: Isolation | None = None
+    fresh_start: PositiveInt | None = None
+
+    @classmethod
+    def of(cls, planned: PlannedEntry, step: str) -> Self:
+        stage = stage_named(step)
+        entry = planned.valid
+        own_server = entry is not None and entry.server is not None
+        settings = planned.competition.stage(stage)
+        return cls(
+            competition_id=planned.competition.competition,
+            runs=planned.stage_runs[stage],
+            limits=StageLimits(**{name: getattr(settings, name) for name in StageLimits.model_fields}),
+            track=planned.limits,
+            base_model_id=planned.base_model_id if own_server else None,
+            isolation=planned.isolation if own_server else None,
+            fresh_start=planned.fresh_start(step),
+        )
+
+
+class RunOptions(Strict):
+    """How a step runs here. It changes no result, so a change of it re-runs nothing."""
+
+    threads: PositiveInt | None = None
+    """CPU threads; None: as many as there are."""
+    shards: int = 0
+    """How many jobs shared the curation, for the record."""
+    telemetry: Telemetry = Telemetry()
+    among: EntryFolders | None = None
+    """Where the entries are that a check sees the entry beside; None: in the file's own folder."""
+
+    @classmethod
+    def read(cls, text: str, **given: Any) -> RunOptions:
+        return parse(cls, json.loads(text) | given, "--options")

@@ -1,0 +1,146 @@
+"""The steps of an entry: one function each, of the entry's folder, its settings, and how to run here.
+
+`palio.pipeline` names them; `palio step`, `palio reproduce` and the workflow call them. Imports stand inside,
+since each step has heavy libraries of its own.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from palio.errors import RuleViolation
+from palio.layout import EntryFolder, Resources
+from palio.operating.attempt import set_aside
+from palio.pipeline import BY_NAME
+from palio.settings import (
+    CheckSettings,
+    ContaminationSettings,
+    CurateSettings,
+    EvaluateSettings,
+    FinetuneSettings,
+    PackageSettings,
+    RunOptions,
+    StepSettings,
+    slice_of,
+)
+
+RESOURCES = Resources()
+
+
+def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOptions) -> None:
+    """Run a step as one attempt, on record whatever ends it."""
+    from palio.operating.attempt import attempt
+
+    with attempt(name, folder):
+        globals()[BY_NAME[name].function](folder, settings, options)
+
+
+def check(folder: EntryFolder, settings: CheckSettings, options: RunOptions) -> None:
+    from palio.rules.entry_file import check_file
+
+    checked = check_file(Path(settings.file), settings.against, options.among)
+    for line in checked.lines():
+        print(line)
+    checked.require_clean().write(folder.check)
+
+
+def curate(folder: EntryFolder, settings: CurateSettings, options: RunOptions) -> None:
+    from palio.curation.curate import curate_dataset
+    from palio.curation.inspection import account
+    from palio.curation.progress import progress_bar
+    from palio.provenance import fingerprint, timed_run
+
+    made_with = {"settings": fingerprint(slice_of(settings)), "shards": options.shards}
+    with timed_run(folder.run_facts("curate"), **made_with), progress_bar() as progress:
+        manifest = curate_dataset(
+            settings.dataset,
+            base_model=RESOURCES.base_model(settings.base_model_id).model,
+            competition=settings.competition_id,
+            track=folder.track_id,
+            entry=folder.entry_id,
+            out=folder.dataset.path,
+            work=folder.curation,
+            workers=options.threads or 1,
+            progress=progress,
+        )
+    for line in account(manifest):
+        print(line)
+
+
+def contamination(folder: EntryFolder, settings: ContaminationSettings, options: RunOptions) -> None:
+    from palio.curation.contamination import contamination as measure
+    from palio.layout import StageStore
+
+    stores = {"open": settings.open_store, "closed": settings.closed_store}
+    record = measure(
+        folder.dataset.path,
+        {stage: StageStore(Path(store)).instances for stage, store in stores.items()},
+        competition=settings.competition_id,
+        track=folder.track_id,
+        entry=folder.entry_id,
+    )
+    record.write(folder.contamination)
+
+
+def finetune(folder: EntryFolder, settings: FinetuneSettings, options: RunOptions) -> None:
+    if settings.fresh_start:
+        set_aside(folder.trainings, settings.fresh_start)
+    if settings.recipe is not None:
+        from palio.training.finetune import finetune as train
+
+        train(folder, settings, options)
+    else:
+        from palio.training.command import finetune_by_command
+
+        finetune_by_command(folder, settings, options)
+
+
+def package(folder: EntryFolder, settings: PackageSettings, options: RunOptions) -> None:
+    if settings.server is not None:
+        from palio.packaging.server import package_server
+
+        package_server(folder, settings)
+    else:
+        import torch
+
+        from palio.packaging.package import build_package
+
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        build_package(folder, settings)
+
+
+def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOptions) -> None:
+    from palio.evaluation.evaluate import Server
+    from palio.evaluation.evaluate import evaluate as run_stage
+    from palio.records import PackageManifest, read_record
+    from palio.sandbox.room import Limits
+    from palio.sandbox.server import ConfinedServer
+    from palio.serving.process import ServerProcess
+
+    if settings.fresh_start:
+        set_aside(folder.helm_runs(settings.runs.stage), settings.fresh_start)
+    handed_in = read_record(PackageManifest, folder.package_manifest)
+
+    def start_server(log: Path) -> AbstractContextManager[Server]:
+        if handed_in.kind == "model":
+            return ServerProcess(
+                folder.package,
+                log=log,
+                threads=options.threads,
+                gpu_memory_gb=settings.track.gpu_memory_gb,
+                engine=settings.limits.engine,
+            )
+        if settings.base_model_id is None or settings.isolation is None:
+            raise RuleViolation(f"{folder.package} is a server, which the entry is not; run its package again")
+        return ConfinedServer(
+            folder.package,
+            base_model=RESOURCES.base_model(settings.base_model_id).model,
+            limits=Limits.of(settings.track, settings.isolation, options.threads),
+            isolation=settings.isolation,
+            log=log,
+            work=folder.work,
+        )
+
+    run_stage(folder, settings, RESOURCES.stage_record(settings.runs.stage), start_server)
