@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from palio.config import ScenarioRuns, StageLimits, StageRuns
+from palio.config import Track
 from palio.evaluation.evaluate import StartServer, evaluate
 from palio.evaluation.helm import run_entries
+from palio.layout import EntryFolder
 from palio.provenance import fingerprint
 from palio.records import Contained, PackageManifest, ProbeReport, StageRecord
+from palio.settings import EvaluateSettings, ScenarioRuns, StageLimits, StageRuns
 from tests.toy import Toy, serving
 
 
@@ -52,7 +54,7 @@ def packaged_entry(folder: Path, name: str = "acme", *, probed: bool = True) -> 
 
 def starts(toy: Toy) -> StartServer:
     @contextmanager
-    def start(package: Path, log: Path) -> Iterator[Toy]:
+    def start(log: Path) -> Iterator[Toy]:
         log.write_text("loading\nToyError: out of words\n")
         Contained(counts=toy.contained).write(Contained.file(log))
         with serving(toy) as served:
@@ -63,5 +65,10 @@ def starts(toy: Toy) -> StartServer:
 
 def run_stage(stage: StageRuns, record: Path, entry_dir: Path, toy: Toy, **limits: object) -> StageRecord:
     """`evaluate` with a toy server; `record` is what `prepare_stage` wrote."""
-    settings = StageLimits.model_validate({"time_limit": 600, "threads": 8} | limits)
-    return evaluate(stage, settings, record, entry_dir, starts(toy))
+    settings = EvaluateSettings(
+        competition_id=stage.competition,
+        runs=stage,
+        limits=StageLimits.model_validate({"time_limit": 600, "threads": 8} | limits),
+        track=Track(title="t", ram_gb=4, training_budget="600s"),
+    )
+    return evaluate(EntryFolder.at(entry_dir, stage.closed), settings, record, starts(toy))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +47,19 @@ def run_command(
     budget: str = "60s",
     track: dict[str, Any] | None = None,
     isolation: Isolation | None = None,
-    retrain: bool = False,
+    replace: bool = False,
 ) -> AdapterManifest:
     """The fine-tuning step with a team's program, in this process."""
-    limits = {"title": "t", "ram_gb": 4, "cpus": 1, "training_budget": budget, **(track or {})}
+    if replace:
+        entry.at.adapter_manifest.unlink(missing_ok=True)
+    limits = {"cpus": 1, "training_budget": budget, **(track or {})}
     isolation = isolation or Isolation(scratch_gb=0.05, output_gb=0.5, processes=256)
-    return finetune_by_command(program, entry.step(limits, retrain=retrain), isolation, network=False)
+    return finetune_by_command(program, entry.step(limits, program=program, isolation=isolation))
 
 
 def start_command(entry: Entry, program: Program, budget: str = "60s") -> subprocess.Popen[str]:
     """The same through the command line, in a process of its own."""
-    command = [
-        *(sys.executable, "-m", "palio.cli", "finetune", "--competition-id", "c", "--threads", "1"),
-        *("--entry-dir", str(entry.folder), "--base-model", str(entry.base)),
-        *("--program", program.model_dump_json(exclude_none=True), "--isolation", '{"output_gb": 0.5}'),
-        *("--track", json.dumps({"title": "t", "ram_gb": 4, "training_budget": budget})),
-    ]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    isolation = Isolation(output_gb=0.5)
+    return entry.start_step(
+        entry.settings({"training_budget": budget}, program=program, isolation=isolation)
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import shutil
@@ -20,8 +19,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from palio.config import BaseModelSource, FinetuneRecipe, Telemetry, Track
 from palio.curation.rows import ROW
+from palio.layout import BaseModelFolder, EntryFolder
 from palio.provenance import file_sha256, folder_sha256
 from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest
+from palio.settings import FinetuneSettings, RunOptions, slice_of
 from palio.training.step import TrainingStep
 
 
@@ -96,48 +97,60 @@ class Entry:
         ).write(dataset / "manifest.json")
         (dataset / "card.md").write_text(f"# Training data\n\n{len(rows)} rows\n")
 
+    @property
+    def at(self) -> EntryFolder:
+        return EntryFolder.at(self.folder)
+
     def finetune(
         self,
         *,
         track: dict[str, Any] | None = None,
         telemetry: dict[str, Any] | None = None,
-        retrain: bool = True,
+        replace: bool = True,
         **recipe: Any,
     ) -> AdapterManifest:
-        """Run the step in this process."""
+        """Run the step in this process; `replace`: after what Snakemake does, removing its record."""
         from palio.training.finetune import finetune
 
-        limits = {"title": "t", "ram_gb": 4, "training_budget": "600s", **(track or {})}
-        settings = {"learning_rate": 1e-3, **recipe}
-        step = self.step(limits, telemetry=Telemetry.model_validate(telemetry or {}), retrain=retrain)
-        return finetune(FinetuneRecipe.model_validate(settings), step)
+        if replace:
+            self.at.adapter_manifest.unlink(missing_ok=True)
+        settings = FinetuneRecipe.model_validate({"learning_rate": 1e-3, **recipe})
+        return finetune(settings, self.step(track, telemetry=Telemetry.model_validate(telemetry or {})))
 
-    def step(self, track: dict[str, Any], **settings: Any) -> TrainingStep:
-        """Entry `e`'s training in track `t`."""
+    def step(
+        self, track: dict[str, Any] | None = None, telemetry: Telemetry | None = None, **settings: Any
+    ) -> TrainingStep:
+        """The entry's training, with one thread."""
         return TrainingStep(
-            competition="c",
-            track_id="t",
-            entry="e",
-            track=Track.model_validate(track),
-            base_model=self.base,
-            dataset=self.folder / "dataset",
-            entry_dir=self.folder,
-            threads=1,
-            **settings,
+            self.at,
+            self.settings(track, **settings),
+            RunOptions(threads=1, telemetry=telemetry or Telemetry()),
+            BaseModelFolder(self.base),
+        )
+
+    def settings(self, track: dict[str, Any] | None = None, **settings: Any) -> FinetuneSettings:
+        limits = {"title": "t", "ram_gb": 4, "training_budget": "600s", **(track or {})}
+        return FinetuneSettings(
+            competition_id="c", base_model_id=self.base.name, track=Track.model_validate(limits), **settings
         )
 
     def start(
         self, *, budget: str = "600s", track: dict[str, Any] | None = None, **recipe: Any
     ) -> subprocess.Popen[str]:
         """Run the step through the command line in a process of its own; its stderr can be read."""
-        limits = {"title": "t", "ram_gb": 4, "training_budget": budget, **(track or {})}
+        settings = FinetuneRecipe.model_validate({"learning_rate": 1e-3, **recipe})
+        return self.start_step(self.settings({"training_budget": budget, **(track or {})}, recipe=settings))
+
+    def start_step(self, settings: FinetuneSettings) -> subprocess.Popen[str]:
+        models = self.folder / "project/resources/base_models"
+        models.mkdir(parents=True, exist_ok=True)
+        if not (models / self.base.name).exists():
+            (models / self.base.name).symlink_to(self.base.resolve())
         command = [
-            *(sys.executable, "-m", "palio.cli", "finetune", "--competition-id", "c", "--threads", "1"),
-            *("--entry-dir", str(self.folder), "--base-model", str(self.base)),
-            *("--recipe", json.dumps({"learning_rate": 1e-3, **recipe})),
-            *("--track", json.dumps(limits)),
+            *(sys.executable, "-m", "palio.cli", "step", "finetune", str(self.folder.resolve())),
+            *("--settings", slice_of(settings), "--threads", "1"),
         ]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=self.folder / "project")
 
     def work(self) -> Path:
         """The folder of the only training run so far."""

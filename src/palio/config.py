@@ -30,13 +30,13 @@ from pydantic import (
 )
 
 from palio.errors import BadInput
-from palio.layout import OPEN_INSTANCES, TEAMS, ClosedStore, overrides
+from palio.layout import OPEN_INSTANCES, STAGES, TEAMS, ClosedStore, overrides
 from palio.provenance import fingerprint
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 REVISION_PATTERN = re.compile(r"[0-9a-f]{40}")
 IMAGE_PATTERN = re.compile(r"docker://[\w./:-]+@sha256:[0-9a-f]{64}")
-STAGES = ("open", "closed")
+
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)")
 _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}

@@ -79,8 +79,8 @@ class Entries(Mapping[str, AnyEntry]):
         except BadInput as fault:
             return BrokenEntry(first, fault)
         if entry.track not in self._track_ids:
-            fault = BadInput(path, "track", entry.track, f"use one of {', '.join(self._track_ids)}")
-            return BrokenEntry(first, fault, entry.team)
+            fix = f"use one of {', '.join(self._track_ids)}"
+            return BrokenEntry(first, BadInput(path, "track", entry.track, fix), entry.team)
         return entry
 
     def __iter__(self) -> Iterator[str]:

@@ -21,11 +21,11 @@ Stage = Literal["open", "closed"]
 STAGES: tuple[Stage, ...] = ("open", "closed")
 
 
-
 def stage_named(name: str) -> Stage:
     return "open" if name == "open" else "closed"
 
 
+RESULTS = Path("results")
 CONFIG = Path("config/config.yaml")
 """The demo's competition: the default of every command."""
 RULESET, ENTRIES = "config/rules.yaml", "config/entries"
@@ -102,6 +102,10 @@ class ClosedStore(Folder):
         return ClosedStore(self.path / "reproductions" / key)
 
 
+NO_STORE = ClosedStore(Path("private"))
+"""For those who look at nothing of the closed stage's runs."""
+
+
 class BaseModelFolder(Folder):
     """A fetched base model."""
 
@@ -174,6 +178,11 @@ class DatasetFolder(Folder):
     @property
     def card(self) -> Path:
         return self.path / "card.md"
+
+    @property
+    def work(self) -> Path:
+        """Intermediate files of a dataset that belongs to no entry's folder."""
+        return self.path / "work"
 
 
 class TrainingFolder(Folder):
@@ -285,7 +294,7 @@ class EntryFolder:
     """Where HELM's runs of the closed stage lie: they show prompts."""
 
     @classmethod
-    def at(cls, path: Path, store: ClosedStore) -> EntryFolder:
+    def at(cls, path: Path, store: ClosedStore = NO_STORE) -> EntryFolder:
         """The entry's folder at a path that ends in <track>/<entry>."""
         path = path.absolute() if len(path.parts) < 3 else path
         return cls(path.parent.parent, path.parent.name, path.name, store)
@@ -435,8 +444,8 @@ class Boards(Folder):
 class Results:
     """results/ of one competition."""
 
-    root: Path = Path("results")
-    store: ClosedStore = ClosedStore(Path("private"))
+    root: Path = RESULTS
+    store: ClosedStore = NO_STORE
 
     def entry(self, track_id: str, entry_id: str) -> EntryFolder:
         return EntryFolder(self.root, track_id, entry_id, self.store)
@@ -486,7 +495,7 @@ class Project(Folder):
 
     @property
     def results(self) -> Results:
-        return Results(self.path / "results", ClosedStore(self.path / "private"))
+        return Results(self.path / RESULTS, ClosedStore(self.path / NO_STORE.path))
 
     @property
     def log(self) -> Path:

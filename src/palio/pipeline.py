@@ -48,10 +48,12 @@ class Step:
     applies: Callable[[Entry], bool] = lambda entry: True
     """Whether an entry has this step."""
     limit: Callable[[Competition, str], Limit] | None = None
-    """By competition and track id. A step with a limit takes a GPU, and keeps its work and its used time: only
-    `palio retry` gives it a fresh start."""
+    """By competition and track id. A step with a limit takes a GPU, and keeps its work and its used time:
+    only `palio retry` gives it a fresh start."""
     ranked: bool = True
     """Whether a rank needs it."""
+    title: str = ""
+    """Heading in tables, where it is not the name."""
 
 
 def _stage_step(stage: Stage) -> Step:
@@ -61,7 +63,12 @@ def _stage_step(stage: Stage) -> Step:
 
     def released(folder: EntryFolder) -> tuple[Path, ...]:
         probe = (folder.probe,) if stage == "open" else ()
-        return (*probe, folder.stage_record(stage), folder.tables(stage).metrics, folder.tables(stage).instances)
+        return (
+            *probe,
+            folder.stage_record(stage),
+            folder.tables(stage).metrics,
+            folder.tables(stage).instances,
+        )
 
     return Step(
         name=stage,
@@ -110,6 +117,7 @@ STEPS = (
         released=lambda folder: (folder.contamination,),
         applies=_has_dataset,
         ranked=False,
+        title="overlap",
     ),
     Step(
         name="finetune",
@@ -120,6 +128,7 @@ STEPS = (
         released=lambda folder: (folder.adapter_manifest, folder.telemetry),
         applies=lambda entry: entry.trained,
         limit=_training_limit,
+        title="fine-tune",
     ),
     Step(
         name="package",

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import PositiveInt
 
@@ -32,6 +32,7 @@ from palio.config import (
     parse,
 )
 from palio.entries import AnyEntry
+from palio.errors import BadInput
 from palio.layout import ClosedStore, Resources, Stage, StageStore, stage_named
 from palio.provenance import canonical_json, fingerprint
 
@@ -39,6 +40,24 @@ from palio.provenance import canonical_json, fingerprint
 def slice_of(model: Strict) -> str:
     """Return the canonical JSON of a model, without its fields that are None."""
     return canonical_json(model.model_dump(mode="json", exclude_none=True))
+
+
+Model = TypeVar("Model", bound=Strict)
+
+
+def read_slice(model: type[Model], text: str, option: str) -> Model:
+    """Parse what `slice_of` wrote and a command's `option` passed on. Raises BadInput."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise BadInput(option, "", None, f"is not JSON ({error}); copy it from the rule") from None
+    return parse(model, content, option)
+
+
+def limits_of(track: Track) -> Track:
+    """Return the limits of a track that decide a result: not which SLURM type its GPU is."""
+    names = ("title", "gpu_memory_gb", "ram_gb", "cpus", "training_budget")
+    return Track.model_construct(**{name: getattr(track, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -63,10 +82,7 @@ class PlannedEntry:
 
     @property
     def limits(self) -> Track:
-        """Limits of the entry's track that decide a result: not which SLURM type its GPU is."""
-        track = self.competition.tracks[self.entry.track]
-        names = ("title", "gpu_memory_gb", "ram_gb", "cpus", "training_budget")
-        return Track.model_construct(**{name: getattr(track, name) for name in names})
+        return limits_of(self.competition.tracks[self.entry.track])
 
     @property
     def isolation(self) -> Isolation | None:
@@ -90,7 +106,7 @@ class StepSettings(Strict):
     @classmethod
     def read(cls, text: str) -> Self:
         """Parse what `slice_of` wrote. Raises BadInput."""
-        return parse(cls, json.loads(text), "--settings")
+        return read_slice(cls, text, "--settings")
 
 
 class EntryFolders(Strict):
@@ -280,18 +296,27 @@ class EvaluateSettings(StepSettings):
 
     @classmethod
     def of(cls, planned: PlannedEntry, step: str) -> Self:
-        stage = stage_named(step)
-        entry = planned.valid
-        own_server = entry is not None and entry.server is not None
-        settings = planned.competition.stage(stage)
+        settings = cls.of_package(
+            planned.competition, planned.stage_runs[stage_named(step)], planned.entry.track
+        )
+        own_server = planned.valid is not None and planned.valid.server is not None
+        return settings.model_copy(
+            update={
+                "base_model_id": planned.base_model_id if own_server else None,
+                "isolation": planned.isolation if own_server else None,
+                "fresh_start": planned.fresh_start(step),
+            }
+        )
+
+    @classmethod
+    def of_package(cls, competition: Competition, runs: StageRuns, track_id: str) -> Self:
+        """Settings of a stage for any model's package of a track."""
+        stage = competition.stage(runs.stage)
         return cls(
-            competition_id=planned.competition.competition,
-            runs=planned.stage_runs[stage],
-            limits=StageLimits(**{name: getattr(settings, name) for name in StageLimits.model_fields}),
-            track=planned.limits,
-            base_model_id=planned.base_model_id if own_server else None,
-            isolation=planned.isolation if own_server else None,
-            fresh_start=planned.fresh_start(step),
+            competition_id=competition.competition,
+            runs=runs,
+            limits=StageLimits(**{name: getattr(stage, name) for name in StageLimits.model_fields}),
+            track=limits_of(competition.tracks[track_id]),
         )
 
 

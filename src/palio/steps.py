@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from palio.errors import RuleViolation
+from palio.errors import PalioError, RuleViolation
 from palio.layout import EntryFolder, Resources
 from palio.operating.attempt import set_aside
 from palio.pipeline import BY_NAME
@@ -68,6 +68,32 @@ def curate(folder: EntryFolder, settings: CurateSettings, options: RunOptions) -
         print(line)
 
 
+def curate_ahead(
+    folder: EntryFolder,
+    settings: CurateSettings,
+    options: RunOptions,
+    *,
+    shard: tuple[int, int] | None,
+    join: int,
+) -> None:
+    """Do a part of `curate` ahead of it: a shard of the rows, or the joining of shards."""
+    from palio.curation.curate import curate_ahead as work_ahead
+
+    try:
+        work_ahead(
+            settings.dataset,
+            base_model=RESOURCES.base_model(settings.base_model_id).model,
+            entry=folder.entry_id,
+            work=folder.curation,
+            shard=shard,
+            join=join,
+            workers=options.threads or 1,
+        )
+    except PalioError as fault:
+        # The whole step meets the same fault, and its word is on record.
+        print(f"left to the whole step: {fault}")
+
+
 def contamination(folder: EntryFolder, settings: ContaminationSettings, options: RunOptions) -> None:
     from palio.curation.contamination import contamination as measure
     from palio.layout import StageStore
@@ -86,29 +112,32 @@ def contamination(folder: EntryFolder, settings: ContaminationSettings, options:
 def finetune(folder: EntryFolder, settings: FinetuneSettings, options: RunOptions) -> None:
     if settings.fresh_start:
         set_aside(folder.trainings, settings.fresh_start)
-    if settings.recipe is not None:
-        from palio.training.finetune import finetune as train
+    from palio.training.step import TrainingStep
 
-        train(folder, settings, options)
-    else:
+    step = TrainingStep(folder, settings, options, RESOURCES.base_model(settings.base_model_id))
+    if settings.program is not None:
         from palio.training.command import finetune_by_command
 
-        finetune_by_command(folder, settings, options)
+        finetune_by_command(settings.program, step)
+    elif settings.recipe is not None:
+        from palio.training.finetune import finetune as train
+
+        train(settings.recipe, step)
 
 
 def package(folder: EntryFolder, settings: PackageSettings, options: RunOptions) -> None:
+    base_model = RESOURCES.base_model(settings.base_model_id)
     if settings.server is not None:
         from palio.packaging.server import package_server
 
-        package_server(folder, settings)
+        package_server(settings.server, folder, settings, base_model)
     else:
         import torch
 
         from palio.packaging.package import build_package
 
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        build_package(folder, settings)
+        torch.set_num_threads(options.threads or torch.get_num_threads())
+        build_package(folder, settings, base_model)
 
 
 def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOptions) -> None:
@@ -133,7 +162,9 @@ def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOption
                 engine=settings.limits.engine,
             )
         if settings.base_model_id is None or settings.isolation is None:
-            raise RuleViolation(f"{folder.package} is a server, which the entry is not; run its package again")
+            raise RuleViolation(
+                f"{folder.package} is a server, which the entry is not; run its package again"
+            )
         return ConfinedServer(
             folder.package,
             base_model=RESOURCES.base_model(settings.base_model_id).model,

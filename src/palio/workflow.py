@@ -22,7 +22,7 @@ from palio.config import (
 )
 from palio.entries import AnyEntry, BrokenEntry, Entries
 from palio.evaluation.helm import check_directions, stage_runs
-from palio.layout import STAGES, EntryFolder, Resources, Results, Stage
+from palio.layout import STAGES, EntryFolder, Resources, Results
 from palio.pipeline import BY_NAME, steps_of
 from palio.provenance import canonical_json, fingerprint
 from palio.rules.check import approved_model
@@ -188,7 +188,7 @@ class Workflow:
         return of
 
     def options(self, *names: str) -> Callable[[Any], str]:
-        """These of the step's `RunOptions`, for an entry: a resource, no parameter, since they re-run nothing."""
+        """These `RunOptions` of a step: a resource and no parameter, since they re-run nothing."""
 
         def of(wildcards: Any) -> str:
             options = RunOptions(

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import click
 
-from palio.cli import organizer, participant, steps  # noqa: F401 (each puts its verbs into the group)
+from palio.cli import entry, organizer, research, step  # noqa: F401 (each puts its verbs into the group)
 from palio.cli.group import palio
 from palio.errors import PalioError
 

@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 
 from palio.curation.rows import BATCH_ROWS
 from palio.errors import BadInput
+from palio.layout import DatasetFolder
+from palio.records import DatasetManifest
 
 
 def lines_of(
@@ -28,7 +30,8 @@ def lines_of(
         source: only rows of this source.
         limit: stop after so many rows.
     """
-    path = dataset / ("dropped.parquet" if dropped else "train.parquet")
+    folder = DatasetFolder(dataset)
+    path = folder.dropped if dropped else folder.rows
     if not path.is_file():
         raise BadInput(path, "", None, "no such file; give the folder of a curated dataset")
     shown = 0
@@ -46,3 +49,13 @@ def lines_of(
             said = [*row["history"], row["prompt"], row["completion"]]
             text = "\n".join(mark + turn for mark, turn in zip(cycle(("", ">>>")), said, strict=False))
             yield f"--- {row['source']} {row['id']}{why}\n{text}\n"
+
+
+def account(manifest: DatasetManifest) -> Iterator[str]:
+    """A line for each source and each operation: how many rows came in and went out."""
+    for source in manifest.sources:
+        yield f"{source.name}: {source.rows} rows, {source.quarantined} malformed"
+    for number, step in enumerate(manifest.operations, start=1):
+        changed = f", {step.changed} rewritten" if step.changed else ""
+        yield f"{number} {step.op}: {step.rows_in} → {step.rows_out}{changed}"
+    yield f"{manifest.rows} rows"

@@ -26,6 +26,7 @@ from palio.evaluation import helm
 from palio.evaluation.helm import BROKEN, LIMIT
 from palio.evaluation.probe import probe
 from palio.evaluation.stage import StagePlan
+from palio.layout import EntryFolder
 from palio.provenance import atomic_path, file_sha256, fingerprint, timed_run, write_json
 from palio.records import (
     INSTANCES_SCHEMA,
@@ -38,6 +39,7 @@ from palio.records import (
     StageRecord,
     read_record,
 )
+from palio.settings import EvaluateSettings, StageLimits
 
 PROGRESS_SECONDS = 15.0
 SCORING_SECONDS = 900.0
@@ -54,57 +56,48 @@ class Server(Protocol):
     def alive(self) -> bool: ...
 
 
-StartServer = Callable[[Path, Path], AbstractContextManager[Server]]
-"""(package folder, log file) -> a context in which the server answers."""
-
-
-def work_folder(runs: StageRuns, entry_dir: Path, key: str) -> Path:
-    """HELM's folder for one package in one stage. The closed stage's shows prompts: it lies apart."""
-    if runs.stage == "open":
-        return entry_dir / "work" / "helm" / "open" / key
-    return runs.store.parent / "runs" / entry_dir.parent.name / entry_dir.name / key
+StartServer = Callable[[Path], AbstractContextManager[Server]]
+"""Log file -> a context in which the server of the entry's package answers."""
 
 
 def evaluate(
-    runs: StageRuns,
-    limits: StageLimits,
-    instances: Path,
-    entry_dir: Path,
-    start_server: StartServer,
+    folder: EntryFolder, settings: EvaluateSettings, instances: Path, start_server: StartServer
 ) -> StageRecord:
-    """Run the stage, write entry_dir/helm/<stage>/*.parquet and entry_dir/<stage>.json.
+    """Run the stage on the entry's package, write its tables and its record.
 
     `instances` is the stage's record written by `prepare_stage`. A stage whose limit ran out is a
-    finished step with the state `time_limit`. The open stage writes entry_dir/probe.json first.
+    finished step with the state `time_limit`. The open stage writes the probe's record first.
 
     Raises:
         RuleViolation: the server fails a required check of the probe.
         Crashed: the server died or a HELM run failed; what is answered is kept for the next attempt.
     """
+    runs, limits = settings.runs, settings.limits
     stage = runs.stage
-    package = read_record(PackageManifest, entry_dir / "package.json")
+    package = read_record(PackageManifest, folder.package_manifest)
     prepared = read_record(StageInstances, instances)
     plan = StagePlan(runs.store)
     decides = [package.fingerprint, prepared.sha256, prepared.helm_version, limits.cut_at_stop_sequences]
-    folder = work_folder(runs, entry_dir, fingerprint(decides)[:16])
-    folder.mkdir(parents=True, exist_ok=True)
-    _forget_unanswered(folder)
-    log = folder / "server.log"
+    helm_folder = folder.helm(stage, fingerprint(decides)[:16])
+    work = helm_folder.path
+    work.mkdir(parents=True, exist_ok=True)
+    _forget_unanswered(work)
+    log = helm_folder.server_log
 
-    with timed_run(entry_dir / f"{stage}.run.json", limit_seconds=limits.time_limit) as run:
-        clock = UsedTime(folder / "used_seconds.json")
+    with timed_run(folder.run_facts(stage), limit_seconds=limits.time_limit) as run:
+        clock = UsedTime(helm_folder.used_seconds)
         died, overtime, code = "", False, None
-        if not _complete(folder, plan):
-            with start_server(entry_dir / "package", log) as server:
+        if not _complete(work, plan):
+            with start_server(log) as server:
                 if stage == "open":
-                    _check_conformance(server, plan, limits, package, entry_dir / "probe.json")
-                watch = Watch(folder, plan, limits.time_limit, clock, server)
-                ended = _ask(folder, plan, limits, clock, watch)
+                    _check_conformance(server, plan, limits, package, folder.probe)
+                watch = Watch(work, plan, limits.time_limit, clock, server)
+                ended = _ask(work, plan, limits, clock, watch)
                 if not server.alive():
                     died = "the model server died" + (last_lines(log) if stage == "open" else "")
                 code = ended.code
                 overtime = code is None and not died
-        outcomes = [_outcome(folder, stage, limits, planned, overtime) for planned in plan.runs]
+        outcomes = [_outcome(work, stage, limits, planned, overtime) for planned in plan.runs]
         answered = sum(one.answered for one in outcomes)
         run |= {"used_seconds": round(clock.used, 1), "requests": plan.requests, "answered": answered}
 
@@ -113,12 +106,12 @@ def evaluate(
     if failed:
         what = died or f"{len(failed)} of {len(outcomes)} HELM runs failed"
         why = failed[0].reason or ("no result" if code is None else f"HELM ended with code {code}")
-        where = f"see {folder}/helm.log" if stage == "open" else "the logs are in the closed store"
+        where = f"see {helm_folder.log}" if stage == "open" else "the logs are in the closed store"
         error = Crashed(f"{what}; first {failed[0].run}: {why}; {where}")
         if contained.counts:
             error.add_note(f"of the server: {contained}")
         raise error
-    return _write_results(runs, limits, entry_dir, folder, package, prepared, outcomes, contained)
+    return _write_results(folder, settings, work, package, prepared, outcomes, contained)
 
 
 def _ask(folder: Path, plan: StagePlan, limits: StageLimits, clock: UsedTime, watch: Watch) -> helm.HelmExit:
@@ -158,26 +151,25 @@ def _check_conformance(
 
 
 def _write_results(
-    runs: StageRuns,
-    limits: StageLimits,
-    entry_dir: Path,
-    folder: Path,
+    folder: EntryFolder,
+    settings: EvaluateSettings,
+    work: Path,
     package: PackageManifest,
     prepared: StageInstances,
     outcomes: list[HelmRun],
     contained: Contained,
 ) -> StageRecord:
-    stage = runs.stage
+    stage, limits = settings.runs.stage, settings.limits
     where = {
-        "competition": runs.competition,
-        "track": entry_dir.parent.name,
-        "entry": entry_dir.name,
+        "competition": settings.runs.competition,
+        "track": folder.track_id,
+        "entry": folder.entry_id,
         "stage": stage,
     }
-    metrics, instances = _tables(folder, where)
-    tables = entry_dir / "helm" / stage
-    _write_table(tables / "metrics.parquet", metrics, METRICS_SCHEMA)
-    _write_table(tables / "instances.parquet", instances, INSTANCES_SCHEMA)
+    metrics, instances = _tables(work, where)
+    tables = folder.tables(stage)
+    _write_table(tables.metrics, metrics, METRICS_SCHEMA)
+    _write_table(tables.instances, instances, INSTANCES_SCHEMA)
     planned = sum(one.instances for one in outcomes)
     missing = planned - sum(one.answered for one in outcomes)
     record = StageRecord(
@@ -189,13 +181,13 @@ def _write_results(
         reason=f"{missing} of {planned} instances unanswered" if missing else "",
         unanswered=limits.unanswered,
         cut_at_stop_sequences=limits.cut_at_stop_sequences,
-        completions_cut=_journal(folder).count(b'"cut": true'),
+        completions_cut=_journal(work).count(b'"cut": true'),
         contained=contained.counts,
         runs=outcomes,
-        metrics_sha256=file_sha256(tables / "metrics.parquet"),
-        instances_table_sha256=file_sha256(tables / "instances.parquet"),
+        metrics_sha256=file_sha256(tables.metrics),
+        instances_table_sha256=file_sha256(tables.instances),
     )
-    record.write(entry_dir / f"{stage}.json")
+    record.write(folder.stage_record(stage))
     return record
 
 

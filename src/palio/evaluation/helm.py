@@ -35,9 +35,11 @@ from typing import Any, Literal
 import yaml
 from pyhocon import ConfigFactory
 
-from palio.config import STAGES, Competition, Scenario, expand
+from palio.config import Competition, Scenario, expand
 from palio.errors import BadInput, Crashed
+from palio.layout import STAGES
 from palio.provenance import canonical_json, fingerprint, write_text
+from palio.settings import ScenarioRuns, StageRuns
 
 MODEL = "palio/entry"
 """HELM's name for whatever is evaluated: the same for all entries, so run names are comparable."""

@@ -26,8 +26,10 @@ import pyarrow.parquet as pq
 from palio.config import expand
 from palio.errors import BadInput
 from palio.evaluation.helm import helm_version, plan_stage, stage_entries
+from palio.layout import StageStore
 from palio.provenance import atomic_path, fingerprint, folder_sha256, write_json
 from palio.records import StageInstances
+from palio.settings import StageRuns
 
 INSTANCE_TEXTS = pa.schema(
     [
@@ -49,22 +51,22 @@ def prepare_stage(runs: StageRuns, out: Path) -> StageInstances:
     store = runs.store
     make_store(runs)
     entries = stage_entries(runs)
-    fetched = (store / "data.json").exists()
+    fetched = store.data_digests.exists()
     if fetched:
         _verify_data(store)
     # A folder per content: runs of an earlier plan must not be taken for this one's.
-    folder = store / "helm" / fingerprint(entries)[:16]
+    folder = store.dry_run(fingerprint(entries)[:16])
     folder.mkdir(parents=True, exist_ok=True)
-    plans = plan_stage(folder, runs.stage, entries, store / "data", offline=fetched)
+    plans = plan_stage(folder, runs.stage, entries, store.data, offline=fetched)
     rows = [
         {"scenario": plan.scenario, "run": plan.run, "instance": i, "text": text, "reference": reference}
         for plan in plans
         for i, text, reference in plan.instances
     ]
-    with atomic_path(store / "instances.parquet") as temporary:
+    with atomic_path(store.instances) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, schema=INSTANCE_TEXTS), temporary)
     write_json(
-        store / "runs.json",
+        store.runs,
         {
             "entries": entries,
             "runs": [
@@ -99,7 +101,7 @@ def make_store(runs: StageRuns) -> None:
         BadInput: others can read the closed store, or a closed run file outside the repository.
     """
     if runs.stage == "closed":
-        private = runs.store.parent
+        private = runs.closed.path
         private.parent.mkdir(parents=True, exist_ok=True)
         private.mkdir(mode=0o700, exist_ok=True)
         if (mode := private.stat().st_mode & 0o777) & 0o077:
@@ -108,7 +110,7 @@ def make_store(runs: StageRuns) -> None:
             path = expand(scenario.run_entries).resolve()
             if not path.is_relative_to(Path.cwd()) and _others_can_read(path):
                 raise BadInput(path, "", None, "others can read this closed run file; chmod 700 its folder")
-    runs.store.mkdir(parents=True, exist_ok=True)
+    runs.store.path.mkdir(parents=True, exist_ok=True)
 
 
 def _others_can_read(path: Path) -> bool:
@@ -132,17 +134,17 @@ def fetch_data(runs: StageRuns, source: Path | None = None) -> dict[str, str]:
         BadInput: data is neither there nor can be downloaded, or as `make_store`.
     """
     make_store(runs)
-    data = runs.store / "data"
+    data = runs.store.data
     for folder in sorted(source.iterdir()) if source else []:
         if folder.is_dir():
             to = data / folder.name if folder.name == "perturbations" else data / "scenarios" / folder.name
             shutil.copytree(folder, to, copy_function=shutil.copyfile, dirs_exist_ok=True)
-    folder = runs.store / "helm" / "fetch"
+    folder = runs.store.dry_run("fetch")
     shutil.rmtree(folder, ignore_errors=True)  # a run that is complete there would be skipped, with its data
     folder.mkdir(parents=True)
     plan_stage(folder, runs.stage, stage_entries(runs), data)
     digests = _data_digests(data)
-    write_json(runs.store / "data.json", digests)
+    write_json(runs.store.data_digests, digests)
     return digests
 
 
@@ -150,22 +152,22 @@ def _data_digests(data: Path) -> dict[str, str]:
     return {name: digest for name, digest in folder_sha256(data).items() if not name.endswith(".lock")}
 
 
-def _verify_data(store: Path) -> None:
-    fetched = json.loads((store / "data.json").read_text(encoding="utf-8"))
-    now = _data_digests(store / "data")
+def _verify_data(store: StageStore) -> None:
+    fetched = json.loads(store.data_digests.read_text(encoding="utf-8"))
+    now = _data_digests(store.data)
     changed = [name for name in sorted(fetched) if now.get(name) != fetched[name]]
     if changed:
         fix = "changed since it was fetched; run `palio fetch-data` again"
-        raise BadInput(store / "data" / changed[0], "", None, fix)
+        raise BadInput(store.data / changed[0], "", None, fix)
 
 
 class StagePlan:
     """The runs of a prepared stage, as `evaluate` needs them."""
 
-    def __init__(self, store: Path) -> None:
-        content = json.loads((store / "runs.json").read_text(encoding="utf-8"))
+    def __init__(self, store: StageStore) -> None:
+        content = json.loads(store.runs.read_text(encoding="utf-8"))
         self.entries: dict[str, list[str]] = content["entries"]
-        self.data = store / "data"
+        self.data = store.data
         self.runs: list[dict[str, str | int]] = content["runs"]
 
     @property
@@ -175,7 +177,7 @@ class StagePlan:
 
 def planned_requests(runs: StageRuns) -> int:
     """Requests of a prepared stage; of one that is not, its budget, which leaves out perturbed inputs."""
-    if (runs.store / "runs.json").exists():
+    if runs.store.runs.exists():
         return StagePlan(runs.store).requests
     descriptions = [one for of in stage_entries(runs).values() for one in of]
     return sum(int(re.findall(r"max_eval_instances=(\d+)", one)[0]) for one in descriptions)

@@ -134,7 +134,9 @@ def watch(competition: Competition) -> None:
     if competition.notify is None:
         return
     watching, results = Watch(competition.stalled_after), Results(store=competition.store)
-    watching.look(competition_status(competition, results).entries, time.time())  # earlier failures are no news
+    watching.look(
+        competition_status(competition, results).entries, time.time()
+    )  # earlier failures are no news
 
     def loop() -> None:
         while True:

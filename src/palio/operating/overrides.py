@@ -47,4 +47,7 @@ def _known(competition: Competition, entry: str) -> None:
 
 def _write(competition: Competition, overrides: Overrides, change: dict[str, object]) -> None:
     content = overrides.model_copy(update=change).model_dump(exclude_defaults=True)
-    write_text(overrides_file(competition.competition), HEADER + yaml.safe_dump(content, sort_keys=True, allow_unicode=True))
+    write_text(
+        overrides_file(competition.competition),
+        HEADER + yaml.safe_dump(content, sort_keys=True, allow_unicode=True),
+    )

@@ -79,9 +79,7 @@ class Status:
     """What could not be found out."""
 
 
-def competition_status(
-    competition: Competition, results: Results, controller: str | None = None
-) -> Status:
+def competition_status(competition: Competition, results: Results, controller: str | None = None) -> Status:
     """The state of every step of every entry, now."""
     notes: list[str] = []
     queue: dict[str, slurm.Job] = {}

@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from palio.operating.status import STEPS, EntryStatus, Status, StepStatus
+from palio.operating.status import EntryStatus, Status, StepStatus
+from palio.pipeline import STEPS
 
 STYLES = {
     "waiting": "dim",
@@ -22,7 +23,6 @@ STYLES = {
     "failed": "bold red",
     "withdrawn": "dim italic",
 }
-TITLES = {"finetune": "fine-tune", "contamination": "overlap"}
 
 
 def span(seconds: float) -> str:
@@ -74,7 +74,7 @@ def reasons(status: Status) -> list[tuple[str, str]]:
 
 def _cells(entry: EntryStatus) -> list[StepStatus | None]:
     by_step = {step.step: step for step in entry.steps}
-    return [by_step.get(step) for step in STEPS]
+    return [by_step.get(step.name) for step in STEPS]
 
 
 def terminal_view(status: Status) -> RenderableType:
@@ -82,7 +82,7 @@ def terminal_view(status: Status) -> RenderableType:
     for column in ("track", "entry"):
         table.add_column(column, no_wrap=True)  # a narrow terminal wraps the steps, not the names
     for step in STEPS:
-        table.add_column(TITLES.get(step, step))
+        table.add_column(step.title or step.name)
     for entry in status.entries:
         steps = [Text(cell(step), STYLES[step.state]) if step else Text("–", "dim") for step in _cells(entry)]
         table.add_row(entry.track, entry.entry, *steps)
@@ -103,7 +103,7 @@ def watch_status(look: Callable[[], Status], every: float = 5.0) -> None:
 
 def html_page(status: Status) -> str:
     """One self-contained page; the browser loads it again every half minute."""
-    head = "".join(f"<th>{TITLES.get(step, step)}</th>" for step in STEPS)
+    head = "".join(f"<th>{step.title or step.name}</th>" for step in STEPS)
     rows = []
     for entry in status.entries:
         cells = "".join(

@@ -28,10 +28,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from palio.base_model import card_facts
 from palio.errors import Crashed
+from palio.layout import BaseModelFolder, EntryFolder
 from palio.packaging.card import model_card
 from palio.provenance import folder_sha256, timed_run
 from palio.quantization import evaluation_mode, quantization
 from palio.records import AdapterManifest, BaseModelManifest, PackageManifest, read_record
+from palio.settings import PackageSettings
 
 TOLERANCE = 1e-3
 """Largest difference of a logit that the merge may make, in fp32."""
@@ -50,53 +52,40 @@ PROBES = (
 
 
 def build_package(
-    *,
-    base_model: Path,
-    entry_dir: Path,
-    adapter: bool,
-    competition: str,
-    track_id: str,
-    entry: str,
+    folder: EntryFolder, settings: PackageSettings, base_model: BaseModelFolder
 ) -> PackageManifest:
-    """Leaves package/ and package.json in `entry_dir`; without `adapter` the base model is the package.
+    """Leave package/ and package.json in the entry's folder; without an adapter the base model is packaged.
 
-    `base_model` is a folder with manifest.json and model/. Raises Crashed if the merged model differs.
+    Raises Crashed if the merged model differs.
     """
-    base = read_record(BaseModelManifest, base_model / "manifest.json")
-    trained = read_record(AdapterManifest, entry_dir / "adapter.json") if adapter else None
+    base = read_record(BaseModelManifest, base_model.manifest)
+    trained = read_record(AdapterManifest, folder.adapter_manifest) if settings.adapter else None
     disable_progress_bar()  # of transformers' loading and saving: only noise in a log
-    building = entry_dir / "work" / "package.tmp"
+    building = folder.unfinished("package")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    (entry_dir / "package.json").unlink(missing_ok=True)
+    folder.package_manifest.unlink(missing_ok=True)
     difference = divergence = None
-    with timed_run(entry_dir / "package.run.json"):
+    with timed_run(folder.run_facts("package")):
         if trained is None:
-            _link_files(base_model / "model", building, weights=True)
+            _link_files(base_model.model, building, weights=True)
         else:
-            if folder_sha256(entry_dir / "adapter") != trained.files:
-                raise Crashed(f"{entry_dir / 'adapter'} differs from adapter.json; run finetune again")
-            difference, divergence = _write_tuned(
-                base_model / "model", entry_dir / "adapter", trained, building
-            )
-            _link_files(base_model / "model", building, weights=False)
+            if folder_sha256(folder.adapter) != trained.files:
+                raise Crashed(f"{folder.adapter} differs from adapter.json; run finetune again")
+            difference, divergence = _write_tuned(base_model.model, folder.adapter, trained, building)
+            _link_files(base_model.model, building, weights=False)
         _complete(building)
-        cards = {"README.md": model_card(entry, competition, base, trained, card_facts(base_model / "model"))}
-        if trained is not None and (entry_dir / "dataset" / "card.md").is_file():
-            cards["DATA_CARD.md"] = (entry_dir / "dataset" / "card.md").read_text(encoding="utf-8")
-        for name, text in cards.items():
-            (building / name).unlink(missing_ok=True)  # a link to the base model's
-            (building / name).write_text(text, encoding="utf-8")
+        _write_cards(folder, settings, base, trained, base_model.model, building)
         for path in building.iterdir():
             if path.stat().st_nlink == 1:  # a linked file is the base model's, its mode is not ours to change
                 path.chmod(0o644)
         parameters, dtype = _shape(building)
-        shutil.rmtree(entry_dir / "package", ignore_errors=True)
-        building.rename(entry_dir / "package")
+        shutil.rmtree(folder.package, ignore_errors=True)
+        building.rename(folder.package)
         manifest = PackageManifest(
-            competition=competition,
-            track=track_id,
-            entry=entry,
+            competition=settings.competition_id,
+            track=folder.track_id,
+            entry=folder.entry_id,
             base_model=base.id,
             base_model_fingerprint=base.fingerprint,
             adapter_fingerprint=trained.fingerprint if trained else None,
@@ -104,10 +93,28 @@ def build_package(
             parameters=parameters,
             max_logit_difference=difference,
             divergence=divergence,
-            files=folder_sha256(entry_dir / "package"),
+            files=folder_sha256(folder.package),
         )
-        manifest.write(entry_dir / "package.json")
+        manifest.write(folder.package_manifest)
     return manifest
+
+
+def _write_cards(
+    folder: EntryFolder,
+    settings: PackageSettings,
+    base: BaseModelManifest,
+    trained: AdapterManifest | None,
+    model: Path,
+    building: Path,
+) -> None:
+    """Write the model card, and the data card of what it was trained on."""
+    card = model_card(folder.entry_id, settings.competition_id, base, trained, card_facts(model))
+    cards = {"README.md": card}
+    if trained is not None and folder.dataset.card.is_file():
+        cards["DATA_CARD.md"] = folder.dataset.card.read_text(encoding="utf-8")
+    for name, text in cards.items():
+        (building / name).unlink(missing_ok=True)  # a link to the base model's
+        (building / name).write_text(text, encoding="utf-8")
 
 
 def _write_tuned(

@@ -14,21 +14,22 @@ import shutil
 from pathlib import Path
 
 from palio.errors import BadInput, Crashed
+from palio.layout import EntryFolder
 from palio.packaging.container import write_container
 from palio.packaging.verify import COMPANIONS, changed_files
 from palio.provenance import write_json, write_text
 from palio.records import Leaderboard, PackageManifest, ScoredEntry, read_record
 
 
-def assemble(entry_dir: Path, leaderboard: Path | None = None) -> Path:
+def assemble(folder: EntryFolder, leaderboard: Path | None = None) -> Path:
     """The folder that is pushed, made anew; the weights are linked where the file system can.
 
     Raises:
         Crashed: the package differs from its manifest.
         BadInput: no package, or the leaderboard does not have the entry.
     """
-    manifest = read_record(PackageManifest, entry_dir / "package.json")
-    package, out = entry_dir / "package", entry_dir / "work" / "publish"
+    manifest = read_record(PackageManifest, folder.package_manifest)
+    package, out = folder.package, folder.publication
     if wrong := changed_files(package, manifest):
         raise Crashed(f"{package}: {wrong[0]}; package the entry again")
     shutil.rmtree(out, ignore_errors=True)

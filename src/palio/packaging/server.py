@@ -12,23 +12,25 @@ import shutil
 from pathlib import Path
 
 from palio.config import ServerProgram
+from palio.layout import BaseModelFolder, EntryFolder
 from palio.provenance import folder_sha256, timed_run, write_json
 from palio.records import BaseModelManifest, PackageManifest, read_record
 from palio.sandbox.handed_in import check_files
 from palio.sandbox.image import fetch_image
 from palio.sandbox.server import FILES, IMAGE, PROGRAM
+from palio.settings import PackageSettings
 
 
 def package_server(
-    program: ServerProgram, *, base_model: Path, entry_dir: Path, competition: str, track_id: str, entry: str
+    program: ServerProgram, folder: EntryFolder, settings: PackageSettings, base_model: BaseModelFolder
 ) -> PackageManifest:
-    """Leaves package/ and package.json in `entry_dir`. Raises BadInput for files that may not be taken."""
-    base = read_record(BaseModelManifest, base_model / "manifest.json")
-    building = entry_dir / "work" / "package.tmp"
+    """Leave package/ and package.json in the entry's folder. Raises BadInput for files that are refused."""
+    base = read_record(BaseModelManifest, base_model.manifest)
+    building = folder.unfinished("package")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    (entry_dir / "package.json").unlink(missing_ok=True)
-    with timed_run(entry_dir / "package.run.json"):
+    folder.package_manifest.unlink(missing_ok=True)
+    with timed_run(folder.run_facts("package")):
         if program.files is not None:
             check_files(Path(program.files), "server.files")
             shutil.copytree(program.files, building / FILES, symlinks=True)
@@ -36,20 +38,20 @@ def package_server(
         if program.image is not None:
             fetch_image(program.image, building / IMAGE)
         write_json(building / PROGRAM, program.model_dump(mode="json", exclude_none=True))
-        shutil.rmtree(entry_dir / "package", ignore_errors=True)
-        building.rename(entry_dir / "package")
+        shutil.rmtree(folder.package, ignore_errors=True)
+        building.rename(folder.package)
         manifest = PackageManifest(
             kind="server",
-            competition=competition,
-            track=track_id,
-            entry=entry,
+            competition=settings.competition_id,
+            track=folder.track_id,
+            entry=folder.entry_id,
             base_model=base.id,
             base_model_fingerprint=base.fingerprint,
             adapter_fingerprint=None,
             dtype=None,
             parameters=None,
             max_logit_difference=None,
-            files=folder_sha256(entry_dir / "package"),
+            files=folder_sha256(folder.package),
         )
-        manifest.write(entry_dir / "package.json")
+        manifest.write(folder.package_manifest)
     return manifest

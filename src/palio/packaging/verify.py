@@ -20,10 +20,12 @@ from typing import Any, Literal
 
 from palio.config import Track
 from palio.errors import BadInput
+from palio.layout import Resources
 from palio.packaging.container import PINNED
 from palio.provenance import folder_sha256
 from palio.records import AdapterManifest, BaseModelManifest, PackageManifest, read_record
 
+RESOURCES = Resources()
 COMPANIONS = "palio"
 """Folder of a published package for what is no part of the model: manifest, scores, container."""
 NEEDED = ("config.json", "generation_config.json", "tokenizer_config.json", "README.md")
@@ -66,7 +68,7 @@ def verify_package(
     folder: Path,
     *,
     track: Track | None = None,
-    base_models: Path = Path("resources/base_models"),
+    base_models: Path = RESOURCES.base_models,
     load: bool = True,
 ) -> list[Finding]:
     """All checks, in their order; a later one is skipped where an earlier one makes it meaningless.

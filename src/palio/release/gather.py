@@ -25,10 +25,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from palio.config import STAGES, Competition, expand
+from palio.config import Competition, expand
 from palio.entries import Entries
 from palio.errors import BadInput, PalioError
-from palio.layout import ENTRIES, ENVIRONMENT_LOCK, RULESET, Boards, EntryFolder, Project, Results
+from palio.layout import ENTRIES, ENVIRONMENT_LOCK, RULESET, STAGES, Boards, EntryFolder, Project, Results
 from palio.packaging.container import write_container
 from palio.pipeline import STEPS
 from palio.provenance import write_json, write_text

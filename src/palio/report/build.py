@@ -36,8 +36,8 @@ ROUND_TITLES = {
 """Of the published leaderboards, in the order of the page."""
 
 
-def build_report(competition: Competition, *, results: Results, leaderboards: Boards, out: Path) -> None:
-    """Report on leaderboards or standings.
+def build_report(competition: Competition, *, results: Results, leaderboards: Boards, out: Path) -> Path:
+    """Report on leaderboards or standings; the page's path.
 
     Raises:
         BadInput: a track has no leaderboard there.
@@ -53,12 +53,12 @@ def build_report(competition: Competition, *, results: Results, leaderboards: Bo
             for one in entry_reports(board)
         ]
         tracks.append(TrackReport(track, settings.title, board, analysis, of))
-    write_report(competition.title, tracks, out)
+    return write_report(competition.title, tracks, out)
 
 
 def published_report(
     boards: Sequence[tuple[Leaderboard, Analysis]], paper: PublishedFigures, out: Path
-) -> None:
+) -> Path:
     """Report on the published tables of NeurIPS 2023, with the paper's figures."""
     tracks = []
     for name, told in ROUND_TITLES.items():
@@ -67,7 +67,7 @@ def published_report(
             if round_ == name:
                 title = f"{track}, {told}"
                 tracks.append(TrackReport(board.track, title, board, analysis, entry_reports(board)))
-    write_report("NeurIPS 2023, recomputed", tracks, out, paper_figures(paper))
+    return write_report("NeurIPS 2023, recomputed", tracks, out, paper_figures(paper))
 
 
 def read_board(boards: Boards, track: str) -> tuple[Leaderboard, Analysis | None]:
@@ -115,7 +115,7 @@ def _with_files(
 
 def write_report(
     title: str, tracks: Sequence[TrackReport], out: Path, appendix: Sequence[Plate] = ()
-) -> None:
+) -> Path:
     """Write the figures, then the page. Figures of an earlier report that this one has not are removed."""
     drawn = {plate.name: plate.drawing for plate in appendix}
     for track in tracks:
@@ -127,4 +127,6 @@ def write_report(
     for path in (out / "figures").glob("*"):
         if path.stem not in drawn:
             path.unlink()
-    write_text(out / "index.html", page(title, tracks, appendix))
+    file = out / "index.html"
+    write_text(file, page(title, tracks, appendix))
+    return file

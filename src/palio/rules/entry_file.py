@@ -78,7 +78,10 @@ def check_file(file: Path, against: CheckedAgainst, among: EntryFolders | None =
     others = participants(among or EntryFolders(folders=(str(file.parent.resolve()),)))
     broken, notices = violations_among(file.stem, entry, rules, others.beside(file.stem))
     found = [*violations(entry, rules, tracks=against.track_ids), *broken, *_places(entry, rules)]
-    for folder in (RESOURCES.base_model(entry.base_model.id).model, Path(entry.base_model.path or os.devnull)):
+    for folder in (
+        RESOURCES.base_model(entry.base_model.id).model,
+        Path(entry.base_model.path or os.devnull),
+    ):
         if folder.is_dir():
             found += lineage_violations(entry.base_model, model_facts(folder), rules)
             break
@@ -183,7 +186,9 @@ def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
                 fix=f"put it into a folder of your team there, {rules.team_folders[0]}/<team>/",
             )
     for index, operation in enumerate(entry.dataset.operations if entry.dataset else ()):
-        if isinstance(operation, Decontaminate) and not _inside(operation.instances, (str(RESOURCES.open_stage),)):
+        if isinstance(operation, Decontaminate) and not _inside(
+            operation.instances, (str(RESOURCES.open_stage),)
+        ):
             yield Violation(
                 rule="data.path",
                 key=f"dataset.operations.{index}.instances",

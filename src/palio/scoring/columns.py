@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from palio.config import STAGES, Competition, Metric
+from palio.config import Competition, Metric
 from palio.errors import BadInput, State
+from palio.layout import STAGES
 from palio.records import Cell, Column, HelmRun
 
 StatisticKey = tuple[str, str, str, str | None]

@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from palio.config import STAGES, Competition
+from palio.config import Competition
 from palio.entries import AnyEntry, BrokenEntry
 from palio.errors import BadInput, PalioError, State
-from palio.layout import EntryFolder, Results
+from palio.layout import STAGES, EntryFolder, Results, Stage
 from palio.pipeline import steps_of
 from palio.provenance import file_sha256
 from palio.records import (
@@ -33,6 +32,7 @@ from palio.records import (
 from palio.scoring.columns import columns_of, stage_cells
 from palio.scoring.conventions import CONVENTIONS, Array, Convention, Missing, column_win_rates
 from palio.scoring.formula import Formula, Scores, ranks, scores_of_win_rates
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -332,8 +332,8 @@ def score_track(
 class FinishedEntry:
     """What both stages left of one entry."""
 
-    records: dict[str, StageRecord]
-    cells: dict[str, list[Cell]]
+    records: Mapping[Stage, StageRecord]
+    cells: Mapping[Stage, list[Cell]]
     inputs: dict[str, str]
     """sha256 by path relative to the results folder."""
 

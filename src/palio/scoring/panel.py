@@ -6,6 +6,7 @@ palio panel results/leaderboard/laptop.json     → config/panel/<competition>/<
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import numpy as np
 
 from palio.errors import BadInput

@@ -15,9 +15,9 @@ from typing import cast, get_args
 
 import numpy as np
 
-from palio.config import STAGES, Competition
+from palio.config import Competition
 from palio.errors import BadInput
-from palio.layout import Boards, Results
+from palio.layout import STAGES, Boards, Results
 from palio.records import Analysis, Column, Leaderboard, Part, ScoredEntry, read_record
 from palio.scoring.columns import columns_of
 from palio.scoring.conventions import CONVENTIONS, Array, Missing

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from palio.config import Isolation, Program
 from palio.errors import Crashed, Interrupted
+from palio.layout import TrainingFolder
 from palio.provenance import atomic_path, fingerprint, folder_sha256
 from palio.records import AdapterManifest, Contained
 from palio.sandbox import gpu
@@ -43,14 +44,13 @@ STOP_SECONDS = 20.0
 POLL_SECONDS = 0.2
 
 
-def finetune_by_command(
-    program: Program, step: TrainingStep, isolation: Isolation, *, network: bool
-) -> AdapterManifest:
+def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest:
     """Run, go on or restore; leaves adapter/, train.parquet and adapter.json in the entry's folder.
 
     Raises BadInput, RuleViolation, OutOfMemory, Crashed or Interrupted. Started again, the program finds its
     own checkpoints and what is left of the budget.
     """
+    isolation = step.settings.isolation or Isolation()
     files = Path(program.files) if program.files else None
     if files is not None:
         check_files(files, "command.files")
@@ -59,32 +59,32 @@ def finetune_by_command(
         "kind": "command",
         **program.model_dump(mode="json", exclude_none=True),
         "files_sha256": fingerprint(folder_sha256(files)) if files else None,
-        "network": network,
+        "network": step.settings.network,
     }
 
-    def train(work: Path, base_model: str) -> Trained:
+    def train(work: TrainingFolder, base_model: str) -> Trained:
         room = Room(
-            limits=Limits.of(step.track, isolation, step.threads),
+            limits=Limits.of(step.track, isolation, step.options.threads),
             files=files,
-            inputs={"/base_model": step.base_model / "model", "/dataset": step.dataset},
-            output=work / "program",
-            network=network,
+            inputs={"/base_model": step.base_model.model, "/dataset": step.folder.dataset.path},
+            output=work.program,
+            network=step.settings.network,
             visible=isolation.visible,
-            system=image_folder(program.image, step.entry_dir / "work"),
+            system=image_folder(program.image, step.folder.work),
         )
-        facts, log = gpu.hardware(step.track), work / "program.log"
+        facts, log = gpu.hardware(step.track), work.program_log
         budget, meter = float(step.track.training_budget), gpu.energy_meter(step.track)
-        with Ledger(work / "ledger.jsonl", budget, meter=meter, **facts) as ledger:
+        with Ledger(work.ledger, budget, meter=meter, **facts) as ledger:
             state = _run(program, room, ledger, log, isolation.unconfined)
             method, pickles = take_model(
-                work / "program" / "result",
-                work / "adapter",
-                base_model=step.base_model / "model",
+                work.program / "result",
+                work.adapter,
+                base_model=step.base_model.model,
                 base_model_id=base_model,
             )
             ledger.outcome = state
             seconds = ledger.used()
-        with atomic_path(work / "train.parquet") as temporary:  # its steps are its own
+        with atomic_path(work.telemetry) as temporary:  # its steps are its own
             pq.write_table(pa.Table.from_pylist([], SCHEMA), temporary)
         manifest = {
             "recipe": recipe | {"method": method},

@@ -11,7 +11,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from palio.config import FinetuneRecipe
 from palio.errors import BadInput, Crashed, Interrupted, OutOfMemory, TimeLimit
+from palio.layout import TrainingFolder
 from palio.provenance import atomic_path, library_versions
 from palio.records import AdapterManifest
 from palio.training.checkpoint import load_checkpoint, save_checkpoint
@@ -57,16 +57,17 @@ def finetune(recipe: FinetuneRecipe, step: TrainingStep) -> AdapterManifest:
     checkpoint.
     """
     disable_progress_bar()  # of transformers' loading and saving: only noise in a log
-    if step.threads is not None:
-        torch.set_num_threads(step.threads)
+    folder, threads = step.folder, step.options.threads
+    if threads is not None:
+        torch.set_num_threads(threads)
 
-    def train(work: Path, base_model: str) -> Trained:
+    def train(work: TrainingFolder, base_model: str) -> Trained:
         training = _Training(recipe, step, work)
         with dashboards(
-            step.telemetry.report_to,
-            folder=step.entry_dir / "work" / "dashboards",
-            run=f"{step.competition}/{step.track_id}/{step.entry}",
-            key=work.name,
+            step.options.telemetry.report_to,
+            folder=folder.dashboards,
+            run=f"{step.settings.competition_id}/{folder.track_id}/{folder.entry_id}",
+            key=work.path.name,
             recipe=recipe.model_dump(mode="json"),
         ) as training.tell:
             return training.run(base_model)
@@ -77,11 +78,11 @@ def finetune(recipe: FinetuneRecipe, step: TrainingStep) -> AdapterManifest:
 class _Training:
     """One attempt at one training run, in its work folder."""
 
-    def __init__(self, recipe: FinetuneRecipe, step: TrainingStep, work: Path) -> None:
+    def __init__(self, recipe: FinetuneRecipe, step: TrainingStep, work: TrainingFolder) -> None:
         self.recipe, self.track, self.work = recipe, step.track, work
         self.device = training_device(step.track)
-        self.model_folder, self.dataset = step.base_model / "model", step.dataset / "train.parquet"
-        self.checkpoints = work / "checkpoints"
+        self.model_folder, self.dataset = step.base_model.model, step.folder.dataset.rows
+        self.checkpoints = work.checkpoints
         self.telemetry: list[dict[str, float]] = []
         self.held_out: list[Row] = []
         self.best: dict[str, Any] | None = None  # step, loss and parameters of the lowest validation loss
@@ -97,10 +98,10 @@ class _Training:
         try:
             trainer = self._trainer(rows)
             budget = float(self.track.training_budget)
-            ledger_file, meter = self.work / "ledger.jsonl", energy_meter(self.device)
+            meter = energy_meter(self.device)
             with (
                 _signals() as caught,
-                Ledger(ledger_file, budget, meter=meter, **hardware(self.device)) as ledger,
+                Ledger(self.work.ledger, budget, meter=meter, **hardware(self.device)) as ledger,
             ):
                 self._resume(trainer, budget)
                 state = self._train(trainer, ledger, caught)
@@ -179,13 +180,8 @@ class _Training:
             fix = "matches no module of the base model; name its linear layers or use all-linear"
             raise BadInput("finetune", "target_modules", self.recipe.target_modules, fix) from None
         if self.recipe.lora_init == "pissa":
-            model.save_pretrained(self._initial)
+            model.save_pretrained(self.work.initial_adapter)
         return Trainer(model, rows, self.recipe, self.device)
-
-    @property
-    def _initial(self) -> Path:
-        """PiSSA's adapter before training; what is handed in is the difference to it."""
-        return self.checkpoints / "initial"
 
     def _resume(self, trainer: Trainer, budget: float) -> None:
         """Go to the last complete checkpoint inside the budget, or to the start."""
@@ -284,15 +280,15 @@ class _Training:
         self._measured("save", time.monotonic() - clock)
 
     def _save(self, trainer: Trainer, base_model: str, ledger: Ledger) -> None:
-        shutil.rmtree(self.work / "adapter", ignore_errors=True)
+        shutil.rmtree(self.work.adapter, ignore_errors=True)
         if self.best is not None:
             trainer.put(self.best["parameters"])
         try:
-            save_adapter(trainer.model, self.work / "adapter", base_model, self._initial)
-            with atomic_path(self.work / "train.parquet") as temporary:
+            save_adapter(trainer.model, self.work.adapter, base_model, self.work.initial_adapter)
+            with atomic_path(self.work.telemetry) as temporary:
                 pq.write_table(pa.Table.from_pylist(self.telemetry, SCHEMA), temporary)
         except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
-            shutil.rmtree(self.work / "adapter", ignore_errors=True)
+            shutil.rmtree(self.work.adapter, ignore_errors=True)
             self._checkpoint(trainer, ledger)
             why = f"the adapter could not be saved ({error}); make room and start again"
             raise Interrupted(why) from error

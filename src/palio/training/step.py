@@ -20,34 +20,31 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from palio.config import Telemetry, Track
+from palio.config import Track
 from palio.errors import BadInput, Crashed
+from palio.layout import BaseModelFolder, EntryFolder, TrainingFolder
 from palio.provenance import atomic_path, fingerprint, folder_sha256, timed_run, write_json
 from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, read_record
+from palio.settings import FinetuneSettings, RunOptions
 from palio.training.ledger import joules, read_ledger, sole_process
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """Whose training, on what, and inside which limits."""
+    """Whose training, with which settings, on which base model."""
 
-    competition: str
-    track_id: str
-    entry: str
-    track: Track
-    base_model: Path
-    """Folder with a manifest.json, as `dataset`."""
-    dataset: Path
-    entry_dir: Path
-    threads: int | None = None
-    """CPU threads; None: as many as there are."""
-    telemetry: Telemetry = field(default_factory=Telemetry)
-    retrain: bool = False
-    """Whether the adapter in `entry_dir` may be replaced by one of another fingerprint."""
+    folder: EntryFolder
+    settings: FinetuneSettings
+    options: RunOptions
+    base_model: BaseModelFolder
+
+    @property
+    def track(self) -> Track:
+        return self.settings.track
 
 
 @dataclass(frozen=True)
@@ -63,15 +60,16 @@ class Trained:
 
 
 def adapter_of(
-    step: TrainingStep, recipe: dict[str, Any], version: str, train: Callable[[Path, str], Trained]
+    step: TrainingStep, recipe: dict[str, Any], version: str, train: Callable[[TrainingFolder, str], Trained]
 ) -> AdapterManifest:
     """Train, go on or restore; leaves adapter/, train.parquet and adapter.json in the entry's folder.
 
     `recipe` and `version` are what decides the result besides base model and dataset. `train` is given the
     work folder and the base model's id, and goes on from what an earlier attempt left there.
     """
-    model = read_record(BaseModelManifest, step.base_model / "manifest.json")
-    data = read_record(DatasetManifest, step.dataset / "manifest.json")
+    folder = step.folder
+    model = read_record(BaseModelManifest, step.base_model.manifest)
+    data = read_record(DatasetManifest, folder.dataset.manifest)
     key = fingerprint(
         {
             "recipe": recipe,
@@ -80,24 +78,23 @@ def adapter_of(
             "dataset": data.sha256,
         }
     )
-    if not step.retrain:
-        _refuse_to_replace(step.entry_dir / "adapter.json", key)
-    work = step.entry_dir / "work" / "train" / key[:16]
-    with timed_run(step.entry_dir / "finetune.run.json", fingerprint=key) as run, sole_process(work):
+    _refuse_to_replace(folder.adapter_manifest, key)
+    work = folder.training(key[:16])
+    with timed_run(folder.run_facts("finetune"), fingerprint=key) as run, sole_process(work.path):
         run["restored"] = _ended(work, step.track)
         if not run["restored"]:
-            (work / "adapter.json").unlink(missing_ok=True)  # of a smaller budget
+            work.manifest.unlink(missing_ok=True)  # of a smaller budget
             trained = train(work, model.id)
             facts = {
                 "training_seconds": round(trained.seconds, 3),
-                "energy_joules": joules(read_ledger(work / "ledger.jsonl")),
+                "energy_joules": joules(read_ledger(work.ledger)),
                 "memory_cap_gb": step.track.gpu_memory_gb,
             }
-            write_json(work / "training.json", facts | trained.facts)
+            write_json(work.facts, facts | trained.facts)
             manifest = {
-                "competition": step.competition,
-                "track": step.track_id,
-                "entry": step.entry,
+                "competition": step.settings.competition_id,
+                "track": folder.track_id,
+                "entry": folder.entry_id,
                 "fingerprint": key,
                 "recipe_version": version,
                 "base_model": model.id,
@@ -105,47 +102,47 @@ def adapter_of(
                 "dataset_sha256": data.sha256,
                 "recipe": recipe,
                 "rows": data.rows,
-                "files": folder_sha256(work / "adapter"),
+                "files": folder_sha256(work.adapter),
             }
-            AdapterManifest(**manifest | trained.manifest).write(work / "adapter.json")
+            AdapterManifest(**manifest | trained.manifest).write(work.manifest)
             if trained.manifest["state"] == "finished":
-                shutil.rmtree(work / "checkpoints", ignore_errors=True)
-        run.update(json.loads((work / "training.json").read_text(encoding="utf-8")))
-        price = step.telemetry.usd_per_hour.get(step.track_id)
+                shutil.rmtree(work.checkpoints, ignore_errors=True)
+        run.update(json.loads(work.facts.read_text(encoding="utf-8")))
+        price = step.options.telemetry.usd_per_hour.get(folder.track_id)
         run["cost_usd"] = price and round(price * run["training_seconds"] / 3600, 4)
-        return _publish(work, step.entry_dir)
+        return _publish(work, folder)
 
 
 def _refuse_to_replace(file: Path, key: str) -> None:
-    """Hours of training are not overwritten by the way. Snakemake removes what a rule is to make anew."""
+    """Hours of training are not overwritten by accident. Snakemake removes what a rule is to make anew."""
     if file.is_file() and (kept := read_record(AdapterManifest, file).fingerprint) != key:
-        fix = "was trained with another recipe, dataset or base model; give --retrain to replace it"
+        fix = "was trained with another recipe, dataset or base model; remove this file to replace it"
         raise BadInput(file, "fingerprint", kept[:16], fix)
 
 
-def _ended(work: Path, track: Track) -> bool:
+def _ended(work: TrainingFolder, track: Track) -> bool:
     """Whether `work` holds the adapter; one that ended at a smaller budget than today's is trained on."""
-    if not (work / "adapter.json").is_file():
+    if not work.manifest.is_file():
         return False
-    budgets = [line["budget"] for line in read_ledger(work / "ledger.jsonl") if line["event"] == "start"]
-    state = read_record(AdapterManifest, work / "adapter.json").state
+    budgets = [line["budget"] for line in read_ledger(work.ledger) if line["event"] == "start"]
+    state = read_record(AdapterManifest, work.manifest).state
     return state == "finished" or max(budgets) >= track.training_budget
 
 
-def _publish(work: Path, entry_dir: Path) -> AdapterManifest:
-    """Hard links to (copies of) adapter/, train.parquet and adapter.json of `work`, the manifest last."""
-    manifest = read_record(AdapterManifest, work / "adapter.json")
-    if folder_sha256(work / "adapter") != manifest.files:
-        raise Crashed(f"the finished adapter in {work} was changed; delete that folder to train again")
-    building = entry_dir / "work" / "adapter.tmp"
+def _publish(work: TrainingFolder, folder: EntryFolder) -> AdapterManifest:
+    """Hard links to (copies of) the adapter, its telemetry and its manifest, which comes last."""
+    manifest = read_record(AdapterManifest, work.manifest)
+    if folder_sha256(work.adapter) != manifest.files:
+        raise Crashed(f"the finished adapter in {work.path} was changed; delete that folder to train again")
+    building = folder.unfinished("adapter")
     shutil.rmtree(building, ignore_errors=True)
-    shutil.copytree(work / "adapter", building, copy_function=_link)
-    (entry_dir / "adapter.json").unlink(missing_ok=True)
-    shutil.rmtree(entry_dir / "adapter", ignore_errors=True)
-    building.rename(entry_dir / "adapter")
-    with atomic_path(entry_dir / "train.parquet") as temporary:
-        shutil.copyfile(work / "train.parquet", temporary)
-    manifest.write(entry_dir / "adapter.json")
+    shutil.copytree(work.adapter, building, copy_function=_link)
+    folder.adapter_manifest.unlink(missing_ok=True)
+    shutil.rmtree(folder.adapter, ignore_errors=True)
+    building.rename(folder.adapter)
+    with atomic_path(folder.telemetry) as temporary:
+        shutil.copyfile(work.telemetry, temporary)
+    manifest.write(folder.adapter_manifest)
     return manifest
 
 

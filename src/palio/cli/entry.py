@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
 
 import click
 
 from palio.cli.group import (
-    DEFAULT_CONFIG,
     ExistingPath,
     Verb,
     competition_of,
     competition_option,
-    entries_by_track,
-    entry_step,
     palio,
-    track_and_entry,
 )
-from palio.errors import BadInput, PalioError, RuleViolation
+from palio.errors import BadInput, RuleViolation
+from palio.layout import (
+    REHEARSALS,
+    STAGES,
+    BaseModelFolder,
+    DatasetFolder,
+    EntryFolder,
+    Resources,
+    Stage,
+)
 
 
 @palio.command(cls=Verb, example="palio new config/entries/demo/mine.yaml --team 'Contrada del Drago'")
@@ -73,23 +75,24 @@ def new(
 @click.argument("file", type=ExistingPath)
 @competition_option
 @click.option("--panel", type=ExistingPath, help="Reference panel; default: config/panel/…, if there is one.")
-@click.option("--out", type=ExistingPath, default=Path("try"), show_default=True)
+@click.option("--out", type=ExistingPath, default=REHEARSALS, show_default=True)
 def try_entry(file: Path, competition: str, panel: Path | None, out: Path) -> None:
     """Rehearse an entry on this machine: every step in small, its place, and what the whole would take."""
     from palio.config import load_entry
+    from palio.layout import panel as panel_file
     from palio.participant.rehearsal import rehearse
     from palio.participant.summary import summary
     from palio.rules.entry_file import check_file
-    from palio.scoring.panel import panel_path
+    from palio.settings import CheckedAgainst
 
     rules = competition_of(competition)
-    checked = check_file(file, rules.checked_against)
+    checked = check_file(file, CheckedAgainst.of(rules))
     for notice in checked.notices:
         print(f"notice: {notice}", file=sys.stderr)
     checked.require_clean()
     print("check: clean", flush=True)
     entry = load_entry(file)
-    if panel is None and (published := panel_path(rules.competition, entry.track)).is_file():
+    if panel is None and (published := panel_file(rules.competition, entry.track)).is_file():
         panel = published
     for line in summary(rehearse(file, rules, out), entry, rules, panel):
         print(line)
@@ -98,51 +101,29 @@ def try_entry(file: Path, competition: str, panel: Path | None, out: Path) -> No
 @palio.command(cls=Verb, example="palio check config/entries/demo")
 @click.argument("files", nargs=-1, required=True, type=ExistingPath)
 @competition_option
-@click.option("--against", help="JSON slice of the competition, in place of --competition.")
-@click.option("--among", help="JSON of the folders of the other entries; default: the file's own.")
-@click.option("--entry-dir", type=ExistingPath, help="Write check.json here (one FILE only).")
 @click.option("--json", "as_json", is_flag=True, help="Print violations and notices as JSON lines.")
-def check(
-    files: tuple[Path, ...],
-    competition: str,
-    against: str | None,
-    among: str | None,
-    entry_dir: Path | None,
-    as_json: bool,
-) -> None:
+def check(files: tuple[Path, ...], competition: str, as_json: bool) -> None:
     """Check entry files, or folders of them, against the competition's rules, before GPU time is spent.
 
     A violation names rule, key, why and fix. A notice is for the organizers and stops nothing.
     """
-    from palio.config import CheckedAgainst, EntryFolders, parse
     from palio.rules.entry_file import check_file
+    from palio.settings import CheckedAgainst
 
-    rules = (
-        parse(CheckedAgainst, json.loads(against), "--against")
-        if against
-        else competition_of(competition).checked_against
-    )
-    others = parse(EntryFolders, json.loads(among), "--among") if among else None
+    against = CheckedAgainst.of(competition_of(competition))
     clean = True
     for file in (
-        one for given in files for one in (sorted(given.glob("*.y*ml")) if given.is_dir() else [given])
+        path for given in files for path in (sorted(given.glob("*.y*ml")) if given.is_dir() else [given])
     ):
-        checked = check_file(file, rules, others)
+        checked = check_file(file, against)
         clean = clean and checked.record is not None
         if as_json:
-            for level, found in (("violation", checked.violations), ("notice", checked.notices)):
-                for one in found:
-                    print(json.dumps({"file": str(file), "level": level, **one.model_dump()}))
-        else:
-            for one in checked.notices:
-                print(f"notice: {file}: {one}", file=sys.stderr)
-            for one in checked.violations:
-                print(f"error: {file}: {one}", file=sys.stderr)
-            if checked.record:
-                print(f"{file}: clean")
-        if entry_dir is not None:
-            with entry_step("check", entry_dir):
-                checked.require_clean().write(entry_dir / "check.json")
+            for level, listed in (("violation", checked.violations), ("notice", checked.notices)):
+                for violation in listed:
+                    print(json.dumps({"file": str(file), "level": level, **violation.model_dump()}))
+            continue
+        for line in checked.lines():
+            print(line, file=sys.stdout if line.endswith(": clean") else sys.stderr)
     raise click.exceptions.Exit(0 if clean else RuleViolation.exit_code)
 
 
@@ -157,124 +138,37 @@ def demo_data(out: Path, seed: int) -> None:
 
 
 @palio.command(cls=Verb, example="palio curate config/entries/demo/curated.yaml --out preview --limit 1000")
-@click.argument("entry")
-@click.option("--out", type=ExistingPath, help="Folder for a dataset of your own, for a look at it.")
-@click.option(
-    "--entry-dir", type=ExistingPath, help="Or the entry's folder in a competition, results/<track>/<entry>."
-)
+@click.argument("file", type=ExistingPath)
+@click.option("--out", type=ExistingPath, required=True, help="Folder for the dataset.")
 @click.option("--base-model", type=ExistingPath, help="Folder of the base model; default: the workflow's.")
 @click.option("--limit", type=click.IntRange(min=1), help="Read so many rows of each source.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
-@click.option("--competition-id", default="none", show_default=True, help="The competition's id.")
-@click.option(
-    "--shard", metavar="I-of-N", help="Only work ahead: on this share of the rows, while it can alone."
-)
-@click.option(
-    "--join", type=click.IntRange(min=0), metavar="N", help="Only work ahead: join what shards noted."
-)
-@click.option(
-    "--shards", type=click.IntRange(min=0), default=0, help="How many worked ahead, for the record."
-)
-def curate(
-    entry: str,
-    out: Path | None,
-    entry_dir: Path | None,
-    base_model: Path | None,
-    limit: int | None,
-    workers: int,
-    competition_id: str,
-    shard: str | None,
-    join: int | None,
-    shards: int,
-) -> None:
-    """Turn an entry's sources into its training dataset, and account for every row.
+def curate(file: Path, out: Path, base_model: Path | None, limit: int | None, workers: int) -> None:
+    """Curate an entry's sources into a dataset of your own, for a look at it; accounts for every row."""
+    from palio.config import load_entry
+    from palio.curation.curate import curate_dataset
+    from palio.curation.inspection import account
+    from palio.curation.progress import progress_bar
 
-    ENTRY is an entry file, or the JSON of its dataset section, as the workflow passes it. With --shard or
-    --join it is a part of that, for a run without them to find done: see docs/curation.md.
-    """
-    from palio.config import DatasetRecipe, load_entry, parse
-    from palio.curation.curate import curate_ahead, curate_dataset
-    from palio.provenance import fingerprint, timed_run
-
-    if (out is None) == (entry_dir is None):
-        raise click.UsageError("give either --out or --entry-dir")
-    if entry.startswith("{"):
-        recipe = parse(DatasetRecipe, json.loads(entry), "dataset")
-        if entry_dir is None or base_model is None:
-            raise click.UsageError("a dataset section needs --entry-dir and --base-model")
-        track, name = track_and_entry(entry_dir)
-    else:
-        found = load_entry(Path(entry))
-        if found.dataset is None:
-            raise BadInput(entry, "dataset", None, "the entry has none; there is nothing to curate")
-        recipe, track, name = found.dataset, found.track, Path(entry).stem
-        if base_model is None and found.base_model:
-            base_model = Path("resources/base_models") / found.base_model.id
-    model = (base_model or Path()) / "model"
-    work = (out or entry_dir or Path()) / "work" / "curate"
-    if shard or join is not None:
-        try:
-            share = shard_of(shard) if shard else None
-            curate_ahead(
-                recipe, base_model=model, entry=name, work=work, shard=share, join=join or 0, workers=workers
-            )
-        except PalioError as fault:
-            # The run that is to find this done meets the same, and its word is on record.
-            print(f"left to the run without --shard and --join: {fault}")
-        return
-    run: dict[str, Any] = {}
-    with ExitStack() as around, progress_bar() as progress:
-        if entry_dir:
-            around.enter_context(entry_step("curate", entry_dir))
-            run = around.enter_context(timed_run(entry_dir / "curate.run.json"))
+    entry = load_entry(file)
+    if entry.dataset is None:
+        raise BadInput(file, "dataset", None, "the entry has none; there is nothing to curate")
+    model = base_model or Resources().base_model(entry.base_model.id).path
+    with progress_bar() as progress:
         manifest = curate_dataset(
-            recipe,
-            base_model=model,
-            competition=competition_id,
-            track=track,
-            entry=name,
-            out=out or entry_dir / "dataset",  # type: ignore[operator]  # one of them is given
-            work=work,
+            entry.dataset,
+            base_model=BaseModelFolder(model).model,
+            competition="none",
+            track=entry.track,
+            entry=file.stem,
+            out=out,
+            work=DatasetFolder(out).work,
             limit=limit,
             workers=workers,
             progress=progress,
         )
-        run.update(recipe=fingerprint(entry), shards=shards)
-    for source in manifest.sources:
-        print(f"{source.name}: {source.rows} rows, {source.quarantined} malformed")
-    for number, step in enumerate(manifest.operations, start=1):
-        changed = f", {step.changed} rewritten" if step.changed else ""
-        print(f"{number} {step.op}: {step.rows_in} → {step.rows_out}{changed}")
-    print(f"{manifest.rows} rows")
-
-
-def shard_of(given: str) -> tuple[int, int]:
-    """(2, 8) of 2-of-8."""
-    number, _, count = given.partition("-of-")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise click.UsageError(f"--shard {given}: write it as 2-of-8")
-    return int(number), int(count)
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, int | None, int], None]]:
-    """A bar for each step on a terminal, nothing in a log. A step that looks twice begins again."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def advance(step: str, total: int | None, rows: int) -> None:
-            if step not in tasks:
-                tasks[step] = bars.add_task(step, total=total)
-            if bars.tasks[tasks[step]].finished:
-                bars.reset(tasks[step])
-            bars.advance(tasks[step], rows)
-
-        yield advance
+    for line in account(manifest):
+        print(line)
 
 
 @palio.command(cls=Verb, example="palio inspect results/laptop/curated/dataset --dropped")
@@ -297,10 +191,10 @@ def inspect(
 
 @palio.command(cls=Verb, example="palio contamination results/laptop/curated/dataset --stage open")
 @click.argument("dataset", type=ExistingPath)
-@click.option("--stage", type=click.Choice(["open", "closed"]), default="open", show_default=True)
+@click.option("--stage", type=click.Choice(STAGES), default="open", show_default=True)
 @click.option("--limit", type=int, default=20, show_default=True, help="Offending pairs to show.")
 @competition_option
-def contamination(dataset: Path, stage: Literal["open", "closed"], limit: int, competition: str) -> None:
+def contamination(dataset: Path, stage: Stage, limit: int, competition: str) -> None:
     """Evaluation instances that stand in a dataset: counts, and of the open stage the offending rows.
 
     DATASET is the folder of a curated dataset. Of the closed stage nothing but counts is shown.
@@ -308,7 +202,7 @@ def contamination(dataset: Path, stage: Literal["open", "closed"], limit: int, c
     from palio.curation.contamination import contaminated_pairs, contamination
     from palio.evaluation.helm import stage_runs
 
-    instances = stage_runs(competition_of(competition), stage).store / "instances.parquet"
+    instances = stage_runs(competition_of(competition), stage).store.instances
     record = contamination(dataset, {stage: instances}, competition="", track="", entry="")
     for scenario, total in record.instances[stage].items():
         print(f"{scenario}: {record.contaminated[stage][scenario]} of {total} instances")
@@ -320,9 +214,9 @@ def contamination(dataset: Path, stage: Literal["open", "closed"], limit: int, c
 @palio.command(cls=Verb, example="palio probe http://127.0.0.1:8080")
 @click.argument("url")
 @competition_option
-@click.option("--stage", type=click.Choice(["open", "closed"]), default="open", show_default=True)
+@click.option("--stage", type=click.Choice(STAGES), default="open", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def probe(url: str, competition: str, stage: str, as_json: bool) -> None:
+def probe(url: str, competition: str, stage: Stage, as_json: bool) -> None:
     """Check that a running server does what HELM asks of it, and how long the stage would take.
 
     Ends with code 3 if a required check fails: the server would not be evaluated.
@@ -388,7 +282,7 @@ def serve(
 @palio.command(cls=Verb, example="palio verify results/laptop/curated/package")
 @click.argument("folder", type=ExistingPath)
 @click.option("--competition", metavar="FILE", help="Its config, for the memory of a package's track.")
-@click.option("--base-models", type=ExistingPath, default=Path("resources/base_models"), show_default=True)
+@click.option("--base-models", type=ExistingPath, default=Resources().base_models, show_default=True)
 @click.option(
     "--load/--no-load", default=True, help="Without loading a package: files, cards and limits only."
 )
@@ -398,9 +292,11 @@ def verify(folder: Path, competition: str | None, base_models: Path, load: bool)
     from palio.packaging.verify import findings_lines, manifest_of, verify_package
     from palio.records import PackageManifest, read_record
     from palio.release.crate import METADATA
+    from palio.release.verify import verify_release
 
     if (folder / METADATA).is_file():
-        _verify_release(folder)
+        for line in verify_release(folder):
+            print(line)
         return
     track = None
     if competition:
@@ -413,32 +309,6 @@ def verify(folder: Path, competition: str | None, base_models: Path, load: bool)
         raise Crashed(f"{folder}: {len(failed)} of {len(findings)} checks failed: {', '.join(failed)}")
 
 
-def _verify_release(folder: Path) -> None:
-    """Every file against its sha256, every leaderboard against what its records and tables give."""
-    from contextlib import chdir
-
-    from palio.records import Leaderboard, read_record
-    from palio.release.crate import changed_files
-    from palio.scoring.leaderboard import score_track
-    from palio.scoring.versions import difference
-
-    with chdir(folder):
-        wrong = changed_files(Path())
-        for line in wrong:
-            print(f"fail     files: {line}")
-        competition = competition_of(DEFAULT_CONFIG)
-        for track, entries in entries_by_track(competition).items():
-            shipped = read_record(Leaderboard, Path(f"results/leaderboard/{track}.json"))
-            board = score_track(competition, track, Path("results"), entries, final=shipped.final)
-            if board == shipped:
-                print(f"pass     {track}: the identical leaderboard, {len(board.entries)} entries")
-            else:
-                wrong.append(track)
-                print(f"fail     {track}: another leaderboard\n{difference(shipped, board)}")
-    if wrong:
-        raise PalioError(f"{folder} is not the release that was made: {wrong[0]}")
-
-
 @palio.command(cls=Verb, example="palio publish results/laptop/curated --repo org/name")
 @click.argument("entry_dir", type=ExistingPath)
 @click.option("--repo", required=True, help="org/name on the Hugging Face hub.")
@@ -449,7 +319,7 @@ def publish(entry_dir: Path, repo: str, leaderboard: Path | None, private: bool,
     """Push a package, its cards, scores and container file to the hub; without --push, show what would go."""
     from palio.packaging.publish import assemble, push_folder
 
-    folder = assemble(entry_dir, leaderboard)
+    folder = assemble(EntryFolder.at(entry_dir), leaderboard)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         print(f"{path.stat().st_size:>13,}  {path.relative_to(folder)}")
