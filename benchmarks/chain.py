@@ -27,6 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
+from palio.layout import EntryFolder
 from palio.operating.attempt import Attempt, read_attempts
 from palio.operating.status import STEPS
 
@@ -95,7 +96,9 @@ def main() -> None:
     logs = sorted(Path(".snakemake/log").glob("*.log"), key=lambda path: path.stat().st_mtime)
     noticed = {job: time for log in logs for job, time in seen(log.read_text(encoding="utf-8")).items()}
     by_rule: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
-    attempts = [one for folder in Path("results").glob("*/*") for one in read_attempts(folder)]
+    attempts = [
+        one for folder in Path("results").glob("*/*") for one in read_attempts(EntryFolder.at(folder))
+    ]
     for one in attempts:
         if one.ended and one.job in jobs and one.job in noticed:
             by_rule[STEPS[one.step].rule].append(parts(one, jobs[one.job], noticed[one.job]))

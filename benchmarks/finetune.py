@@ -41,10 +41,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # where Palio is not
 
 from palio.base_model import fetch_base_model
 from palio.config import BaseModelSource, FinetuneRecipe, Telemetry, Track
+from palio.layout import BaseModelFolder, EntryFolder
 from palio.participant.estimate import PEAK_TFLOPS
 from palio.provenance import file_sha256
 from palio.quantization import quantization
 from palio.records import DatasetManifest
+from palio.settings import FinetuneSettings, RunOptions
 from palio.training.attention import NAME, row_bounds
 from palio.training.finetune import finetune
 from palio.training.model import adapt, base_dtype
@@ -171,23 +173,18 @@ def run_palio(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         return report
 
     Trainer.train_step = marked  # type: ignore[method-assign]
-    entry_dir = Path(tempfile.mkdtemp(dir=work))
+    folder = EntryFolder.at(Path(tempfile.mkdtemp(dir=work)))
+    shutil.copytree(work / "dataset", folder.dataset.path)
     limits = {"title": "benchmark", "ram_gb": 8, "training_budget": "24h"}
     if options.device == "cuda":
         limits["gpu_memory_gb"] = torch.cuda.get_device_properties(0).total_memory / 1e9
-    step = TrainingStep(
-        competition="benchmark",
-        track_id="benchmark",
-        entry="benchmark",
-        track=Track.model_validate(limits),
-        base_model=options.model,
-        dataset=work / "dataset",
-        entry_dir=entry_dir,
-        threads=1,
-        telemetry=Telemetry(report_to=("tensorboard",)),
+    settings = FinetuneSettings(
+        competition_id="benchmark", base_model_id=options.model.name, track=Track.model_validate(limits)
     )
+    run_options = RunOptions(threads=1, telemetry=Telemetry(report_to=("tensorboard",)))
+    step = TrainingStep(folder, settings, run_options, BaseModelFolder(options.model))
     finetune(recipe_of(options.steps, options.batch_size), step)
-    losses = pq.read_table(entry_dir / "train.parquet")["loss"].to_pylist()
+    losses = pq.read_table(folder.telemetry)["loss"].to_pylist()
     # Between the steps stand ledger and telemetry; after the first also its checkpoint, which is neither.
     between = sum(marks[place + 1][1] - marks[place][1] for place in range(3, len(marks) - 1, 2))
     overhead = between / (between + sum(seconds[1:]))

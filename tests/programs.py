@@ -60,6 +60,4 @@ def run_command(
 def start_command(entry: Entry, program: Program, budget: str = "60s") -> subprocess.Popen[str]:
     """The same through the command line, in a process of its own."""
     isolation = Isolation(output_gb=0.5)
-    return entry.start_step(
-        entry.settings({"training_budget": budget}, program=program, isolation=isolation)
-    )
+    return entry.start_step(entry.settings({"training_budget": budget}, program=program, isolation=isolation))

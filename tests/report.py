@@ -13,6 +13,7 @@ import yaml
 from palio.config import Competition, load_competition, load_entry
 from palio.demo.data import write_demo_sources
 from palio.errors import State
+from palio.layout import Boards, Results
 from palio.provenance import file_sha256, write_json
 from palio.records import (
     INSTANCES_SCHEMA,
@@ -224,7 +225,9 @@ def score_competition(folder: Path, given: Competition, *, final: bool = True, r
     """Leaderboard and analysis of the track, by the project's own functions; the folder they are in."""
     entries = {path.stem: load_entry(path) for path in sorted((folder / "entries").glob("*.yaml"))}
     results = folder / "results"
-    board = score_track(given, "laptop", results, entries, final=final)
+    board = score_track(given, "laptop", Results(results), entries, final=final)
     out = results / ("leaderboard" if final else "standings")
-    write_leaderboard(board, out, analyse_track(given, board, results, replicates=replicates))
+    write_leaderboard(
+        board, Boards(out), analyse_track(given, board, Results(results), replicates=replicates)
+    )
     return out

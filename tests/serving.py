@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,9 @@ def generated(package: Path, prompts: Sequence[str], new_tokens: int) -> list[st
     return texts
 
 
-@contextmanager
-def one_core(package: Path, log: Path) -> Iterator[ServerProcess]:
-    """A server on one CPU core."""
-    with ServerProcess(package, log=log, threads=1) as server:
-        yield server
+def one_core(package: Path) -> Callable[[Path], ServerProcess]:
+    """Starts servers of the package on one CPU core, by log file."""
+    return lambda log: ServerProcess(package, log=log, threads=1)
 
 
 def metric(server: ServerProcess, name: str) -> float:

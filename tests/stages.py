@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from palio.config import Competition, StageRuns, load_competition, read_yaml
+from palio.config import Competition, load_competition, read_yaml
 from palio.evaluation.helm import run_entries, stage_runs
 from palio.evaluation.stage import fetch_data, prepare_stage
+from palio.settings import StageRuns
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("PALIO_SHARED", ROOT.parent / "shared")) / "helm_data"

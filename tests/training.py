@@ -21,8 +21,8 @@ from palio.config import BaseModelSource, FinetuneRecipe, Telemetry, Track
 from palio.curation.rows import ROW
 from palio.layout import BaseModelFolder, EntryFolder
 from palio.provenance import file_sha256, folder_sha256
-from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest
-from palio.settings import FinetuneSettings, RunOptions, slice_of
+from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, PackageManifest
+from palio.settings import FinetuneSettings, PackageSettings, RunOptions, slice_of
 from palio.training.step import TrainingStep
 
 
@@ -133,6 +133,12 @@ class Entry:
         return FinetuneSettings(
             competition_id="c", base_model_id=self.base.name, track=Track.model_validate(limits), **settings
         )
+
+    def package(self, *, adapter: bool = True) -> PackageManifest:
+        from palio.packaging.package import build_package
+
+        settings = PackageSettings(competition_id="c", base_model_id=self.base.name, adapter=adapter)
+        return build_package(self.at, settings, BaseModelFolder(self.base))
 
     def start(
         self, *, budget: str = "600s", track: dict[str, Any] | None = None, **recipe: Any

@@ -6,7 +6,6 @@ competition's first track, stops nobody else, and its own check says what is wro
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +60,7 @@ class Entries(Mapping[str, AnyEntry]):
             BadInput: as `entry_files`; no file at all; or `withdrawn` or `shards` names an unknown entry.
         """
         self._track_ids = tuple(competition.tracks)
+        self._read: dict[str, AnyEntry] = {}
         self.files = entry_files(competition.entries, file)
         for key in ("withdrawn", "shards"):
             for entry_id in getattr(competition, key):
@@ -70,8 +70,12 @@ class Entries(Mapping[str, AnyEntry]):
         if not self.files:
             raise BadInput(file, "entries", None, "no entry file in these folders; add <id>.yaml")
 
-    @functools.cache  # noqa: B019 (one competition a process)
     def __getitem__(self, entry_id: str) -> AnyEntry:
+        if entry_id not in self._read:
+            self._read[entry_id] = self._load(entry_id)
+        return self._read[entry_id]
+
+    def _load(self, entry_id: str) -> AnyEntry:
         path = self.files[entry_id]
         first = self._track_ids[0]
         try:

@@ -11,12 +11,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from palio.config import Competition, StageLimits
+from palio.config import Competition
 from palio.errors import State
 from palio.evaluation.evaluate import evaluate
 from palio.evaluation.stage import StagePlan
+from palio.layout import EntryFolder
 from palio.records import Cell, StageRecord
 from palio.scoring.columns import columns_of, stage_cells
+from palio.settings import EvaluateSettings, StageLimits
 from tests.entry import packaged_entry
 from tests.serving import one_core
 from tests.stages import competition_of_2023, needs_data, real_stage
@@ -52,7 +54,11 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Ite
         records = {}
         for stage in ("open", "closed"):
             runs = real_stage(competition, stage, folder)
-            records[stage] = evaluate(runs, limits, folder / f"{stage}.json", entry_dir, one_core)
+            settings = EvaluateSettings(
+                competition_id=runs.competition, runs=runs, limits=limits, track=competition.tracks["a100"]
+            )
+            at = EntryFolder.at(entry_dir, runs.closed)
+            records[stage] = evaluate(at, settings, folder / f"{stage}.json", one_core(at.package))
         yield Evaluated(competition, entry_dir, records)
 
 

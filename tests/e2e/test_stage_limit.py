@@ -10,12 +10,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from palio.config import StageLimits
 from palio.errors import State
 from palio.evaluation.evaluate import evaluate
+from palio.layout import EntryFolder
 from palio.records import StageRecord
 from palio.scoring.columns import columns_of, stage_cells
 from palio.serving.process import ServerProcess
+from palio.settings import EvaluateSettings, StageLimits
 from tests.entry import packaged_entry
 from tests.serving import metric, one_core
 from tests.stages import competition_of_2023, needs_data, real_stage
@@ -33,18 +34,22 @@ def test_a_minute_keeps_what_it_answered_and_a_lifted_limit_asks_only_the_rest(
     runs = real_stage(competition, "open", tmp_path)
     entry_dir = packaged_entry(tmp_path)
     (entry_dir / "package").symlink_to(base_model)
+    folder = EntryFolder.at(entry_dir)
     served: list[int] = []
 
     @contextmanager
-    def counted(package: Path, log: Path) -> Iterator[ServerProcess]:
-        with one_core(package, log) as server:
+    def counted(log: Path) -> Iterator[ServerProcess]:
+        with one_core(folder.package)(log) as server:
             yield server
             served.append(int(metric(server, "requests_total")))
 
     def ask(seconds: float) -> tuple[StageRecord, float, int]:
         """The stage's record, the seconds it used in all, and the answers it has."""
         limits = StageLimits(time_limit=seconds, threads=4, unanswered="wrong")
-        record = evaluate(runs, limits, tmp_path / "open.json", entry_dir, counted)
+        settings = EvaluateSettings(
+            competition_id=runs.competition, runs=runs, limits=limits, track=competition.tracks["a100"]
+        )
+        record = evaluate(folder, settings, tmp_path / "open.json", counted)
         used = json.loads((entry_dir / "open.run.json").read_text())["used_seconds"]
         (journal,) = entry_dir.glob("work/helm/open/*/answers.jsonl")
         return record, used, len(journal.read_text().splitlines())

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from palio.errors import OutOfMemory
-from palio.packaging.package import DIVERGENCE, TOLERANCE, build_package
+from palio.packaging.package import DIVERGENCE, TOLERANCE
 from palio.training.ledger import charged, read_ledger
 from tests.training import Entry, tiny_base_model, wait_for_step
 
@@ -109,8 +109,6 @@ def test_every_method_learns_and_becomes_a_package_that_answers_as_it_was_traine
     entry.finetune(track=TRACK, max_steps=40, learning_rate=5e-3, validation_rows=8, **recipe)
     losses = losses_of(entry)
     assert sum(losses[-5:]) < sum(losses[:5])
-    package = build_package(
-        base_model=entry.base, entry_dir=entry.folder, adapter=True, competition="c", track_id="t", entry="e"
-    )
+    package = entry.package()
     assert package.max_logit_difference is None or package.max_logit_difference <= TOLERANCE
     assert package.divergence is None or package.divergence <= DIVERGENCE

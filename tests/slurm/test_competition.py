@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import pairwise
 
+from palio.layout import EntryFolder
 from palio.operating.attempt import Attempt, read_attempts
 from tests.folder import ROOT
 from tests.slurm.cluster import Cluster
@@ -21,7 +22,7 @@ def gpu_attempts(finished: Finished) -> list[Attempt]:
     found = [
         one
         for folder in (finished.folder.path / "results").glob("*/*")
-        for one in read_attempts(folder)
+        for one in read_attempts(EntryFolder.at(folder))
         if one.step in ("finetune", "open", "closed")
     ]
     assert found
@@ -62,7 +63,7 @@ def test_each_gpu_step_had_one_gpu_and_no_gpu_had_two_steps(finished: Finished) 
 
 def test_steps_without_a_gpu_hold_none(finished: Finished) -> None:
     for folder in (finished.folder.path / "results").glob("*/*"):
-        for one in read_attempts(folder):
+        for one in read_attempts(EntryFolder.at(folder)):
             if one.step in ("check", "curate", "package", "contamination"):
                 assert one.gpu is None
                 assert one.node == "c1"

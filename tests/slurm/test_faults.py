@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from palio.errors import State
+from palio.layout import EntryFolder
 from palio.operating.attempt import Attempt, read_attempts
 from palio.records import AdapterManifest, StepFailure, read_record
 from palio.training.ledger import charged, read_ledger
@@ -65,7 +66,7 @@ class Night:
         return self.folder.path / "results" / ENTRIES[entry] / entry
 
     def attempts(self, entry: str) -> list[Attempt]:
-        return [one for one in read_attempts(self.of(entry)) if one.step == "finetune"]
+        return [one for one in read_attempts(EntryFolder.at(self.of(entry))) if one.step == "finetune"]
 
     def failure(self, entry: str) -> StepFailure:
         return read_record(StepFailure, self.of(entry) / "work" / "failures" / "finetune.json")
@@ -115,7 +116,9 @@ def small_disk(path: Path) -> None:
 
 def running_pid(folder: Path) -> int | None:
     """The process of the entry's running training."""
-    attempts = [one for one in read_attempts(folder) if one.step == "finetune" and one.state is None]
+    attempts = [
+        one for one in read_attempts(EntryFolder.at(folder)) if one.step == "finetune" and one.state is None
+    ]
     return attempts[-1].pid if attempts else None
 
 
@@ -147,7 +150,7 @@ def night(
             cluster.start_controller()
             after = set(cluster.jobs("%i"))
             away = time.monotonic() - stopped
-            node = next(one.node for one in read_attempts(moved) if one.step == "finetune")
+            node = next(one.node for one in read_attempts(EntryFolder.at(moved)) if one.step == "finetune")
             lost_at = time.time()
             cluster.lose_node(node)
             wide = cluster.environment | {"COLUMNS": "240"}

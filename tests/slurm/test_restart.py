@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from palio.layout import EntryFolder
 from palio.operating.attempt import Attempt, read_attempts
 from palio.records import AdapterManifest, read_record
 from palio.training.ledger import charged, read_ledger
@@ -38,7 +39,7 @@ class Restart:
     seconds_to_cancel: float
 
     def attempts(self, entry: str, track: str = "rtx4090") -> list[Attempt]:
-        attempts = read_attempts(self.folder.path / "results" / track / entry)
+        attempts = read_attempts(EntryFolder.at(self.folder.path / "results" / track / entry))
         return [one for one in attempts if one.step == "finetune"]
 
 
@@ -78,7 +79,11 @@ def restart(finished: Any, cluster: Cluster, tiny: Path, tmp_path_factory: pytes
         cluster.wait(lambda: "Execute " in output(folder), "the next run to submit", 300)
         seconds = time.monotonic() - started
         exit_code = snakemake.wait(900)
-    done = [one for one in read_attempts(folder.path / "results/a100/tuned") if one.step == "finetune"]
+    done = [
+        one
+        for one in read_attempts(EntryFolder.at(folder.path / "results/a100/tuned"))
+        if one.step == "finetune"
+    ]
     assert beside.returncode != 0
     return Restart(folder, queued, beside.stderr, exit_code, output(folder), done, seconds)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from palio.config import StageRuns
 from palio.errors import BadInput, Crashed, State
 from palio.evaluation.stage import fetch_data, prepare_stage
+from palio.settings import StageRuns
 from tests.entry import packaged_entry, run_stage, scenario
 from tests.toy import Toy
 

@@ -12,12 +12,12 @@ from palio.config import (
     BaseModelSource,
     Competition,
     Entry,
-    entry_files,
     load_competition,
     load_entry,
     load_rules,
     parse,
 )
+from palio.entries import Entries
 from palio.errors import BadInput
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def test_every_competition_in_the_repository_is_valid(name: str, monkeypatch: py
     monkeypatch.chdir(ROOT)
     competition = load_competition(ROOT / name)
     load_rules(ROOT / competition.rules)
-    for path in entry_files(competition).values():
+    for path in Entries(competition).files.values():
         load_entry(path)
 
 
@@ -187,7 +187,7 @@ def competition_with(folders: tuple[str, ...], demo: dict[str, Any]) -> Competit
 def test_a_file_name_that_is_no_id_is_refused(tmp_path: Path, demo: dict[str, Any], name: str) -> None:
     (tmp_path / name).write_text("team: x\n")
     with pytest.raises(BadInput, match="rename it to <id>"):
-        entry_files(competition_with((str(tmp_path),), demo))
+        Entries(competition_with((str(tmp_path),), demo))
 
 
 def test_an_id_taken_twice_is_refused(tmp_path: Path, demo: dict[str, Any]) -> None:
@@ -195,16 +195,16 @@ def test_an_id_taken_twice_is_refused(tmp_path: Path, demo: dict[str, Any]) -> N
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "acme.yaml").write_text("team: x\n")
     with pytest.raises(BadInput, match="'acme': is taken by"):
-        entry_files(competition_with((str(tmp_path / "a"), str(tmp_path / "b")), demo))
+        Entries(competition_with((str(tmp_path / "a"), str(tmp_path / "b")), demo))
 
 
 def test_a_missing_folder_and_an_entry_that_there_is_not_are_named(demo: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match="entries is 'nowhere': no such folder"):
-        entry_files(competition_with(("nowhere",), demo))
+        Entries(competition_with(("nowhere",), demo))
     with pytest.raises(BadInput, match=r"withdrawn\.ghost: no entry has this id"):
-        entry_files(load_competition(demo | {"withdrawn": {"ghost": "?"}}))
+        Entries(load_competition(demo | {"withdrawn": {"ghost": "?"}}))
     with pytest.raises(BadInput, match=r"shards\.ghost: no entry has this id"):
-        entry_files(load_competition(demo | {"shards": {"ghost": 2}}))
+        Entries(load_competition(demo | {"shards": {"ghost": 2}}))
 
 
 def test_base_models_of_different_revisions_have_different_ids() -> None:

@@ -13,11 +13,13 @@ import requests
 
 from palio.config import Isolation, ServerProgram
 from palio.errors import Crashed
+from palio.layout import BaseModelFolder, EntryFolder
 from palio.packaging.server import package_server
 from palio.provenance import folder_sha256
 from palio.records import Contained, PackageManifest, read_record
 from palio.sandbox.room import Limits
 from palio.sandbox.server import ConfinedServer
+from palio.settings import PackageSettings
 from tests.training import tiny_base_model
 
 ROOT = Path(__file__).parents[2]
@@ -69,9 +71,8 @@ def serve(tiny: Path, tmp_path: Path) -> Serve:
 
 
 def package(program: ServerProgram, base: Path, entry_dir: Path) -> PackageManifest:
-    return package_server(
-        program, base_model=base, entry_dir=entry_dir, competition="c", track_id="t", entry="e"
-    )
+    settings = PackageSettings(competition_id="c", base_model_id="tiny", adapter=False, server=program)
+    return package_server(program, EntryFolder.at(entry_dir), settings, BaseModelFolder(base))
 
 
 def ask(server: ConfinedServer, prompt: str = "x") -> requests.Response:

@@ -20,6 +20,7 @@ from palio.config import DatasetRecipe
 from palio.curation.curate import curate_ahead
 from palio.curation.operations import BY_ALL_ROWS, ROW_BY_ROW
 from palio.errors import BadInput
+from palio.settings import CurateSettings, slice_of
 from tests.curation import curate, digests, finished, pairs_of, recipe, write_jsonl
 from tests.training import tiny_base_model
 
@@ -210,8 +211,9 @@ def test_a_killed_shard_goes_on_behind_its_last_batch(tmp_path: Path) -> None:
 def test_what_a_shard_cannot_do_is_left_to_the_run_that_tells_why(tmp_path: Path) -> None:
     """Of a broken source the jobs ahead say so in their logs and end well: the last one puts it on record."""
     entry_dir = tmp_path / "results/laptop/civetta"
-    given = recipe([{"path": str(tmp_path / "gone.jsonl")}], "drop_exact_duplicates").model_dump_json()
-    arguments = ["curate", given, "--entry-dir", str(entry_dir), "--base-model", "none"]
+    given = recipe([{"path": str(tmp_path / "gone.jsonl")}], "drop_exact_duplicates")
+    settings = CurateSettings(competition_id="demo", dataset=given, base_model_id="none")
+    arguments = ["step", "curate", str(entry_dir), "--settings", slice_of(settings)]
     ends = []
     for ahead in (["--join", "0"], ["--shard", "1-of-2"], ["--join", "1"], []):
         command = [sys.executable, "-m", "palio.cli", *arguments, *ahead]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from palio.config import StageRuns
 from palio.errors import Crashed, RuleViolation, State
 from palio.evaluation.helm import error_class, log_error
 from palio.evaluation.stage import prepare_stage
 from palio.records import ProbeReport, StageRecord, read_record
+from palio.settings import StageRuns
 from tests.entry import packaged_entry, run_stage, scenario
 from tests.toy import Toy
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from helm.benchmark.scenarios.scenario import CORRECT_TAG, Instance
 
-from palio.config import ScenarioRuns, StageRuns
 from palio.errors import BadInput
 from palio.evaluation.helm import (
     run_entries,
@@ -33,6 +32,7 @@ from palio.evaluation.scenarios import (
 )
 from palio.evaluation.stage import prepare_stage
 from palio.provenance import fingerprint
+from palio.settings import ScenarioRuns, StageRuns
 
 SHARED = Path(os.environ.get("PALIO_SHARED", Path(__file__).parents[3] / "shared")) / "helm_data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no evaluation data in {SHARED}")

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from palio.cli import palio
 from palio.config import load_competition
 from palio.errors import BadInput, Crashed, Interrupted, NotRetried, PalioError, State
+from palio.layout import EntryFolder, Results
 from palio.operating import controller
 from palio.operating.attempt import RUN_VARIABLE, Attempt, attempt, read_attempts, refusal, set_aside
 from palio.operating.controller import Watch
@@ -65,23 +66,26 @@ def test_a_step_that_failed_by_its_own_fault_ends_at_once_the_second_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(RUN_VARIABLE, "now")
-    with pytest.raises(Crashed), attempt("finetune", tmp_path):
+    with pytest.raises(Crashed), attempt("finetune", EntryFolder.at(tmp_path)):
         raise Crashed("training diverged")
-    with pytest.raises(NotRetried, match="training diverged"), attempt("finetune", tmp_path):
+    with pytest.raises(NotRetried, match="training diverged"), attempt("finetune", EntryFolder.at(tmp_path)):
         pytest.fail("the body must not run")
     failure = read_record(StepFailure, tmp_path / "work" / "failures" / "finetune.json")
     assert (failure.state, failure.reason) == (State.CRASHED, "training diverged")
     monkeypatch.setenv(RUN_VARIABLE, "tomorrow")
-    with attempt("finetune", tmp_path):
+    with attempt("finetune", EntryFolder.at(tmp_path)):
         pass
     assert not (tmp_path / "work" / "failures" / "finetune.json").exists()
-    assert [one.state for one in read_attempts(tmp_path)] == [State.CRASHED, State.FINISHED]
+    assert [one.state for one in read_attempts(EntryFolder.at(tmp_path))] == [State.CRASHED, State.FINISHED]
 
 
 def test_a_full_disk_is_an_interruption_and_no_bug(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted, match="make room and start again"), attempt("curate", tmp_path):
+    with (
+        pytest.raises(Interrupted, match="make room and start again"),
+        attempt("curate", EntryFolder.at(tmp_path)),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert read_attempts(tmp_path)[0].state is State.INTERRUPTED
+    assert read_attempts(EntryFolder.at(tmp_path))[0].state is State.INTERRUPTED
 
 
 def test_every_attempts_log_is_kept(tmp_path: Path) -> None:
@@ -90,7 +94,7 @@ def test_every_attempts_log_is_kept(tmp_path: Path) -> None:
     for number in (1, 2):
         log.unlink(missing_ok=True)
         log.write_text(f"attempt {number}")
-        with attempt("curate", tmp_path):
+        with attempt("curate", EntryFolder.at(tmp_path)):
             pass
     kept = tmp_path / "work" / "logs"
     assert [(kept / f"curate.{number}.log").read_text() for number in (1, 2)] == ["attempt 1", "attempt 2"]
@@ -174,7 +178,7 @@ def test_status_tells_every_state(folder: WorkingFolder, monkeypatch: pytest.Mon
     done = folder.path / "results/laptop/curated"
     (done / "dataset").mkdir(parents=True)
     (done / "dataset/manifest.json").write_text("{}")
-    with pytest.raises(Crashed), attempt("finetune", folder.path / "results/laptop/raw"):
+    with pytest.raises(Crashed), attempt("finetune", EntryFolder.at(folder.path / "results/laptop/raw")):
         raise Crashed("training diverged")
     ledger = done / "work/train/key/ledger.jsonl"
     ledger.parent.mkdir(parents=True)
@@ -185,8 +189,8 @@ def test_status_tells_every_state(folder: WorkingFolder, monkeypatch: pytest.Mon
     ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (done / "logs").mkdir()
     (done / "logs/finetune.log").write_text("step 10/40 loss 1.0\n")
-    with attempt("finetune", done):
-        status = competition_status(load_competition(Path("config/config.yaml")))
+    with attempt("finetune", EntryFolder.at(done)):
+        status = competition_status(load_competition(Path("config/config.yaml")), Results())
     found = {(entry.entry, step.step): step for entry in status.entries for step in entry.steps}
     assert found["curated", "curate"].state == "done"
     running = found["curated", "finetune"]
@@ -211,7 +215,7 @@ def test_status_tells_how_far_the_jobs_are_that_share_a_curation(
     shards.mkdir(parents=True)
     for done in ("1.1-of-3", "1.2-of-3", "1.3-of-3", "1.joined", "2.2-of-3"):
         (shards / done).touch()
-    status = competition_status(load_competition(Path("config/config.yaml")))
+    status = competition_status(load_competition(Path("config/config.yaml")), Results())
     (raw,) = (entry for entry in status.entries if entry.entry == "raw")
     (curate,) = (step for step in raw.steps if step.step == "curate")
     assert (curate.state, curate.reason) == ("waiting", "1 of 3 shards of phase 2 are done")
@@ -248,7 +252,7 @@ def test_retry_without_a_step_takes_what_failed(
     monkeypatch.chdir(folder.path)
     with pytest.raises(BadInput, match="no step of raw has failed"):
         cli("retry", "raw")
-    with pytest.raises(Crashed), attempt("open", folder.path / "results/laptop/raw"):
+    with pytest.raises(Crashed), attempt("open", EntryFolder.at(folder.path / "results/laptop/raw")):
         raise Crashed("the server died")
     assert "raw: open will start afresh" in cli("retry", "raw")
 

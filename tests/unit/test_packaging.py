@@ -26,7 +26,6 @@ from palio.packaging.container import write_container
 from palio.packaging.package import (
     DIVERGENCE,
     TOLERANCE,
-    build_package,
     largest_difference,
     mean_divergence,
     probe_logits,
@@ -45,14 +44,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
 
 
 def package(entry: Entry, *, adapter: bool = True) -> PackageManifest:
-    return build_package(
-        base_model=entry.base,
-        entry_dir=entry.folder,
-        adapter=adapter,
-        competition="c",
-        track_id="t",
-        entry="e",
-    )
+    return entry.package(adapter=adapter)
 
 
 @pytest.fixture(scope="module")
@@ -388,7 +380,7 @@ def test_a_published_package_tells_its_scores(entry: Entry, tmp_path: Path) -> N
         competition="c", track="t", columns=columns, candidates=candidates, stage_weights={"open": 1.0}
     )
     board.write(tmp_path / "t.json")
-    card = (assemble(entry.folder, tmp_path / "t.json") / "palio/SCORES.md").read_text()
+    card = (assemble(entry.at, tmp_path / "t.json") / "palio/SCORES.md").read_text()
     assert "Rank 1 of 2 in track t of c (provisional)" in card
     assert "| open | s | EM | 0.5000 | 10 | 1.000 |" in card
 
@@ -396,4 +388,4 @@ def test_a_published_package_tells_its_scores(entry: Entry, tmp_path: Path) -> N
 def test_a_damaged_package_is_not_published(entry: Entry) -> None:
     flip(entry.folder / "package/model.safetensors")
     with pytest.raises(Crashed, match="differs from the manifest; package the entry again"):
-        assemble(entry.folder)
+        assemble(entry.at)

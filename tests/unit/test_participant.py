@@ -14,6 +14,7 @@ import pytest
 
 from palio.config import FinetuneRecipe, Track, load_competition, load_entry
 from palio.errors import BadInput
+from palio.layout import Project
 from palio.participant.estimate import Estimate, Measured, estimate, rows_of
 from palio.participant.rehearsal import small_competition, small_entry, write_head
 from palio.records import Cell, Column
@@ -109,13 +110,13 @@ def test_the_head_of_a_source_is_of_its_format(tmp_path: Path, name: str) -> Non
 def test_a_rehearsal_changes_size_and_nothing_else_of_an_entry(folder: WorkingFolder) -> None:
     competition = load_competition(Path("config/config.yaml"))
     entry = load_entry(Path("config/entries/demo/curated.yaml"))
-    small = small_entry(entry, folder.path / "try/curated")
+    small = small_entry(entry, Project(folder.path / "try/curated"))
     assert small["finetune"]["max_steps"] == 3
     assert small["finetune"]["learning_rate"] == entry.finetune.learning_rate
     assert [one["op"] for one in small["dataset"]["operations"]] == [
         one.op for one in entry.dataset.operations
     ]
-    content = small_competition(competition, entry, folder.path)
+    content = small_competition(competition, entry)
     scenario = content["stages"]["open"]["scenarios"]["pattern_match"]
     assert scenario["questions"] == 4
     assert "max_eval_instances" not in scenario
@@ -127,7 +128,7 @@ def test_a_rehearsal_knows_nothing_of_the_organizers_other_entries(folder: Worki
     folder.edit_yaml("config/config.yaml", lambda config: config.update(decided))
     competition = load_competition(Path("config/config.yaml"))
     entry = load_entry(Path("config/entries/demo/curated.yaml"))
-    small = small_competition(competition, entry, folder.path)
+    small = small_competition(competition, entry)
     assert {key: small[key] for key in decided} == {key: {} for key in decided}
 
 

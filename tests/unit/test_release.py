@@ -16,6 +16,7 @@ import yaml
 
 from palio.config import Competition, load_competition
 from palio.errors import BadInput
+from palio.layout import Results
 from palio.provenance import file_sha256
 from palio.release.crate import METADATA, changed_files
 from palio.release.gather import Leak, gather
@@ -56,12 +57,13 @@ def given(folder: Path) -> Competition:
 
 
 def release(folder: Path) -> Path:
-    results = Path("results")
+    competition = given(folder)
+    results = Results(store=competition.store)
     return gather(
-        given(folder),
+        competition,
         results=results,
-        leaderboards=results / "leaderboard",
-        report=results / "report",
+        leaderboards=results.leaderboards,
+        report=results.report,
         out=folder.parent / "release",
     )
 
@@ -184,12 +186,12 @@ def test_a_secret_run_file_stays_where_it_is(folder: Path) -> None:
     secret.write_text('entries: [{description: "simple_mcqa"}]')
     content = given(folder).model_dump(mode="json", exclude_none=True)
     content["stages"]["closed"]["scenarios"]["parity"]["run_entries"] = str(secret)
-    results = Path("results")
+    results = Results()
     made = gather(
         load_competition(content),
         results=results,
-        leaderboards=results / "leaderboard",
-        report=results / "report",
+        leaderboards=results.leaderboards,
+        report=results.report,
         out=folder.parent / "release",
     )
     assert not (made / "config/helm/closed/parity.conf").exists()

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from palio.config import Competition
+from palio.layout import Boards, Results
 from palio.records import AdapterManifest, Leaderboard, PackageManifest, StageRecord, StepFailure, read_record
 from palio.report.build import build_report, read_board
 from palio.report.files import dropped_rows
@@ -27,7 +28,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, C
     competition = write_competition(folder)
     boards = score_competition(folder, competition)
     build_report(
-        competition, results=folder / "results", leaderboards=boards, out=folder / "results" / "report"
+        competition,
+        results=Results(folder / "results"),
+        leaderboards=Boards(boards),
+        out=folder / "results" / "report",
     )
     yield folder, competition
 
@@ -123,7 +127,12 @@ def test_what_a_team_s_own_program_does_not_tell_is_left_out(tmp_path: Path) -> 
     served = served.model_copy(update={"kind": "server", "dtype": None, "parameters": None})
     served.write(at / "untuned/package.json")
     boards = score_competition(tmp_path, competition)
-    build_report(competition, results=tmp_path / "results", leaderboards=boards, out=tmp_path / "report")
+    build_report(
+        competition,
+        results=Results(tmp_path / "results"),
+        leaderboards=Boards(boards),
+        out=tmp_path / "report",
+    )
     page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
     assert "the team's own program trained, and does not tell its steps" in article(page, "raw")
     assert "1 × more than 64 MB of output; the rest was dropped" in article(page, "raw")
@@ -155,7 +164,9 @@ def test_the_same_records_give_the_same_page(
 ) -> None:
     folder, competition = finished
     results = folder / "results"
-    build_report(competition, results=results, leaderboards=results / "leaderboard", out=tmp_path)
+    build_report(
+        competition, results=Results(results), leaderboards=Boards(results / "leaderboard"), out=tmp_path
+    )
     assert (tmp_path / "index.html").read_text(encoding="utf-8") == page
 
 
@@ -167,7 +178,12 @@ def test_standings_say_that_they_are_provisional_and_who_is_missing(tmp_path: Pa
     )
     failure.write(tmp_path / "results/laptop/raw/work/failures/closed.json")
     boards = score_competition(tmp_path, competition, final=False)
-    build_report(competition, results=tmp_path / "results", leaderboards=boards, out=tmp_path / "report")
+    build_report(
+        competition,
+        results=Results(tmp_path / "results"),
+        leaderboards=Boards(boards),
+        out=tmp_path / "report",
+    )
     page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
     assert "Provisional standings" in page
     assert "the model server died" in article(page, "raw")
@@ -180,7 +196,12 @@ def test_standings_before_anything_has_finished_are_a_page_too(tmp_path: Path) -
     boards = score_competition(tmp_path, competition, final=False)
     (tmp_path / "report/figures").mkdir(parents=True)
     (tmp_path / "report/figures/laptop-win-rates.svg").write_text("of an earlier report")
-    build_report(competition, results=tmp_path / "results", leaderboards=boards, out=tmp_path / "report")
+    build_report(
+        competition,
+        results=Results(tmp_path / "results"),
+        leaderboards=Boards(boards),
+        out=tmp_path / "report",
+    )
     page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
     assert "No entry has finished yet." in page
     assert "not run yet" in article(page, "raw")
@@ -193,7 +214,7 @@ def test_an_analysis_of_another_leaderboard_is_not_shown(folder: Path, tmp_path:
         (folder / "results/leaderboard/laptop.analysis.json").read_bytes()
     )
     board.model_copy(update={"competition": "another"}).write(tmp_path / "laptop.json")
-    assert read_board(tmp_path / "laptop.json")[1] is None
+    assert read_board(Boards(tmp_path), "laptop")[1] is None
 
 
 # --- figures ---------------------------------------------------------------------------------------------

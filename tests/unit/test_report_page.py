@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from palio.layout import Boards, Results
 from palio.report.build import build_report
 from tests.chromium import Page, chromium_page
 from tests.report import HOSTILE, score_competition, write_competition
@@ -17,7 +18,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("competition")
     competition = write_competition(folder)
     boards = score_competition(folder, competition)
-    build_report(competition, results=folder / "results", leaderboards=boards, out=folder / "report")
+    build_report(
+        competition, results=Results(folder / "results"), leaderboards=Boards(boards), out=folder / "report"
+    )
     return f"file://{folder}/report/index.html"
 
 

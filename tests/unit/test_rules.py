@@ -13,12 +13,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from palio.config import CheckedAgainst, Entry, EntryFolders, load_competition, load_entry, load_rules, parse
+from palio.config import Entry, load_competition, load_entry, load_rules, parse
 from palio.errors import BadInput
 from palio.rules.check import approved_model, matches, violations
 from palio.rules.entry_file import Checked, check_file, participants
 from palio.rules.lineage import lineage_violations, model_facts
 from palio.rules.neighbours import Participants, violations_among
+from palio.settings import CheckedAgainst, EntryFolders
 from tests.folder import ROOT, WorkingFolder
 
 RULES = load_rules(ROOT / "config/rules/neurips2023.yaml")
@@ -45,7 +46,7 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def against(competition: str = "config/neurips2023.yaml") -> CheckedAgainst:
-    return load_competition(ROOT / competition).checked_against
+    return CheckedAgainst.of(load_competition(ROOT / competition))
 
 
 def named(checked: Checked) -> list[str]:
@@ -78,7 +79,7 @@ def test_the_entries_that_ship_with_palio_are_clean(competition: str) -> None:
     files = [file for folder in config.entries for file in sorted((ROOT / folder).glob("*.yaml"))]
     assert files
     for file in files:
-        assert named(check_file(file, config.checked_against)) == []
+        assert named(check_file(file, CheckedAgainst.of(config))) == []
 
 
 def test_the_command_names_every_violation_and_speaks_json(tmp_path: Path) -> None:
@@ -270,7 +271,7 @@ def test_the_check_reads_the_card_of_the_downloaded_model(
 def against_in(folder: Path) -> CheckedAgainst:
     shutil.copytree(ROOT / "config/rules", folder / "config/rules")
     return CheckedAgainst(
-        competition="neurips2023", rules="config/rules/neurips2023.yaml", tracks=("a100", "rtx4090")
+        competition_id="neurips2023", rules="config/rules/neurips2023.yaml", track_ids=("a100", "rtx4090")
     )
 
 

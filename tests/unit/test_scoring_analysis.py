@@ -16,6 +16,7 @@ from scipy import stats
 
 from palio.config import Competition
 from palio.errors import BadInput
+from palio.layout import Boards, Results
 from palio.provenance import file_sha256
 from palio.records import INSTANCES_SCHEMA, Analysis, Cell, Column, Contamination, Leaderboard
 from palio.scoring.analysis import analyse, analyse_track, read_answers
@@ -38,12 +39,12 @@ def results(tmp_path: Path) -> Path:
 
 def scored(results: Path, **scoring: str) -> Leaderboard:
     return score_track(
-        competition(**scoring), "t", results, {name: entry(name) for name in NAMES}, final=True
+        competition(**scoring), "t", Results(results), {name: entry(name) for name in NAMES}, final=True
     )
 
 
 def test_a_track_is_analysed_from_its_instances(results: Path) -> None:
-    found = analyse_track(competition(), scored(results), results, replicates=200)
+    found = analyse_track(competition(), scored(results), Results(results), replicates=200)
     assert found.uncertainty is not None
     assert (found.uncertainty.method, found.uncertainty.instances) == ("bootstrap", 30)
     assert found.uncertainty.entries[0].entry == "good"
@@ -54,8 +55,8 @@ def test_a_track_is_analysed_from_its_instances(results: Path) -> None:
 
 
 def test_the_analysis_is_one_record_beside_the_leaderboard(results: Path, tmp_path: Path) -> None:
-    found = analyse_track(competition(), scored(results), results, replicates=50)
-    write_leaderboard(scored(results), tmp_path / "leaderboard", found)
+    found = analyse_track(competition(), scored(results), Results(results), replicates=50)
+    write_leaderboard(scored(results), Boards(tmp_path / "leaderboard"), found)
     path = tmp_path / "leaderboard/t.analysis.json"
     assert Analysis.model_validate_json(path.read_text()) == found
     row = pq.read_table(tmp_path / "leaderboard/t.parquet").to_pylist()[0]
@@ -68,8 +69,8 @@ def test_an_analysis_of_an_earlier_leaderboard_does_not_stay_beside_a_new_one(
     results: Path, tmp_path: Path
 ) -> None:
     board = scored(results)
-    write_leaderboard(board, tmp_path / "leaderboard", analyse(board, replicates=20))
-    write_leaderboard(board, tmp_path / "leaderboard")
+    write_leaderboard(board, Boards(tmp_path / "leaderboard"), analyse(board, replicates=20))
+    write_leaderboard(board, Boards(tmp_path / "leaderboard"))
     assert not list((tmp_path / "leaderboard").glob("*.analysis.*"))
 
 
@@ -77,7 +78,9 @@ def test_the_terminal_shows_intervals_groups_and_verdicts(
     results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     board = scored(results)
-    print_leaderboard(board, analyse_track(competition(), board, results, replicates=50), Console(width=200))
+    print_leaderboard(
+        board, analyse_track(competition(), board, Results(results), replicates=50), Console(width=200)
+    )
     shown = capsys.readouterr().out
     for words in ("95 % interval", "P(first)", "group", "1st place (good)", "Paired bootstrap"):
         assert words in shown
@@ -93,7 +96,7 @@ def test_contamination_stands_beside_the_scores(results: Path) -> None:
         instances={"open": {"mmlu": 20}, "closed": {"math": 10}},
         contaminated={"open": {"mmlu": 3}, "closed": {"math": 0}},
     ).write(results / "t/mid/contamination.json")
-    found = analyse_track(competition(), scored(results), results, replicates=50).overfitting
+    found = analyse_track(competition(), scored(results), Results(results), replicates=50).overfitting
     assert found is not None
     mid = next(one for one in found.entries if one.entry == "mid")
     assert mid.contamination is not None
@@ -107,7 +110,7 @@ def test_a_table_that_was_not_scored_is_not_analysed(results: Path) -> None:
     rows = pq.read_table(table).to_pylist()
     pq.write_table(pa.Table.from_pylist(rows[:-1], schema=pq.read_schema(table)), table)
     with pytest.raises(BadInput, match="is not the table that was scored"):
-        analyse_track(competition(), board, results)
+        analyse_track(competition(), board, Results(results))
 
 
 def test_answers_are_those_of_the_column_s_split_perturbation_and_runs(tmp_path: Path) -> None:
@@ -141,15 +144,15 @@ def test_answers_are_those_of_the_column_s_split_perturbation_and_runs(tmp_path:
         stage_weights={"open": 1.0},
         inputs={"t/e/helm/open/instances.parquet": file_sha256(table)},
     )
-    found = read_answers(Competition.model_validate(content), board, tmp_path)["open", "mmlu"]
+    found = read_answers(Competition.model_validate(content), board, Results(tmp_path))["open", "mmlu"]
     assert found.runs.tolist() == [0, 0]
     assert found.columns[0] is not None
     assert found.columns[0].tolist() == [[1.0, 0.5]]
 
 
 def test_standings_without_a_finished_entry_have_an_empty_analysis(tmp_path: Path) -> None:
-    board = score_track(competition(), "t", tmp_path, {"late": entry("late")}, final=False)
-    found = analyse_track(competition(), board, tmp_path)
+    board = score_track(competition(), "t", Results(tmp_path), {"late": entry("late")}, final=False)
+    found = analyse_track(competition(), board, Results(tmp_path))
     assert (found.uncertainty, found.robustness, found.overfitting) == (None, None, None)
 
 
@@ -205,7 +208,7 @@ def test_an_entry_that_falls_from_open_to_closed_has_a_rank_drop() -> None:
 
 def test_rescoring_changes_the_rule_and_reruns_nothing(results: Path, tmp_path: Path) -> None:
     board = scored(results)
-    again = rescore(board, competition(), results, convention="final2023")
+    again = rescore(board, competition(), Results(results), convention="final2023")
     assert again.convention == "final2023"
     assert again.inputs == board.inputs
     assert again == scored(results, convention="final2023")
@@ -216,7 +219,7 @@ def test_rescoring_refuses_results_that_changed(results: Path) -> None:
     record = results / "t/mid/open.json"
     record.write_text(json.dumps(json.loads(record.read_text())))
     with pytest.raises(BadInput, match=r"open.json: changed since the leaderboard was made"):
-        rescore(board, competition(), results)
+        rescore(board, competition(), Results(results))
 
 
 @pytest.mark.parametrize("wrong", [{"convention": "midrnk"}, {"missing": "zero"}])
@@ -227,11 +230,11 @@ def test_an_unknown_rule_names_the_known_ones(results: Path, wrong: dict[str, st
 
 def test_versions_are_numbered_and_an_equal_one_is_not_written_twice(results: Path, tmp_path: Path) -> None:
     board, folder = scored(results), tmp_path / "leaderboard"
-    other = rescore(board, competition(), results, convention="final2023")
-    third = rescore(board, competition(), results, convention="helm2023")
-    assert write_version(other, folder).name == "t.v2.json"
-    assert write_version(third, folder).name == "t.v3.json"
-    assert write_version(other, folder).name == "t.v2.json"
+    other = rescore(board, competition(), Results(results), convention="final2023")
+    third = rescore(board, competition(), Results(results), convention="helm2023")
+    assert write_version(other, Boards(folder)).name == "t.v2.json"
+    assert write_version(third, Boards(folder)).name == "t.v3.json"
+    assert write_version(other, Boards(folder)).name == "t.v2.json"
     assert read_leaderboard(folder / "versions/t.v3.json") == third
 
 

@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palio.config import BaseModelSource, Competition, Entry, load_competition
+from palio.entries import AnyEntry, BrokenEntry
 from palio.errors import BadInput, PalioError, State
+from palio.layout import Boards, Results
 from palio.provenance import canonical_json, file_sha256
 from palio.records import (
     INSTANCES_SCHEMA,
@@ -253,7 +255,9 @@ def leave_results(results: Path, name: str, values: dict[str, list[float | None]
 def test_a_track_is_scored_from_what_the_workflow_left(tmp_path: Path) -> None:
     leave_results(tmp_path, "good", {"open": [0.8, 0.6], "closed": [0.5]})
     leave_results(tmp_path, "poor", {"open": [0.2, 0.4], "closed": [0.1]})
-    board = score_track(competition(), "t", tmp_path, {n: entry(n) for n in ("good", "poor")}, final=True)
+    board = score_track(
+        competition(), "t", Results(tmp_path), {n: entry(n) for n in ("good", "poor")}, final=True
+    )
     assert [(one.entry, one.team, one.rank) for one in board.entries] == [
         ("good", "team good", 1),
         ("poor", "team poor", 2),
@@ -266,7 +270,9 @@ def test_a_track_is_scored_from_what_the_workflow_left(tmp_path: Path) -> None:
 def test_a_column_with_an_unfinished_run_is_missing_not_a_mean_over_fewer(tmp_path: Path) -> None:
     leave_results(tmp_path, "slow", {"open": [0.9, None], "closed": [0.5]})
     leave_results(tmp_path, "poor", {"open": [0.2, 0.4], "closed": [0.1]})
-    board = score_track(competition(), "t", tmp_path, {n: entry(n) for n in ("slow", "poor")}, final=True)
+    board = score_track(
+        competition(), "t", Results(tmp_path), {n: entry(n) for n in ("slow", "poor")}, final=True
+    )
     cell = next(one for one in board.entries if one.entry == "slow").cells[0]
     assert (cell.value, cell.state, cell.win_rate) == (None, State.TIME_LIMIT, 0.0)
     assert cell.reason == "1 of 2 runs done: the stage's limit ran out"
@@ -277,8 +283,9 @@ def test_standings_name_step_state_reason_and_log_of_the_unfinished(tmp_path: Pa
     leave_results(tmp_path, "half", {"open": [0.8]})
     broken = tmp_path / "t/broken/work/failures/check.json"
     StepFailure(step="check", state=State.RULE_VIOLATION, reason="not approved", log="x.log").write(broken)
-    entries: dict[str, Entry | None] = {n: entry(n) for n in ("good", "half", "gone")} | {"broken": None}
-    board = score_track(competition(), "t", tmp_path, entries, final=False)
+    entries: dict[str, AnyEntry] = {name: entry(name) for name in ("good", "half", "gone")}
+    entries["broken"] = BrokenEntry("t", BadInput("broken.yaml", "", None, "is wrong"))
+    board = score_track(competition(), "t", Results(tmp_path), entries, final=False)
     assert [one.entry for one in board.entries] == ["good"]
     assert [(one.entry, one.step, one.state.value, one.reason, one.log) for one in board.did_not_finish] == [
         ("broken", "check", "rule_violation", "not approved", "x.log"),
@@ -291,9 +298,9 @@ def test_the_final_leaderboard_needs_every_entry_finished_or_withdrawn(tmp_path:
     leave_results(tmp_path, "good", {"open": [0.8], "closed": [0.5]})
     entries = {name: entry(name) for name in ("good", "gone", "late")}
     with pytest.raises(PalioError, match=r"1 of 3 entries of t .*late \(check: not run yet\)"):
-        score_track(competition(), "t", tmp_path, entries, final=True)
+        score_track(competition(), "t", Results(tmp_path), entries, final=True)
     del entries["late"]
-    board = score_track(competition(), "t", tmp_path, entries, final=True)
+    board = score_track(competition(), "t", Results(tmp_path), entries, final=True)
     assert [one.state for one in board.did_not_finish] == [State.WITHDRAWN]
 
 
@@ -303,8 +310,8 @@ def test_a_table_that_differs_from_its_record_is_not_scored(tmp_path: Path) -> N
     row = pq.read_table(table).to_pylist()[0] | {"value": 1.0}
     pq.write_table(pa.Table.from_pylist([row], schema=METRICS_SCHEMA), table)
     with pytest.raises(BadInput, match=r"metrics.parquet: differs from open.json; run helm_open again"):
-        score_track(competition(), "t", tmp_path, {"good": entry("good")}, final=True)
-    board = score_track(competition(), "t", tmp_path, {"good": entry("good")}, final=False)
+        score_track(competition(), "t", Results(tmp_path), {"good": entry("good")}, final=True)
+    board = score_track(competition(), "t", Results(tmp_path), {"good": entry("good")}, final=False)
     assert board.entries == []
     assert "differs from open.json" in board.did_not_finish[0].reason
 
@@ -314,17 +321,17 @@ def test_entries_that_answered_other_questions_are_not_mixed(tmp_path: Path) -> 
         leave_results(tmp_path, name, {"open": [0.8], "closed": [0.5]})
     leave_results(tmp_path, "old", {"open": [0.8], "closed": [0.5]}, instances_sha256="older")
     entries = {name: entry(name) for name in ("a", "b", "old")}
-    board = score_track(competition(), "t", tmp_path, entries, final=False)
+    board = score_track(competition(), "t", Results(tmp_path), entries, final=False)
     assert [one.entry for one in board.did_not_finish] == ["old"]
     with pytest.raises(PalioError, match="other instances"):
-        score_track(competition(), "t", tmp_path, entries, final=True)
+        score_track(competition(), "t", Results(tmp_path), entries, final=True)
 
 
 def test_standings_under_block_show_a_missing_value_as_not_finished(tmp_path: Path) -> None:
     leave_results(tmp_path, "slow", {"open": [None], "closed": [0.5]})
     leave_results(tmp_path, "good", {"open": [0.2], "closed": [0.1]})
     entries = {name: entry(name) for name in ("slow", "good")}
-    board = score_track(competition(missing="block"), "t", tmp_path, entries, final=False)
+    board = score_track(competition(missing="block"), "t", Results(tmp_path), entries, final=False)
     assert [one.entry for one in board.entries] == ["good"]
     assert "mmlu, EM is missing" in board.did_not_finish[0].reason
 
@@ -337,7 +344,7 @@ def test_a_statistic_that_stands_twice_is_refused(tmp_path: Path) -> None:
     record = json.loads((folder / "open.json").read_text()) | {"metrics_sha256": file_sha256(table)}
     (folder / "open.json").write_text(json.dumps(record))
     with pytest.raises(BadInput, match="exact_match of mmlu:0: stands twice"):
-        score_track(competition(), "t", tmp_path, {"good": entry("good")}, final=True)
+        score_track(competition(), "t", Results(tmp_path), {"good": entry("good")}, final=True)
 
 
 # --- files --------------------------------------------------------------------------------------------
@@ -345,7 +352,7 @@ def test_a_statistic_that_stands_twice_is_refused(tmp_path: Path) -> None:
 
 def test_every_file_of_the_leaderboard_tells_the_same(tmp_path: Path) -> None:
     board = board_of(candidate("a", 0.9, None, 0.5, 0.1), candidate("b_1", 0.1, 0.2, 0.4, 0.2))
-    write_leaderboard(board, tmp_path)
+    write_leaderboard(board, Boards(tmp_path))
     assert Leaderboard.model_validate_json((tmp_path / "t.json").read_text()) == board
     rows = pq.read_table(tmp_path / "t.parquet").to_pylist()
     assert rows == leaderboard_rows(board)

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from palio.config import Program
 from palio.errors import BadInput, Crashed, Interrupted, OutOfMemory
-from palio.packaging.package import build_package
 from palio.records import AdapterManifest, read_record
 from palio.training import command
 from palio.training.ledger import charged, read_ledger
@@ -56,9 +55,7 @@ def test_the_example_trains_with_another_trainer_and_is_packaged_as_any_entry(en
     assert read_record(AdapterManifest, entry.folder / "adapter.json") == manifest
     assert (manifest.state, manifest.recipe["method"], manifest.rows) == ("finished", "lora", 64)
     assert set(manifest.files) == {"adapter_config.json", "adapter_model.safetensors"}
-    package = build_package(
-        base_model=entry.base, entry_dir=entry.folder, adapter=True, competition="c", track_id="t", entry="e"
-    )
+    package = entry.package()
     assert package.adapter_fingerprint == manifest.fingerprint
     AutoModelForCausalLM.from_pretrained(entry.folder / "package")
 
@@ -212,8 +209,8 @@ def test_a_link_among_the_teams_files_is_refused(entry: Entry, tmp_path: Path) -
 def test_a_changed_program_is_another_run_and_replaces_nothing_unasked(entry: Entry, tmp_path: Path) -> None:
     first = run_command(entry, program_of(tmp_path / "files", HANDS_IN + "hand_in(0.01)"))
     changed = program_of(tmp_path / "files", HANDS_IN + "hand_in(0.02)")
-    with pytest.raises(BadInput, match="give --retrain to replace it"):
+    with pytest.raises(BadInput, match="remove this file to replace it"):
         run_command(entry, changed)
-    second = run_command(entry, changed, retrain=True)
+    second = run_command(entry, changed, replace=True)
     assert first.fingerprint != second.fingerprint
     assert first.files != second.files

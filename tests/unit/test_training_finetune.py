@@ -79,10 +79,10 @@ def test_a_deleted_output_is_restored_without_training(entry: Entry) -> None:
 
 def test_a_finished_adapter_is_replaced_by_another_training_only_on_demand(entry: Entry) -> None:
     first = entry.finetune(max_steps=2)
-    with pytest.raises(BadInput, match=r"adapter\.json: fingerprint.*give --retrain to replace it"):
-        entry.finetune(max_steps=3, retrain=False)
+    with pytest.raises(BadInput, match=r"adapter\.json: fingerprint.*remove this file to replace it"):
+        entry.finetune(max_steps=3, replace=False)
     assert read_record(AdapterManifest, entry.folder / "adapter.json") == first
-    assert entry.finetune(max_steps=2, retrain=False) == first
+    assert entry.finetune(max_steps=2, replace=False) == first
 
 
 def test_another_recipe_trains_anew_and_loses_nothing_of_the_first(entry: Entry) -> None:

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from palio.training.reproduce import reproduce, score_differences, weight_distance
 
 from palio.config import Scenario, Track
 from palio.errors import BadInput
 from palio.provenance import folder_sha256
 from palio.records import INSTANCES_SCHEMA
-from palio.training.reproduce import reproduce, score_differences, weight_distance
 from tests.training import Entry, copy_rows, tiny_base_model
 
 ROOT = Path(__file__).parents[2]

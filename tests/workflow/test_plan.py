@@ -73,7 +73,7 @@ def test_a_job_of_one_entry_reads_no_other_entrys_file(
         if file.stem != "curated":
             file.unlink()
     curated = SimpleNamespace(track="laptop", entry="curated")
-    assert rules.training(curated)[0] == "--recipe"
+    assert "learning_rate" in rules.settings("finetune")(curated)
     assert rules.base_model_manifest(curated)
     assert len(rules.faults) == 3, "only now are the others missed"
 
