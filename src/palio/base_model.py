@@ -24,6 +24,7 @@ import yaml
 
 from palio.config import REVISION_PATTERN, BaseModelSource, expand
 from palio.errors import BadInput, Crashed
+from palio.layout import BaseModelFolder
 from palio.provenance import file_sha256, folder_sha256
 from palio.records import BaseModelManifest, read_record
 
@@ -39,7 +40,8 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
 
     With `offline` nothing is asked of the network: a hub model must then be in the local hub cache.
     """
-    manifest_path, model = out / "manifest.json", out / "model"
+    folder = BaseModelFolder(out)
+    manifest_path, model = folder.manifest, folder.model
     if manifest_path.is_file():
         known = read_record(BaseModelManifest, manifest_path)
         if known.source == source and model.is_dir() and folder_sha256(model) == known.files:
@@ -53,10 +55,10 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
     elif source.hub:
         _take_files(_hub_snapshot(source.hub, offline), building, "hub", source.hub)
     elif source.path:
-        folder = expand(source.path)
-        if not folder.is_dir():
+        given = expand(source.path)
+        if not given.is_dir():
             raise BadInput("base_model", "path", source.path, "no such folder; correct the path")
-        _take_files(folder, building, "path", source.path)
+        _take_files(given, building, "path", source.path)
     shutil.rmtree(model, ignore_errors=True)
     building.rename(model)
     manifest = BaseModelManifest(id=source.id, source=source, files=folder_sha256(model))

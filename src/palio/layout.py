@@ -153,6 +153,9 @@ class Resources:
         """Teams' data and programs."""
         return self.root / "teams"
 
+    def team_program(self, name: str) -> Path:
+        return self.teams / name / "program"
+
 
 class DatasetFolder(Folder):
     """A curated dataset."""
@@ -183,6 +186,30 @@ class DatasetFolder(Folder):
     def work(self) -> Path:
         """Intermediate files of a dataset that belongs to no entry's folder."""
         return self.path / "work"
+
+
+class PublishedPackage(Folder):
+    """A package as it goes to the hub, with what is no part of the model under palio/."""
+
+    @property
+    def companions(self) -> Path:
+        return self.path / "palio"
+
+    @property
+    def manifest(self) -> Path:
+        return self.companions / "package.json"
+
+    @property
+    def container(self) -> Path:
+        return self.companions / "container"
+
+    @property
+    def scores(self) -> Path:
+        return self.companions / "scores.json"
+
+    @property
+    def score_card(self) -> Path:
+        return self.companions / "SCORES.md"
 
 
 class TrainingFolder(Folder):
@@ -226,6 +253,14 @@ class TrainingFolder(Folder):
     def program(self) -> Path:
         """/output of a team's own training program: result/ and checkpoints/."""
         return self.path / "program"
+
+    @property
+    def program_result(self) -> Path:
+        return self.program / "result"
+
+    @property
+    def program_checkpoints(self) -> Path:
+        return self.program / "checkpoints"
 
     @property
     def program_log(self) -> Path:
@@ -439,6 +474,11 @@ class Boards(Folder):
     def versions(self) -> Boards:
         return Boards(self.path / "versions")
 
+    @property
+    def report(self) -> Path:
+        """The report on them, where it has no place of its own."""
+        return self.path / "report"
+
 
 @dataclass(frozen=True)
 class Results:
@@ -463,12 +503,9 @@ class Results:
         return self.root / "report"
 
     @property
-    def standings_report(self) -> Path:
-        return self.standings.path / "report"
-
-    @property
-    def published(self) -> Path:
-        return self.root / "published"
+    def published(self) -> Boards:
+        """The tables of NeurIPS 2023, recomputed."""
+        return Boards(self.root / "published")
 
 
 class Project(Folder):

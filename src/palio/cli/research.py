@@ -62,7 +62,7 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
 @click.argument("folder", type=ExistingPath)
 @click.option("--fetch", is_flag=True, help="First download into FOLDER what is not there; sha256 checked.")
 @click.option("--convention", help="Score by this one; default: the one each file was made with.")
-@click.option("--out", type=ExistingPath, default=Results().published, show_default=True)
+@click.option("--out", type=ExistingPath, default=Results().published.path, show_default=True)
 def published(folder: Path, fetch: bool, convention: str | None, out: Path) -> None:
     """Recompute the published tables of NeurIPS 2023 in FOLDER, then analyse and report them like our own.
 
@@ -92,5 +92,5 @@ def published(folder: Path, fetch: bool, convention: str | None, out: Path) -> N
         analysis = analyse(board, remark=REMARK)
         write_leaderboard(board, Boards(out), analysis)
         boards.append((board, analysis))
-    print(published_report(boards, published_figures(folder), out / "report"))
+    print(published_report(boards, published_figures(folder), Boards(out).report))
     raise click.exceptions.Exit(1 if found.mismatches else 0)

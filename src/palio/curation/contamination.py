@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from palio.curation.overlap import InstanceIndex, read_instances
 from palio.curation.rows import BATCH_ROWS, asked, shortened
 from palio.errors import BadInput
+from palio.layout import DatasetFolder
 from palio.provenance import file_sha256
 from palio.records import Contamination
 
@@ -75,7 +76,7 @@ def contaminated_pairs(dataset: Path, instances: Path, ngram: int = NGRAM) -> It
 
 
 def _table(dataset: Path) -> Path:
-    path = dataset / "train.parquet" if dataset.is_dir() else dataset
+    path = DatasetFolder(dataset).rows if dataset.is_dir() else dataset
     if not path.is_file():
         raise BadInput(path, "", None, "no such dataset; curate it first")
     return path

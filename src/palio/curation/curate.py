@@ -35,6 +35,7 @@ from palio.curation.rows import Surroundings
 from palio.curation.step import Step
 from palio.curation.store import Pool, Stored, Tick, batch_file, pool, unheard
 from palio.errors import BadInput
+from palio.layout import DatasetFolder
 from palio.provenance import file_sha256, fingerprint, folder_sha256, write_text
 from palio.records import DatasetManifest, OperationReport
 
@@ -64,7 +65,7 @@ def curate_dataset(
     Args:
         base_model: model folder of the entry's base model, for its tokenizer.
         base: folder that paths in the recipe are relative to.
-        work: folder of the intermediate files, kept for reruns; default: work/curate beside `out`.
+        work: folder of the intermediate files, kept for reruns; default: in `out`.
         limit: rows to read of each source, for a preview; omit to read all.
         workers: processes that work on batches; no part of the result.
         progress: called with the operation under way, rows in all where known, and rows just seen.
@@ -72,18 +73,19 @@ def curate_dataset(
     Raises:
         BadInput: a source is absent or broken, too much of it is malformed, or no row is left.
     """
-    work = work or out.parent / "work" / "curate"
+    folder = DatasetFolder(out)
+    work = work or folder.work
     sources = read_sources(recipe, base, work, limit, RECIPE_VERSION, progress)
     steps = _steps(recipe, sources, base_model, base, work)
     with pool(workers) as processes:
         reports = _carry_out(steps, sources, processes, entry, progress)
 
     folders = [sources.folder, *(step.folder for step in steps)]
-    quarantine = (sources.folder / "quarantine.jsonl").read_text(encoding="utf-8")
-    write_text(out / "quarantine.jsonl", quarantine)
-    write_dropped(((step.name, step.dropped(sources.batches)) for step in steps), out / "dropped.parquet")
+    quarantine = DatasetFolder(sources.folder).quarantine.read_text(encoding="utf-8")
+    write_text(folder.quarantine, quarantine)
+    write_dropped(((step.name, step.dropped(sources.batches)) for step in steps), folder.dropped)
     rows = Stored([batch_file(folders[-1], number) for number in sources.batches])
-    written = write_shuffled(rows, out / "train.parquet", recipe.seed, scratch=work)
+    written = write_shuffled(rows, folder.rows, recipe.seed, scratch=work)
     manifest = DatasetManifest(
         competition=competition,
         track=track,
@@ -91,14 +93,14 @@ def curate_dataset(
         recipe_version=RECIPE_VERSION,
         seed=recipe.seed,
         rows=written.rows,
-        sha256=file_sha256(out / "train.parquet"),
+        sha256=file_sha256(folder.rows),
         sources=sources.reports,
         operations=reports,
         rows_by_source=dict(sorted(written.by_source.items())),
         characters=written.characters(),
     )
-    write_text(out / "card.md", card(manifest, written.examples))
-    manifest.write(out / "manifest.json")
+    write_text(folder.card, card(manifest, written.examples))
+    manifest.write(folder.manifest)
     _tidy(work, folders)
     return manifest
 

@@ -22,6 +22,7 @@ from palio.curation.rows import BATCH_CHARACTERS, BATCH_ROWS, ROW, columns_of
 from palio.curation.source import Quarantined, SourceRow, read_source, source_digest
 from palio.curation.store import batch_file, write_batches
 from palio.errors import BadInput
+from palio.layout import DatasetFolder
 from palio.provenance import canonical_json, fingerprint, write_json, write_text
 from palio.records import SourceReport
 
@@ -55,7 +56,7 @@ def read_sources(
             write_batches(batch_file(folder, batches), ROW, [batch])
             batches += 1
         text = "".join(canonical_json(line) + "\n" for line in reading.quarantine)
-        write_text(folder / "quarantine.jsonl", text)
+        write_text(DatasetFolder(folder).quarantine, text)
         reports = [report.model_dump(mode="json") for report in reading.reports]
         record = {"key": key, "stamp": stamp, "batches": batches, "sources": reports}
         write_json(folder / "sources.json", record)

@@ -14,9 +14,9 @@ import shutil
 from pathlib import Path
 
 from palio.errors import BadInput, Crashed
-from palio.layout import EntryFolder
+from palio.layout import EntryFolder, PublishedPackage
 from palio.packaging.container import write_container
-from palio.packaging.verify import COMPANIONS, changed_files
+from palio.packaging.verify import changed_files
 from palio.provenance import write_json, write_text
 from palio.records import Leaderboard, PackageManifest, ScoredEntry, read_record
 
@@ -29,7 +29,8 @@ def assemble(folder: EntryFolder, leaderboard: Path | None = None) -> Path:
         BadInput: no package, or the leaderboard does not have the entry.
     """
     manifest = read_record(PackageManifest, folder.package_manifest)
-    package, out = folder.package, folder.publication
+    package, published = folder.package, PublishedPackage(folder.publication)
+    out = published.path
     if wrong := changed_files(package, manifest):
         raise Crashed(f"{package}: {wrong[0]}; package the entry again")
     shutil.rmtree(out, ignore_errors=True)
@@ -40,9 +41,9 @@ def assemble(folder: EntryFolder, leaderboard: Path | None = None) -> Path:
             os.link(package / name, target)
         except OSError:
             shutil.copyfile(package / name, target)
-    manifest.write(out / COMPANIONS / "package.json")
+    manifest.write(published.manifest)
     if manifest.kind == "model":  # a team's own server brings its own
-        write_container(out / COMPANIONS / "container")
+        write_container(published.container)
     if leaderboard is not None:
         board = read_record(Leaderboard, leaderboard)
         scored = next((one for one in board.entries if one.entry == manifest.entry), None)
@@ -50,8 +51,8 @@ def assemble(folder: EntryFolder, leaderboard: Path | None = None) -> Path:
             raise BadInput(
                 leaderboard, "entries", None, f"has no score of {manifest.entry}; give its track's"
             )
-        write_json(out / COMPANIONS / "scores.json", scored.model_dump(mode="json"))
-        write_text(out / COMPANIONS / "SCORES.md", scores_card(board, scored))
+        write_json(published.scores, scored.model_dump(mode="json"))
+        write_text(published.score_card, scores_card(board, scored))
     return out
 
 

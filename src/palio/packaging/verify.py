@@ -20,14 +20,12 @@ from typing import Any, Literal
 
 from palio.config import Track
 from palio.errors import BadInput
-from palio.layout import Resources
+from palio.layout import BaseModelFolder, EntryFolder, PublishedPackage, Resources
 from palio.packaging.container import PINNED
 from palio.provenance import folder_sha256
 from palio.records import AdapterManifest, BaseModelManifest, PackageManifest, read_record
 
 RESOURCES = Resources()
-COMPANIONS = "palio"
-"""Folder of a published package for what is no part of the model: manifest, scores, container."""
 NEEDED = ("config.json", "generation_config.json", "tokenizer_config.json", "README.md")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 CODE = (".py", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".so")
@@ -56,7 +54,10 @@ class Skip(Exception):
 
 def manifest_of(folder: Path) -> Path:
     """Path of a package's manifest, in it or beside it. Raises BadInput if there is none."""
-    for path in (folder / COMPANIONS / "package.json", folder.parent / "package.json"):
+    for path in (
+        PublishedPackage(folder).manifest,
+        EntryFolder.at(folder.absolute().parent).package_manifest,
+    ):
         if path.is_file():
             return path
     raise BadInput(
@@ -115,10 +116,11 @@ def _not_loaded(findings: list[Finding], load: bool) -> str:
 
 def changed_files(folder: Path, manifest: PackageManifest) -> list[str]:
     """What is wrong with a package's files: each one missing, changed or not in the manifest."""
+    companions = PublishedPackage(folder).companions.name
     found = {
         path: digest
         for path, digest in folder_sha256(folder).items()
-        if not path.startswith((f"{COMPANIONS}/", ".cache/")) and path != ".gitattributes"  # the hub's own
+        if not path.startswith((f"{companions}/", ".cache/")) and path != ".gitattributes"  # the hub's own
     }
     wrong = []
     for path in sorted(manifest.files.keys() | found.keys()):
@@ -176,7 +178,7 @@ def _cards(folder: Path, manifest: PackageManifest) -> str:
 
 
 def _container(folder: Path) -> str:
-    container = folder / COMPANIONS / "container"
+    container = PublishedPackage(folder).container
     if not container.is_dir():
         raise Skip("the package has no container file; publishing it adds one")
     if not PINNED.search(_text(container / "Containerfile")):
@@ -259,24 +261,25 @@ def _loads(folder: Path, manifest: PackageManifest) -> str:
 
 def _as_trained(folder: Path, manifest: PackageManifest, base_models: Path) -> str:
     """The package against base model plus adapter, where both are at hand."""
-    base = base_models / manifest.base_model
-    adapter = folder.parent / "adapter"
-    if not (base / "manifest.json").is_file():
+    base = BaseModelFolder(base_models / manifest.base_model)
+    entry = EntryFolder.at(folder.absolute().parent)
+    adapter = entry.adapter
+    if not base.manifest.is_file():
         raise Skip(f"base model {manifest.base_model} is not in {base_models}")
-    if read_record(BaseModelManifest, base / "manifest.json").fingerprint != manifest.base_model_fingerprint:
-        raise Fault(f"{base} is not the base model of the manifest")
+    if read_record(BaseModelManifest, base.manifest).fingerprint != manifest.base_model_fingerprint:
+        raise Fault(f"{base.path} is not the base model of the manifest")
     if manifest.adapter_fingerprint is None:
-        return _same_weights(folder, base / "model")
-    if not (adapter.parent / "adapter.json").is_file():
+        return _same_weights(folder, base.model)
+    if not entry.adapter_manifest.is_file():
         raise Skip("the adapter is not beside the package")
-    trained = read_record(AdapterManifest, adapter.parent / "adapter.json")
+    trained = read_record(AdapterManifest, entry.adapter_manifest)
     if trained.fingerprint != manifest.adapter_fingerprint:
         raise Fault("the adapter beside it is another one than the manifest's")
     if folder_sha256(adapter) != trained.files:
         raise Fault("the adapter beside it differs from adapter.json")
     if not (adapter / "adapter_config.json").is_file():
         return _same_weights(folder, adapter)
-    return _same_answers(folder, base / "model", adapter, trained)
+    return _same_answers(folder, base.model, adapter, trained)
 
 
 def _same_weights(folder: Path, other: Path) -> str:

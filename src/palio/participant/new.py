@@ -104,13 +104,13 @@ def new_entry(
             "palio new", "--base-model", base_model, "write hub:org/name@<commit>, path:… or gguf:…"
         )
     rules = load_rules(Path(competition.rules))
-    own = Resources().teams / path.stem
+    own, program = Resources().teams / path.stem, Resources().team_program(path.stem)
     sources = ""
     if kind != "server":
         sources = _sources(own, data, licence, url, rules)
     if kind in PROGRAMS:
         shutil.copytree(
-            PROGRAMS[kind], own / "program", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+            PROGRAMS[kind], program, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
         )
     text = (HEAD + PARTS[kind]).format(
         title=f"{team}'s entry",
@@ -120,7 +120,7 @@ def new_entry(
         kind=kind,
         base_model=f"{source_kind}: {address}",
         sources=sources,
-        program=own / "program",
+        program=program,
     )
     write_text(path, text)
 

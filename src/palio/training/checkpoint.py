@@ -1,7 +1,7 @@
 """Checkpoints: complete or absent. A torn one is skipped, the one before it is used.
 
 checkpoints/step-000050/state.pt       tensors and numbers (loaded with weights_only)
-checkpoints/step-000050/manifest.json  sha256 of state.pt and seconds of the budget used, written last
+checkpoints/step-000050/checkpoint.json  sha256 of state.pt and seconds of the budget used, written last
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def save_checkpoint(folder: Path, step: int, seconds: float, state: dict[str, An
             stream.flush()
             os.fsync(stream.fileno())
         sha256 = file_sha256(building / "state.pt")
-        write_json(building / "manifest.json", {"step": step, "seconds": seconds, "sha256": sha256})
+        write_json(building / "checkpoint.json", {"step": step, "seconds": seconds, "sha256": sha256})
         shutil.rmtree(target, ignore_errors=True)
         building.rename(target)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
@@ -65,7 +65,7 @@ def load_checkpoint(folder: Path, budget: float) -> tuple[dict[str, Any] | None,
 def _seconds(path: Path) -> float | None:
     """Seconds of the budget at which the checkpoint was saved; None if it is torn."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
         return float(manifest["seconds"]) if manifest["sha256"] == file_sha256(path / "state.pt") else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -77,7 +77,7 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
         with Ledger(work.ledger, budget, meter=meter, **facts) as ledger:
             state = _run(program, room, ledger, log, isolation.unconfined)
             method, pickles = take_model(
-                work.program / "result",
+                work.program_result,
                 work.adapter,
                 base_model=step.base_model.model,
                 base_model_id=base_model,

@@ -1,0 +1,162 @@
+"""The code keeps to the architecture: one table of steps, one layout, imports that point down only."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import palio
+from palio.pipeline import STEPS
+
+PACKAGE = Path(palio.__file__).parent
+LAYOUT = PACKAGE / "layout.py"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def located(path: Path, node: ast.expr) -> str:
+    return f"{path.relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node)[:100]}"
+
+
+# --- paths -----------------------------------------------------------------------------------------------
+
+
+def text_of(node: ast.AST) -> str | None:
+    """A string literal, with {} for what an f-string fills in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        parts = (part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        return "".join(str(part) for part in parts)
+    return None
+
+
+def path_parts(tree: ast.Module) -> Iterator[tuple[ast.expr, str]]:
+    """Every literal that becomes part of a path: an operand of `/`, an argument of Path or of a glob."""
+    for node in ast.walk(tree):
+        literals: list[ast.expr] = []
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            literals = [node.left, node.right]
+        elif isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("Path", "glob", "rglob", "joinpath", "with_name"):
+                literals = node.args
+        for literal in literals:
+            if (text := text_of(literal)) is not None:
+                yield literal, text
+
+
+def names_in_layout() -> set[str]:
+    """Names of files and folders that the layout spells, except those that others use for things of their own."""
+    parts = (part for _, text in path_parts(parsed(LAYOUT)) for part in text.split("/"))
+    return {part for part in parts if part and part != "{}"}
+
+
+# Of formats that others define, not of the project's layout: Hugging Face's, HELM's, a team's contract.
+FOREIGN = {"README.md", "config", "scenarios"}
+
+
+def misplaced_paths(path: Path, names: set[str]) -> list[str]:
+    return [
+        located(path, node)
+        for node, text in path_parts(parsed(path))
+        if any(part in names - FOREIGN for part in text.split("/"))
+    ]
+
+
+def test_only_the_layout_spells_paths_of_the_project() -> None:
+    names = names_in_layout()
+    assert {"results", "work", "adapter.json", "stage.json"} <= names
+    wrong = [line for path in MODULES if path != LAYOUT for line in misplaced_paths(path, names)]
+    assert wrong == [], "\n".join(wrong)
+
+
+def test_a_path_spelled_elsewhere_is_found() -> None:
+    names = names_in_layout()
+    for code in ('folder / "adapter.json"', 'Path("results/x")', 'work.glob("*/answers.jsonl")'):
+        assert [text for _, text in path_parts(ast.parse(code)) if set(text.split("/")) & names], code
+
+
+# --- steps -----------------------------------------------------------------------------------------------
+
+
+def lists_of_steps(tree: ast.Module) -> Iterator[ast.expr]:
+    """Literals that enumerate steps: three of their names, rules or records, or more."""
+    names = {step.name for step in STEPS}
+    rules = {step.rule for step in STEPS}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Tuple | ast.List | ast.Set):
+            items: list[ast.expr | None] = list(node.elts)
+        elif isinstance(node, ast.Dict):
+            items = list(node.keys)
+        else:
+            continue
+        texts = {item.value for item in items if isinstance(item, ast.Constant)}
+        if len(texts & names) > 2 or len(texts & rules) > 2:
+            yield node
+
+
+def test_nobody_keeps_a_second_list_of_steps() -> None:
+    wrong = [
+        located(path, node)
+        for path in MODULES
+        if path.name != "pipeline.py"
+        for node in lists_of_steps(parsed(path))
+    ]
+    assert wrong == [], "\n".join(wrong)
+
+
+def test_a_second_list_of_steps_is_found() -> None:
+    assert list(lists_of_steps(ast.parse('("check", "curate", "finetune")')))
+    assert list(lists_of_steps(ast.parse('{"open": 1, "closed": 2, "package": 3}')))
+
+
+# --- imports ---------------------------------------------------------------------------------------------
+
+LEVELS = (
+    {"errors", "layout"},
+    {"provenance"},
+    {"config"},
+    {"records", "entries"},
+    {"settings"},
+    {"pipeline"},
+    {"base_model", "quantization", "sandbox", "demo"},
+    {"curation", "training", "packaging", "serving", "evaluation", "eligibility", "scoring", "report"},
+    {"neurips2023", "release", "operating", "participant", "workflow", "steps"},
+    {"cli"},
+)
+"""Packages and modules of `palio`, from the lowest level up: each imports lower ones only."""
+ROOMS = LEVELS[7]
+"""The steps' own packages: they do not import each other."""
+
+
+def imported(tree: ast.Module) -> Iterator[tuple[ast.stmt, str]]:
+    """Every package or module of palio that is imported, also inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "palio":
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("palio."):
+            yield node, str(node.module).split(".")[1]
+
+
+def level(name: str) -> int:
+    return next(number for number, names in enumerate(LEVELS) if name in names)
+
+
+def test_imports_point_down_only() -> None:
+    wrong = []
+    for path in MODULES:
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for node, name in imported(parsed(path)):
+            if name == own or name == "__version__":
+                continue
+            same_level = level(name) == level(own) and own not in ROOMS
+            if level(name) > level(own) or (level(name) == level(own) and not same_level):
+                wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno} imports palio.{name}")
+    assert wrong == [], "\n".join(wrong)

@@ -1,0 +1,172 @@
+"""A finished entry can be trained again from its manifest, and what differs is measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from palio import steps
+from palio.config import Scenario
+from palio.errors import BadInput
+from palio.evaluation.stage import prepare_stage
+from palio.layout import STAGES, EntryFolder, HelmFolder, Stage
+from palio.operating.reproduction import Reproduction, reproduce, score_differences, weight_distance
+from palio.provenance import folder_sha256
+from palio.records import INSTANCES_SCHEMA, PackageManifest, StageRecord, read_record
+from palio.settings import EvaluateSettings, RunOptions
+from palio.workflow import Workflow
+from tests.training import Entry, copy_rows, tiny_base_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A project with one trained entry, `t/e`, in track t of a competition like the demo's."""
+
+    path: Path
+    entry: Entry
+
+    @property
+    def workflow(self) -> Workflow:
+        return Workflow(Path("config/config.yaml"))
+
+    def reproduce(self, *stages: Stage, out: str = "again") -> tuple[Reproduction, EntryFolder]:
+        return reproduce(self.workflow, self.entry.folder, Path(out), stages=stages, threads=1)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Iterator[Finished]:
+    path = tmp_path_factory.mktemp("project")
+    base = tiny_base_model(path / "resources/base_models/tiny", base_model)
+    shutil.copytree(ROOT / "config", path / "config")
+    config = path / "config/config.yaml"
+    content = yaml.safe_load(config.read_text())
+    content["tracks"] = {"t": content["tracks"]["laptop"]}
+    content["stages"]["open"]["unanswered"] = "wrong"
+    content["stages"]["closed"]["cut_at_stop_sequences"] = False
+    for stage in content["stages"].values():
+        (name, scenario), *_ = stage["scenarios"].items()
+        stage["scenarios"] = {name: scenario | {"max_eval_instances": 2}}
+    config.write_text(yaml.safe_dump(content))
+    entry = Entry.create(path / "results/t/e", base)
+    entry.finetune(max_steps=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        yield Finished(path, entry)
+
+
+def test_training_again_on_a_cpu_gives_the_same_bytes(finished: Finished) -> None:
+    before = folder_sha256(finished.entry.folder)
+    again, _ = finished.reproduce()
+    assert again.identical
+    assert again.weight_distance == again.loss_difference == 0
+    assert folder_sha256(finished.entry.folder) == before
+
+
+def test_an_adapter_that_was_trained_otherwise_is_told_apart(finished: Finished, tmp_path: Path) -> None:
+    other = Entry.create(tmp_path / "other", finished.entry.base)
+    other.finetune(max_steps=5, seed=1)
+    assert weight_distance(finished.entry.at.adapter, other.at.adapter) > 0.5
+
+
+def test_another_dataset_is_refused(finished: Finished) -> None:
+    copy = Entry.create(finished.path / "results/t/copy", finished.entry.base)
+    copy.finetune(max_steps=2)
+    copy.write_rows(copy_rows(10))
+    with pytest.raises(BadInput, match=r"adapter\.json: dataset_sha256.*bring back"):
+        reproduce(finished.workflow, copy.folder, Path("again"), stages=(), threads=1)
+
+
+def test_the_entrys_own_results_are_refused(finished: Finished) -> None:
+    with pytest.raises(BadInput, match="own results folder; give another"):
+        finished.reproduce(out="results")
+
+
+def test_the_verb_ends_with_its_verdict(finished: Finished) -> None:
+    command = [sys.executable, "-m", "palio.cli", "reproduce", str(finished.entry.folder), "--threads", "1"]
+    done = subprocess.run([*command, "--out", "verb"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "adapter: identical\nreproduced\n"), done.stderr
+    assert json.loads(Path("verb/t/e/reproduction.json").read_text())["identical"]
+
+
+def test_both_stages_of_an_identical_package_are_really_asked_under_the_competitions_limits(
+    finished: Finished,
+) -> None:
+    """The winner's own HELM runs are there, of the same package: the reproduction uses none of them."""
+    workflow = finished.workflow
+    for stage, runs in workflow.stage_runs.items():
+        prepare_stage(runs, workflow.resources.stage_record(stage))
+    first = EntryFolder.at(finished.entry.folder, workflow.competition.store)
+    finished.entry.package()
+    options = RunOptions(threads=1)
+    for stage, runs in workflow.stage_runs.items():
+        settings = EvaluateSettings.of_package(workflow.competition, runs, "t")
+        steps.run(stage, first, settings, options)
+    made, again = finished.reproduce("open", "closed", out="asked")
+    packages = [read_record(PackageManifest, folder.package_manifest) for folder in (first, again)]
+    assert packages[0].fingerprint == packages[1].fingerprint
+    assert made.reproduced
+    assert [score.stage for score in made.scores] == ["open", "closed"]
+    for stage in STAGES:
+        journals = [
+            set(folder.helm_runs(stage).glob(f"*/{HelmFolder(Path()).journal}")) for folder in (first, again)
+        ]
+        assert len(journals[0]) == len(journals[1]) == 1
+        assert journals[0] != journals[1]
+        records = [read_record(StageRecord, folder.stage_record(stage)) for folder in (first, again)]
+        assert records[0] == records[1]
+    open_record, closed_record = (read_record(StageRecord, again.stage_record(stage)) for stage in STAGES)
+    assert open_record.unanswered == "wrong"
+    assert not closed_record.cut_at_stop_sequences
+
+
+SCENARIO = Scenario.model_validate(
+    {
+        "run_entries": "x.conf",
+        "max_eval_instances": 10,
+        "metrics": {
+            "EM": {"metric": "exact_match"},
+            "robust": {"metric": "em", "perturbation": "robustness"},
+        },
+    }
+)
+
+
+def write_scores(folder: Path, values: list[float]) -> EntryFolder:
+    rows = [
+        {
+            **dict.fromkeys(("competition", "track", "entry"), "x"),
+            **{"stage": "open", "scenario": "s", "run": "r", "instance": f"id{number}"},
+            **{"metric": "exact_match", "split": "test", "perturbation": None, "value": value},
+        }
+        for number, value in enumerate(values)
+    ]
+    (folder / "helm" / "open").mkdir(parents=True)
+    pq.write_table(
+        pa.Table.from_pylist(rows, INSTANCES_SCHEMA), folder / "helm" / "open" / "instances.parquet"
+    )
+    return EntryFolder.at(folder)
+
+
+def test_answers_that_flip_both_ways_are_noise_and_those_that_flip_one_way_are_not(tmp_path: Path) -> None:
+    first = write_scores(tmp_path / "first", [1, 0] * 20)
+    both_ways = write_scores(tmp_path / "both", [0, 1, 0, 1, *[1, 0] * 18])
+    one_way = write_scores(tmp_path / "one", [1, 1] * 6 + [1, 0] * 14)
+    (same,) = score_differences(first, first, "open", {"s": SCENARIO})
+    assert (same.first, same.second, same.n, same.noise) == (0.5, 0.5, 40, 0)
+    (noise,) = score_differences(first, both_ways, "open", {"s": SCENARIO})
+    assert noise.within_noise
+    assert noise.noise == pytest.approx(2 * (4 / 39 / 40) ** 0.5)  # four flips of 40
+    (better,) = score_differences(first, one_way, "open", {"s": SCENARIO})
+    assert (better.second, better.within_noise) == (0.65, False)
