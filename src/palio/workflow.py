@@ -28,10 +28,10 @@ from palio.config import (
     load_entry,
     load_rules,
 )
+from palio.eligibility.check import approved_model
 from palio.errors import BadInput
 from palio.evaluation.helm import check_directions, stage_runs
 from palio.provenance import canonical_json, fingerprint
-from palio.rules.check import approved_model
 
 GIB = 1024
 DEMO_SOURCES = "resources/demo_sources"

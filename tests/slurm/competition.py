@@ -38,7 +38,7 @@ def create(path: Path, tiny: Path) -> WorkingFolder:
 
     folder.edit_yaml("config/config.yaml", small)
     rule = {"family": "tiny", "sources": [f"path:{tiny}"], "licences": ["apache-2.0"]}
-    folder.edit_yaml("config/rules/demo.yaml", lambda rules: rules["base_models"].append(rule))
+    folder.edit_yaml("config/rulesets/demo.yaml", lambda rules: rules["base_models"].append(rule))
 
     def impatient(profile: dict[str, Any]) -> None:
         profile["slurm-init-seconds-before-status-checks"] = 3

@@ -141,7 +141,7 @@ def test_the_whole_run_in_small_ends_with_a_place_and_an_estimate(
     def approve(rules: dict) -> None:
         rules["base_models"][0]["sources"].append(f"path:{model}")
 
-    folder.edit_yaml("config/rules/demo.yaml", approve)
+    folder.edit_yaml("config/rulesets/demo.yaml", approve)
     folder.run(
         "palio", "new", "config/entries/demo/drago.yaml", "--team", "Drago", "--base-model", f"path:{model}"
     )

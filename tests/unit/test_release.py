@@ -31,7 +31,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     given = write_competition(folder)
     score_competition(folder, given)
-    shutil.copy(ROOT / "config/rules/demo.yaml", folder / "rules.yaml")
+    shutil.copy(ROOT / "config/rulesets/demo.yaml", folder / "rules.yaml")
     (folder / "x.conf").write_text('entries: [{description: "simple_classification"}]')
     (folder / "results/report").mkdir()
     (folder / "results/report/index.html").write_text("<p>curated</p>")

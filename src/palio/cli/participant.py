@@ -77,9 +77,9 @@ def new(
 def try_entry(file: Path, competition: str, panel: Path | None, out: Path) -> None:
     """Rehearse an entry on this machine: every step in small, its place, and what the whole would take."""
     from palio.config import load_entry
+    from palio.eligibility.entry_file import check_file
     from palio.participant.rehearsal import rehearse
     from palio.participant.summary import summary
-    from palio.rules.entry_file import check_file
     from palio.scoring.panel import panel_path
 
     rules = competition_of(competition)
@@ -115,7 +115,7 @@ def check(
     A violation names rule, key, why and fix. A notice is for the organizers and stops nothing.
     """
     from palio.config import CheckedAgainst, EntryFolders, parse
-    from palio.rules.entry_file import check_file
+    from palio.eligibility.entry_file import check_file
 
     rules = (
         parse(CheckedAgainst, json.loads(against), "--against")
