@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tests.chromium import chromium_page
-from tests.folder import DEMO_ENTRIES, WorkingFolder
+from tests.support.chromium import chromium_page
+from tests.support.folder import DEMO_ENTRIES, WorkingFolder
 
 
 def shrink(folder: WorkingFolder) -> None:

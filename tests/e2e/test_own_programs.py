@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.folder import WorkingFolder
-from tests.training import tiny_base_model
+from tests.support.folder import WorkingFolder
+from tests.support.training import tiny_base_model
 
 EXAMPLES = "config/entries/examples"
 

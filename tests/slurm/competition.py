@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from tests.folder import DEMO_ENTRIES, WorkingFolder
 from tests.slurm.cluster import Cluster
+from tests.support.folder import DEMO_ENTRIES, WorkingFolder
 
 TRACKS = ("a100", "rtx4090")
 

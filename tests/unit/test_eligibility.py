@@ -19,7 +19,7 @@ from palio.eligibility.entry_file import Checked, check_file, participants
 from palio.eligibility.lineage import lineage_violations, model_facts
 from palio.eligibility.neighbours import Participants, violations_among
 from palio.errors import BadInput
-from tests.folder import ROOT, WorkingFolder
+from tests.support.folder import ROOT, WorkingFolder
 
 RULES = load_rules(ROOT / "config/rulesets/neurips2023.yaml")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -19,8 +19,8 @@ from palio.participant.rehearsal import small_competition, small_entry, write_he
 from palio.records import Cell, Column
 from palio.scoring.leaderboard import Candidate, score
 from palio.scoring.panel import panel_of, placed
-from tests.folder import WorkingFolder
-from tests.training import tiny_base_model
+from tests.support.folder import WorkingFolder
+from tests.support.training import tiny_base_model
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from palio.errors import BadInput
 from palio.provenance import file_sha256
 from palio.release.crate import METADATA, changed_files
 from palio.release.gather import Leak, gather
-from tests.folder import ROOT
-from tests.report import competition, score_competition, write_competition
+from tests.support.folder import ROOT
+from tests.support.report import competition, score_competition, write_competition
 
 CLOSED_TEXT = "Nobody outside the jury has ever read this question."
 

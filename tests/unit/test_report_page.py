@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from palio.report.build import build_report
-from tests.chromium import Page, chromium_page
-from tests.report import HOSTILE, score_competition, write_competition
+from tests.support.chromium import Page, chromium_page
+from tests.support.report import HOSTILE, score_competition, write_competition
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from palio.errors import BadInput
 from palio.provenance import folder_sha256
 from palio.records import INSTANCES_SCHEMA
 from palio.training.reproduce import reproduce, score_differences, weight_distance
-from tests.training import Entry, copy_rows, tiny_base_model
+from tests.support.training import Entry, copy_rows, tiny_base_model
 
 ROOT = Path(__file__).parents[2]
 TRACK = Track.model_validate({"title": "t", "ram_gb": 4, "training_budget": "600s"})

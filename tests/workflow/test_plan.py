@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from palio.workflow import Workflow
-from tests.folder import DEMO_ENTRIES, WorkingFolder
+from tests.support.folder import DEMO_ENTRIES, WorkingFolder
 
 STEPS = {"check_entry", "build_package", "helm_open", "helm_closed"}
 TRAINING = {"curate_dataset", "finetune", "measure_contamination"}

@@ -11,7 +11,7 @@ from palio.evaluation.evaluate import StartServer, evaluate
 from palio.evaluation.helm import run_entries
 from palio.provenance import fingerprint
 from palio.records import Contained, PackageManifest, ProbeReport, StageRecord
-from tests.toy import Toy, serving
+from tests.support.toy import Toy, serving
 
 
 def scenario(path: Path, *descriptions: str, instances: int) -> ScenarioRuns:
