@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from palio.config import Entry, parse
-from palio.rules.neighbours import Participants
+from palio.eligibility.neighbours import Participants
 
 ROOT = Path(__file__).parents[1]
 COMPETITION = ROOT / "config/neurips2023.yaml"

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from curation import SHARED, default_recipe, demo_model, write_data
+
 from palio.curation.curate import curate_ahead, curate_dataset
 
 

@@ -671,7 +671,7 @@ class ApprovedModel(Strict):
 
 
 class RuleSet(Strict):
-    """The competition's rules as data; `palio.rules` checks entries against it."""
+    """The competition's rules as data; `palio.eligibility` checks entries against it."""
 
     version: str
     base_models: tuple[ApprovedModel, ...] = Field(min_length=1)

@@ -37,7 +37,7 @@ def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOpti
 
 
 def check(folder: EntryFolder, settings: CheckSettings, options: RunOptions) -> None:
-    from palio.rules.entry_file import check_file
+    from palio.eligibility.entry_file import check_file
 
     checked = check_file(Path(settings.file), settings.against, options.among)
     for line in checked.lines():

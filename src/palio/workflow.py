@@ -20,12 +20,12 @@ from palio.config import (
     load_competition,
     load_rules,
 )
+from palio.eligibility.check import approved_model
 from palio.entries import AnyEntry, BrokenEntry, Entries
 from palio.evaluation.helm import check_directions, stage_runs
 from palio.layout import STAGES, EntryFolder, Resources, Results
 from palio.pipeline import BY_NAME, steps_of
 from palio.provenance import canonical_json, fingerprint
-from palio.rules.check import approved_model
 from palio.settings import EntryFolders, PlannedEntry, RunOptions, slice_of
 
 MB_PER_GB = 1024

@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 from palio.errors import BadInput, RuleViolation
 from palio.records import StepFailure, read_record
 from palio.sandbox.handed_in import check_files, take_model
-from tests.programs import program_of, start_command
-from tests.training import Entry, tiny_base_model
+from tests.support.programs import program_of, start_command
+from tests.support.training import Entry, tiny_base_model
 
 BASE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 

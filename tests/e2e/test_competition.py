@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tests.chromium import chromium_page
-from tests.folder import DEMO_ENTRIES, WorkingFolder
+from tests.support.chromium import chromium_page
+from tests.support.folder import DEMO_ENTRIES, WorkingFolder
 
 
 def shrink(folder: WorkingFolder) -> None:
@@ -152,7 +152,7 @@ def test_changes_in_several_places_are_all_seen_by_the_next_run(untouched: Worki
         for stage in config["stages"].values():
             stage["time_limit"] = "11m"
 
-    untouched.edit_yaml("config/rules/demo.yaml", lambda rules: rules.update(version="demo-next"))
+    untouched.edit_yaml("config/rulesets/demo.yaml", lambda rules: rules.update(version="demo-next"))
     untouched.edit_yaml("config/config.yaml", change)
     untouched.edit_entry("curated", lambda entry: entry["finetune"].update(learning_rate=0.0005))
     planned = untouched.plan()
@@ -164,7 +164,7 @@ def test_changes_in_several_places_are_all_seen_by_the_next_run(untouched: Worki
 
 
 def test_a_comment_and_another_order_of_keys_re_run_nothing(untouched: WorkingFolder) -> None:
-    for file in ("config/config.yaml", f"{DEMO_ENTRIES}/curated.yaml", "config/rules/demo.yaml"):
+    for file in ("config/config.yaml", f"{DEMO_ENTRIES}/curated.yaml", "config/rulesets/demo.yaml"):
         path = untouched.path / file
         path.write_text("# a comment\n" + path.read_text())
     untouched.edit_entry("untuned", lambda entry: entry.update(track=entry.pop("track")))

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.folder import WorkingFolder
-from tests.training import tiny_base_model
+from tests.support.folder import WorkingFolder
+from tests.support.training import tiny_base_model
 
 EXAMPLES = "config/entries/examples"
 
@@ -40,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Iter
         entry["command"]["run"] = ["python", "train.py", "--max-steps", "2", "--batch-size", "2"]
 
     folder.edit_yaml("config/config.yaml", competition)
-    folder.edit_yaml("config/rules/demo.yaml", approve)
+    folder.edit_yaml("config/rulesets/demo.yaml", approve)
     for entry in ("peft_script", "server2023"):
         folder.edit_yaml(f"{EXAMPLES}/{entry}.yaml", start_from_tiny)
     folder.edit_yaml(f"{EXAMPLES}/peft_script.yaml", train_less)

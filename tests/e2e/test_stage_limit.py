@@ -17,9 +17,9 @@ from palio.records import StageRecord
 from palio.scoring.columns import columns_of, stage_cells
 from palio.serving.process import ServerProcess
 from palio.settings import EvaluateSettings, StageLimits
-from tests.entry import packaged_entry
-from tests.serving import metric, one_core
-from tests.stages import competition_of_2023, needs_data, real_stage
+from tests.support.entry import packaged_entry
+from tests.support.serving import metric, one_core
+from tests.support.stages import competition_of_2023, needs_data, real_stage
 
 pytestmark = [needs_data, pytest.mark.timeout(2400)]
 MINUTE = 60

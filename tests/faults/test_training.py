@@ -24,7 +24,7 @@ from palio.errors import Crashed, Interrupted, PalioError, TimeLimit
 from palio.records import AdapterManifest, BaseModelManifest, StepFailure, read_record
 from palio.training.ledger import charged, read_ledger
 from palio.training.trainer import StepReport, Trainer
-from tests.training import Entry, tiny_base_model, wait_for_step
+from tests.support.training import Entry, tiny_base_model, wait_for_step
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ LIMITED = """
     from pathlib import Path
     import psutil
     from palio.errors import OutOfMemory
-    from tests.training import Entry
+    from tests.support.training import Entry
     import palio.training.finetune
 
     entry = Entry(Path(sys.argv[1]), Path(sys.argv[2]))

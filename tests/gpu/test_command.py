@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from palio.errors import OutOfMemory
-from tests.programs import HANDS_IN, program_of, run_command
-from tests.training import Entry, tiny_base_model
+from tests.support.programs import HANDS_IN, program_of, run_command
+from tests.support.training import Entry, tiny_base_model
 
 pytestmark = pytest.mark.gpu
 

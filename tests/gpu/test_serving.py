@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from palio.serving.process import ServerProcess
-from tests.serving import QUESTIONS, complete, engine_of, metric
-from tests.training import tiny_base_model
+from tests.support.serving import QUESTIONS, complete, engine_of, metric
+from tests.support.training import tiny_base_model
 
 pytestmark = pytest.mark.gpu
 

@@ -14,7 +14,7 @@ import torch
 from palio.errors import OutOfMemory
 from palio.packaging.package import DIVERGENCE, TOLERANCE
 from palio.training.ledger import charged, read_ledger
-from tests.training import Entry, tiny_base_model, wait_for_step
+from tests.support.training import Entry, tiny_base_model, wait_for_step
 
 pytestmark = pytest.mark.gpu
 

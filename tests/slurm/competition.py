@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from tests.folder import DEMO_ENTRIES, WorkingFolder
 from tests.slurm.cluster import Cluster
+from tests.support.folder import DEMO_ENTRIES, WorkingFolder
 
 TRACKS = ("a100", "rtx4090")
 
@@ -38,7 +38,7 @@ def create(path: Path, tiny: Path) -> WorkingFolder:
 
     folder.edit_yaml("config/config.yaml", small)
     rule = {"family": "tiny", "sources": [f"path:{tiny}"], "licences": ["apache-2.0"]}
-    folder.edit_yaml("config/rules/demo.yaml", lambda rules: rules["base_models"].append(rule))
+    folder.edit_yaml("config/rulesets/demo.yaml", lambda rules: rules["base_models"].append(rule))
 
     def impatient(profile: dict[str, Any]) -> None:
         profile["slurm-init-seconds-before-status-checks"] = 3

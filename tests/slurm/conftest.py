@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.folder import WorkingFolder
 from tests.slurm import competition
 from tests.slurm.cluster import Cluster, missing_programs
-from tests.training import tiny_base_model
+from tests.support.folder import WorkingFolder
+from tests.support.training import tiny_base_model
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ from itertools import pairwise
 
 from palio.layout import EntryFolder
 from palio.operating.attempt import Attempt, read_attempts
-from tests.folder import ROOT
 from tests.slurm.cluster import Cluster
 from tests.slurm.competition import TRACKS, output
 from tests.slurm.conftest import Finished
+from tests.support.folder import ROOT
 
 GPU_RULES = ("finetune", "helm_open", "helm_closed")
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.folder import WorkingFolder
 from tests.slurm import competition
 from tests.slurm.cluster import Cluster
+from tests.support.folder import WorkingFolder
 
 
 @pytest.fixture

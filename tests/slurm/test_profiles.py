@@ -7,9 +7,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.folder import ROOT, WorkingFolder
 from tests.slurm.cluster import Cluster
 from tests.slurm.competition import controller, output
+from tests.support.folder import ROOT, WorkingFolder
 
 # A rule of a name that the profile knows, with the resources that the real one asks for.
 SNAKEFILE = """

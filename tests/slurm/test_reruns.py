@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from tests.folder import ROOT, WorkingFolder
 from tests.slurm import competition
 from tests.slurm.cluster import Cluster
 from tests.slurm.competition import controller, output
+from tests.support.folder import ROOT, WorkingFolder
 
 KEPT = ("tuned", "other")
 """Trained entries to which nothing happened."""

@@ -14,10 +14,10 @@ from palio.layout import EntryFolder
 from palio.operating.attempt import Attempt, read_attempts
 from palio.records import AdapterManifest, read_record
 from palio.training.ledger import charged, read_ledger
-from tests.folder import WorkingFolder
 from tests.slurm import competition
 from tests.slurm.cluster import Cluster
 from tests.slurm.competition import controller, fault_row, output
+from tests.support.folder import WorkingFolder
 
 ENTRIES = ("w1", "w2", "w3")
 """One more than the track has GPUs."""

@@ -51,7 +51,7 @@ def path_parts(tree: ast.Module) -> Iterator[tuple[ast.expr, str]]:
 
 
 def names_in_layout() -> set[str]:
-    """Names of files and folders that the layout spells, except those that others use for things of their own."""
+    """Names of files and folders that the layout spells."""
     parts = (part for _, text in path_parts(parsed(LAYOUT)) for part in text.split("/"))
     return {part for part in parts if part and part != "{}"}
 
@@ -154,7 +154,7 @@ def test_imports_point_down_only() -> None:
         if own == "__init__":
             continue
         for node, name in imported(parsed(path)):
-            if name == own or name == "__version__":
+            if name in (own, "__version__"):
                 continue
             same_level = level(name) == level(own) and own not in ROOMS
             if level(name) > level(own) or (level(name) == level(own) and not same_level):

@@ -12,8 +12,8 @@ import pytest
 from palio.errors import BadInput, Crashed, State
 from palio.evaluation.stage import fetch_data, prepare_stage
 from palio.settings import StageRuns
-from tests.entry import packaged_entry, run_stage, scenario
-from tests.toy import Toy
+from tests.support.entry import packaged_entry, run_stage, scenario
+from tests.support.toy import Toy
 
 CANARY = "canary-7f3a"
 

@@ -20,7 +20,7 @@ from palio.records import Contained, PackageManifest, read_record
 from palio.sandbox.room import Limits
 from palio.sandbox.server import ConfinedServer
 from palio.settings import PackageSettings
-from tests.training import tiny_base_model
+from tests.support.training import tiny_base_model
 
 ROOT = Path(__file__).parents[2]
 MB = 1 << 20

@@ -24,7 +24,7 @@ from palio.demo.data import FAMILIES, solve, write_demo_sources
 from palio.errors import BadInput
 from palio.provenance import file_sha256
 from palio.records import DatasetManifest, read_record
-from tests.curation import curate, demo_lines, digests, finished, pairs_of, plain, recipe, write_jsonl
+from tests.support.curation import curate, demo_lines, digests, finished, pairs_of, plain, recipe, write_jsonl
 
 CURATED = ("clean_markup", "drop_refusals", "drop_disagreement", "drop_exact_duplicates")
 
@@ -167,7 +167,7 @@ def test_a_killed_curation_goes_on_behind_the_last_finished_batch(tmp_path: Path
     given = recipe([{"path": str(source)}], *operations)
     program = (
         "import sys; from pathlib import Path; from palio.config import DatasetRecipe; "
-        "from tests.curation import curate; "
+        "from tests.support.curation import curate; "
         "curate(DatasetRecipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]), workers=2)"
     )
     out = tmp_path / "killed/dataset"

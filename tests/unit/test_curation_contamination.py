@@ -16,7 +16,7 @@ import pytest
 from palio.curation.contamination import contaminated_pairs, contamination
 from palio.curation.words import normalised
 from palio.records import Contamination
-from tests.curation import curate, recipe, write_jsonl
+from tests.support.curation import curate, recipe, write_jsonl
 
 GSM = Path(os.environ.get("PALIO_SHARED", Path(__file__).parents[3] / "shared")) / "helm_data/gsm"
 

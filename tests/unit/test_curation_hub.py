@@ -15,7 +15,7 @@ from threading import Thread
 
 import pytest
 
-from tests.curation import pairs_of, recipe
+from tests.support.curation import pairs_of, recipe
 
 FIRST, SECOND, THIRD = ("a" * 40, "b" * 40, "c" * 40)
 REVISIONS = {
@@ -77,7 +77,7 @@ def read(revision: str, out: Path, **environment: str) -> str:
     given = recipe([{"hub": f"palio/contrade@{revision}"}]).model_dump_json()
     program = (
         "import sys; from pathlib import Path; from palio.config import DatasetRecipe; "
-        "from palio.errors import BadInput; from tests.curation import curate\n"
+        "from palio.errors import BadInput; from tests.support.curation import curate\n"
         "try: curate(DatasetRecipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]))\n"
         "except BadInput as fault: print(fault)"
     )

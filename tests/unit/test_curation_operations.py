@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from palio.curation.operations.cleaning import without_markup
 from palio.curation.operations.sampling import shares
 from palio.errors import BadInput
-from tests.curation import curate, pairs_of, recipe, write_jsonl
-from tests.training import tiny_base_model
+from tests.support.curation import curate, pairs_of, recipe, write_jsonl
+from tests.support.training import tiny_base_model
 
 Rows = list[tuple[str, str]]
 WORDS = [f"{first}{second}" for first in "bcdfglmnprstv" for second in ("ala", "eno", "isto", "ora", "umi")]

@@ -21,8 +21,8 @@ from palio.curation.curate import curate_ahead
 from palio.curation.operations import BY_ALL_ROWS, ROW_BY_ROW
 from palio.errors import BadInput
 from palio.settings import CurateSettings, slice_of
-from tests.curation import curate, digests, finished, pairs_of, recipe, write_jsonl
-from tests.training import tiny_base_model
+from tests.support.curation import curate, digests, finished, pairs_of, recipe, write_jsonl
+from tests.support.training import tiny_base_model
 
 ROOT = Path(__file__).parents[2]
 TOWNS = ["Siena", "Pisa", "Lucca", "Arezzo", "Firenze", "Prato", "Massa", "Livorno", "Grosseto"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from palio.demo.data import FAMILIES, REFUSALS, solve, write_demo_sources
-from tests.curation import demo_lines, plain
+from tests.support.curation import demo_lines, plain
 
 SEED = 7
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.folder import ROOT
+from tests.support.folder import ROOT
 
 ENVS = ROOT / "envs"
 INSTALLS = re.compile(r"pip install .*--requirement\s+(?:\S*/)?envs/lock\.txt")

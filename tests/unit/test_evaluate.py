@@ -12,8 +12,8 @@ from palio.evaluation.helm import error_class, log_error
 from palio.evaluation.stage import prepare_stage
 from palio.records import ProbeReport, StageRecord, read_record
 from palio.settings import StageRuns
-from tests.entry import packaged_entry, run_stage, scenario
-from tests.toy import Toy
+from tests.support.entry import packaged_entry, run_stage, scenario
+from tests.support.toy import Toy
 
 pytestmark = pytest.mark.timeout(900)
 SMALL, LARGE = 4, 40

@@ -8,7 +8,7 @@ import pytest
 from helm.common.request import GeneratedOutput, Request, Token
 
 from palio.evaluation.client import EntryClient, Journal, cut_completion
-from tests.toy import Toy, serving
+from tests.support.toy import Toy, serving
 
 FAR = 1e12
 

@@ -22,7 +22,7 @@ from palio.operating.controller import Watch
 from palio.operating.status import EntryStatus, StepStatus, competition_status
 from palio.operating.status_view import html_page
 from palio.records import StepFailure, read_record
-from tests.folder import WorkingFolder
+from tests.support.folder import WorkingFolder
 
 
 @pytest.fixture

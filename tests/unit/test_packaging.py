@@ -35,7 +35,7 @@ from palio.packaging.verify import verify_package
 from palio.provenance import folder_sha256
 from palio.records import AdapterManifest, BaseModelManifest, Cell, Column, PackageManifest, read_record
 from palio.scoring.leaderboard import Candidate, score
-from tests.training import Entry, tiny_base_model
+from tests.support.training import Entry, tiny_base_model
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from palio.participant.rehearsal import small_competition, small_entry, write_he
 from palio.records import Cell, Column
 from palio.scoring.leaderboard import Candidate, score
 from palio.scoring.panel import panel_of, placed
-from tests.folder import WorkingFolder
-from tests.training import tiny_base_model
+from tests.support.folder import WorkingFolder
+from tests.support.training import tiny_base_model
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_the_whole_run_in_small_ends_with_a_place_and_an_estimate(
     def approve(rules: dict) -> None:
         rules["base_models"][0]["sources"].append(f"path:{model}")
 
-    folder.edit_yaml("config/rules/demo.yaml", approve)
+    folder.edit_yaml("config/rulesets/demo.yaml", approve)
     folder.run(
         "palio", "new", "config/entries/demo/drago.yaml", "--team", "Drago", "--base-model", f"path:{model}"
     )

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from palio.evaluation import probe as probing
 from palio.evaluation.probe import probe, probe_table
 from palio.serving.process import ServerProcess
-from tests.toy import Toy, serving
-from tests.training import tiny_base_model
+from tests.support.toy import Toy, serving
+from tests.support.training import tiny_base_model
 
 
 def test_a_conforming_server_passes_every_check() -> None:

@@ -20,8 +20,8 @@ from palio.layout import Results
 from palio.provenance import file_sha256
 from palio.release.crate import METADATA, changed_files
 from palio.release.gather import Leak, gather
-from tests.folder import ROOT
-from tests.report import competition, score_competition, write_competition
+from tests.support.folder import ROOT
+from tests.support.report import competition, score_competition, write_competition
 
 CLOSED_TEXT = "Nobody outside the jury has ever read this question."
 
@@ -32,7 +32,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     given = write_competition(folder)
     score_competition(folder, given)
-    shutil.copy(ROOT / "config/rules/demo.yaml", folder / "rules.yaml")
+    shutil.copy(ROOT / "config/rulesets/demo.yaml", folder / "rules.yaml")
     (folder / "x.conf").write_text('entries: [{description: "simple_classification"}]')
     (folder / "results/report").mkdir()
     (folder / "results/report/index.html").write_text("<p>curated</p>")

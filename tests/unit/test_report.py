@@ -18,7 +18,7 @@ from palio.layout import Boards, Results
 from palio.records import AdapterManifest, Leaderboard, PackageManifest, StageRecord, StepFailure, read_record
 from palio.report.build import build_report, read_board
 from palio.report.files import dropped_rows
-from tests.report import RECIPES, RIGHT, score_competition, write_competition
+from tests.support.report import RECIPES, RIGHT, score_competition, write_competition
 
 
 @pytest.fixture(scope="module")

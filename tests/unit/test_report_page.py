@@ -9,8 +9,8 @@ import pytest
 
 from palio.layout import Boards, Results
 from palio.report.build import build_report
-from tests.chromium import Page, chromium_page
-from tests.report import HOSTILE, score_competition, write_competition
+from tests.support.chromium import Page, chromium_page
+from tests.support.report import HOSTILE, score_competition, write_competition
 
 
 @pytest.fixture(scope="module")

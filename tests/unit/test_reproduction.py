@@ -25,7 +25,7 @@ from palio.provenance import folder_sha256
 from palio.records import INSTANCES_SCHEMA, PackageManifest, StageRecord, read_record
 from palio.settings import EvaluateSettings, RunOptions
 from palio.workflow import Workflow
-from tests.training import Entry, copy_rows, tiny_base_model
+from tests.support.training import Entry, copy_rows, tiny_base_model
 
 ROOT = Path(__file__).parents[2]
 

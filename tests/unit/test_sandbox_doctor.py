@@ -10,8 +10,8 @@ from palio.config import Isolation
 from palio.errors import PalioError
 from palio.sandbox import process
 from palio.sandbox.doctor import examine_confinement
-from tests.programs import HANDS_IN, program_of, run_command
-from tests.training import Entry, tiny_base_model
+from tests.support.programs import HANDS_IN, program_of, run_command
+from tests.support.training import Entry, tiny_base_model
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from palio.neurips2023.tables import published_leaderboards
 from palio.records import Cell, Column, Leaderboard, Robustness
 from palio.scoring.analysis import analyse
 from palio.scoring.leaderboard import Candidate, score
 from palio.scoring.pool import formula_of, pool_of
-from palio.scoring.published import published_leaderboards
 from palio.scoring.robustness import against_panel, bradley_terry, moves, robustness
 from palio.scoring.tables import analysis_markdown
 

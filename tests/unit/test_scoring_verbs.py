@@ -16,10 +16,10 @@ from click.testing import CliRunner, Result
 
 from palio.cli import palio
 from palio.errors import PalioError
+from palio.neurips2023.download import SHA256, fetch_published
 from palio.provenance import file_sha256
 from palio.records import Leaderboard, read_record
-from palio.scoring.published_files import SHA256, fetch_published
-from tests.report import score_competition, write_competition
+from tests.support.report import score_competition, write_competition
 
 PUBLISHED = Path(os.environ.get("PALIO_SHARED", Path(__file__).parents[3] / "shared")) / "neurips2023"
 OF_4090 = {name: sha256 for name, sha256 in SHA256.items() if name.startswith("4090")}

@@ -17,8 +17,8 @@ from palio.serving.job import Job, Writer
 from palio.serving.prefix_tree import Node
 from palio.serving.text import Vocabulary
 from palio.serving.transformers_engine import TransformersEngine
-from tests.serving import QUESTIONS, SHOTS, complete, engine_of
-from tests.training import tiny_base_model
+from tests.support.serving import QUESTIONS, SHOTS, complete, engine_of
+from tests.support.training import tiny_base_model
 
 
 @pytest.fixture(scope="module")

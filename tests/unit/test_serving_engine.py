@@ -16,8 +16,8 @@ from palio.errors import BadInput, OutOfMemory
 from palio.serving import transformers_engine
 from palio.serving.engine import BadRequest, QueueFull, Request, Unavailable
 from palio.serving.transformers_engine import TransformersEngine
-from tests.serving import QUESTIONS, SHOTS, complete, engine_of, generated
-from tests.training import tiny_base_model
+from tests.support.serving import QUESTIONS, SHOTS, complete, engine_of, generated
+from tests.support.training import tiny_base_model
 
 
 @pytest.fixture(scope="module")

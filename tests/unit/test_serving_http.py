@@ -12,8 +12,8 @@ from fastapi.testclient import TestClient
 
 from palio.serving.app import build_app
 from palio.serving.engine import Completion, QueueFull, Request, Unavailable
-from tests.serving import engine_of
-from tests.training import tiny_base_model
+from tests.support.serving import engine_of
+from tests.support.training import tiny_base_model
 
 
 @pytest.fixture(scope="module")

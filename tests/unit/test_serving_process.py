@@ -18,8 +18,8 @@ import requests
 from palio.errors import Crashed, OutOfMemory
 from palio.evaluation.probe import probe
 from palio.serving.process import ServerProcess
-from tests.serving import SHOTS, metric
-from tests.training import tiny_base_model
+from tests.support.serving import SHOTS, metric
+from tests.support.training import tiny_base_model
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 from palio.errors import BadInput, Crashed
 from palio.serving.engine import BadRequest, Request
 from palio.serving.vllm_engine import VllmEngine
-from tests.training import tiny_base_model
+from tests.support.training import tiny_base_model
 
 PROGRAM = '''#!{python}
 """Continues a prompt with its own first tokens; refuses a temperature of 99, hangs at 98, dies of `die`."""

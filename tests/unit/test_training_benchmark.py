@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.training import tiny_base_model
+from tests.support.training import tiny_base_model
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,8 +16,8 @@ from palio.errors import BadInput, Crashed, Interrupted, OutOfMemory
 from palio.records import AdapterManifest, read_record
 from palio.training import command
 from palio.training.ledger import charged, read_ledger
-from tests.programs import HANDS_IN, program_of, run_command, start_command
-from tests.training import Entry, tiny_base_model
+from tests.support.programs import HANDS_IN, program_of, run_command, start_command
+from tests.support.training import Entry, tiny_base_model
 
 ROOT = Path(__file__).parents[2]
 

@@ -24,7 +24,7 @@ from palio.training.ledger import read_ledger
 from palio.training.model import load_model
 from palio.training.rows import Row, split
 from palio.training.telemetry import SCHEMA
-from tests.training import Entry, tiny_base_model
+from tests.support.training import Entry, tiny_base_model
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 
 from palio.config import load_entry
 from palio.records import AdapterManifest, Check, read_record
-from tests.folder import DEMO_ENTRIES, WorkingFolder
-from tests.training import Entry, tiny_base_model
+from tests.support.folder import DEMO_ENTRIES, WorkingFolder
+from tests.support.training import Entry, tiny_base_model
 
 ADAPTER = "results/laptop/curated/adapter.json"
 

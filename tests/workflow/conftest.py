@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.folder import WorkingFolder
+from tests.support.folder import WorkingFolder
 
 
 @pytest.fixture

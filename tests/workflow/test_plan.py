@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from palio.workflow import Workflow
-from tests.folder import DEMO_ENTRIES, WorkingFolder
+from tests.support.folder import DEMO_ENTRIES, WorkingFolder
 
 STEPS = {"check_entry", "build_package", "helm_open", "helm_closed"}
 TRAINING = {"curate_dataset", "finetune", "measure_contamination"}
@@ -111,7 +111,7 @@ def test_a_withdrawn_entry_is_not_planned(folder: WorkingFolder) -> None:
             "no such run-entries file",
         ),
         ("config/config.yaml", "weight: 1/3", "weight: 1/2", "make them add up to 1"),
-        ("config/config.yaml", "config/rules/demo.yaml", "config/rules/none.yaml", "no such file"),
+        ("config/config.yaml", "config/rulesets/demo.yaml", "config/rulesets/none.yaml", "no such file"),
         ("config/helm/demo/parity.conf", "=0", "=0,model=x", "drop model="),
         ("config/helm/demo/parity.conf", "simple_c", "simpel_c", "did you mean simple_classification?"),
     ],

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.folder import DEMO_ENTRIES, WorkingFolder
+from tests.support.folder import DEMO_ENTRIES, WorkingFolder
 
 FINISH = {("score", ""), ("report", ""), ("all", "")}
 TRAINED = ("curated", "open_only", "raw")

@@ -9,8 +9,8 @@ import pytest
 
 from palio.records import DatasetManifest, read_record
 from tests.conftest import DEMO_MODEL
-from tests.curation import digests
-from tests.folder import DEMO_ENTRIES, WorkingFolder
+from tests.support.curation import digests
+from tests.support.folder import DEMO_ENTRIES, WorkingFolder
 
 MANIFESTS = [f"results/laptop/{entry}/dataset/manifest.json" for entry in ("curated", "shared")]
 

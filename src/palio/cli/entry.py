@@ -79,10 +79,10 @@ def new(
 def try_entry(file: Path, competition: str, panel: Path | None, out: Path) -> None:
     """Rehearse an entry on this machine: every step in small, its place, and what the whole would take."""
     from palio.config import load_entry
+    from palio.eligibility.entry_file import check_file
     from palio.layout import panel as panel_file
     from palio.participant.rehearsal import rehearse
     from palio.participant.summary import summary
-    from palio.rules.entry_file import check_file
     from palio.settings import CheckedAgainst
 
     rules = competition_of(competition)
@@ -107,7 +107,7 @@ def check(files: tuple[Path, ...], competition: str, as_json: bool) -> None:
 
     A violation names rule, key, why and fix. A notice is for the organizers and stops nothing.
     """
-    from palio.rules.entry_file import check_file
+    from palio.eligibility.entry_file import check_file
     from palio.settings import CheckedAgainst
 
     against = CheckedAgainst.of(competition_of(competition))

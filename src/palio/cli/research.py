@@ -68,12 +68,12 @@ def published(folder: Path, fetch: bool, convention: str | None, out: Path) -> N
 
     Exits with 1 if a published win rate or score does not follow from the metric columns.
     """
-    from palio.report.build import published_report
+    from palio.neurips2023.download import fetch_published
+    from palio.neurips2023.figure_data import published_figures
+    from palio.neurips2023.report import published_report
+    from palio.neurips2023.tables import REMARK, published_leaderboards
+    from palio.neurips2023.tables import published as recomputed
     from palio.scoring.analysis import analyse
-    from palio.scoring.published import REMARK, published_leaderboards
-    from palio.scoring.published import published as recomputed
-    from palio.scoring.published_figures import published_figures
-    from palio.scoring.published_files import fetch_published
     from palio.scoring.tables import write_leaderboard
 
     if fetch:

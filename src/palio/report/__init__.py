@@ -2,7 +2,7 @@
 
 files          what the workflow left of an entry, or why it is missing
 drawing        a figure as marks, written as SVG or PNG
-figures        of a track; entry_figures of an entry; paper: those of the competition's paper
+figures        of a track; entry_figures of an entry
 page           what stands on the page, and its HTML
 build          results folder -> report folder
 """

@@ -3,8 +3,8 @@
     <out>/index.html                      leaderboards, how sure they are, a page per entry
     <out>/figures/<track>-<name>.{svg,png}, and those of an appendix
 
-`build_report` reads a competition's results; `write_report` writes what it is given, so that any
-leaderboard (the published ones of 2023 too) has a report.
+`build_report` reads a competition's results; `write_report` writes the tracks it is given, so that any
+leaderboard can have a report.
 """
 
 from __future__ import annotations
@@ -18,22 +18,15 @@ from palio.entries import AnyEntry, Entries
 from palio.layout import Boards, EntryFolder, Results
 from palio.pipeline import LIMITED
 from palio.provenance import atomic_path, fingerprint, write_text
-from palio.records import Analysis, Leaderboard, PublishedFigures, read_record
+from palio.records import Analysis, Leaderboard, read_record
+from palio.report.drawing import Plate
 from palio.report.figures import BudgetUse
 from palio.report.files import read_entry, seconds_used
 from palio.report.page import EntryReport, TrackReport, page
-from palio.report.paper import Plate, paper_figures
 
 ROWS_LISTED = 16_000
 """Dropped rows named on the page, over all entries and operations: the demo's all, 20 each of 200 entries."""
 TYPICAL_OPERATIONS = 4
-ROUND_TITLES = {
-    "final": "final round",
-    "hidden": "hidden round",
-    "open": "open round",
-    "rounds": "open and hidden rounds paired",
-}
-"""Of the published leaderboards, in the order of the page."""
 
 
 def build_report(competition: Competition, *, results: Results, leaderboards: Boards, out: Path) -> Path:
@@ -54,20 +47,6 @@ def build_report(competition: Competition, *, results: Results, leaderboards: Bo
         ]
         tracks.append(TrackReport(track, settings.title, board, analysis, of))
     return write_report(competition.title, tracks, out)
-
-
-def published_report(
-    boards: Sequence[tuple[Leaderboard, Analysis]], paper: PublishedFigures, out: Path
-) -> Path:
-    """Report on the published tables of NeurIPS 2023, with the paper's figures."""
-    tracks = []
-    for name, told in ROUND_TITLES.items():
-        for board, analysis in boards:
-            track, _, round_ = board.track.rpartition("_")
-            if round_ == name:
-                title = f"{track}, {told}"
-                tracks.append(TrackReport(board.track, title, board, analysis, entry_reports(board)))
-    return write_report("NeurIPS 2023, recomputed", tracks, out, paper_figures(paper))
 
 
 def read_board(boards: Boards, track: str) -> tuple[Leaderboard, Analysis | None]:

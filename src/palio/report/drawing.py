@@ -289,6 +289,15 @@ class Drawing:
 
 
 @dataclass(frozen=True)
+class Plate:
+    """A figure with its file name and what it shows."""
+
+    name: str
+    drawing: Drawing
+    caption: str
+
+
+@dataclass(frozen=True)
 class Axes:
     """A plot inside a drawing: where the corner and the far ends of its scales are."""
 

@@ -21,10 +21,9 @@ from markupsafe import Markup, escape
 from palio import __version__
 from palio.records import Analysis, DidNotFinish, Leaderboard, ScoredEntry
 from palio.report import entry_figures, figures
-from palio.report.drawing import Drawing, css
+from palio.report.drawing import Drawing, Plate, css
 from palio.report.figures import BudgetUse
 from palio.report.files import EntryFiles, Missing
-from palio.report.paper import Plate
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,7 @@ conventions  a column of values -> win rates; named and versioned
 formula      win rates -> scenario means -> stage scores -> final scores -> ranks
 leaderboard  all entries of a track -> Leaderboard, and why some are not in it
 tables       a leaderboard as CSV, Parquet, Markdown, LaTeX and on the terminal
-published    the tables of NeurIPS 2023, recomputed and turned into a Leaderboard
 pool         a leaderboard's entries as arrays
-published_figures  data of the paper's figures
-published_files  where the published tables are, and their hashes
 uncertainty  intervals of scores and ranks, bootstrap or parametric
 robustness   what the ranking depends on besides the entries' quality
 overfitting  open against closed, and contamination

@@ -7,24 +7,15 @@ final round, single scenarios in the final against an earlier round, and the fin
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-from palio.records import FinalistPoint, PublishedFigures, RoundName
-from palio.report.drawing import SOURCES, Axes, Drawing, Point, text_width, ticks
+from palio.neurips2023.figure_data import FinalistPoint, PublishedFigures
+from palio.neurips2023.tables import RoundName
+from palio.report.drawing import SOURCES, Axes, Drawing, Plate, Point, text_width, ticks
 
 PAIRS: tuple[tuple[RoundName, RoundName], ...] = (("hidden", "open"), ("hidden", "final"))
 SCENARIOS = ("MMLU", "TruthfulQA", "ethics_justice", "BIG-bench")
 NOT_PLAIN = ("Robustness", "Fairness", "race", "gender")
 """Words in the names of columns that are no scenario's main metric."""
-
-
-@dataclass(frozen=True)
-class Plate:
-    """A figure with its file name and what it shows."""
-
-    name: str
-    drawing: Drawing
-    caption: str
 
 
 def paper_figures(found: PublishedFigures) -> list[Plate]:

@@ -9,7 +9,7 @@ from typing import Any
 from palio.config import Isolation, Program
 from palio.records import AdapterManifest
 from palio.training.command import finetune_by_command
-from tests.training import Entry
+from tests.support.training import Entry
 
 HANDS_IN = """
 import json, os

@@ -13,7 +13,7 @@ from palio.evaluation.helm import run_entries, stage_runs
 from palio.evaluation.stage import fetch_data, prepare_stage
 from palio.settings import StageRuns
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("PALIO_SHARED", ROOT.parent / "shared")) / "helm_data"
 BBQ = ("Age", "Disability_status", "Nationality", "Physical_appearance", "Religion", "Sexual_orientation")
 ETHICS = ("justice", "virtue", "deontology", "commonsense", "utilitarianism")

@@ -14,8 +14,8 @@ from typing import Any
 
 from palio.base_model import card_facts
 from palio.config import BaseModelSource, RuleSet
+from palio.eligibility.check import approved_address, approved_model, first_match
 from palio.records import Violation
-from palio.rules.check import approved_address, approved_model, first_match
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from palio.errors import BadInput, State
 from palio.provenance import file_sha256
-from palio.records import Cell, Column, Correlation, Leaderboard, Part, RoundName
+from palio.records import Cell, Column, Correlation, Leaderboard, Part
 from palio.scoring.conventions import CONVENTIONS
 from palio.scoring.formula import Formula, scores
 from palio.scoring.leaderboard import Candidate, score
@@ -54,6 +55,8 @@ ALIASES = {
         "mrigankraman_llm_comp_a100_submissions_a100_1st_submission"
     ),
 }
+
+RoundName = Literal["open", "hidden", "final"]
 
 Values = dict[str, dict[str, float | None]]
 """entry as published -> column -> value."""
@@ -177,7 +180,7 @@ def read_table(path: Path, round_: Round) -> Table:
         values: Values = {}
         for name, cells in rows:
             if name in values:
-                raise BadInput(path, str(name), None, "stands twice; remove one")
+                raise BadInput(path, str(name), None, "is duplicated; remove one")
             values[name] = dict(cells)
     except (ValueError, TypeError) as error:
         raise BadInput(path, "", None, f"is no list of [entry, {{column: value}}]: {error}") from None

@@ -13,7 +13,7 @@ from palio.layout import EntryFolder
 from palio.provenance import fingerprint
 from palio.records import Contained, PackageManifest, ProbeReport, StageRecord
 from palio.settings import EvaluateSettings, ScenarioRuns, StageLimits, StageRuns
-from tests.toy import Toy, serving
+from tests.support.toy import Toy, serving
 
 
 def scenario(path: Path, *descriptions: str, instances: int) -> ScenarioRuns:

@@ -29,7 +29,7 @@ from palio.scoring.analysis import analyse_track
 from palio.scoring.leaderboard import score_track
 from palio.scoring.tables import write_leaderboard
 from palio.training.telemetry import SCHEMA as TELEMETRY_SCHEMA
-from tests.curation import curate, recipe
+from tests.support.curation import curate, recipe
 
 FAMILIES = ("pattern_match", "variable_substitution", "parity", "natural_reasoning")
 SCENARIOS = {"open": FAMILIES[:2], "closed": FAMILIES[2:]}

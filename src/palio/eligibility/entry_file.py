@@ -25,12 +25,12 @@ from palio.config import (
     load_rules,
     read_yaml,
 )
+from palio.eligibility.check import approved_model, violations
+from palio.eligibility.lineage import lineage_violations, model_facts
+from palio.eligibility.neighbours import Participants, violations_among
 from palio.errors import BadInput, RuleViolation
 from palio.layout import Resources
 from palio.records import Check, Violation
-from palio.rules.check import approved_model, violations
-from palio.rules.lineage import lineage_violations, model_facts
-from palio.rules.neighbours import Participants, violations_among
 from palio.settings import CheckedAgainst, EntryFolders
 
 RESOURCES = Resources()

@@ -15,16 +15,62 @@ from pathlib import Path
 
 import numpy as np
 
-from palio.records import ColumnPoint, FinalistPoint, PublishedFigures, RoundName, RoundPair, RoundPoint
+from palio.neurips2023.tables import RoundName, Table, read_tables, stable_ids
+from palio.records import Correlation, Part
 from palio.scoring.conventions import tie_groups
 from palio.scoring.overfitting import pearson
-from palio.scoring.published import Table, read_tables, stable_ids
 
 PAIRS: tuple[tuple[RoundName, RoundName], ...] = (("open", "hidden"), ("hidden", "final"), ("open", "final"))
 
 
+class RoundPoint(Part):
+    """One entry in one round: a dot of the scatter plots."""
+
+    track: str
+    round: RoundName
+    entry: str
+    mean_win_rate: float
+
+
+class RoundPair(Part):
+    """How two rounds of a track agree, over the entries in both."""
+
+    track: str
+    x: RoundName
+    y: RoundName
+    pearson: Correlation
+
+
+class ColumnPoint(Part):
+    """One entry's value in one metric column: final round against the earlier round that has it."""
+
+    track: str
+    entry: str
+    column: str
+    earlier: float
+    final: float
+
+
+class FinalistPoint(Part):
+    """One finalist's win rate in one metric column, in the pool of all rounds and tracks."""
+
+    track: str
+    entry: str
+    column: str
+    win_rate: float
+
+
+class PublishedFigures(Part):
+    """Data of the paper's figures. With only one track's files, pools are that track's, and values differ."""
+
+    points: list[RoundPoint]
+    pairs: list[RoundPair]
+    columns: list[ColumnPoint]
+    finalists: list[FinalistPoint]
+
+
 def published_figures(folder: Path) -> PublishedFigures:
-    """Raises BadInput as `published` does."""
+    """Return the data of the figures, from the tables in `folder`. Raises BadInput as `published` does."""
     tables = read_tables(folder)
     rates = _pooled_win_rates(tables)
     points = [

@@ -14,15 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from palio.config import Entry, load_competition, load_entry, load_rules, parse
+from palio.eligibility.check import approved_model, matches, violations
+from palio.eligibility.entry_file import Checked, check_file, participants
+from palio.eligibility.lineage import lineage_violations, model_facts
+from palio.eligibility.neighbours import Participants, violations_among
 from palio.errors import BadInput
-from palio.rules.check import approved_model, matches, violations
-from palio.rules.entry_file import Checked, check_file, participants
-from palio.rules.lineage import lineage_violations, model_facts
-from palio.rules.neighbours import Participants, violations_among
 from palio.settings import CheckedAgainst, EntryFolders
-from tests.folder import ROOT, WorkingFolder
+from tests.support.folder import ROOT, WorkingFolder
 
-RULES = load_rules(ROOT / "config/rules/neurips2023.yaml")
+RULES = load_rules(ROOT / "config/rulesets/neurips2023.yaml")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CLEAN: dict[str, Any] = {
     "team": "acme",
@@ -67,7 +67,7 @@ def test_a_bad_entry_is_refused_for_exactly_what_its_first_line_says(file: Path)
 
 def test_every_rule_has_a_bad_entry() -> None:
     """Rules of neighbours and of the base model's own card have tests of their own, below."""
-    text = "".join(path.read_text() for path in (ROOT / "src/palio/rules").glob("*.py"))
+    text = "".join(path.read_text() for path in (ROOT / "src/palio/eligibility").glob("*.py"))
     rules = set(re.findall(r'rule="([\w.]+)"', text))
     shown = {path.read_bytes().split()[1].decode() for path in BAD}
     assert rules - shown == {"team.entries", "entry.duplicate", "base_model.licence", "base_model.lineage"}
@@ -222,7 +222,7 @@ def test_a_link_out_of_the_data_folder_is_followed_and_refused(
     monkeypatch.chdir(tmp_path / "competition")
     Path("resources/teams/acme/a.jsonl").symlink_to(tmp_path / "closed/instances.parquet")
     Path("acme.yaml").write_text(yaml.safe_dump(CLEAN))
-    rules = against().model_copy(update={"rules": str(ROOT / "config/rules/neurips2023.yaml")})
+    rules = against().model_copy(update={"rules": str(ROOT / "config/rulesets/neurips2023.yaml")})
     assert named(check_file(Path("acme.yaml"), rules)) == ["data.path at dataset.sources.0.path"]
 
 
@@ -269,9 +269,9 @@ def test_the_check_reads_the_card_of_the_downloaded_model(
 
 
 def against_in(folder: Path) -> CheckedAgainst:
-    shutil.copytree(ROOT / "config/rules", folder / "config/rules")
+    shutil.copytree(ROOT / "config/rulesets", folder / "config/rulesets")
     return CheckedAgainst(
-        competition_id="neurips2023", rules="config/rules/neurips2023.yaml", track_ids=("a100", "rtx4090")
+        competition_id="neurips2023", rules="config/rulesets/neurips2023.yaml", track_ids=("a100", "rtx4090")
     )
 
 

@@ -1,7 +1,7 @@
 """Hold one entry against the competition's rules. Each check is a pure function that yields violations.
 
 Sources: the competition's rules page and arXiv 2503.13507, sections 2 and 3; the values themselves
-stand in config/rules/*.yaml.
+stand in config/rulesets/*.yaml.
 """
 
 from __future__ import annotations

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from palio.errors import BadInput, State
-from palio.scoring.published import (
+from palio.neurips2023.figure_data import published_figures
+from palio.neurips2023.tables import (
     implied_instances,
     published,
     published_leaderboards,
     stable_id,
     stable_ids,
 )
-from palio.scoring.published_figures import published_figures
 
 FOLDER = Path(os.environ.get("PALIO_SHARED", Path(__file__).parents[3] / "shared")) / "neurips2023"
 
@@ -174,7 +174,7 @@ def test_the_number_of_instances_is_read_off_proportions() -> None:
     [
         ("{", "is no list of"),
         ('[["a", {"X - WER": 1.0}]]', "unknown metric, so unknown direction"),
-        ('[["a", {"MMLU - EM": 1.0}], ["a", {"MMLU - EM": 1.0}]]', "a: stands twice"),
+        ('[["a", {"MMLU - EM": 1.0}], ["a", {"MMLU - EM": 1.0}]]', "a: is duplicated"),
         ('[["a", {"MMLU - EM": NaN}]]', "a: MMLU - EM: has no value"),
         ('[["a", {"MMLU - EM": 1.0}], ["b", {}]]', "b: MMLU - EM: has no value"),
         ("[]", "holds no entry"),

@@ -1,0 +1,1 @@
+"""The competition's rules as data (config/rulesets/*.yaml) and pure checks: entry × rules → violations."""

@@ -1,0 +1,101 @@
+"""Small typed JSON records and two tidy Parquet tables: everything that one step hands to another.
+
+A record contains content only: no dates, hosts or durations (those go to `*.run.json` sidecars), so equal
+content gives an equal file. `schema_version` changes when a field's meaning does.
+
+results/<track>/<entry>/
+    check.json                    Check
+    dataset/manifest.json         DatasetManifest     dataset/train.parquet, dataset/card.md
+    contamination.json            Contamination
+    adapter.json                  AdapterManifest     adapter/, train.parquet
+    package.json                  PackageManifest     package/
+    probe.json                    ProbeReport         of its server
+    open.json, closed.json        StageRecord         helm/<stage>/{metrics,instances}.parquet
+    <step>.run.json               RunFacts            when, where, how long
+    work/                         what must survive a retry; never a declared output
+    work/failures/<step>.json     StepFailure
+results/leaderboard/<track>.json  Leaderboard
+results/leaderboard/<track>.analysis.json  Analysis
+"""
+
+from palio.records.analysis import (
+    Analysis,
+    ContaminationCount,
+    Correlation,
+    EntryUncertainty,
+    Interval,
+    Overfitting,
+    OverfittingEntry,
+    PrizeVerdict,
+    RankMove,
+    Removal,
+    Robustness,
+    Scheme,
+    Separation,
+    Uncertainty,
+)
+from palio.records.common import AnyRecord, EntryRecord, Part, Record, TrackRecord, read_record
+from palio.records.entry import (
+    AdapterManifest,
+    BaseModelManifest,
+    Check,
+    Contained,
+    Contamination,
+    DatasetManifest,
+    OperationReport,
+    PackageManifest,
+    SourceReport,
+    StepFailure,
+    Violation,
+)
+from palio.records.evaluation import HelmRun, ProbeCheck, ProbeReport, StageInstances, StageRecord
+from palio.records.scores import Cell, Column, DidNotFinish, Leaderboard, Panel, PanelEntry, ScoredEntry
+from palio.records.tables import INSTANCES_SCHEMA, METRICS_SCHEMA
+
+__all__ = [
+    "INSTANCES_SCHEMA",
+    "METRICS_SCHEMA",
+    "AdapterManifest",
+    "Analysis",
+    "AnyRecord",
+    "BaseModelManifest",
+    "Cell",
+    "Check",
+    "Column",
+    "Contained",
+    "Contamination",
+    "ContaminationCount",
+    "Correlation",
+    "DatasetManifest",
+    "DidNotFinish",
+    "EntryRecord",
+    "EntryUncertainty",
+    "HelmRun",
+    "Interval",
+    "Leaderboard",
+    "OperationReport",
+    "Overfitting",
+    "OverfittingEntry",
+    "PackageManifest",
+    "Panel",
+    "PanelEntry",
+    "Part",
+    "PrizeVerdict",
+    "ProbeCheck",
+    "ProbeReport",
+    "RankMove",
+    "Record",
+    "Removal",
+    "Robustness",
+    "Scheme",
+    "ScoredEntry",
+    "Separation",
+    "SourceReport",
+    "StageInstances",
+    "StageRecord",
+    "StepFailure",
+    "TrackRecord",
+    "Uncertainty",
+    "Violation",
+    "read_record",
+]

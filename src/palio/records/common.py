@@ -1,0 +1,59 @@
+"""The base classes of all records, and how one is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from palio.errors import BadInput
+from palio.provenance import write_json
+
+
+class Part(BaseModel):
+    """A piece of a record: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Record(Part):
+    """A JSON file that one step writes and others read."""
+
+    schema_version: Literal[1] = 1
+    """Changes when the meaning of a field does."""
+
+    def write(self, path: Path) -> None:
+        """Write the record as JSON, atomically."""
+        write_json(path, self.model_dump(mode="json"))
+
+
+class TrackRecord(Record):
+    """A record about one track of a competition."""
+
+    competition: str
+    """Competition id."""
+    track: str
+    """Track id."""
+
+
+class EntryRecord(TrackRecord):
+    """A record about one entry of a track."""
+
+    entry: str
+    """Entry id."""
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def read_record(model: type[AnyRecord], path: Path) -> AnyRecord:
+    """Read a record. Raises BadInput if it does not exist or does not match `model`."""
+    try:
+        return model.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(path, "", None, "no such record; run the step that makes it") from None
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        raise BadInput(path, key, None, f"{fault['msg']}; run the step again") from None

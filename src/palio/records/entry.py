@@ -1,0 +1,230 @@
+"""Records of an entry's own steps: check, curate, contamination, finetune, package, and their failures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from palio import provenance
+from palio.config import BaseModelSource
+from palio.errors import State
+from palio.records.common import EntryRecord, Part, Record, read_record
+
+
+class Violation(Part):
+    """One broken rule, and how to comply with it."""
+
+    rule: str
+    """Id of the rule in the rule set."""
+    key: str
+    """Key in the entry file; empty for the whole file."""
+    why: str
+    """What is wrong."""
+    fix: str
+    """What to change."""
+
+    def __str__(self) -> str:
+        where = f"{self.key}: " if self.key else ""
+        return f"{where}{self.why}; {self.fix} [{self.rule}]"
+
+
+class Check(EntryRecord):
+    """Outcome of a passed check of an entry against its rule set."""
+
+    rules_version: str
+    """Version of the rule set."""
+    base_model_family: str
+    """Family of the approved base model, by the rule set."""
+    notices: list[Violation] = []
+    """Points for the organizers to review; they do not stop the entry."""
+
+
+class BaseModelManifest(Record):
+    """A base model as it was fetched."""
+
+    id: str
+    """Id of the base model; its folder's name."""
+    source: BaseModelSource
+    """Where it was fetched from."""
+    files: dict[str, str]
+    """sha256 by relative path."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the files."""
+        return provenance.fingerprint(self.files)
+
+
+class SourceReport(Part):
+    """One source of a dataset, as it was read."""
+
+    name: str
+    """Name of the source in the entry file, or its file name."""
+    sha256: str
+    """Digest of the file; for a saved folder or a pinned hub dataset, of what identifies its content."""
+    revision: str | None = None
+    """Commit of a hub dataset."""
+    licence: str
+    """License, as the entry declares it."""
+    generator: str | None
+    """Model that wrote the data, as the entry declares it; None for data by people."""
+    rows: int
+    """Well-formed rows read."""
+    quarantined: int
+    """Malformed lines set aside."""
+
+
+class OperationReport(Part):
+    """What one curation operation did."""
+
+    op: str
+    """Name of the operation."""
+    settings: dict[str, Any]
+    """Its settings, defaults included."""
+    rows_in: int
+    """Rows before it."""
+    rows_out: int
+    """Rows after it."""
+    changed: int = 0
+    """Rows rewritten but kept."""
+    dropped_by_source: dict[str, int] = {}
+    """Rows dropped, by source."""
+    examples: list[str] = []
+    """At most three dropped or changed rows, shortened."""
+
+
+class DatasetManifest(EntryRecord):
+    """A curated dataset."""
+
+    recipe_version: str
+    """Version of curation; changes when the same settings give other rows."""
+    seed: int
+    """Seed of all random choices."""
+    rows: int
+    """Rows of train.parquet."""
+    sha256: str
+    """Digest of train.parquet: the dataset's identity for the trainer."""
+    sources: list[SourceReport]
+    """In the order of the entry file."""
+    operations: list[OperationReport]
+    """In the order in which they ran."""
+    rows_by_source: dict[str, int]
+    """Rows of train.parquet, by source."""
+    characters: dict[str, list[int]]
+    """Histograms of prompt and completion lengths: counts in bins of powers of two characters."""
+
+
+class Contamination(EntryRecord):
+    """Overlap of a training dataset with the evaluation instances of both stages: counts only."""
+
+    ngram: int
+    """Words that must match in a row."""
+    dataset_sha256: str
+    """Identity of the dataset."""
+    instances: dict[str, dict[str, int]]
+    """Evaluation instances by stage and scenario."""
+    contaminated: dict[str, dict[str, int]]
+    """Of these, how many share their whole text or an n-gram of words with a training row."""
+
+
+class Contained(Record):
+    """What the confinement of a team's program or server held back, over all attempts.
+
+    The file is next to the program's log. Only our own words, never a prompt or a reply.
+    """
+
+    counts: dict[str, int]
+    """How often, by kind of incident."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} × {what}" for what, count in self.counts.items())
+
+    @staticmethod
+    def file(log: Path) -> Path:
+        """Return the path of the record next to `log`."""
+        return log.with_suffix(".contained.json")
+
+    @classmethod
+    def beside(cls, log: Path) -> Contained:
+        """Read the record next to `log`; without one, no incidents."""
+        file = cls.file(log)
+        return read_record(cls, file) if file.exists() else cls(counts={})
+
+
+class AdapterManifest(EntryRecord):
+    """The result of fine-tuning."""
+
+    fingerprint: str
+    """Identity of everything that decides the result."""
+    recipe_version: str
+    """Version of the trainer or of the contract with a team's program."""
+    base_model: str
+    """Id of the base model."""
+    base_model_fingerprint: str
+    """Identity of the base model's files."""
+    dataset_sha256: str
+    """Identity of the dataset."""
+    recipe: dict[str, Any]
+    """The finetune or command section of the entry, defaults included."""
+    state: Literal["finished", "budget_reached"]
+    """How training ended."""
+    steps: int | None
+    """Optimizer steps taken. None, as for all figures of training, for a team's program: it reports none."""
+    planned_steps: int | None
+    """Optimizer steps of the whole recipe."""
+    rows: int
+    """Rows trained on."""
+    rows_too_long: int | None
+    """Rows left out because they exceed max_length tokens."""
+    final_loss: float | None
+    """Mean training loss of the last ten steps."""
+    best_step: int | None = None
+    """The step whose weights were kept, where rows were held out for validation; None: the last."""
+    validation_loss: float | None = None
+    """Validation loss at that step."""
+    contained: dict[str, int] = {}
+    """What the confinement of a team's own program held back or ended, over all attempts, and how often."""
+    files: dict[str, str]
+    """sha256 by relative path."""
+
+
+class PackageManifest(EntryRecord):
+    """A folder that `AutoModelForCausalLM.from_pretrained` loads without our code, or a team's server."""
+
+    kind: Literal["model", "server"] = "model"
+    """What the folder holds."""
+    base_model: str
+    """Id of the base model."""
+    base_model_fingerprint: str
+    """Identity of the base model's files."""
+    adapter_fingerprint: str | None
+    """Identity of the adapter; None for a base model as it is and for a server."""
+    dtype: str | None
+    """Data type of most weights. None, like `parameters`, for a server: its weights are its own business."""
+    parameters: int | None
+    """Number of weights."""
+    max_logit_difference: float | None
+    """Merged model against base plus adapter on probe prompts, fp32 on CPU; None without an adapter."""
+    divergence: float | None = None
+    """Mean KL divergence, in nats on the probe prompts, of the package from the model as it was trained:
+    what the cast to `dtype` and, after qlora, dequantizing changed. None where neither was done."""
+    files: dict[str, str]
+    """sha256 by relative path."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the files."""
+        return provenance.fingerprint(self.files)
+
+
+class StepFailure(Record):
+    """Why a step of an entry did not finish: work/failures/<step>.json, removed when the step succeeds."""
+
+    step: str
+    """Name of the step."""
+    state: State
+    """How it ended."""
+    reason: str
+    """One line for the standings."""
+    log: str | None = None
+    """Path of its log."""

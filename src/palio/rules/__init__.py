@@ -1,1 +1,0 @@
-"""The competition's rules as data (config/rules/*.yaml) and pure checks: entry × rules → violations."""
