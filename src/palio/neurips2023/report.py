@@ -23,7 +23,7 @@ ROUND_TITLES = {
 def published_report(
     boards: Sequence[tuple[Leaderboard, Analysis]], paper: PublishedFigures, out: Path
 ) -> Path:
-    """Write the report on the published leaderboards and the paper's figures to the folder `out`; return its path."""
+    """Write the report on the published leaderboards and the paper's figures; return its path."""
     tracks = []
     for round_, round_title in ROUND_TITLES.items():
         for board, analysis in boards:
