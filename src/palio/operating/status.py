@@ -188,9 +188,9 @@ def _used(step: Step, at: _Place) -> tuple[float | None, float | None]:
         return None, None
     budget = float(step.limit(at.competition, at.folder.track_id).seconds)
     if step.name == "finetune":
-        ledger = _newest(at.folder.trainings, TrainingFolder.LEDGER)
+        ledger = _newest(at.folder.trainings, TrainingFolder.ledger.name)
         return (sum(charged(read_ledger(ledger)).values()) if ledger else None), budget
-    clock = _newest(at.folder.helm_runs(stage_named(step.name)), HelmFolder.USED_SECONDS)
+    clock = _newest(at.folder.helm_runs(stage_named(step.name)), HelmFolder.used_seconds.name)
     return (float(json.loads(clock.read_text(encoding="utf-8"))["seconds"]) if clock else None), budget
 
 
