@@ -1,4 +1,4 @@
-"""The status of a competition for people: a table for the terminal, and the same table as one HTML file."""
+"""A competition's status as a table for the terminal and as one HTML page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STYLES = {
 
 
 def span(seconds: float) -> str:
-    """`40 s`, `12 min`, `3 h 05`: what fits a cell."""
+    """Format a duration to fit a cell: `40 s`, `12 min`, `3 h 05`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -34,7 +34,7 @@ def span(seconds: float) -> str:
 
 
 def cell(step: StepStatus) -> str:
-    """One step in a few words: where it runs, how much of its budget is used, when it will end."""
+    """Describe a step in a few words: node, share of the budget used, expected end."""
     if step.state == "done":
         took = f" {span(step.seconds)}" if step.seconds is not None else ""
         return f"done{took}{' *' if step.reason else ''}"
@@ -57,12 +57,12 @@ def summary(status: Status) -> str:
     for entry in status.entries:
         counts[entry.state] = counts.get(entry.state, 0) + 1
     parts = [f"{counts[state]} {state}" for state in STYLES if state in counts]
-    running = f"run by {status.controller}" if status.controller else "no run in this folder"
+    running = f"run by {status.controller}" if status.controller else "no run in progress"
     return f"{len(status.entries)} entries: {', '.join(parts)}; {running}"
 
 
 def reasons(status: Status) -> list[tuple[str, str]]:
-    """(entry and step, why and where to read more) of all that failed, waits with a reason, or has a note."""
+    """Return (entry and step, reason and log) of every step that failed or waits for a reason, and the notes."""
     lines = []
     for entry in status.entries:
         for step in entry.steps:
@@ -94,7 +94,7 @@ def print_status(status: Status) -> None:
 
 
 def watch_status(look: Callable[[], Status], every: float = 5.0) -> None:
-    """The live view: the same table, again and again, until Ctrl-C."""
+    """Refresh the table until Ctrl-C."""
     with Live(terminal_view(look()), auto_refresh=False, screen=True) as live, suppress(KeyboardInterrupt):
         while True:
             time.sleep(every)
@@ -102,7 +102,7 @@ def watch_status(look: Callable[[], Status], every: float = 5.0) -> None:
 
 
 def html_page(status: Status) -> str:
-    """One self-contained page; the browser loads it again every half minute."""
+    """Return one self-contained page that the browser reloads every 30 seconds."""
     head = "".join(f"<th>{step.title or step.name}</th>" for step in STEPS)
     rows = []
     for entry in status.entries:
