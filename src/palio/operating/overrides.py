@@ -30,7 +30,7 @@ def retry(competition: Competition, entry: str, steps: list[str]) -> None:
     _known(competition, entry)
     for step in steps:
         if step not in (limited := [one.name for one in LIMITED]):
-            fix = f"runs again on its own in the next run of the workflow; only {', '.join(limited)} need a grant"
+            fix = f"runs again on its own in the next run; only {', '.join(limited)} need a grant"
             raise BadInput("--step", "", step, fix)
     overrides = load_overrides(competition.competition)
     granted = dict(overrides.retries.get(entry, {}))

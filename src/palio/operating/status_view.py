@@ -62,7 +62,7 @@ def summary(status: Status) -> str:
 
 
 def reasons(status: Status) -> list[tuple[str, str]]:
-    """Return (entry and step, reason and log) of every step that failed or waits for a reason, and the notes."""
+    """Return (entry and step, reason and log) of every step with a reason, and the notes."""
     lines = []
     for entry in status.entries:
         for step in entry.steps:
