@@ -8,7 +8,6 @@ not stop the workflow: the entry's `check_entry` fails and the standings say why
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from palio.eligibility.check import approved_model
 from palio.errors import BadInput
 from palio.evaluation.helm import check_directions, stage_runs
 from palio.provenance import canonical_json, fingerprint
+from palio.records import CurateRun, read_record
 
 GIB = 1024
 DEMO_SOURCES = "resources/demo_sources"
@@ -181,9 +181,9 @@ class Workflow:
         """How many jobs share the entry's curation, 0 if one does it all. A dataset keeps the number that it
         was made with while its recipe is the same: for other jobs Snakemake would make it again."""
         made = Path(f"results/{wildcards.track}/{wildcards.entry}/curate.run.json")
-        run = json.loads(made.read_text(encoding="utf-8")) if made.exists() else {}
-        if run.get("recipe") == fingerprint(self.dataset_recipe(wildcards)):
-            return int(run["shards"])
+        run = read_record(CurateRun, made) if made.exists() else CurateRun()
+        if run.shards is not None and run.settings == fingerprint(self.dataset_recipe(wildcards)):
+            return run.shards
         return self.competition.shards.get(wildcards.entry, 0)
 
     def last_shards(self, wildcards: Any) -> list[str]:

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from palio.config import BaseModelSource, FinetuneRecipe, Telemetry, Track
 from palio.curation.rows import ROW
 from palio.provenance import file_sha256, folder_sha256
-from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest
+from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, FinetuneRun, read_record
 from palio.training.step import TrainingStep
 
 
@@ -138,6 +138,10 @@ class Entry:
             *("--track", json.dumps(limits)),
         ]
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def run(self) -> FinetuneRun:
+        """What the last run of the step took."""
+        return read_record(FinetuneRun, self.folder / "finetune.run.json")
 
     def work(self) -> Path:
         """The folder of the only training run so far."""

@@ -194,7 +194,8 @@ def curate(
     """
     from palio.config import DatasetRecipe, load_entry, parse
     from palio.curation.curate import curate_ahead, curate_dataset
-    from palio.provenance import fingerprint, timed_run
+    from palio.provenance import fingerprint
+    from palio.records import CurateRun, timed_run
 
     if (out is None) == (entry_dir is None):
         raise click.UsageError("give either --out or --entry-dir")
@@ -222,11 +223,11 @@ def curate(
             # The run that is to find this done meets the same, and its word is on record.
             print(f"left to the run without --shard and --join: {fault}")
         return
-    run: dict[str, Any] = {}
+    run = CurateRun()
     with ExitStack() as around, progress_bar() as progress:
         if entry_dir:
             around.enter_context(entry_step("curate", entry_dir))
-            run = around.enter_context(timed_run(entry_dir / "curate.run.json"))
+            around.enter_context(timed_run(entry_dir / "curate.run.json", run))
         manifest = curate_dataset(
             recipe,
             base_model=model,
@@ -239,7 +240,7 @@ def curate(
             workers=workers,
             progress=progress,
         )
-        run.update(recipe=fingerprint(entry), shards=shards)
+        run.settings, run.shards = fingerprint(entry), shards
     for source in manifest.sources:
         print(f"{source.name}: {source.rows} rows, {source.quarantined} malformed")
     for number, step in enumerate(manifest.operations, start=1):

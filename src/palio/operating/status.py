@@ -20,6 +20,7 @@ from palio.config import Competition, Entry, entry_files, expand, load_entry
 from palio.errors import BadInput, PalioError
 from palio.operating import slurm
 from palio.operating.attempt import Attempt, read_attempts
+from palio.records import UsedSeconds, read_record
 from palio.training.ledger import charged, read_ledger
 
 StepState = Literal["waiting", "queued", "running", "done", "failed", "withdrawn"]
@@ -233,7 +234,7 @@ def _used(step: str, at: _Place) -> tuple[float | None, float | None]:
             store = expand(at.competition.closed_store) / at.competition.competition
             work = store / "runs" / at.track / at.entry
         clock = _newest(work, "*/used_seconds.json")
-        used = float(json.loads(clock.read_text(encoding="utf-8"))["seconds"]) if clock else None
+        used = read_record(UsedSeconds, clock).seconds if clock else None
         return used, float(at.competition.stage(step).time_limit)
     return None, None
 

@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 
 from palio.config import ServerProgram
-from palio.provenance import folder_sha256, timed_run, write_json
-from palio.records import BaseModelManifest, PackageManifest, read_record
+from palio.provenance import folder_sha256, write_json
+from palio.records import BaseModelManifest, PackageManifest, RunFacts, read_record, timed_run
 from palio.sandbox.handed_in import check_files
 from palio.sandbox.image import fetch_image
 from palio.sandbox.server import FILES, IMAGE, PROGRAM
@@ -28,7 +28,7 @@ def package_server(
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     (entry_dir / "package.json").unlink(missing_ok=True)
-    with timed_run(entry_dir / "package.run.json"):
+    with timed_run(entry_dir / "package.run.json", RunFacts()):
         if program.files is not None:
             check_files(Path(program.files), "server.files")
             shutil.copytree(program.files, building / FILES, symlinks=True)

@@ -20,7 +20,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import yaml
@@ -28,8 +27,8 @@ import yaml
 from palio.config import STAGES, Competition, entry_files, expand
 from palio.errors import BadInput, PalioError
 from palio.packaging.container import write_container
-from palio.provenance import write_json, write_text
-from palio.records import INSTANCES_SCHEMA, METRICS_SCHEMA
+from palio.provenance import write_text
+from palio.records import INSTANCES_SCHEMA, METRICS_SCHEMA, SIDECARS, read_record
 from palio.release.crate import METADATA, describe
 
 ENTRY_FILES = (
@@ -43,9 +42,10 @@ ENTRY_FILES = (
     "probe.json",
     *(f"{stage}.json" for stage in STAGES),
 )
+ANONYMOUS = {"host": None, "slurm_job_id": None}
+"""Facts about a run that a release leaves out."""
 TABLES = {"metrics.parquet": METRICS_SCHEMA, "instances.parquet": INSTANCES_SCHEMA}
 """HELM's tables of a stage. Their schemas hold ids and numbers; a table with another column is not taken."""
-RUN_FACTS_LEFT_OUT = ("host", "slurm_job_id", "fingerprint")
 LEADERBOARD_SUFFIXES = (".json", ".csv", ".parquet", ".md", ".tex", ".analysis.json", ".analysis.md")
 REPORT_SUFFIXES = (".html", ".svg", ".png", ".csv", ".json", ".md", ".tex", ".parquet")
 TEXT_SUFFIXES = (".json", ".yaml", ".conf", ".md", ".csv", ".tex", ".html", ".svg", ".txt", ".lock", ".py")
@@ -134,11 +134,9 @@ def _entry(folder: Path, out: Path) -> None:
     for name in ENTRY_FILES:
         if (folder / name).is_file():
             _take(folder / name, out / name)
-    for path in sorted(folder.glob("*.run.json")):
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        write_json(
-            out / path.name, {key: value for key, value in facts.items() if key not in RUN_FACTS_LEFT_OUT}
-        )
+    for step, model in SIDECARS.items():
+        if (path := folder / f"{step}.run.json").is_file():
+            read_record(model, path).model_copy(update=ANONYMOUS).write(out / path.name)
     for path in sorted((folder / "work" / "failures").glob("*.json")):
         _take(path, out / "work" / "failures" / path.name)
     for stage in STAGES:

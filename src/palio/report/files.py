@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,14 +12,18 @@ import pyarrow.parquet as pq
 
 from palio.errors import BadInput
 from palio.records import (
+    SIDECARS,
     AdapterManifest,
+    AnyRecord,
     Check,
     Contamination,
     DatasetManifest,
+    FinetuneRun,
     PackageManifest,
     ProbeReport,
-    Record,
+    RunFacts,
     StageRecord,
+    StageRun,
     read_record,
 )
 
@@ -86,7 +88,7 @@ class EntryFiles:
     package: PackageManifest | Missing
     probe: ProbeReport | Missing
     stages: dict[str, StageRecord | Missing]
-    runs: dict[str, dict[str, Any] | Missing]
+    runs: dict[str, RunFacts | Missing]
     """The sidecars: what finetune, package, open and closed took."""
 
 
@@ -108,11 +110,11 @@ def read_entry(folder: Path, stages: Sequence[str], why_missing: str, listed: in
         package=found.record(PackageManifest, "package.json"),
         probe=found.record(ProbeReport, "probe.json"),
         stages={stage: found.record(StageRecord, f"{stage}.json") for stage in stages},
-        runs={step: found.sidecar(step) for step in ("finetune", "package", *stages)},
+        runs={
+            step: found.record(SIDECARS[step], f"{step}.run.json")
+            for step in ("finetune", "package", *stages)
+        },
     )
-
-
-AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -128,13 +130,6 @@ class _Reader:
         except BadInput as error:
             return Missing(str(error))
 
-    def sidecar(self, step: str) -> dict[str, Any] | Missing:
-        try:
-            content: dict[str, Any] = json.loads((self.folder / f"{step}.run.json").read_text("utf-8"))
-        except (FileNotFoundError, ValueError):
-            return Missing(self.why_missing)
-        return content
-
     def telemetry(self) -> Telemetry | Missing:
         path = self.folder / "train.parquet"
         columns = list(Telemetry.__dataclass_fields__)
@@ -147,12 +142,11 @@ class _Reader:
         return Telemetry(**{name: table[name].to_pylist() for name in columns})
 
 
-def seconds_used(run: dict[str, Any] | Missing) -> float | None:
-    """Of the training budget or the stage's limit; a step without one tells nothing here."""
-    if isinstance(run, Missing):
-        return None
-    seconds: float | None = run.get("training_seconds", run.get("used_seconds"))
-    return seconds
+def seconds_used(run: RunFacts | Missing) -> float | None:
+    """Return the seconds used of the training budget or the stage's limit; None for a step without one."""
+    if isinstance(run, FinetuneRun):
+        return run.training.training_seconds if run.training else None
+    return run.used_seconds if isinstance(run, StageRun) else None
 
 
 def dropped_rows(path: Path, listed: int) -> dict[str, Dropped]:

@@ -16,7 +16,6 @@ stays ended unless the budget is raised.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -26,8 +25,16 @@ from typing import Any
 
 from palio.config import Telemetry, Track
 from palio.errors import BadInput, Crashed
-from palio.provenance import atomic_path, fingerprint, folder_sha256, timed_run, write_json
-from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, read_record
+from palio.provenance import atomic_path, fingerprint, folder_sha256
+from palio.records import (
+    AdapterManifest,
+    BaseModelManifest,
+    DatasetManifest,
+    FinetuneRun,
+    TrainingFacts,
+    read_record,
+    timed_run,
+)
 from palio.training.ledger import joules, read_ledger, sole_process
 
 
@@ -59,7 +66,7 @@ class Trained:
     seconds: float
     """Of the budget, over all attempts."""
     facts: dict[str, Any]
-    """For finetune.run.json."""
+    """Other values of the TrainingFacts."""
 
 
 def adapter_of(
@@ -83,17 +90,17 @@ def adapter_of(
     if not step.retrain:
         _refuse_to_replace(step.entry_dir / "adapter.json", key)
     work = step.entry_dir / "work" / "train" / key[:16]
-    with timed_run(step.entry_dir / "finetune.run.json", fingerprint=key) as run, sole_process(work):
-        run["restored"] = _ended(work, step.track)
-        if not run["restored"]:
+    with timed_run(step.entry_dir / "finetune.run.json", FinetuneRun()) as run, sole_process(work):
+        run.restored = _ended(work, step.track)
+        if not run.restored:
             (work / "adapter.json").unlink(missing_ok=True)  # of a smaller budget
             trained = train(work, model.id)
-            facts = {
-                "training_seconds": round(trained.seconds, 3),
-                "energy_joules": joules(read_ledger(work / "ledger.jsonl")),
-                "memory_cap_gb": step.track.gpu_memory_gb,
-            }
-            write_json(work / "training.json", facts | trained.facts)
+            TrainingFacts(
+                training_seconds=round(trained.seconds, 3),
+                energy_joules=joules(read_ledger(work / "ledger.jsonl")),
+                memory_cap_gb=step.track.gpu_memory_gb,
+                **trained.facts,
+            ).write(work / "training.json")
             manifest = {
                 "competition": step.competition,
                 "track": step.track_id,
@@ -110,9 +117,9 @@ def adapter_of(
             AdapterManifest(**manifest | trained.manifest).write(work / "adapter.json")
             if trained.manifest["state"] == "finished":
                 shutil.rmtree(work / "checkpoints", ignore_errors=True)
-        run.update(json.loads((work / "training.json").read_text(encoding="utf-8")))
+        run.training = read_record(TrainingFacts, work / "training.json")
         price = step.telemetry.usd_per_hour.get(step.track_id)
-        run["cost_usd"] = price and round(price * run["training_seconds"] / 3600, 4)
+        run.cost_usd = price and round(price * run.training.training_seconds / 3600, 4)
         return _publish(work, step.entry_dir)
 
 
