@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -78,26 +76,3 @@ def code_sha256() -> str:
 
 def library_versions(*names: str) -> dict[str, str]:
     return {name: metadata.version(name) for name in names}
-
-
-@contextmanager
-def timed_run(path: Path, **facts: Any) -> Iterator[dict[str, Any]]:
-    """The `run.json` sidecar: when, where, how long and by which code. Never part of a manifest.
-
-    Yields a dictionary to which the step adds what it measured.
-    """
-    started = time.time()
-    clock = time.monotonic()
-    run: dict[str, Any] = {
-        "code_sha256": code_sha256(),
-        "host": platform.node(),
-        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-        "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
-        **facts,
-    }
-    try:
-        yield run
-    finally:
-        run["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
-        run["seconds"] = round(time.monotonic() - clock, 3)
-        write_json(path, run)

@@ -49,10 +49,11 @@ def curate(folder: EntryFolder, settings: CurateSettings, options: RunOptions) -
     from palio.curation.curate import curate_dataset
     from palio.curation.inspection import account
     from palio.curation.progress import progress_bar
-    from palio.provenance import fingerprint, timed_run
+    from palio.provenance import fingerprint
+    from palio.records import CurateRun, timed_run
 
-    made_with = {"settings": fingerprint(slice_of(settings)), "shards": options.shards}
-    with timed_run(folder.run_facts("curate"), **made_with), progress_bar() as progress:
+    run = CurateRun(settings=fingerprint(slice_of(settings)), shards=options.shards)
+    with timed_run(folder.run_facts("curate"), run), progress_bar() as progress:
         manifest = curate_dataset(
             settings.dataset,
             base_model=RESOURCES.base_model(settings.base_model_id).model,

@@ -27,7 +27,6 @@ from palio.packaging.package import (
     DIVERGENCE,
     TOLERANCE,
     largest_difference,
-    mean_divergence,
     probe_logits,
 )
 from palio.packaging.publish import assemble
@@ -35,6 +34,7 @@ from palio.packaging.verify import verify_package
 from palio.provenance import folder_sha256
 from palio.records import AdapterManifest, BaseModelManifest, Cell, Column, PackageManifest, read_record
 from palio.scoring.leaderboard import Candidate, score
+from palio.tensors import mean_divergence
 from tests.support.training import Entry, tiny_base_model
 
 

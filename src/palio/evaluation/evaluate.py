@@ -8,7 +8,6 @@ seconds already used count against the limit.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -27,7 +26,7 @@ from palio.evaluation.helm import BROKEN, LIMIT
 from palio.evaluation.probe import probe
 from palio.evaluation.stage import StagePlan
 from palio.layout import EntryFolder
-from palio.provenance import atomic_path, file_sha256, fingerprint, timed_run, write_json
+from palio.provenance import atomic_path, file_sha256, fingerprint
 from palio.records import (
     INSTANCES_SCHEMA,
     METRICS_SCHEMA,
@@ -37,7 +36,10 @@ from palio.records import (
     ProbeReport,
     StageInstances,
     StageRecord,
+    StageRun,
+    UsedSeconds,
     read_record,
+    timed_run,
 )
 from palio.settings import EvaluateSettings, StageLimits
 
@@ -84,7 +86,7 @@ def evaluate(
     _forget_unanswered(work)
     log = helm_folder.server_log
 
-    with timed_run(folder.run_facts(stage), limit_seconds=limits.time_limit) as run:
+    with timed_run(folder.run_facts(stage), StageRun(limit_seconds=limits.time_limit)) as run:
         clock = UsedTime(helm_folder.used_seconds)
         died, overtime, code = "", False, None
         if not _complete(work, plan):
@@ -98,8 +100,8 @@ def evaluate(
                 code = ended.code
                 overtime = code is None and not died
         outcomes = [_outcome(work, stage, limits, planned, overtime) for planned in plan.runs]
-        answered = sum(one.answered for one in outcomes)
-        run |= {"used_seconds": round(clock.used, 1), "requests": plan.requests, "answered": answered}
+        run.used_seconds, run.requests = round(clock.used, 1), plan.requests
+        run.answered = sum(one.answered for one in outcomes)
 
     contained = Contained.beside(log)
     failed = [one for one in outcomes if one.state is State.CRASHED]
@@ -196,7 +198,7 @@ class UsedTime:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.before = float(json.loads(path.read_text())["seconds"]) if path.exists() else 0.0
+        self.before = read_record(UsedSeconds, path).seconds if path.exists() else 0.0
         self.now = 0.0
 
     @property
@@ -206,7 +208,7 @@ class UsedTime:
     def add(self, seconds: float) -> None:
         """`seconds` since this attempt began."""
         self.now = seconds
-        write_json(self.path, {"seconds": round(self.used, 1)})
+        UsedSeconds(seconds=round(self.used, 1)).write(self.path)
 
 
 class Watch:

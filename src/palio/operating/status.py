@@ -23,7 +23,7 @@ from palio.layout import EntryFolder, HelmFolder, Results, TrainingFolder, stage
 from palio.operating import slurm
 from palio.operating.attempt import Attempt, read_attempts
 from palio.pipeline import Step, steps_of
-from palio.records import StepFailure, read_record
+from palio.records import StepFailure, UsedSeconds, read_record
 from palio.settings import EvaluateSettings
 from palio.training.ledger import charged, read_ledger
 
@@ -192,7 +192,7 @@ def _used(step: Step, source: _Source) -> tuple[float | None, float | None]:
         ledger = _newest(source.folder.trainings, TrainingFolder.ledger.name)
         return (sum(charged(read_ledger(ledger)).values()) if ledger else None), budget
     clock = _newest(source.folder.helm_runs(stage_named(step.name)), HelmFolder.used_seconds.name)
-    return (float(json.loads(clock.read_text(encoding="utf-8"))["seconds"]) if clock else None), budget
+    return (read_record(UsedSeconds, clock).seconds if clock else None), budget
 
 
 def _newest(folder: Path, name: str) -> Path | None:

@@ -30,10 +30,18 @@ from palio.base_model import card_facts
 from palio.errors import Crashed
 from palio.layout import BaseModelFolder, EntryFolder
 from palio.packaging.card import model_card
-from palio.provenance import folder_sha256, timed_run
+from palio.provenance import folder_sha256
 from palio.quantization import evaluation_mode, quantization
-from palio.records import AdapterManifest, BaseModelManifest, PackageManifest, read_record
+from palio.records import (
+    AdapterManifest,
+    BaseModelManifest,
+    PackageManifest,
+    RunFacts,
+    read_record,
+    timed_run,
+)
 from palio.settings import PackageSettings
+from palio.tensors import mean_divergence
 
 TOLERANCE = 1e-3
 """Largest difference of a logit that the merge may make, in fp32."""
@@ -66,7 +74,7 @@ def build_package(
     building.mkdir(parents=True)
     folder.package_manifest.unlink(missing_ok=True)
     difference = divergence = None
-    with timed_run(folder.run_facts("package")):
+    with timed_run(folder.run_facts("package"), RunFacts()):
         if trained is None:
             _link_files(base_model.model, building, weights=True)
         else:
@@ -194,13 +202,6 @@ def probe_logits(model: Any, tokenizer: Any) -> list[torch.Tensor]:
 def largest_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     """Of two models' probe logits; NaN if one of them is NaN, which no tolerance accepts."""
     return torch.stack([(a - b).abs().max() for a, b in zip(one, other, strict=True)]).max().item()
-
-
-def mean_divergence(reference: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """Mean KL divergence of `other`'s next-token distributions from `reference`'s, in nats."""
-    ours = torch.cat(reference).double().log_softmax(-1)
-    theirs = torch.cat(other).double().log_softmax(-1)
-    return (ours.exp() * (ours - theirs)).sum(-1).mean().item()
 
 
 def _complete(folder: Path) -> None:

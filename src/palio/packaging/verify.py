@@ -300,9 +300,9 @@ def _same_answers(folder: Path, base: Path, adapter: Path, trained: AdapterManif
         TOLERANCE,
         adapted_model,
         largest_difference,
-        mean_divergence,
         probe_logits,
     )
+    from palio.tensors import mean_divergence
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     package = AutoModelForCausalLM.from_pretrained(folder)

@@ -47,7 +47,11 @@ class VllmEngine:
         self._context = int(getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
         self._counts: Counter[str] = Counter()
         port = _free_port()
-        share = ["--gpu-memory-utilization", f"{_share(gpu_memory_gb):.4f}"] if gpu_memory_gb else []
+        share = []
+        if gpu_memory_gb:
+            from palio.tensors import gpu_memory_share
+
+            share = ["--gpu-memory-utilization", f"{gpu_memory_share(gpu_memory_gb):.4f}"]
         self._process = subprocess.Popen(
             [
                 *(PROGRAM, "serve", str(package), "--served-model-name", "palio"),
@@ -165,9 +169,3 @@ def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
-
-
-def _share(gpu_memory_gb: float) -> float:
-    import torch
-
-    return min(1.0, gpu_memory_gb * 1e9 / torch.cuda.get_device_properties(0).total_memory)

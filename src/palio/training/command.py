@@ -26,7 +26,7 @@ from palio.errors import Crashed, Interrupted
 from palio.layout import TrainingFolder
 from palio.provenance import atomic_path, fingerprint, folder_sha256
 from palio.records import AdapterManifest, Contained
-from palio.sandbox import gpu
+from palio.sandbox.gpu import track_gpu
 from palio.sandbox.handed_in import check_files, take_model
 from palio.sandbox.image import image_folder
 from palio.sandbox.process import Confined
@@ -54,7 +54,7 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
     files = Path(program.files) if program.files else None
     if files is not None:
         check_files(files, "command.files")
-    gpu.check_gpu(step.track)
+    gpu = track_gpu(step.track)
     recipe = {
         "kind": "command",
         **program.model_dump(mode="json", exclude_none=True),
@@ -72,8 +72,8 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
             visible=isolation.visible,
             system=image_folder(program.image, step.folder.work),
         )
-        facts, log = gpu.hardware(step.track), work.program_log
-        budget, meter = float(step.track.training_budget), gpu.energy_meter(step.track)
+        facts, log = gpu.facts() if gpu else {"device": "cpu"}, work.program_log
+        budget, meter = float(step.track.training_budget), gpu.joules if gpu else None
         with Ledger(work.ledger, budget, meter=meter, **facts) as ledger:
             state = _run(program, room, ledger, log, isolation.unconfined)
             method, pickles = take_model(

@@ -27,7 +27,7 @@ from palio.layout import TrainingFolder
 from palio.provenance import atomic_path, library_versions
 from palio.records import AdapterManifest
 from palio.training.checkpoint import load_checkpoint, save_checkpoint
-from palio.training.device import energy_meter, hardware, training_device
+from palio.training.device import hardware, nvml_gpu, training_device
 from palio.training.ledger import Ledger
 from palio.training.model import load_model, save_adapter
 from palio.training.rows import Row, split, tokenise
@@ -81,6 +81,8 @@ class _Training:
     def __init__(self, recipe: FinetuneRecipe, step: TrainingStep, work: TrainingFolder) -> None:
         self.recipe, self.track, self.work = recipe, step.track, work
         self.device = training_device(step.track)
+        self.gpu = nvml_gpu(self.device)
+        self.hardware = hardware(self.device, self.gpu)
         self.model_folder, self.dataset = step.base_model.model, step.folder.dataset.rows
         self.checkpoints = work.checkpoints
         self.telemetry: list[dict[str, float]] = []
@@ -98,10 +100,10 @@ class _Training:
         try:
             trainer = self._trainer(rows)
             budget = float(self.track.training_budget)
-            meter = energy_meter(self.device)
+            meter = self.gpu.joules if self.gpu else None
             with (
                 _signals() as caught,
-                Ledger(self.work.ledger, budget, meter=meter, **hardware(self.device)) as ledger,
+                Ledger(self.work.ledger, budget, meter=meter, **self.hardware) as ledger,
             ):
                 self._resume(trainer, budget)
                 state = self._train(trainer, ledger, caught)
@@ -139,7 +141,7 @@ class _Training:
             "threads": torch.get_num_threads(),
             "tokens": self.tokens,
             "peak_memory_bytes": peak_memory(self.device),
-            **hardware(self.device),
+            **self.hardware,
         }
         return Trained(manifest, seconds, facts)
 
