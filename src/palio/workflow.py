@@ -20,7 +20,6 @@ from palio.config import (
     STAGES,
     BaseModelSource,
     Competition,
-    Decontaminate,
     Entry,
     StageLimits,
     entry_files,
@@ -136,8 +135,8 @@ class Workflow:
     def held_against(self, wildcards: Any) -> list[str]:
         """The open stage, where the entry's data is to hold none of its instances."""
         entry = self.entry(wildcards)
-        operations = entry.dataset.operations if entry and entry.dataset else ()
-        wanted = any(isinstance(one, Decontaminate) for one in operations)
+        inputs = entry.dataset.inputs if entry and entry.dataset else ()
+        wanted = any(given.kind == "open_stage" for _, given in inputs)
         return ["resources/stages/open/stage.json"] if wanted else []
 
     def program_files(self, wildcards: Any) -> list[str]:
@@ -218,11 +217,7 @@ class Workflow:
             if entry.dataset
             else []
         )
-        looked_at["instances"] = (
-            [one.instances for one in entry.dataset.operations if isinstance(one, Decontaminate)]
-            if entry.dataset
-            else []
-        )
+        looked_at["inputs"] = entry.dataset.inputs if entry.dataset else []
         return fingerprint([looked_at, self.rules.model_dump(mode="json")])
 
     def against(self) -> str:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from palio.config.common import Seconds, Strict, Weight
+from palio.config.common import Seconds, Strict, Weight, seconds
 from palio.config.slices import CheckedAgainst, EntryFolders
 
 
@@ -27,7 +27,7 @@ class Track(Strict):
     training_budget: Seconds
     """Wall-clock time of training over all attempts; the trainer stops and saves before it runs out. 24h in
     2023."""
-    training_margin: Seconds = Field(default=7200, validate_default=False)
+    training_margin: Seconds = seconds("2h")
     """Time added to the budget for the job's limit: loading, saving, final checks."""
 
 
@@ -86,7 +86,7 @@ class Stage(Strict):
     """Cut completions at HELM's stop sequences, even if a server ignores them; not done in 2023."""
     scale: PositiveFloat = 1
     """Factor on every scenario's budget, at least one question each: 0.05 for a rehearsal."""
-    margin: Seconds = Field(default=1800, validate_default=False)
+    margin: Seconds = seconds("30m")
     """Time added to the limit for the job's limit: loading the model, summarizing."""
     threads: PositiveInt = 8
     """Concurrent requests; raise it if the server takes more."""
@@ -180,7 +180,7 @@ class Competition(Strict):
     notify: str | None = None
     """Shell command run on news, with `PALIO_EVENT` (`finish`, `failure`, `stall`), `PALIO_MESSAGE` and
     `PALIO_COMPETITION` set, e.g. `mail -s "$PALIO_EVENT" me@example.org <<< "$PALIO_MESSAGE"`."""
-    stalled_after: Seconds = Field(default=3600, validate_default=False)
+    stalled_after: Seconds = seconds("1h")
     """A running step whose log has not grown for this long counts as stalled."""
     scoring: Scoring = Scoring()
     """How values become a leaderboard."""

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from palio.config.common import Share, Strict
-from palio.config.operations import ByAllRows, Operation
+from palio.config.operations import AnyOperation, Input
 
 
 class RowTemplate(Strict):
@@ -99,7 +99,7 @@ class DatasetRecipe(Strict):
 
     sources: tuple[DataSource, ...] = Field(min_length=1)
     """At least one source; names must differ."""
-    operations: tuple[Operation, ...] = ()
+    operations: tuple[AnyOperation, ...] = ()
     """Operations in the order they are applied: `op` and its settings."""
     max_quarantined: Share = 0.05
     """Share of a source's lines that may be malformed; curation fails above it."""
@@ -110,8 +110,17 @@ class DatasetRecipe(Strict):
     def phases(self) -> int:
         """Number of phases that shards can run on their own: each ends with an operation that needs all rows,
         or with the last one."""
-        ends = [isinstance(operation, ByAllRows) for operation in self.operations]
+        ends = [operation.needs_all_rows for operation in self.operations]
         return sum(ends) + (not ends[-1]) if ends else 0
+
+    @property
+    def inputs(self) -> list[tuple[str, Input]]:
+        """Inputs of the operations, each with its key in the recipe."""
+        return [
+            (f"operations.{index}.{given.key}", given)
+            for index, operation in enumerate(self.operations)
+            for given in operation.inputs
+        ]
 
     @model_validator(mode="after")
     def _labels_differ(self) -> DatasetRecipe:

