@@ -14,9 +14,9 @@ A row contains an instance if
 13 words is the length of the GPT-3 paper (arXiv 2005.14165, appendix C). The rule misses paraphrases,
 translations, and parts of instances made of symbols alone.
 
-The n-gram of words w₁ … wₙ is the number Σ wᵢ · fᵢ mod 2⁶⁴ with fixed random odd factors fᵢ, so that n-grams of
-every length take one multiplication and one addition per word and length. Part 2 takes equal numbers for
-equal words, which 64 bits make all but certain; part 1 compares the words.
+The n-gram of words w₁ … wₙ is the number Σ wᵢ · fᵢ mod 2⁶⁴ with fixed random odd factors fᵢ, so that
+n-grams of every length take one multiplication and one addition per word and length. Part 2 takes equal
+numbers for equal words, which 64 bits make all but certain; part 1 compares the words.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class InstanceIndex:
         return found
 
     def _whole(self, instance: int, rest: Numbers) -> bool:
-        """Return whether the rest of a row begins with the instance, and if that is short, has its reference."""
+        """Return whether the rest of a row begins with the instance, and if short, has its reference."""
         text = self._texts[instance]
         if not np.array_equal(rest[: len(text)], text):
             return False
