@@ -114,9 +114,9 @@ def near_alone(folder: Path) -> dict[str, Any]:
     """Palio's operation alone, in one process, on rows in memory, as datasketch gets them."""
     import pyarrow as pa
 
-    from palio.config import DropNearDuplicates
-    from palio.curation.operations.near_duplicates import near_duplicates, signatures
-    from palio.curation.rows import BATCH_ROWS, ROW, Batch, Surroundings
+    from palio.curation.operations import OperationContext
+    from palio.curation.operations.drop_near_duplicates import DropNearDuplicates
+    from palio.curation.rows import BATCH_ROWS, ROW, Batch
 
     lines = [json.loads(line) for path in sorted(folder.glob("records-*.jsonl")) for line in path.open()]
     table = pa.Table.from_pylist(
@@ -125,10 +125,10 @@ def near_alone(folder: Path) -> dict[str, Any]:
     batches = [Batch(batch) for batch in table.combine_chunks().to_batches(max_chunksize=BATCH_ROWS)]
 
     started = time.process_time()
-    settings = DropNearDuplicates(op="drop_near_duplicates", threshold=THRESHOLD)
-    around = Surroundings(base_model=folder, base=folder, seed=0, scratch=folder)
-    notes = [signatures(settings, batch, around) for batch in batches]
-    reasons = [reason for judged in near_duplicates(settings, notes, around) for reason in judged]
+    operation = DropNearDuplicates(op="drop_near_duplicates", threshold=THRESHOLD)
+    context = OperationContext(base_model=folder, base=folder, seed=0, scratch=folder)
+    sketches = [operation.sketch(batch, context) for batch in batches]
+    reasons = [reason for decided in operation.decide(sketches, context) for reason in decided]
     cpu = time.process_time() - started
     dropped = [line["id"] for line, reason in zip(lines, reasons, strict=True) if reason]
     return {"cpu_seconds": round(cpu, 2), "dropped": dropped}

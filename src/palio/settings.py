@@ -18,7 +18,6 @@ from pydantic import PositiveInt
 from palio.config import (
     Competition,
     DatasetRecipe,
-    Decontaminate,
     Entry,
     FinetuneRecipe,
     Isolation,
@@ -163,8 +162,7 @@ def _looked_at(planned: PlannedEntry) -> str:
     dataset = entry.dataset
     sources = dataset.sources if dataset else ()
     seen["sources"] = [source.model_dump(mode="json", exclude_none=True) for source in sources]
-    operations = dataset.operations if dataset else ()
-    seen["instances"] = [one.instances for one in operations if isinstance(one, Decontaminate)]
+    seen["inputs"] = dataset.inputs if dataset else []
     return fingerprint([seen, planned.rules.model_dump(mode="json")])
 
 

@@ -14,7 +14,6 @@ from typing import Any
 from palio.config import (
     BaseModelSource,
     Competition,
-    Decontaminate,
     Entry,
     load_competition,
     load_rules,
@@ -103,8 +102,8 @@ class Workflow:
     def held_against(self, wildcards: Any) -> list[str]:
         """The open stage, where the entry's data must hold none of its instances."""
         entry = self._valid(wildcards)
-        operations = entry.dataset.operations if entry and entry.dataset else ()
-        wanted = any(isinstance(operation, Decontaminate) for operation in operations)
+        inputs = entry.dataset.inputs if entry and entry.dataset else ()
+        wanted = any(given.kind == "open_stage" for _, given in inputs)
         return [str(self.resources.stage_record("open"))] if wanted else []
 
     def program_files(self, wildcards: Any) -> list[str]:

@@ -16,9 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palio.config import DatasetRecipe
+from palio.config import DatasetRecipe, operation_names
 from palio.curation.curate import curate_ahead
-from palio.curation.operations import BY_ALL_ROWS, ROW_BY_ROW
 from palio.errors import BadInput
 from palio.settings import CurateSettings, slice_of
 from tests.support.curation import curate, digests, finished, pairs_of, recipe, write_jsonl
@@ -107,7 +106,7 @@ def of_one_job(
 ) -> dict[str, str]:
     out = tmp_path_factory.mktemp("one") / "dataset"
     manifest = curate(every_operation, out, base_model)
-    assert {one.op for one in manifest.operations} == ROW_BY_ROW.keys() | BY_ALL_ROWS.keys()
+    assert {one.op for one in manifest.operations} == set(operation_names())
     idle = [one.op for one in manifest.operations if not one.changed and one.rows_in == one.rows_out]
     assert not idle, "each operation is to have something to do"
     return digests(out)

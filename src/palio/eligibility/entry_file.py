@@ -15,8 +15,6 @@ from pathlib import Path
 
 from palio.config import (
     ID_PATTERN,
-    Decontaminate,
-    DropSemanticDuplicates,
     Entry,
     Fault,
     RuleSet,
@@ -166,10 +164,9 @@ def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
         for i, source in enumerate(sources)
         if source.path
     ]
+    inputs = entry.dataset.inputs if entry.dataset else []
     brought += [
-        ("data.path", f"dataset.operations.{i}.model", operation.model)
-        for i, operation in enumerate(entry.dataset.operations if entry.dataset else ())
-        if isinstance(operation, DropSemanticDuplicates)
+        ("data.path", f"dataset.{key}", given.path) for key, given in inputs if given.kind == "team_folder"
     ]
     if entry.program:
         brought.append(("program.path", f"{entry.kind}.files", entry.program.files or ""))
@@ -185,14 +182,12 @@ def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
                 why=f"{path} does not lie in {' or '.join(rules.team_folders)}",
                 fix=f"put it into a folder of your team there, {rules.team_folders[0]}/<team>/",
             )
-    for index, operation in enumerate(entry.dataset.operations if entry.dataset else ()):
-        if isinstance(operation, Decontaminate) and not _inside(
-            operation.instances, (str(RESOURCES.open_stage),)
-        ):
+    for key, given in inputs:
+        if given.kind == "open_stage" and not _inside(given.path, (str(RESOURCES.open_stage),)):
             yield Violation(
                 rule="data.path",
-                key=f"dataset.operations.{index}.instances",
-                why=f"{operation.instances} is not the open stage's",
+                key=f"dataset.{key}",
+                why=f"{given.path} is not the open stage's",
                 fix="leave it out: the open stage's instances are the default",
             )
 
