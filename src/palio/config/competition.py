@@ -145,11 +145,11 @@ class Isolation(Strict):
     """Folders that they may read beside `/usr`, `/lib*`, some of `/etc` and Palio's environment, e.g.
     `/opt/cuda`."""
     processes: PositiveInt = 4096
-    """Most processes and threads of a program."""
+    """Maximum number of processes and threads of a program."""
     scratch_gb: PositiveFloat = 4
     """Size in GB of `/tmp` and of `/dev/shm`, which both take memory; raise it for data loading."""
     output_gb: PositiveFloat = 50
-    """Most GB that a training program may write to its output folder, checkpoints included."""
+    """Maximum size in GB of a training program's output folder, checkpoints included."""
 
 
 class Competition(Strict):

@@ -15,7 +15,7 @@ class FinetuneRecipe(Strict):
     method: Literal["lora", "qlora", "full"] = "lora"
     """`lora`; `qlora`, with a 4-bit or 8-bit base model; or `full` fine-tuning."""
     learning_rate: PositiveFloat = 2e-4
-    """Peak learning rate; `full` usually needs about a tenth of what `lora` does."""
+    """Peak learning rate."""
     epochs: PositiveFloat = 1.0
     """Passes over the dataset."""
     max_steps: PositiveInt | None = None

@@ -39,4 +39,4 @@ class ServerProgram(Program):
     """A team's own inference server."""
 
     port: Annotated[int, Field(ge=1024, le=65535)] = 8080
-    """Port that the server listens on, in a network of its own; also given in `PORT`."""
+    """For `server` only: the port it listens on, in a network of its own; also given in `PORT`."""

@@ -46,13 +46,13 @@ class RuleSet(Strict):
     """Patterns of programs, and of models that are not approved base models, whose output may train any
     entry. Every other generator must be an approved base model."""
     max_length: PositiveInt = 2048
-    """Most tokens of prompt and completion together."""
+    """Maximum number of tokens of prompt and completion together."""
     max_entries_per_team: PositiveInt = 3
-    """Most entries of a team in one track."""
+    """Maximum number of entries of a team in one track."""
     network_in_training: bool = False
     """Let `command` entries use the network while they train."""
     max_team_size: PositiveInt | None = None
-    """Most people in a team, counting all its entries; omit for no limit."""
+    """Maximum number of people in a team, counted over its entries; omit for no limit."""
 
     @model_validator(mode="after")
     def _families_exist(self) -> RuleSet:

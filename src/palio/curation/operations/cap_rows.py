@@ -22,7 +22,7 @@ class CapRows(TableOperation):
     per: Literal["source", "answer"] = "answer"
     """What is sampled: each `source`, or each `answer` of a source."""
     rows: PositiveInt
-    """Most rows of each."""
+    """Maximum number of rows of each."""
 
     def sketch(self, batch: Batch, context: OperationContext) -> pa.RecordBatch:
         answers = (same_text(turns[-1]) if self.per == "answer" else "" for turns in batch.turns)

@@ -49,7 +49,7 @@ class DropNearDuplicates(TableOperation):
 
     op: Literal["drop_near_duplicates"]
     threshold: Annotated[float, Field(ge=0.7, le=1)] = 0.85
-    """Least Jaccard index of duplicates, computed exactly."""
+    """Smallest Jaccard index of duplicates, computed exactly."""
 
     def sketch(self, batch: Batch, context: OperationContext) -> pa.RecordBatch:
         """Return the keys of each row's bands, and its words; rows that share a key are candidates."""

@@ -34,7 +34,7 @@ class DropSemanticDuplicates(TableOperation):
     model: str
     """Folder of an embedding model in Hugging Face format, such as all-MiniLM-L6-v2."""
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """Least cosine of duplicates."""
+    """Smallest cosine of duplicates."""
 
     @property
     def inputs(self) -> tuple[Input, ...]:

@@ -22,19 +22,19 @@ class KeepQuality(RowOperation):
 
     op: Literal["keep_quality"]
     min_word_length: Annotated[float, Field(ge=0)] = 3
-    """Least mean characters of a word (Gopher)."""
+    """Smallest mean length of a word in characters (Gopher)."""
     max_word_length: PositiveFloat = 10
-    """Most mean characters of a word (Gopher)."""
+    """Largest mean length of a word in characters (Gopher)."""
     max_symbols: Annotated[float, Field(ge=0)] = 0.1
-    """Most `#` and `…` per word (Gopher)."""
+    """Largest number of `#` and `…` per word (Gopher)."""
     min_alphabetic: Share = 0.8
-    """Least share of words with a letter (Gopher)."""
+    """Smallest share of words with a letter (Gopher)."""
     max_bullets: Share = 0.9
-    """Most share of lines that begin with a bullet (Gopher)."""
+    """Largest share of lines that begin with a bullet (Gopher)."""
     max_repeated_lines: Share = 0.3
-    """Most share of lines that repeat an earlier line of the row (Gopher, FineWeb)."""
+    """Largest share of lines that repeat an earlier line of the row (Gopher, FineWeb)."""
     max_top_words: Share = 0.2
-    """Most share of characters in the most frequent pair of words, if repeated (Gopher)."""
+    """Largest share of characters in the most frequent pair of words, if repeated (Gopher)."""
     refused: tuple[str, ...] = ("lorem ipsum", "javascript is disabled", "terms of use", "use of cookies")
     """Phrases that mark boilerplate of web pages (C4)."""
 

@@ -11,17 +11,17 @@ from palio.curation.rows import FIELDS, Batch
 
 
 class LengthFilter(RowOperation):
-    """Keep rows by the characters of prompt and completion."""
+    """Keep rows by the number of characters of prompt and completion."""
 
     op: Literal["length_filter"]
     min_prompt: NonNegativeInt = 1
-    """Fewest characters of the prompt."""
+    """Minimum number of characters of the prompt."""
     max_prompt: PositiveInt = 8000
-    """Most characters of the prompt."""
+    """Maximum number of characters of the prompt."""
     min_completion: NonNegativeInt = 1
-    """Fewest characters of the completion."""
+    """Minimum number of characters of the completion."""
     max_completion: PositiveInt = 4000
-    """Most characters of the completion."""
+    """Maximum number of characters of the completion."""
 
     def apply(self, batch: Batch, context: OperationContext) -> Verdict:
         reasons: Reasons = []

@@ -17,13 +17,13 @@ from palio.curation.rows import Batch, Turns
 
 
 class TokenLength(RowOperation):
-    """Keep rows by their tokens, prompt and completion together, of the base model's tokenizer."""
+    """Keep rows by their tokens, prompt and completion together, counted by the base model's tokenizer."""
 
     op: Literal["token_length"]
     min: NonNegativeInt = 1
-    """Fewest tokens."""
+    """Minimum number of tokens."""
     max: PositiveInt = 2048
-    """Most tokens."""
+    """Maximum number of tokens."""
 
     @property
     def inputs(self) -> tuple[Input, ...]:
