@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from typing import Literal
 
 from palio.config import Competition, Entry, entry_files, expand, load_entry
 from palio.errors import BadInput, PalioError
+from palio.heartbeat import Heartbeat, heartbeat_file, read_heartbeat
 from palio.operating import slurm
 from palio.operating.attempt import Attempt, read_attempts
 from palio.training.ledger import charged, read_ledger
@@ -171,7 +171,8 @@ def _step(step: str, at: _Place) -> StepStatus:
         known = replace(known, node=last.node, job=last.job, started=last.started, seconds=seconds)
     if last and last.state is None and _alive(last, job, at):
         heard = log.stat().st_mtime if log.exists() else last.started
-        return replace(known, state="running", ends=_end(log, at.now, used, budget), heard=heard)
+        heartbeat = read_heartbeat(heartbeat_file(at.folder, step), since=last.started)
+        return replace(known, state="running", ends=_end(heartbeat, at.now, used, budget), heard=heard)
     ending = job is not None and last is not None and last.job == job.id and last.state is not None
     if job and not ending:
         why = job.reason if job.state == "PENDING" else f"starting on {job.reason}"
@@ -242,19 +243,10 @@ def _newest(folder: Path, pattern: str) -> Path | None:
     return max(folder.glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
 
 
-_PROGRESS = re.compile(r"step (\d+)/(\d+) |(\d+) of (\d+) HELM runs done")
-
-
-def _end(log: Path, now: float, used: float | None, budget: float | None) -> float | None:
-    """From the last line of progress in the log: what is left takes as long as what is done, per unit."""
+def _end(heartbeat: Heartbeat | None, now: float, used: float | None, budget: float | None) -> float | None:
+    """When a running step ends at its own rate, at the latest with its budget."""
     if budget is None:
         return None
-    left = budget - (used or 0.0)
-    found = (
-        list(_PROGRESS.finditer(log.read_text(encoding="utf-8", errors="replace"))) if log.exists() else []
-    )
-    if found and used:
-        done, total = (int(number) for number in found[-1].groups() if number)
-        if done:
-            left = min(left, used * (total - done) / done)
-    return now + max(0.0, left)
+    latest = now + max(0.0, budget - (used or 0.0))
+    expected = heartbeat.expected_end if heartbeat else None
+    return latest if expected is None else min(latest, max(now, expected))
