@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -68,12 +69,7 @@ def prepare_stage(runs: StageRuns, out: Path) -> StageInstances:
         {
             "entries": entries,
             "runs": [
-                {
-                    "scenario": plan.scenario,
-                    "run": plan.run,
-                    "instances": len(plan.instances),
-                    "requests": plan.requests,
-                }
+                asdict(PlannedRun(plan.scenario, plan.run, len(plan.instances), plan.requests))
                 for plan in plans
             ],
         },
@@ -120,16 +116,16 @@ def _others_can_read(path: Path) -> bool:
 
 
 def fetch_data(runs: StageRuns, source: Path | None = None) -> dict[str, str]:
-    """Bring all data that a stage reads into its store, so that nothing after it needs a network.
+    """Bring all data that a stage reads into its store, so that no later step needs a network.
 
-    `source`: a folder with what was downloaded elsewhere, in the layout of HELM's caches:
-    <scenario>/… and perturbations/…; what is not in it is downloaded by HELM.
+    `source`: a folder of downloads made elsewhere, in the layout of HELM's caches: <scenario>/… and
+    perturbations/…; HELM downloads what is not in it.
 
     Returns:
         sha256 of every file by its path in the store's data/; also written to data.json.
 
     Raises:
-        BadInput: data is neither there nor can be downloaded, or as `make_store`.
+        BadInput: data is missing and cannot be downloaded, or as `make_store`.
     """
     make_store(runs)
     data = runs.store / "data"
@@ -159,6 +155,17 @@ def _verify_data(store: Path) -> None:
         raise BadInput(store / "data" / changed[0], "", None, fix)
 
 
+@dataclass(frozen=True)
+class PlannedRun:
+    """A HELM run of a prepared stage: counts, no texts."""
+
+    scenario: str
+    run: str
+    instances: int
+    requests: int
+    """One per instance and perturbation of it, or per answer choice."""
+
+
 class StagePlan:
     """The runs of a prepared stage, as `evaluate` needs them."""
 
@@ -166,16 +173,16 @@ class StagePlan:
         content = json.loads((store / "runs.json").read_text(encoding="utf-8"))
         self.entries: dict[str, list[str]] = content["entries"]
         self.data = store / "data"
-        self.runs: list[dict[str, str | int]] = content["runs"]
+        self.runs = [PlannedRun(**run) for run in content["runs"]]
 
     @property
     def requests(self) -> int:
-        return sum(int(run["requests"]) for run in self.runs)
+        return sum(run.requests for run in self.runs)
 
 
 def planned_requests(runs: StageRuns) -> int:
     """Requests of a prepared stage; of one that is not, its budget, which leaves out perturbed inputs."""
     if (runs.store / "runs.json").exists():
         return StagePlan(runs.store).requests
-    descriptions = [one for of in stage_entries(runs).values() for one in of]
-    return sum(int(re.findall(r"max_eval_instances=(\d+)", one)[0]) for one in descriptions)
+    descriptions = [entry for entries in stage_entries(runs).values() for entry in entries]
+    return sum(int(re.findall(r"max_eval_instances=(\d+)", entry)[0]) for entry in descriptions)
