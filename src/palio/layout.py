@@ -81,9 +81,9 @@ class StageStore(Folder):
     data = At("data")  # downloads in the layout of HELM's caches: scenarios/ and perturbations/
     data_digests = At("data.json")  # sha256 of every file in data/
 
-    def dry_run(self, key: str) -> Path:
+    def dry_run(self, key: str) -> HelmFolder:
         """HELM's dry run of one set of run entries."""
-        return self.path / "helm" / key
+        return HelmFolder(self.path / "helm" / key)
 
 
 class ClosedStore(Folder):

@@ -31,6 +31,7 @@ from palio.evaluation.scenarios import (
     summary_metric_specs,
 )
 from palio.evaluation.stage import prepare_stage
+from palio.layout import HelmFolder
 from palio.provenance import fingerprint
 from palio.settings import ScenarioRuns, StageRuns
 
@@ -272,11 +273,12 @@ def test_summaries_and_mathematics_are_scored_offline(
         "MATH": ["palio_math:subject=algebra,level=1"],
     }
     entries = stage_entries(stage_of(tmp_path, runs))
-    write_helm_folder(tmp_path / "helm", entries, tmp_path / "data")  # HELM's toy model, which echoes words
-    assert run_helm(tmp_path / "helm", threads=1).code == 0
+    folder = HelmFolder(tmp_path / "helm")
+    write_helm_folder(folder, entries, tmp_path / "data")  # HELM's toy model, which echoes words
+    assert run_helm(folder, threads=1).code == 0
     values = {
         (run.scenario, row["metric"]): row["value"]
-        for run in run_folders(tmp_path / "helm")
+        for run in run_folders(folder)
         for row in statistics(run)
         if row["split"] == "test"
     }

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from palio.cli import palio
 from palio.config import load_competition
 from palio.errors import BadInput, Crashed, Interrupted, NotRetried, PalioError, State
+from palio.heartbeat import HeartbeatWriter
 from palio.layout import EntryFolder, Results
 from palio.operating import controller
 from palio.operating.attempt import RUN_VARIABLE, Attempt, attempt, read_attempts, refusal, set_aside
@@ -187,9 +188,9 @@ def test_status_tells_every_state(folder: WorkingFolder, monkeypatch: pytest.Mon
         {"event": "beat", "attempt": "1", "seconds": 55},
     ]
     ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (done / "logs").mkdir()
-    (done / "logs/finetune.log").write_text("step 10/40 loss 1.0\n")
-    with attempt("finetune", EntryFolder.at(done)):
+    folder_of_step = EntryFolder.at(done)
+    with attempt("finetune", folder_of_step):
+        HeartbeatWriter(folder_of_step.heartbeat("finetune"), 40, "steps").beat(10, used_seconds=60)
         status = competition_status(load_competition(Path("config/config.yaml")), Results())
     found = {(entry.entry, step.step): step for entry in status.entries for step in entry.steps}
     assert found["curated", "curate"].state == "done"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from typing import Literal
 from palio.config import Competition
 from palio.entries import BrokenEntry, Entries
 from palio.errors import PalioError
+from palio.heartbeat import Heartbeat, read_heartbeat
 from palio.layout import EntryFolder, HelmFolder, Results, TrainingFolder, stage_named
 from palio.operating import slurm
 from palio.operating.attempt import Attempt, read_attempts
@@ -132,7 +132,8 @@ def _step(step: Step, source: _Source) -> StepStatus:
         known = replace(known, node=last.node, job=last.job, started=last.started, seconds=seconds)
     if last and last.state is None and _alive(last, job, source):
         heard = log.stat().st_mtime if log.exists() else last.started
-        return replace(known, state="running", ends=_end(log, source.now, used, budget), heard=heard)
+        heartbeat = read_heartbeat(folder.heartbeat(name), since=last.started)
+        return replace(known, state="running", ends=_end(heartbeat, source.now, used, budget), heard=heard)
     ending = job is not None and last is not None and last.job == job.id and last.state is not None
     if job and not ending:
         why = job.reason if job.state == "PENDING" else f"starting on {job.reason}"
@@ -200,19 +201,10 @@ def _newest(folder: Path, name: str) -> Path | None:
     return max(folder.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime, default=None)
 
 
-_PROGRESS = re.compile(r"step (\d+)/(\d+) |(\d+) of (\d+) HELM runs done")
-
-
-def _end(log: Path, now: float, used: float | None, budget: float | None) -> float | None:
-    """From the last line of progress in the log: what is left takes as long as what is done, per unit."""
+def _end(heartbeat: Heartbeat | None, now: float, used: float | None, budget: float | None) -> float | None:
+    """When a running step ends at its own rate, at the latest with its budget."""
     if budget is None:
         return None
-    left = budget - (used or 0.0)
-    found = (
-        list(_PROGRESS.finditer(log.read_text(encoding="utf-8", errors="replace"))) if log.exists() else []
-    )
-    if found and used:
-        done, total = (int(number) for number in found[-1].groups() if number)
-        if done:
-            left = min(left, used * (total - done) / done)
-    return now + max(0.0, left)
+    latest = now + max(0.0, budget - (used or 0.0))
+    expected = heartbeat.expected_end if heartbeat else None
+    return latest if expected is None else min(latest, max(now, expected))

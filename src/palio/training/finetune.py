@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from palio.config import FinetuneRecipe
 from palio.errors import BadInput, Crashed, Interrupted, OutOfMemory, TimeLimit
+from palio.heartbeat import HeartbeatWriter
 from palio.layout import TrainingFolder
 from palio.provenance import atomic_path, library_versions
 from palio.records import AdapterManifest
@@ -92,6 +93,7 @@ class _Training:
         self.tokens = 0
         self.slowest = {"step": 0.0, "save": 0.0, "validation": 0.0}  # seconds
         self.tell: Tell = lambda row: None
+        self.heartbeat_file = step.folder.heartbeat("finetune")
 
     def run(self, base_model: str) -> Trained:
         """Train to the end or to the budget, and save."""
@@ -201,6 +203,7 @@ class _Training:
     def _train(
         self, trainer: Trainer, ledger: Ledger, caught: set[int]
     ) -> Literal["finished", "budget_reached"]:
+        heartbeat = HeartbeatWriter(self.heartbeat_file, trainer.steps, "steps")
         with progress(trainer.steps, trainer.step) as show:
             patience = self.recipe.patience or math.inf
             while trainer.step < trainer.steps and self.validations_since_best < patience:
@@ -217,6 +220,7 @@ class _Training:
                     ) from None
                 self._note(report, ledger)
                 show(report, ledger.left())
+                heartbeat.beat(report.step, ledger.used())
                 due = trainer.step % self.recipe.save_steps == 0
                 if due:
                     self._validate(trainer)
