@@ -10,8 +10,8 @@ import pytest
 from palio.errors import Crashed, RuleViolation, State
 from palio.evaluation.helm import error_class, log_error
 from palio.evaluation.stage import prepare_stage
-from palio.heartbeat import heartbeat_file, read_heartbeat
-from palio.layout import HelmFolder
+from palio.heartbeat import read_heartbeat
+from palio.layout import EntryFolder, HelmFolder
 from palio.records import ProbeReport, StageRecord, read_record
 from palio.settings import StageRuns
 from tests.support.entry import packaged_entry, run_stage, scenario
@@ -74,7 +74,7 @@ def test_the_limit_stops_the_asking_and_a_rerun_asks_only_the_rest(
     shown = capfd.readouterr().err
     assert "of 44 requests answered, " in shown
     assert f" of {limit} s used, end expected at " in shown
-    heartbeat = read_heartbeat(heartbeat_file(entry_dir, "open"), since=0)
+    heartbeat = read_heartbeat(EntryFolder.at(entry_dir).heartbeat("open"), since=0)
     assert heartbeat is not None
     assert (heartbeat.done, heartbeat.total) == (SMALL + 6, SMALL + LARGE)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from palio.heartbeat import HeartbeatWriter, heartbeat_file, read_heartbeat
+from palio.heartbeat import HeartbeatWriter, read_heartbeat
+from palio.layout import EntryFolder
 
 
 def test_what_is_left_takes_as_long_as_what_is_done(tmp_path: Path) -> None:
-    path = heartbeat_file(tmp_path, "finetune")
+    path = EntryFolder.at(tmp_path).heartbeat("finetune")
     HeartbeatWriter(path, 40, "steps").beat(10, used_seconds=60)
     heartbeat = read_heartbeat(path, since=0)
     assert heartbeat is not None
@@ -20,7 +21,7 @@ def test_what_is_left_takes_as_long_as_what_is_done(tmp_path: Path) -> None:
 
 
 def test_nothing_is_expected_before_the_first_unit_is_done(tmp_path: Path) -> None:
-    path = heartbeat_file(tmp_path, "open")
+    path = EntryFolder.at(tmp_path).heartbeat("open")
     HeartbeatWriter(path, 40, "requests").beat(0, used_seconds=60)
     heartbeat = read_heartbeat(path, since=0)
     assert heartbeat is not None
@@ -28,7 +29,7 @@ def test_nothing_is_expected_before_the_first_unit_is_done(tmp_path: Path) -> No
 
 
 def test_beats_within_a_second_are_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = heartbeat_file(tmp_path, "finetune")
+    path = EntryFolder.at(tmp_path).heartbeat("finetune")
     heartbeat = HeartbeatWriter(path, 40, "steps")
     for step in (1, 2, 3):
         heartbeat.beat(step, used_seconds=step)
@@ -39,7 +40,7 @@ def test_beats_within_a_second_are_one_write(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_heartbeat_of_an_earlier_attempt_is_not_read(tmp_path: Path) -> None:
-    path = heartbeat_file(tmp_path, "finetune")
+    path = EntryFolder.at(tmp_path).heartbeat("finetune")
     HeartbeatWriter(path, 40, "steps").beat(10, used_seconds=60)
     assert read_heartbeat(path, since=time.time() + 1) is None
 
@@ -52,5 +53,5 @@ def test_a_heartbeat_of_another_version_is_not_read(tmp_path: Path) -> None:
 
 def test_a_heartbeat_that_cannot_be_written_does_not_hurt_the_step(tmp_path: Path) -> None:
     (tmp_path / "work").write_text("a file where a folder should be")
-    HeartbeatWriter(heartbeat_file(tmp_path, "finetune"), 40, "steps").beat(1, used_seconds=1)
-    assert read_heartbeat(heartbeat_file(tmp_path, "finetune"), since=0) is None
+    HeartbeatWriter(EntryFolder.at(tmp_path).heartbeat("finetune"), 40, "steps").beat(1, used_seconds=1)
+    assert read_heartbeat(EntryFolder.at(tmp_path).heartbeat("finetune"), since=0) is None

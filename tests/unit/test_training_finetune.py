@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from palio.config import FinetuneRecipe
 from palio.errors import BadInput, Crashed
-from palio.heartbeat import heartbeat_file, read_heartbeat
+from palio.heartbeat import read_heartbeat
 from palio.provenance import folder_sha256
 from palio.quantization import evaluation_mode
 from palio.records import AdapterManifest, read_record
@@ -57,7 +57,7 @@ def test_training_leaves_adapter_telemetry_and_manifest_that_agree(entry: Entry)
 
 def test_training_writes_how_far_it_is(entry: Entry) -> None:
     entry.finetune(max_steps=2)
-    heartbeat = read_heartbeat(heartbeat_file(entry.folder, "finetune"), since=0)
+    heartbeat = read_heartbeat(entry.at.heartbeat("finetune"), since=0)
     assert heartbeat is not None
     assert 1 <= heartbeat.done <= heartbeat.total == 2
     assert heartbeat.used_seconds > 0
