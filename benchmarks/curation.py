@@ -126,7 +126,7 @@ def near_alone(folder: Path) -> dict[str, Any]:
 
     started = time.process_time()
     settings = DropNearDuplicates(op="drop_near_duplicates", threshold=THRESHOLD)
-    around = Surroundings(base_model=folder, base=folder, seed=0, scratch=folder)
+    around = Surroundings(base_model=folder, team_folders=(), seed=0, scratch=folder)
     notes = [signatures(settings, batch, around) for batch in batches]
     reasons = [reason for judged in near_duplicates(settings, notes, around) for reason in judged]
     cpu = time.process_time() - started

@@ -36,12 +36,14 @@ rule curate_dataset:
         competition=W.competition.competition,
         recipe=W.dataset_recipe,
         base_model=lambda wildcards: f"resources/base_models/{W.base_model_id(wildcards)}",
+        team_folders=[f"--team-folder={folder}" for folder in W.rules.team_folders],
         ahead=[],
     shell:
         "exec palio curate {params.recipe:q}"
         " --competition-id {params.competition}"
         " --entry-dir results/{wildcards.track}/{wildcards.entry}"
         " --base-model {params.base_model:q}"
+        " {params.team_folders:q}"
         " --workers {threads}"
         " --shards {resources.shards}"
         " {params.ahead:q}"

@@ -167,6 +167,10 @@ def demo_data(out: Path, seed: int) -> None:
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
 @click.option("--competition-id", default="none", show_default=True, help="The competition's id.")
 @click.option(
+    "--team-folder", "team_folders", type=ExistingPath, multiple=True,
+    help="Folder that the team's files must lie below, through no link; may be repeated.",
+)  # fmt: skip
+@click.option(
     "--shard", metavar="I-of-N", help="Only work ahead: on this share of the rows, while it can alone."
 )
 @click.option(
@@ -183,6 +187,7 @@ def curate(
     limit: int | None,
     workers: int,
     competition_id: str,
+    team_folders: tuple[Path, ...],
     shard: str | None,
     join: int | None,
     shards: int,
@@ -216,7 +221,14 @@ def curate(
         try:
             share = shard_of(shard) if shard else None
             curate_ahead(
-                recipe, base_model=model, entry=name, work=work, shard=share, join=join or 0, workers=workers
+                recipe,
+                base_model=model,
+                entry=name,
+                work=work,
+                shard=share,
+                join=join or 0,
+                team_folders=team_folders,
+                workers=workers,
             )
         except PalioError as fault:
             # The run that is to find this done meets the same, and its word is on record.
@@ -233,6 +245,7 @@ def curate(
             competition=competition_id,
             track=track,
             entry=name,
+            team_folders=team_folders,
             out=out or entry_dir / "dataset",  # type: ignore[operator]  # one of them is given
             work=work,
             limit=limit,

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from palio.base_model import weight_files
 from palio.config import (
     DatasetRecipe,
     Decontaminate,
@@ -35,7 +36,8 @@ from palio.curation.rows import Surroundings
 from palio.curation.step import Step
 from palio.curation.store import Pool, Stored, Tick, batch_file, pool, unheard
 from palio.errors import BadInput
-from palio.provenance import file_sha256, fingerprint, folder_sha256, write_text
+from palio.incoming import Incoming
+from palio.provenance import file_sha256, fingerprint, write_text
 from palio.records import DatasetManifest, OperationReport
 
 RECIPE_VERSION = "3"
@@ -53,7 +55,7 @@ def curate_dataset(
     track: str,
     entry: str,
     out: Path,
-    base: Path = Path(),
+    team_folders: Sequence[Path] = (),
     work: Path | None = None,
     limit: int | None = None,
     workers: int = 1,
@@ -63,7 +65,8 @@ def curate_dataset(
 
     Args:
         base_model: model folder of the entry's base model, for its tokenizer.
-        base: folder that paths in the recipe are relative to.
+        team_folders: folders below which the team's files must lie, through no link; without them only a
+            source itself and what is in it may not be a link.
         work: folder of the intermediate files, kept for reruns; default: work/curate beside `out`.
         limit: rows to read of each source, for a preview; omit to read all.
         workers: processes that work on batches; no part of the result.
@@ -71,10 +74,11 @@ def curate_dataset(
 
     Raises:
         BadInput: a source is absent or broken, too much of it is malformed, or no row is left.
+        RuleViolation: a file of the team is outside the team folders, or a link.
     """
     work = work or out.parent / "work" / "curate"
-    sources = read_sources(recipe, base, work, limit, RECIPE_VERSION, progress)
-    steps = _steps(recipe, sources, base_model, base, work)
+    sources = read_sources(recipe, team_folders, work, limit, RECIPE_VERSION, progress)
+    steps = _steps(recipe, sources, base_model, team_folders, work)
     with pool(workers) as processes:
         reports = _carry_out(steps, sources, processes, entry, progress)
 
@@ -111,7 +115,7 @@ def curate_ahead(
     work: Path,
     shard: tuple[int, int] | None = None,
     join: int = 0,
-    base: Path = Path(),
+    team_folders: Sequence[Path] = (),
     workers: int = 1,
 ) -> None:
     """Do a part of `curate_dataset` ahead of it, in the same work folder.
@@ -122,11 +126,11 @@ def curate_ahead(
         join: without a shard: 0 reads the sources, n judges the nth operation that must see all rows.
 
     Raises:
-        BadInput: as `curate_dataset`.
+        BadInput, RuleViolation: as `curate_dataset`.
     """
-    found = find_sources(recipe, base, work, RECIPE_VERSION)
-    sources = found or read_sources(recipe, base, work, None, RECIPE_VERSION, _silent)
-    steps = _steps(recipe, sources, base_model, base, work)
+    found = find_sources(recipe, work, RECIPE_VERSION)
+    sources = found or read_sources(recipe, team_folders, work, None, RECIPE_VERSION, _silent)
+    steps = _steps(recipe, sources, base_model, team_folders, work)
     with pool(workers) as processes:
         if shard:
             number, shards = shard
@@ -136,8 +140,10 @@ def curate_ahead(
             _judge(by_all[-1], sources.batches, processes)
 
 
-def _steps(recipe: DatasetRecipe, sources: Sources, base_model: Path, base: Path, work: Path) -> list[Step]:
-    around = Surroundings(base_model=base_model, base=base, seed=recipe.seed, scratch=work)
+def _steps(
+    recipe: DatasetRecipe, sources: Sources, base_model: Path, team_folders: Sequence[Path], work: Path
+) -> list[Step]:
+    around = Surroundings(base_model=base_model, team_folders=team_folders, seed=recipe.seed, scratch=work)
     steps: list[Step] = []
     rows, key = sources.folder, sources.key
     for place, operation in enumerate(recipe.operations):
@@ -151,16 +157,18 @@ def _steps(recipe: DatasetRecipe, sources: Sources, base_model: Path, base: Path
 def _content(operation: Operation, around: Surroundings) -> str | None:
     """Digest of a file that decides the operation's result beside its settings."""
     if isinstance(operation, Decontaminate):
-        path = around.base / operation.instances
+        path = Path(operation.instances)
         if not path.is_file():
             raise BadInput(path, "", None, "no such table of instances; prepare the open stage first")
         return file_sha256(path)
     if isinstance(operation, DropSemanticDuplicates):
-        model = around.base / operation.model
-        if not (model / "config.json").is_file():
-            fix = "no model in this folder; give one in Hugging Face format"
-            raise BadInput("dataset", "drop_semantic_duplicates.model", str(model), fix)
-        return fingerprint(folder_sha256(model))
+        model = Incoming.locate(Path(operation.model), around.team_folders)
+        folder = model.root / model.name
+        # Of an adapter, transformers would load the base model from wherever its config says.
+        if (folder / "adapter_config.json").exists() or not weight_files(folder):
+            fix = "no model with safetensors weights in this folder; give one in Hugging Face format"
+            raise BadInput("dataset", "drop_semantic_duplicates.model", operation.model, fix)
+        return model.sha256()
     if isinstance(operation, TokenLength):
         files = sorted(around.base_model.glob("token*"))
         if not files:

@@ -83,8 +83,8 @@ class Surroundings:
 
     base_model: Path
     """Model folder of the entry's base model, for its tokenizer."""
-    base: Path
-    """Folder that paths in the recipe are relative to."""
+    team_folders: Sequence[Path]
+    """Folders below which the team's files lie."""
     seed: int
     scratch: Path
     """Folder for files that go with the operation."""

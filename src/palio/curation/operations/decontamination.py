@@ -17,7 +17,7 @@ def _index(instances: Path, written: int, ngram: int) -> InstanceIndex:
 
 
 def decontaminate(settings: Decontaminate, batch: Batch, around: Surroundings) -> Verdict:
-    path = around.base / settings.instances
+    path = Path(settings.instances)
     index = _index(path, path.stat().st_mtime_ns, settings.ngram)
     reasons: Reasons = []
     for found in index.found_in(batch.table):

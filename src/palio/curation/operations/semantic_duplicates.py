@@ -69,7 +69,7 @@ def _embedder(folder: Path) -> _Embedder:
 def embeddings(settings: DropSemanticDuplicates, batch: Batch, around: Surroundings) -> pa.RecordBatch:
     """Of what the user says in each row."""
     texts = ["\n".join(turns[FIELDS["prompt"]]) for turns in batch.turns]
-    vectors = [row for part in _embedder(around.base / settings.model).vectors(texts) for row in part]
+    vectors = [row for part in _embedder(Path(settings.model)).vectors(texts) for row in part]
     return pa.record_batch({"vector": pa.array(vectors, pa.list_(pa.float32())), "id": batch.table["id"]})
 
 
