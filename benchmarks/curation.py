@@ -126,7 +126,7 @@ def near_alone(folder: Path) -> dict[str, Any]:
 
     started = time.process_time()
     operation = DropNearDuplicates(op="drop_near_duplicates", threshold=THRESHOLD)
-    context = OperationContext(base_model=folder, base=folder, seed=0, scratch=folder)
+    context = OperationContext(base_model=folder, team_folders=(), seed=0, scratch=folder)
     sketches = [operation.sketch(batch, context) for batch in batches]
     reasons = [reason for decided in operation.decide(sketches, context) for reason in decided]
     cpu = time.process_time() - started

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ import yaml
 
 from palio.config import REVISION_PATTERN, BaseModelSource, expand
 from palio.errors import BadInput, Crashed
+from palio.incoming import shard_names
 from palio.layout import BaseModelFolder
 from palio.provenance import file_sha256, folder_sha256
 from palio.records import BaseModelManifest, read_record
@@ -67,12 +67,12 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that hold the model of `folder`; empty if one of them is absent."""
+    """Names of the safetensors files that hold the model of `folder`; empty if one of them is absent.
+
+    Raises RuleViolation if its index names a file elsewhere.
+    """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+    names = shard_names(index, index.read_bytes()) if index.is_file() else ["model.safetensors"]
     return names if all((folder / name).is_file() for name in names) else []
 
 

@@ -170,6 +170,8 @@ class CurateSettings(StepSettings):
     dataset: DatasetRecipe
     base_model_id: str
     """Its tokenizer counts tokens."""
+    team_folders: tuple[str, ...]
+    """Folders below which the team's files must lie, through no link."""
 
     @classmethod
     def of(cls, planned: PlannedEntry, step: str) -> Self:
@@ -180,6 +182,7 @@ class CurateSettings(StepSettings):
             competition_id=planned.competition.competition,
             dataset=entry.dataset,
             base_model_id=planned.base_model_id,
+            team_folders=planned.rules.team_folders,
         )
 
 

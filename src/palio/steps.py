@@ -57,6 +57,7 @@ def curate(folder: EntryFolder, settings: CurateSettings, options: RunOptions) -
         manifest = curate_dataset(
             settings.dataset,
             base_model=RESOURCES.base_model(settings.base_model_id).model,
+            team_folders=[Path(folder) for folder in settings.team_folders],
             competition=settings.competition_id,
             track=folder.track_id,
             entry=folder.entry_id,
@@ -84,6 +85,7 @@ def curate_ahead(
         work_ahead(
             settings.dataset,
             base_model=RESOURCES.base_model(settings.base_model_id).model,
+            team_folders=[Path(folder) for folder in settings.team_folders],
             entry=folder.entry_id,
             work=folder.curation,
             shard=shard,

@@ -119,12 +119,12 @@ def test_a_second_list_of_steps_is_found() -> None:
 
 LEVELS = (
     {"errors", "layout"},
-    {"provenance"},
+    {"provenance", "incoming"},
     {"config"},
     {"records", "entries"},
     {"settings"},
     {"pipeline"},
-    {"base_model", "quantization", "sandbox", "demo", "heartbeat"},
+    {"base_model", "quantization", "sandbox", "demo", "heartbeat", "gpu", "tensors"},
     {"curation", "training", "packaging", "serving", "evaluation", "eligibility", "scoring", "report"},
     {"neurips2023", "release", "operating", "participant", "workflow", "steps"},
     {"cli"},

@@ -211,7 +211,9 @@ def test_what_a_shard_cannot_do_is_left_to_the_run_that_tells_why(tmp_path: Path
     """Of a broken source the jobs ahead say so in their logs and end well: the last one puts it on record."""
     entry_dir = tmp_path / "results/laptop/civetta"
     given = recipe([{"path": str(tmp_path / "gone.jsonl")}], "drop_exact_duplicates")
-    settings = CurateSettings(competition_id="demo", dataset=given, base_model_id="none")
+    settings = CurateSettings(
+        competition_id="demo", dataset=given, base_model_id="none", team_folders=(str(tmp_path),)
+    )
     arguments = ["step", "curate", str(entry_dir), "--settings", slice_of(settings)]
     ends = []
     for ahead in (["--join", "0"], ["--shard", "1-of-2"], ["--join", "1"], []):

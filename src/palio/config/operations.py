@@ -31,14 +31,12 @@ GROUP = "palio.operations"
 class Input(NamedTuple):
     """Data that decides an operation's result beside its settings."""
 
-    kind: Literal["open_stage", "team_folder", "tokenizer"]
-    """`open_stage`: the table of the open stage's instances; `team_folder`: a folder that the team brings;
+    kind: Literal["open_stage", "model_folder", "tokenizer"]
+    """`open_stage`: the table of the open stage's instances; `model_folder`: a model that the team brings;
     `tokenizer`: the base model's."""
     key: str = ""
     """The setting that holds the path; empty for the tokenizer."""
     path: str = ""
-    contains: str = ""
-    """A file that a team's folder must contain."""
 
 
 class Operation(Strict):

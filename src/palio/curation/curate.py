@@ -21,7 +21,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from palio.config import DatasetRecipe, Input
+from palio.base_model import weight_files
+from palio.config import (
+    DatasetRecipe,
+    Input,
+)
 from palio.curation.card import card
 from palio.curation.dataset import write_dropped, write_shuffled
 from palio.curation.operations import OperationContext
@@ -29,8 +33,9 @@ from palio.curation.reading import Progress, Sources, find_sources, read_sources
 from palio.curation.step import Step
 from palio.curation.store import Pool, Stored, Tick, batch_file, pool, unheard
 from palio.errors import BadInput
+from palio.incoming import Incoming
 from palio.layout import DatasetFolder
-from palio.provenance import file_sha256, fingerprint, folder_sha256, write_text
+from palio.provenance import file_sha256, fingerprint, write_text
 from palio.records import DatasetManifest, OperationReport
 
 RECIPE_VERSION = "3"
@@ -48,7 +53,7 @@ def curate_dataset(
     track: str,
     entry: str,
     out: Path,
-    base: Path = Path(),
+    team_folders: Sequence[Path] = (),
     work: Path | None = None,
     limit: int | None = None,
     workers: int = 1,
@@ -58,7 +63,8 @@ def curate_dataset(
 
     Args:
         base_model: model folder of the entry's base model, for its tokenizer.
-        base: folder that paths in the recipe are relative to.
+        team_folders: folders below which the team's files must lie, through no link; without them only a
+            source itself and what is in it may not be a link.
         work: folder of the intermediate files, kept for reruns; default: in `out`.
         limit: rows to read of each source, for a preview; omit to read all.
         workers: processes that work on batches; no part of the result.
@@ -66,11 +72,12 @@ def curate_dataset(
 
     Raises:
         BadInput: a source is absent or broken, too much of it is malformed, or no row is left.
+        RuleViolation: a file of the team is outside the team folders, or a link.
     """
     folder = DatasetFolder(out)
     work = work or folder.work
-    sources = read_sources(recipe, base, work, limit, RECIPE_VERSION, progress)
-    steps = _steps(recipe, sources, base_model, base, work)
+    sources = read_sources(recipe, team_folders, work, limit, RECIPE_VERSION, progress)
+    steps = _steps(recipe, sources, base_model, team_folders, work)
     with pool(workers) as processes:
         reports = _carry_out(steps, sources, processes, entry, progress)
 
@@ -107,7 +114,7 @@ def curate_ahead(
     work: Path,
     shard: tuple[int, int] | None = None,
     join: int = 0,
-    base: Path = Path(),
+    team_folders: Sequence[Path] = (),
     workers: int = 1,
 ) -> None:
     """Do a part of `curate_dataset` ahead of it, in the same work folder.
@@ -118,11 +125,11 @@ def curate_ahead(
         join: without a shard: 0 reads the sources, n decides for the nth operation that needs all rows.
 
     Raises:
-        BadInput: as `curate_dataset`.
+        BadInput, RuleViolation: as `curate_dataset`.
     """
-    found = find_sources(recipe, base, work, RECIPE_VERSION)
-    sources = found or read_sources(recipe, base, work, None, RECIPE_VERSION, _silent)
-    steps = _steps(recipe, sources, base_model, base, work)
+    found = find_sources(recipe, work, RECIPE_VERSION)
+    sources = found or read_sources(recipe, team_folders, work, None, RECIPE_VERSION, _silent)
+    steps = _steps(recipe, sources, base_model, team_folders, work)
     with pool(workers) as processes:
         if shard:
             number, shards = shard
@@ -132,8 +139,12 @@ def curate_ahead(
             _decide(needing_all[-1], sources.batches, processes)
 
 
-def _steps(recipe: DatasetRecipe, sources: Sources, base_model: Path, base: Path, work: Path) -> list[Step]:
-    context = OperationContext(base_model=base_model, base=base, seed=recipe.seed, scratch=work)
+def _steps(
+    recipe: DatasetRecipe, sources: Sources, base_model: Path, team_folders: Sequence[Path], work: Path
+) -> list[Step]:
+    context = OperationContext(
+        base_model=base_model, team_folders=team_folders, seed=recipe.seed, scratch=work
+    )
     steps: list[Step] = []
     rows, key = sources.folder, sources.key
     for index, operation in enumerate(recipe.operations):
@@ -150,6 +161,7 @@ def _digest(op: str, given: Input, context: OperationContext) -> str:
 
     Raises:
         BadInput: there is no such input.
+        RuleViolation: a file of the team is outside the team folders, or a link.
     """
     if given.kind == "tokenizer":
         files = sorted(context.base_model.glob("token*"))
@@ -158,15 +170,18 @@ def _digest(op: str, given: Input, context: OperationContext) -> str:
                 context.base_model, "", None, f"has no tokenizer for {op}; fetch the base model first"
             )
         return fingerprint({path.name: file_sha256(path) for path in files})
-    path = context.base / given.path
+    path = Path(given.path)
     if given.kind == "open_stage":
         if not path.is_file():
             raise BadInput(path, "", None, "no such table of instances; prepare the open stage first")
         return file_sha256(path)
-    if not (path / given.contains).exists():
-        fix = f"give a folder that contains {given.contains}" if given.contains else "no such folder"
-        raise BadInput("dataset", f"{op}.{given.key}", str(path), fix)
-    return fingerprint(folder_sha256(path))
+    model = Incoming.locate(path, context.team_folders)
+    folder = model.root / model.name
+    # Given an adapter, transformers would load the base model from wherever its config says.
+    if (folder / "adapter_config.json").exists() or not weight_files(folder):
+        fix = "no model with safetensors weights in this folder; give one in Hugging Face format"
+        raise BadInput("dataset", f"{op}.{given.key}", given.path, fix)
+    return model.sha256()
 
 
 def _carry_out(

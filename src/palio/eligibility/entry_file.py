@@ -27,6 +27,7 @@ from palio.eligibility.check import approved_model, violations
 from palio.eligibility.lineage import lineage_violations, model_facts
 from palio.eligibility.neighbours import Participants, violations_among
 from palio.errors import BadInput, RuleViolation
+from palio.incoming import Incoming, saved_tables
 from palio.layout import Resources
 from palio.records import Check, Violation
 from palio.settings import CheckedAgainst, EntryFolders
@@ -111,10 +112,10 @@ def participants(among: EntryFolders) -> Participants:
 def source_content(path: str) -> str:
     """What a source's file holds, in short: size and hash of its head; its path if it is not there."""
     try:
-        with Path(path).open("rb") as stream:
+        with Incoming(Path(path).parent, Path(path).name).open() as stream:
             head = hashlib.sha256(stream.read(HEAD)).hexdigest()
             return f"{stream.seek(0, os.SEEK_END)}:{head}"
-    except OSError:
+    except (OSError, RuleViolation):
         return path
 
 
@@ -157,16 +158,14 @@ def _schema_violation(fault: Fault) -> Violation:
 
 
 def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
-    """What a team brings lies in the teams' folders, links followed: not in a stage's store or a home."""
-    sources = entry.dataset.sources if entry.dataset else ()
-    brought = [
-        ("data.path", f"dataset.sources.{i}.path", source.path)
-        for i, source in enumerate(sources)
-        if source.path
-    ]
+    """What a team brings lies in the teams' folders: not in a stage's store or a home."""
+    for index, source in enumerate(entry.dataset.sources if entry.dataset else ()):
+        if source.path and (refused := _refused(source.path, rules.team_folders)):
+            why, _, fix = str(refused).partition("; ")
+            yield Violation(rule="data.path", key=f"dataset.sources.{index}.path", why=why, fix=fix)
     inputs = entry.dataset.inputs if entry.dataset else []
-    brought += [
-        ("data.path", f"dataset.{key}", given.path) for key, given in inputs if given.kind == "team_folder"
+    brought = [
+        ("data.path", f"dataset.{key}", given.path) for key, given in inputs if given.kind == "model_folder"
     ]
     if entry.program:
         brought.append(("program.path", f"{entry.kind}.files", entry.program.files or ""))
@@ -190,6 +189,22 @@ def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
                 why=f"{given.path} is not the open stage's",
                 fix="leave it out: the open stage's instances are the default",
             )
+
+
+def _refused(source: str, folders: tuple[str, ...]) -> RuleViolation | None:
+    """Return why curation would refuse to open a source; None if it would not, or the source is absent."""
+    try:
+        given = Incoming.locate(Path(source), [Path(folder) for folder in folders])
+        if given.is_folder():
+            for file in (*given.files(), *saved_tables(given)):
+                file.size()
+        else:
+            given.size()
+    except RuleViolation as refused:
+        return refused
+    except (OSError, ValueError):  # absent or broken: curation names it
+        pass
+    return None
 
 
 def _inside(path: str, folders: tuple[str, ...]) -> bool:

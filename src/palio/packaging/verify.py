@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from palio.config import Track
-from palio.errors import BadInput
+from palio.errors import BadInput, RuleViolation
+from palio.incoming import shard_names
 from palio.layout import BaseModelFolder, EntryFolder, PublishedPackage, Resources
 from palio.packaging.container import PINNED
 from palio.provenance import folder_sha256
@@ -136,6 +137,13 @@ def changed_files(folder: Path, manifest: PackageManifest) -> list[str]:
 def _files(folder: Path, manifest: PackageManifest) -> str:
     if wrong := changed_files(folder, manifest):
         raise Fault("; ".join(wrong))
+    for index in folder.glob("*.index.json"):
+        try:
+            absent = set(shard_names(index.name, index.read_bytes())) - manifest.files.keys()
+        except RuleViolation as refused:
+            raise Fault(str(refused)) from None
+        if absent:
+            raise Fault(f"{index.name} names {min(absent)!r}, which is not in the manifest")
     return f"{len(manifest.files)} files have the sha256 of the manifest"
 
 

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -81,6 +81,7 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
                 work.adapter,
                 base_model=step.base_model.model,
                 base_model_id=base_model,
+                limit=room.limits.output,
             )
             ledger.outcome = state
             seconds = ledger.used()
@@ -103,8 +104,10 @@ def _run(
 ) -> Literal["finished", "budget_reached"]:
     """Let the program train inside what is left of the budget."""
     assert room.output is not None
+    room.output.mkdir(parents=True, exist_ok=True)
     for name in ("result", "checkpoints"):
-        (room.output / name).mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # whatever an earlier attempt left by that name: take_model judges it
+            (room.output / name).mkdir()
     left = ledger.left()
     if left <= POLL_SECONDS:
         return "budget_reached"  # in an earlier attempt; what it left is taken

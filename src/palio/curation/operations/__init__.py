@@ -8,7 +8,7 @@ Verdicts and sketches depend on one batch only, so they can be made on any machi
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -39,8 +39,8 @@ class OperationContext:
 
     base_model: Path
     """Model folder of the entry's base model, for its tokenizer."""
-    base: Path
-    """Folder that paths in the recipe are relative to."""
+    team_folders: Sequence[Path]
+    """Folders below which the team's files lie."""
     seed: int
     """Seed of the recipe."""
     scratch: Path

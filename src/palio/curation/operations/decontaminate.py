@@ -29,7 +29,7 @@ class Decontaminate(RowOperation):
         return (Input("open_stage", "instances", self.instances),)
 
     def apply(self, batch: Batch, context: OperationContext) -> Verdict:
-        path = context.base / self.instances
+        path = Path(self.instances)
         index = _index(path, path.stat().st_mtime_ns, self.ngram)
         reasons: Reasons = []
         for numbers in index.found_in(batch.table):

@@ -38,12 +38,12 @@ class DropSemanticDuplicates(TableOperation):
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        return (Input("team_folder", "model", self.model, contains="config.json"),)
+        return (Input("model_folder", "model", self.model),)
 
     def sketch(self, batch: Batch, context: OperationContext) -> pa.RecordBatch:
         """Return the embedding of what the user says in each row."""
         texts = ["\n".join(turns[FIELDS["prompt"]]) for turns in batch.turns]
-        vectors = [row for part in _embedder(context.base / self.model).vectors(texts) for row in part]
+        vectors = [row for part in _embedder(Path(self.model)).vectors(texts) for row in part]
         return pa.record_batch({"vector": pa.array(vectors, pa.list_(pa.float32())), "id": batch.table["id"]})
 
     def decide(self, sketches: Sketches, context: OperationContext) -> Iterator[Reasons]:
