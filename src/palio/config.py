@@ -29,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from palio.errors import BadInput
+from palio.errors import BadInput, InvalidValue
 from palio.provenance import fingerprint
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -408,7 +408,7 @@ class DatasetRecipe(Strict):
     def _labels_differ(self) -> DatasetRecipe:
         labels = [source.label for source in self.sources]
         if len(set(labels)) < len(labels):
-            raise ValueError("two sources share a name; give each its own name")
+            raise InvalidValue(why="two sources share a name", fix="give each its own name")
         return self
 
 
@@ -469,7 +469,7 @@ class FinetuneRecipe(Strict):
     @model_validator(mode="after")
     def _patience_needs_validation(self) -> FinetuneRecipe:
         if self.patience is not None and self.validation_rows == 0:
-            raise ValueError("patience needs validation_rows; give both or neither")
+            raise InvalidValue(why="patience needs validation_rows", fix="give both or neither")
         return self
 
     @model_validator(mode="after")
@@ -539,12 +539,14 @@ class Entry(Strict):
         parts = PARTS[self.kind]
         for other in {part for parts in PARTS.values() for part in parts}.difference(parts):
             if getattr(self, other) is not None:
-                raise ValueError(f"kind {self.kind} has no section {other}; remove it, or correct the kind")
+                raise InvalidValue(
+                    why=f"kind {self.kind} has no section {other}", fix="remove it, or correct the kind"
+                )
         missing = [part for part in parts if getattr(self, part) is None]
         if self.kind == "recipe" and len(missing) == 1:
             raise ValueError("give both dataset and finetune, or neither for an untuned base model")
         if self.kind != "recipe" and missing:
-            raise ValueError(f"kind {self.kind} needs the section {missing[0]}; add it")
+            raise InvalidValue(why=f"kind {self.kind} needs the section {missing[0]}", fix="add it")
         return self
 
     @property
@@ -638,7 +640,7 @@ class Stages(Strict):
     def _weights(self) -> Stages:
         total = self.open.weight + self.closed.weight
         if abs(total - 1) > 1e-9:
-            raise ValueError(f"the stages' weights add up to {total:g}; make them add up to 1")
+            raise InvalidValue(why=f"the stages' weights add up to {total:g}", fix="make them add up to 1")
         return self
 
 
@@ -839,6 +841,8 @@ class Fault(NamedTuple):
     key: str
     value: str | int | float | bool | None
     """None where it is a whole section."""
+    why: str
+    """Empty where only the fix is known."""
     fix: str
 
 
@@ -856,11 +860,13 @@ def faults(model: type[BaseModel], data: object) -> list[Fault]:
 
 def _fault(model: type[BaseModel], fault: Mapping[str, Any]) -> Fault:
     value = fault.get("input")
+    why, fix = _why_and_fix(model, fault)
     return Fault(
         kind=fault["type"],
         key=".".join(str(part) for part in fault["loc"]),
         value=value if isinstance(value, str | int | float | bool) else None,
-        fix=_fix(model, fault),
+        why=why,
+        fix=fix,
     )
 
 
@@ -873,22 +879,25 @@ def parse(model: type[Model], data: object, file: str | Path) -> Model:
         # a misspelt key is missing under its right name, too: the spelling is what to mend
         first = next((one for one in faults if one["type"] == "extra_forbidden"), faults[0])
         fault = _fault(model, first)
-        raise BadInput(file, fault.key, fault.value, fault.fix) from None
+        raise BadInput(file, fault.key, fault.value, why=fault.why, fix=fault.fix) from None
 
 
-def _fix(model: type[BaseModel], fault: Mapping[str, Any]) -> str:
+def _why_and_fix(model: type[BaseModel], fault: Mapping[str, Any]) -> tuple[str, str]:
     if fault["type"] == "extra_forbidden":
         wrong = str(fault["loc"][-1])
         known = sorted(_field_names(model))
         near = difflib.get_close_matches(wrong, known, n=1)
-        return f"unknown key; did you mean {near[0]}?" if near else "unknown key; remove it"
+        return "unknown key", f"did you mean {near[0]}?" if near else "remove it"
     if fault["type"] == "missing":
-        return "is missing; add it"
+        return "is missing", "add it"
     if fault["type"] == "model_type":
-        return "is no section; write it as lines of key: value"
+        return "is no section", "write it as lines of key: value"
     if fault["type"] == "union_tag_invalid":
-        return f"unknown operation; use one of {fault['ctx']['expected_tags']}"
-    return str(fault["msg"]).removeprefix("Value error, ")
+        return "unknown operation", f"use one of {fault['ctx']['expected_tags']}"
+    error = fault.get("ctx", {}).get("error")
+    if isinstance(error, InvalidValue):
+        return error.why, error.fix
+    return "", str(fault["msg"]).removeprefix("Value error, ")
 
 
 def _field_names(model: type[BaseModel]) -> set[str]:
@@ -920,15 +929,15 @@ def read_yaml(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise BadInput(path, "", None, "no such file; check the path") from None
+        raise BadInput(path, why="no such file", fix="check the path") from None
     except UnicodeDecodeError:
-        raise BadInput(path, "", None, "is not UTF-8 text; save it as UTF-8") from None
+        raise BadInput(path, why="is not UTF-8 text", fix="save it as UTF-8") from None
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}" if mark else ""
-        raise BadInput(path, line, None, f"is not YAML: {getattr(error, 'problem', error)}") from None
+        raise BadInput(path, line, why=f"is not YAML: {getattr(error, 'problem', error)}") from None
 
 
 def load_entry(path: Path) -> Entry:
@@ -946,16 +955,18 @@ def load_competition(data: Path | Mapping[str, Any], file: str | Path = "config"
         content, file = read_yaml(data), data
     competition = parse(Competition, _overridden(content), file)
     if not ID_PATTERN.fullmatch(competition.competition):
-        raise BadInput(file, "competition", competition.competition, "use letters, digits, - and _ only")
+        raise BadInput(file, "competition", competition.competition, fix="use letters, digits, - and _ only")
     for kind in ("tracks", *(f"stages.{name}.scenarios" for name in STAGES)):
         stage = kind.split(".")[1] if "." in kind else None
         names = competition.stage(stage).scenarios if stage else competition.tracks
         for name in names:
             if not ID_PATTERN.fullmatch(name):
-                raise BadInput(file, f"{kind}.{name}", name, "use letters, digits, - and _ only")
+                raise BadInput(file, f"{kind}.{name}", name, fix="use letters, digits, - and _ only")
     inside = expand(competition.closed_store).resolve().is_relative_to(Path.cwd().resolve())
     if inside and not competition.demo:
-        raise BadInput(file, "closed_store", competition.closed_store, "give a folder outside the repository")
+        raise BadInput(
+            file, "closed_store", competition.closed_store, fix="give a folder outside the repository"
+        )
     return competition
 
 
@@ -984,19 +995,21 @@ def entry_files(competition: Competition, file: str | Path = "config") -> dict[s
     found: dict[str, Path] = {}
     for folder in competition.entries:
         if not Path(folder).is_dir():
-            raise BadInput(file, "entries", folder, "no such folder; create it or correct the path")
+            raise BadInput(file, "entries", folder, why="no such folder", fix="create it or correct the path")
         for path in sorted(Path(folder).glob("*.y*ml")):
             if not ID_PATTERN.fullmatch(path.stem) or path.suffix != ".yaml":
-                raise BadInput(path, "", None, "rename it to <id>.yaml, the id of letters, digits, - and _")
+                raise BadInput(path, fix="rename it to <id>.yaml, the id of letters, digits, - and _")
             if path.stem in found:
-                raise BadInput(path, "id", path.stem, f"is taken by {found[path.stem]}; rename one of them")
+                raise BadInput(
+                    path, "id", path.stem, why=f"is taken by {found[path.stem]}", fix="rename one of them"
+                )
             found[path.stem] = path
     for key in ("withdrawn", "shards"):
         for entry in getattr(competition, key):
             if entry not in found:
-                raise BadInput(file, f"{key}.{entry}", None, "no entry has this id; correct or remove it")
+                raise BadInput(file, f"{key}.{entry}", why="no entry has this id", fix="correct or remove it")
     if not found:
-        raise BadInput(file, "entries", None, "no entry file in these folders; add <id>.yaml")
+        raise BadInput(file, "entries", why="no entry file in these folders", fix="add <id>.yaml")
     return dict(sorted(found.items()))
 
 

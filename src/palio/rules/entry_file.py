@@ -130,8 +130,8 @@ def _schema(file: Path) -> Iterator[Violation]:
     try:
         content = read_yaml(file)
     except BadInput as error:
-        why, _, fix = str(error).removeprefix(f"{file}: ").partition("; ")
-        yield Violation(rule="schema.file", key="", why=why, fix=fix or "correct it")
+        why = f"{error.key}: {error.why}" if error.key else error.why
+        yield Violation(rule="schema.file", key="", why=why, fix=error.fix or "correct it")
         return
     for fault in faults(Entry, content):
         yield _schema_violation(fault)
@@ -141,10 +141,10 @@ _SCHEMA_RULES = {"missing": "schema.missing", "extra_forbidden": "schema.unknown
 
 
 def _schema_violation(fault: Fault) -> Violation:
-    why, separator, fix = fault.fix.partition("; ")
-    if not separator:
-        why, fix = "is wrong" if fault.value is None else f"is {fault.value!r}", fault.fix
-    return Violation(rule=_SCHEMA_RULES.get(fault.kind, "schema.value"), key=fault.key, why=why, fix=fix)
+    why = fault.why or ("is wrong" if fault.value is None else f"is {fault.value!r}")
+    return Violation(
+        rule=_SCHEMA_RULES.get(fault.kind, "schema.value"), key=fault.key, why=why, fix=fault.fix
+    )
 
 
 # --- where an entry's files may lie ---------------------------------------------------------------------
