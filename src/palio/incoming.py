@@ -48,7 +48,7 @@ class Incoming:
             if absolute.is_relative_to(_absolute(root)):
                 return cls(root, absolute.relative_to(_absolute(root)).as_posix())
         folders = " or ".join(map(str, roots))
-        raise RuleViolation(f"{path} does not lie in {folders}; put it in your team's folder there")
+        raise RuleViolation(f"{path} does not lie in {folders}", "put it in your team's folder there")
 
     def __str__(self) -> str:
         path = str(self.root / self.name)
@@ -78,7 +78,7 @@ class Incoming:
     def open(self) -> BufferedReader:
         with self._opened() as descriptor:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise RuleViolation(f"{self} is a folder; put a file there")
+                raise RuleViolation(f"{self} is a folder", "put a file there")
             return os.fdopen(os.dup(descriptor), "rb")
 
     def size(self) -> int:
@@ -90,7 +90,7 @@ class Incoming:
         with self.open() as stream:
             content = stream.read(INDEX_BYTES + 1)
         if len(content) > INDEX_BYTES:
-            raise RuleViolation(f"{self} has more than {INDEX_BYTES >> 20} MB; make it smaller")
+            raise RuleViolation(f"{self} has more than {INDEX_BYTES >> 20} MB", "make it smaller")
         return content
 
     def sha256(self) -> str:
@@ -107,7 +107,7 @@ class Incoming:
     def _opened(self) -> Iterator[int]:
         parts = PurePosixPath(self.name).parts
         if len(parts) > MAX_DEPTH or {"..", "/"} & set(parts):
-            raise RuleViolation(f"{self} leaves its folder or is nested too deeply; correct the path")
+            raise RuleViolation(f"{self} leaves its folder or is nested too deeply", "correct the path")
         descriptor = os.open(self.root, _FLAGS | os.O_DIRECTORY)
         try:
             for depth, part in enumerate(parts, start=1):
@@ -123,13 +123,13 @@ class Incoming:
         try:
             descriptor = os.open(name, _FLAGS | os.O_NOFOLLOW, dir_fd=folder)
         except ValueError:  # a null byte, or characters that no file name can have
-            raise RuleViolation(f"{self} is not a file name; correct the path") from None
+            raise RuleViolation(f"{self} is not a file name", "correct the path") from None
         except PermissionError:
-            raise RuleViolation(f"{self} cannot be read; run chmod -R o+rX on its folder") from None
+            raise RuleViolation(f"{self} cannot be read", "run chmod -R o+rX on its folder") from None
         except OSError as error:
             if error.errno == errno.ELOOP:
                 fix = "put the file or folder itself there"
-                raise RuleViolation(f"{self} is a symbolic link; {fix}") from None
+                raise RuleViolation(f"{self} is a symbolic link", f"{fix}") from None
             if error.errno != errno.ENXIO:  # of a socket
                 raise
         else:
@@ -137,7 +137,7 @@ class Incoming:
             if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
                 return descriptor
             os.close(descriptor)
-        raise RuleViolation(f"{self} is neither a file nor a folder; remove it")
+        raise RuleViolation(f"{self} is neither a file nor a folder", "remove it")
 
 
 def _absolute(path: Path) -> Path:
@@ -153,7 +153,7 @@ def copy_files(files: Sequence[Incoming], target: Path, limit: int) -> None:
             while chunk := reader.read(CHUNK):
                 limit -= len(chunk)
                 if limit < 0:
-                    raise RuleViolation(f"{file} grew while it was copied; stop writing before the end")
+                    raise RuleViolation(f"{file} grew while it was copied", "stop writing before the end")
                 writer.write(chunk)
 
 
@@ -162,7 +162,7 @@ def names_beside(index: object, names: Iterable[object]) -> list[str]:
     checked = []
     for name in names:
         if not isinstance(name, str) or name in ("", ".", "..") or "/" in name:
-            raise RuleViolation(f"{index} names {name!r:.200}; it may name only files beside it")
+            raise RuleViolation(f"{index} names {name!r:.200}", "it may name only files beside it")
         checked.append(name)
     return checked
 
@@ -172,7 +172,9 @@ def shard_names(index: object, content: bytes) -> list[str]:
     try:
         names = json.loads(content)["weight_map"].values()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise RuleViolation(f"{index} has no weight_map; save the model again with save_pretrained") from None
+        raise RuleViolation(
+            f"{index} has no weight_map", "save the model again with save_pretrained"
+        ) from None
     return sorted(set(names_beside(index, names)))
 
 

@@ -19,7 +19,6 @@ from palio.config import BaseModelSource, load_competition
 from palio.eligibility.entry_file import check_file
 from palio.errors import Crashed, PalioError, RuleViolation
 from palio.incoming import Incoming, copy_files
-from palio.packaging.package import build_package
 from palio.packaging.verify import verify_package
 from palio.provenance import folder_sha256
 from palio.records import PackageManifest, read_record
@@ -43,14 +42,7 @@ def entry(tiny: Path, tmp_path: Path) -> Entry:
 
 
 def package(entry: Entry, *, adapter: bool = True) -> PackageManifest:
-    return build_package(
-        base_model=entry.base,
-        entry_dir=entry.folder,
-        adapter=adapter,
-        competition="c",
-        track_id="t",
-        entry="e",
-    )
+    return entry.package(adapter=adapter)
 
 
 # --- what a training program leaves ----------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from palio.config.common import Seconds, Strict, Weight, expand, seconds
+from palio.errors import InvalidValue
 from palio.layout import ClosedStore
 
 
@@ -108,7 +109,7 @@ class Stages(Strict):
     def _weights(self) -> Stages:
         total = self.open.weight + self.closed.weight
         if abs(total - 1) > 1e-9:
-            raise ValueError(f"the stages' weights add up to {total:g}; make them add up to 1")
+            raise InvalidValue(why=f"the stages' weights add up to {total:g}", fix="make them add up to 1")
         return self
 
 

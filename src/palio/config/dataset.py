@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from palio.config.common import Share, Strict
 from palio.config.operations import AnyOperation, Input
+from palio.errors import InvalidValue
 
 
 class RowTemplate(Strict):
@@ -126,5 +127,5 @@ class DatasetRecipe(Strict):
     def _labels_differ(self) -> DatasetRecipe:
         labels = [source.label for source in self.sources]
         if len(set(labels)) < len(labels):
-            raise ValueError("two sources share a name; give each its own name")
+            raise InvalidValue(why="two sources share a name", fix="give each its own name")
         return self

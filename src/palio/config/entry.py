@@ -11,6 +11,7 @@ from palio.config.common import Strict
 from palio.config.dataset import DatasetRecipe
 from palio.config.finetune import FinetuneRecipe
 from palio.config.program import Program, ServerProgram
+from palio.errors import InvalidValue
 
 PARTS = {
     "recipe": ("dataset", "finetune"),
@@ -51,12 +52,14 @@ class Entry(Strict):
         parts = PARTS[self.kind]
         for other in {part for parts in PARTS.values() for part in parts}.difference(parts):
             if getattr(self, other) is not None:
-                raise ValueError(f"kind {self.kind} has no section {other}; remove it, or correct the kind")
+                raise InvalidValue(
+                    why=f"kind {self.kind} has no section {other}", fix="remove it, or correct the kind"
+                )
         missing = [part for part in parts if getattr(self, part) is None]
         if self.kind == "recipe" and len(missing) == 1:
             raise ValueError("give both dataset and finetune, or neither for an untuned base model")
         if self.kind != "recipe" and missing:
-            raise ValueError(f"kind {self.kind} needs the section {missing[0]}; add it")
+            raise InvalidValue(why=f"kind {self.kind} needs the section {missing[0]}", fix="add it")
         return self
 
     @property

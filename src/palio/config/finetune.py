@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from palio.config.common import Strict
+from palio.errors import InvalidValue
 
 
 class FinetuneRecipe(Strict):
@@ -81,7 +82,7 @@ class FinetuneRecipe(Strict):
     @model_validator(mode="after")
     def _patience_needs_validation(self) -> FinetuneRecipe:
         if self.patience is not None and self.validation_rows == 0:
-            raise ValueError("patience needs validation_rows; give both or neither")
+            raise InvalidValue(why="patience needs validation_rows", fix="give both or neither")
         return self
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from palio.config.common import Strict
+from palio.errors import InvalidValue
 
 BUILT_IN = "palio.curation.operations"
 """The package of Palio's own operations."""
@@ -81,13 +82,15 @@ def operation_class(op: str) -> type[Operation]:
         try:
             point.load()
         except Exception as error:  # whatever a package does when it is imported
-            raise ValueError(
-                f"{point.value} cannot be imported: {error}; fix or remove its package"
+            raise InvalidValue(
+                why=f"{point.value} cannot be imported: {error}", fix="fix or remove its package"
             ) from error
     else:
-        raise ValueError(f"unknown operation; use one of {', '.join(operation_names())}")
+        raise InvalidValue(why="unknown operation", fix=f"use one of {', '.join(operation_names())}")
     if op not in _CLASSES:
-        raise ValueError(f"{_entry_points()[op].value} does not define it; fix or remove its package")
+        raise InvalidValue(
+            why=f"{_entry_points()[op].value} does not define it", fix="fix or remove its package"
+        )
     return _CLASSES[op]
 
 

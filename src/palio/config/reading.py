@@ -14,7 +14,7 @@ from palio.config.common import ID_PATTERN, expand
 from palio.config.competition import Competition, Overrides
 from palio.config.entry import Entry
 from palio.config.ruleset import RuleSet
-from palio.errors import BadInput
+from palio.errors import BadInput, InvalidValue
 from palio.layout import STAGES, overrides
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -28,6 +28,8 @@ class Fault(NamedTuple):
     key: str
     value: str | int | float | bool | None
     """None for a whole section."""
+    why: str
+    """Empty where only the fix is known."""
     fix: str
 
 
@@ -45,11 +47,13 @@ def faults(model: type[BaseModel], data: object) -> list[Fault]:
 
 def _fault(model: type[BaseModel], fault: Mapping[str, Any]) -> Fault:
     value = fault.get("input")
+    why, fix = _why_and_fix(model, fault)
     return Fault(
         kind=fault["type"],
         key=".".join(str(part) for part in fault["loc"]),
         value=value if isinstance(value, str | int | float | bool) else None,
-        fix=_fix(model, fault),
+        why=why,
+        fix=fix,
     )
 
 
@@ -62,20 +66,23 @@ def parse(model: type[Model], data: object, file: str | Path) -> Model:
         # A misspelled key is also missing under its right name: the spelling is what to correct.
         first = next((fault for fault in errors if fault["type"] == "extra_forbidden"), errors[0])
         fault = _fault(model, first)
-        raise BadInput(file, fault.key, fault.value, fault.fix) from None
+        raise BadInput(file, fault.key, fault.value, why=fault.why, fix=fault.fix) from None
 
 
-def _fix(model: type[BaseModel], fault: Mapping[str, Any]) -> str:
+def _why_and_fix(model: type[BaseModel], fault: Mapping[str, Any]) -> tuple[str, str]:
     if fault["type"] == "extra_forbidden":
         wrong = str(fault["loc"][-1])
         known = sorted(_field_names(model.model_json_schema()))
         near = difflib.get_close_matches(wrong, known, n=1)
-        return f"unknown key; did you mean {near[0]}?" if near else "unknown key; remove it"
+        return "unknown key", f"did you mean {near[0]}?" if near else "remove it"
     if fault["type"] == "missing":
-        return "is missing; add it"
+        return "is missing", "add it"
     if fault["type"] == "model_type":
-        return "is not a section; write it as lines of key: value"
-    return str(fault["msg"]).removeprefix("Value error, ")
+        return "is not a section", "write it as lines of key: value"
+    error = fault.get("ctx", {}).get("error")
+    if isinstance(error, InvalidValue):
+        return error.why, error.fix
+    return "", str(fault["msg"]).removeprefix("Value error, ")
 
 
 def _field_names(schema: Any) -> set[str]:
@@ -109,15 +116,15 @@ def read_yaml(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise BadInput(path, "", None, "no such file; check the path") from None
+        raise BadInput(path, why="no such file", fix="check the path") from None
     except UnicodeDecodeError:
-        raise BadInput(path, "", None, "is not UTF-8 text; save it as UTF-8") from None
+        raise BadInput(path, why="is not UTF-8 text", fix="save it as UTF-8") from None
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}" if mark else ""
-        raise BadInput(path, line, None, f"is not YAML: {getattr(error, 'problem', error)}") from None
+        raise BadInput(path, line, why=f"is not YAML: {getattr(error, 'problem', error)}") from None
 
 
 def load_entry(path: Path) -> Entry:
@@ -135,16 +142,18 @@ def load_competition(data: Path | Mapping[str, Any], file: str | Path = "config"
         content, file = read_yaml(data), data
     competition = parse(Competition, _overridden(content), file)
     if not ID_PATTERN.fullmatch(competition.competition):
-        raise BadInput(file, "competition", competition.competition, "use letters, digits, - and _ only")
+        raise BadInput(file, "competition", competition.competition, fix="use letters, digits, - and _ only")
     for kind in ("tracks", *(f"stages.{name}.scenarios" for name in STAGES)):
         stage = kind.split(".")[1] if "." in kind else None
         names = competition.stage(stage).scenarios if stage else competition.tracks
         for name in names:
             if not ID_PATTERN.fullmatch(name):
-                raise BadInput(file, f"{kind}.{name}", name, "use letters, digits, - and _ only")
+                raise BadInput(file, f"{kind}.{name}", name, fix="use letters, digits, - and _ only")
     inside = expand(competition.closed_store).resolve().is_relative_to(Path.cwd().resolve())
     if inside and not competition.demo:
-        raise BadInput(file, "closed_store", competition.closed_store, "give a folder outside the repository")
+        raise BadInput(
+            file, "closed_store", competition.closed_store, fix="give a folder outside the repository"
+        )
     return competition
 
 

@@ -137,8 +137,8 @@ def _schema(file: Path) -> Iterator[Violation]:
     try:
         content = read_yaml(file)
     except BadInput as error:
-        why, _, fix = str(error).removeprefix(f"{file}: ").partition("; ")
-        yield Violation(rule="schema.file", key="", why=why, fix=fix or "correct it")
+        why = f"{error.key}: {error.why}" if error.key else error.why
+        yield Violation(rule="schema.file", key="", why=why, fix=error.fix or "correct it")
         return
     for fault in faults(Entry, content):
         yield _schema_violation(fault)
@@ -148,10 +148,10 @@ _SCHEMA_RULES = {"missing": "schema.missing", "extra_forbidden": "schema.unknown
 
 
 def _schema_violation(fault: Fault) -> Violation:
-    why, separator, fix = fault.fix.partition("; ")
-    if not separator:
-        why, fix = "is wrong" if fault.value is None else f"is {fault.value!r}", fault.fix
-    return Violation(rule=_SCHEMA_RULES.get(fault.kind, "schema.value"), key=fault.key, why=why, fix=fix)
+    why = fault.why or ("is wrong" if fault.value is None else f"is {fault.value!r}")
+    return Violation(
+        rule=_SCHEMA_RULES.get(fault.kind, "schema.value"), key=fault.key, why=why, fix=fault.fix
+    )
 
 
 # --- where an entry's files may lie ---------------------------------------------------------------------
@@ -161,8 +161,8 @@ def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
     """What a team brings lies in the teams' folders: not in a stage's store or a home."""
     for index, source in enumerate(entry.dataset.sources if entry.dataset else ()):
         if source.path and (refused := _refused(source.path, rules.team_folders)):
-            why, _, fix = str(refused).partition("; ")
-            yield Violation(rule="data.path", key=f"dataset.sources.{index}.path", why=why, fix=fix)
+            key = f"dataset.sources.{index}.path"
+            yield Violation(rule="data.path", key=key, why=refused.why, fix=refused.fix)
     inputs = entry.dataset.inputs if entry.dataset else []
     brought = [
         ("data.path", f"dataset.{key}", given.path) for key, given in inputs if given.kind == "model_folder"

@@ -49,8 +49,8 @@ def _check_description(path: Path, description: str) -> None:
     name = description.partition(":")[0]
     if name not in known_run_specs():
         near = difflib.get_close_matches(name, known_run_specs(), 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise BadInput(path, "entries", name, f"HELM {helm_version()} has no such scenario{hint}")
+        fix = f"did you mean {near[0]}?" if near else ""
+        raise BadInput(path, "entries", name, why=f"HELM {helm_version()} has no such scenario", fix=fix)
     for key in ("model", "max_eval_instances", "eval_split"):
         if re.search(rf"[:,]{key}=", description):
             raise BadInput(path, "entries", description, f"drop {key}=, the stage sets it")
