@@ -129,7 +129,7 @@ class Incoming:
         except OSError as error:
             if error.errno == errno.ELOOP:
                 fix = "put the file or folder itself there"
-                raise RuleViolation(f"{self} is a symbolic link", f"{fix}") from None
+                raise RuleViolation(f"{self} is a symbolic link", fix) from None
             if error.errno != errno.ENXIO:  # of a socket
                 raise
         else:
