@@ -41,11 +41,11 @@ from palio.records import (
     read_record,
     timed_run,
 )
+from palio.text import last_lines
 
 PROGRESS_SECONDS = 15.0
 SCORING_SECONDS = 900.0
 """HELM's own work after the limit: instances and metrics of what is left, without asking."""
-LOG_LINES = 3
 
 
 class Server(Protocol):
@@ -104,7 +104,9 @@ def evaluate(
                 watch = Watch(folder, plan, limits.time_limit, clock, server)
                 ended = _ask(folder, plan, limits, clock, watch)
                 if not server.alive():
-                    died = "the model server died" + (last_lines(log) if stage == "open" else "")
+                    died = "the model server died"
+                    if stage == "open" and log.exists():
+                        died += f", its last lines: {last_lines(log.read_text('utf-8', 'replace'))}"
                 code = ended.code
                 overtime = code is None and not died
         outcomes = [_outcome(folder, stage, limits, planned, overtime) for planned in plan.runs]
@@ -259,13 +261,6 @@ def _journal(folder: Path) -> bytes:
 
 def _answers(folder: Path) -> int:
     return _journal(folder).count(b"\n")
-
-
-def last_lines(log: Path) -> str:
-    """The end of a log, on one line, for an error message."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    said = " | ".join(line.strip() for line in lines[-LOG_LINES:] if line.strip())
-    return f", its last lines: {said[:500]}" if said else ""
 
 
 def _finished(folder: Path) -> dict[str, helm.RunFolder]:

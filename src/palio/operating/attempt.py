@@ -13,7 +13,6 @@ judged by what SLURM says of its job.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import platform
 import signal
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from palio.errors import Interrupted, NotRetried, PalioError, State
+from palio.files import append_json_line, read_json_lines
 from palio.operating import slurm
 from palio.records import StepFailure
 
@@ -64,20 +64,15 @@ class Attempt:
 
 def read_attempts(entry_dir: Path) -> list[Attempt]:
     """All attempts of an entry in the order they began; a line that a crash tore is left out."""
-    path = entry_dir / "work" / "attempts.jsonl"
     attempts: list[Attempt] = []
-    if not path.exists():
-        return attempts
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):
-            values = json.loads(line)
-            if values.pop("event") == "start":
-                attempts.append(Attempt(**values))
-                continue
-            for index, one in enumerate(attempts):
-                if (one.step, one.number) == (values["step"], values["number"]):
-                    ended = {**vars(one), **values, "state": State(values["state"])}
-                    attempts[index] = Attempt(**ended)
+    for values in read_json_lines(entry_dir / "work" / "attempts.jsonl"):
+        if values.pop("event") == "start":
+            attempts.append(Attempt(**values))
+            continue
+        for index, one in enumerate(attempts):
+            if (one.step, one.number) == (values["step"], values["number"]):
+                ended = {**vars(one), **values, "state": State(values["state"])}
+                attempts[index] = Attempt(**ended)
     return attempts
 
 
@@ -221,14 +216,7 @@ class _Record:
 
     def _append(self, **line: Any) -> None:
         path = self.entry_dir / "work" / "attempts.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"step": self.step, "number": self.number, **line}) + "\n"
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, text.encode())
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        append_json_line(path, {"step": self.step, "number": self.number, **line})
 
     def _keep_log(self) -> None:
         """A second name for the log that the rule has just opened: Snakemake deletes the first."""

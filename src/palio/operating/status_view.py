@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from palio.operating.status import STEPS, EntryStatus, Status, StepStatus
+from palio.text import duration
 
 STYLES = {
     "waiting": "dim",
@@ -25,21 +26,13 @@ STYLES = {
 TITLES = {"finetune": "fine-tune", "contamination": "overlap"}
 
 
-def span(seconds: float) -> str:
-    """`40 s`, `12 min`, `3 h 05`: what fits a cell."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d}"
-
-
 def cell(step: StepStatus) -> str:
     """One step in a few words: where it runs, how much of its budget is used, when it will end."""
     if step.state == "done":
-        took = f" {span(step.seconds)}" if step.seconds is not None else ""
+        took = f" {duration(step.seconds)}" if step.seconds is not None else ""
         return f"done{took}{' *' if step.reason else ''}"
     if step.state == "running":
-        parts = [step.node, span(step.seconds or 0)]
+        parts = [step.node, duration(step.seconds or 0)]
         if step.used is not None and step.budget:
             parts.append(f"{100 * step.used / step.budget:.0f} % used")
         if step.ends is not None:

@@ -16,7 +16,6 @@ stays ended unless the budget is raised.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from typing import Any
 
 from palio.config import Telemetry, Track
 from palio.errors import BadInput, Crashed
+from palio.files import link_or_copy
 from palio.provenance import atomic_path, fingerprint, folder_sha256
 from palio.records import (
     AdapterManifest,
@@ -146,7 +146,7 @@ def _publish(work: Path, entry_dir: Path) -> AdapterManifest:
         raise Crashed(f"the finished adapter in {work} was changed; delete that folder to train again")
     building = entry_dir / "work" / "adapter.tmp"
     shutil.rmtree(building, ignore_errors=True)
-    shutil.copytree(work / "adapter", building, copy_function=_link)
+    shutil.copytree(work / "adapter", building, copy_function=link_or_copy)
     (entry_dir / "adapter.json").unlink(missing_ok=True)
     shutil.rmtree(entry_dir / "adapter", ignore_errors=True)
     building.rename(entry_dir / "adapter")
@@ -154,10 +154,3 @@ def _publish(work: Path, entry_dir: Path) -> AdapterManifest:
         shutil.copyfile(work / "train.parquet", temporary)
     manifest.write(entry_dir / "adapter.json")
     return manifest
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
