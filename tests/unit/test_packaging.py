@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from palio.base_model import card_facts
 from palio.config import Track
 from palio.errors import Crashed
+from palio.network import free_port
 from palio.packaging.container import write_container
 from palio.packaging.package import (
     DIVERGENCE,
@@ -344,12 +344,6 @@ def test_the_container_pins_image_and_packages_and_its_code_serves_the_package(
             assert reply.json()["tokens"]
         finally:
             server.terminate()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def test_of_a_teams_own_server_the_files_are_checked_and_nothing_is_run(entry: Entry) -> None:

@@ -44,11 +44,11 @@ from palio.records import (
     timed_run,
 )
 from palio.settings import EvaluateSettings, StageLimits
+from palio.text import last_lines
 
 PROGRESS_SECONDS = 15.0
 SCORING_SECONDS = 900.0
 """HELM's own work after the limit: instances and metrics of what is left, without asking."""
-LOG_LINES = 3
 
 
 class Server(Protocol):
@@ -98,7 +98,11 @@ def evaluate(
                 code = _run_helm(work, limits, watch).code
                 died = ""
                 if not server.alive():
-                    died = "the model server died" + (last_lines(work.server_log) if stage == "open" else "")
+                    died = "the model server died"
+                    if stage == "open" and work.server_log.exists():
+                        died += (
+                            f", its last lines: {last_lines(work.server_log.read_text('utf-8', 'replace'))}"
+                        )
                 ending = Ending(code, overtime=code is None and not died, died=died)
         outcomes = [_outcome(work, stage, limits, planned, ending) for planned in plan.runs]
         run.used_seconds, run.requests = round(clock.used, 1), plan.requests
@@ -290,13 +294,6 @@ class Watch:
             f"{self.answered} of {self.plan.requests} requests answered, {done} of {len(self.plan.runs)} HELM"
             f" runs done, {self.clock.used:.0f} s of {self.limit:.0f} s used, {end}"
         )
-
-
-def last_lines(log: Path) -> str:
-    """The end of a log, on one line, for an error message."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    said = " | ".join(line.strip() for line in lines[-LOG_LINES:] if line.strip())
-    return f", its last lines: {said[:500]}" if said else ""
 
 
 def _finished(folder: HelmFolder) -> dict[str, helm.RunFolder]:

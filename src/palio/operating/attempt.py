@@ -13,7 +13,6 @@ killer) is judged by SLURM's state of its job.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import platform
 import signal
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from palio.errors import Interrupted, NotRetried, PalioError, State
+from palio.files import append_json_line, read_json_lines
 from palio.layout import EntryFolder
 from palio.operating import slurm
 from palio.records import StepFailure
@@ -65,20 +65,15 @@ class Attempt:
 
 def read_attempts(folder: EntryFolder) -> list[Attempt]:
     """Return all attempts of an entry in the order they began; a line torn by a crash is skipped."""
-    path = folder.attempts
     attempts: list[Attempt] = []
-    if not path.exists():
-        return attempts
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):
-            values = json.loads(line)
-            if values.pop("event") == "start":
-                attempts.append(Attempt(**values))
-                continue
-            for index, one in enumerate(attempts):
-                if (one.step, one.number) == (values["step"], values["number"]):
-                    ended = {**vars(one), **values, "state": State(values["state"])}
-                    attempts[index] = Attempt(**ended)
+    for values in read_json_lines(folder.attempts):
+        if values.pop("event") == "start":
+            attempts.append(Attempt(**values))
+            continue
+        for index, one in enumerate(attempts):
+            if (one.step, one.number) == (values["step"], values["number"]):
+                ended = {**vars(one), **values, "state": State(values["state"])}
+                attempts[index] = Attempt(**ended)
     return attempts
 
 
@@ -222,15 +217,7 @@ class _Record:
         StepFailure(step=self.step, state=state, reason=reason, log=str(self.log)).write(self.failure)
 
     def _append(self, **line: Any) -> None:
-        path = self.folder.attempts
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"step": self.step, "number": self.number, **line}) + "\n"
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, text.encode())
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        append_json_line(self.folder.attempts, {"step": self.step, "number": self.number, **line})
 
     def _keep_log(self) -> None:
         """Hard-link the log that the rule has just opened: Snakemake deletes the first name."""

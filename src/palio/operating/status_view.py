@@ -14,6 +14,7 @@ from rich.text import Text
 
 from palio.operating.status import EntryStatus, Status, StepStatus
 from palio.pipeline import STEPS
+from palio.text import duration
 
 STYLES = {
     "waiting": "dim",
@@ -25,21 +26,13 @@ STYLES = {
 }
 
 
-def span(seconds: float) -> str:
-    """Format a duration to fit a cell: `40 s`, `12 min`, `3 h 05`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d}"
-
-
 def cell(step: StepStatus) -> str:
     """Describe a step in a few words: node, share of the budget used, expected end."""
     if step.state == "done":
-        took = f" {span(step.seconds)}" if step.seconds is not None else ""
+        took = f" {duration(step.seconds)}" if step.seconds is not None else ""
         return f"done{took}{' *' if step.reason else ''}"
     if step.state == "running":
-        parts = [step.node, span(step.seconds or 0)]
+        parts = [step.node, duration(step.seconds or 0)]
         if step.used is not None and step.budget:
             parts.append(f"{100 * step.used / step.budget:.0f} % used")
         if step.ends is not None:

@@ -16,7 +16,6 @@ was never quantised it would be at 0.33, with a loss of 0.021.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from palio.base_model import card_facts
 from palio.errors import Crashed
+from palio.files import link_or_copy
 from palio.layout import BaseModelFolder, EntryFolder
 from palio.packaging.card import model_card
 from palio.provenance import folder_sha256
@@ -217,10 +217,7 @@ def _link_files(source: Path, target: Path, *, weights: bool) -> None:
             continue
         if not weights and (path.suffix == ".safetensors" or path.name.endswith(".index.json")):
             continue
-        try:
-            os.link(path, target / path.name)
-        except OSError:
-            shutil.copyfile(path, target / path.name)
+        link_or_copy(path, target / path.name)
 
 
 def _shape(folder: Path) -> tuple[int, str]:

@@ -13,11 +13,11 @@ from pathlib import Path
 from types import TracebackType
 
 from palio.errors import Crashed, OutOfMemory
+from palio.text import last_lines
 
 READY_SECONDS = 1800.0
 """Loading a large model from a slow disk."""
 STOP_SECONDS = 10.0
-LOG_LINES = 5
 POLL_SECONDS = 0.1
 OWNER = "PALIO_SERVER_OWNER"
 """Environment variable: the process that a server ends with."""
@@ -110,7 +110,7 @@ class ServerProcess:
             time.sleep(POLL_SECONDS)
         raise Crashed(
             f"the model server was not ready after {self._ready_seconds:.0f} s; "
-            f"see {self._log}: {_last_lines(self._said(begin))}"
+            f"see {self._log}: {last_lines(self._said(begin))}"
         )
 
     def _said(self, begin: int) -> str:
@@ -119,9 +119,7 @@ class ServerProcess:
             return stream.read().decode(errors="replace")
 
     def _death(self, code: int, text: str) -> Crashed | OutOfMemory:
-        what = (
-            f"the model server ended with code {code} before it was ready; {self._log}: {_last_lines(text)}"
-        )
+        what = f"the model server ended with code {code} before it was ready; {self._log}: {last_lines(text)}"
         # SIGKILL that is not ours comes from the kernel's or the batch system's memory limit.
         killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
         return OutOfMemory(what) if killed or code == OutOfMemory.exit_code else Crashed(what)
@@ -148,7 +146,3 @@ def end_with_owner() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
         if os.getppid() != int(owner):  # it ended before
             sys.exit(1)
-
-
-def _last_lines(text: str) -> str:
-    return " | ".join(line.strip() for line in text.strip().splitlines()[-LOG_LINES:])

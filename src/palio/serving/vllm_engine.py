@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -23,6 +22,7 @@ import httpx
 from transformers import AutoConfig, AutoTokenizer
 
 from palio.errors import BadInput, Crashed
+from palio.network import free_port
 from palio.serving.engine import GREEDY_BELOW, BadRequest, Completion, Request, Token, Unavailable
 from palio.serving.text import TextStream, Vocabulary, cut, find_stop
 
@@ -46,7 +46,7 @@ class VllmEngine:
         config = AutoConfig.from_pretrained(package)
         self._context = int(getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
         self._counts: Counter[str] = Counter()
-        port = _free_port()
+        port = free_port()
         share = []
         if gpu_memory_gb:
             from palio.tensors import gpu_memory_share
@@ -163,9 +163,3 @@ class VllmEngine:
 
 def _token_id(name: str) -> int:
     return int(name.removeprefix("token_id:"))
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port

@@ -31,6 +31,7 @@ from palio.sandbox.handed_in import check_files, take_model
 from palio.sandbox.image import image_folder
 from palio.sandbox.process import Confined
 from palio.sandbox.room import OUTPUT, Limits, Room
+from palio.text import last_lines
 from palio.training.ledger import Ledger
 from palio.training.step import Trained, TrainingStep, adapter_of
 from palio.training.telemetry import SCHEMA
@@ -134,7 +135,8 @@ def _run(
     if code is None or (asked and code != 0):
         return "budget_reached"
     if code != 0:
-        raise Crashed(f"the program ended with code {code}; {log}: {_last_line(log)}")
+        last = last_lines(log.read_bytes()[-4096:].decode(errors="replace"), 1) or "it printed nothing"
+        raise Crashed(f"the program ended with code {code}; {log}: {last}")
     return "finished"
 
 
@@ -168,9 +170,3 @@ def _stop_signal() -> Iterator[set[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _last_line(log: Path) -> str:
-    """Printable, and at most 200 characters: a program's output may hold anything."""
-    lines = log.read_bytes()[-4096:].decode(errors="replace").strip().splitlines()
-    return "".join(filter(str.isprintable, lines[-1]))[:200] if lines else "it printed nothing"

@@ -16,7 +16,6 @@ stays ended unless the budget is raised.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Any
 
 from palio.config import Track
 from palio.errors import BadInput, Crashed
+from palio.files import link_or_copy
 from palio.layout import BaseModelFolder, EntryFolder, TrainingFolder
 from palio.provenance import atomic_path, fingerprint, folder_sha256
 from palio.records import (
@@ -143,7 +143,7 @@ def _publish(work: TrainingFolder, folder: EntryFolder) -> AdapterManifest:
         raise Crashed(f"the finished adapter in {work.path} was changed; delete that folder to train again")
     building = folder.unfinished("adapter")
     shutil.rmtree(building, ignore_errors=True)
-    shutil.copytree(work.adapter, building, copy_function=_link)
+    shutil.copytree(work.adapter, building, copy_function=link_or_copy)
     folder.adapter_manifest.unlink(missing_ok=True)
     shutil.rmtree(folder.adapter, ignore_errors=True)
     building.rename(folder.adapter)
@@ -151,10 +151,3 @@ def _publish(work: TrainingFolder, folder: EntryFolder) -> AdapterManifest:
         shutil.copyfile(work.telemetry, temporary)
     manifest.write(folder.adapter_manifest)
     return manifest
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
