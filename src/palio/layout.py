@@ -40,6 +40,11 @@ def overrides(competition_id: str) -> Path:
     return Path("config/overrides") / f"{competition_id}.yaml"
 
 
+def schema_file(kind: str) -> Path:
+    """The JSON schema of entry files, competitions or rule sets."""
+    return Path("config/schemas") / f"{kind}.json"
+
+
 def panel(competition_id: str, track_id: str) -> Path:
     """The published reference panel of a track."""
     return Path("config/panel") / competition_id / f"{track_id}.json"
@@ -121,7 +126,11 @@ class DatasetFolder(Folder):
     dropped = At("dropped.parquet")  # every row that an operation dropped, with the operation and the reason
     quarantine = At("quarantine.jsonl")  # malformed records of the sources, with line and reason
     card = At("card.md")
-    work = At("work")  # intermediate files of a dataset that belongs to no entry's folder
+
+    @property
+    def work(self) -> Path:
+        """Intermediate files of a dataset that belongs to no entry's folder: beside it, kept for reruns."""
+        return self.path.parent / "work/curate"
 
 
 class TrainingFolder(Folder):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +37,15 @@ def folder_sha256(folder: Path) -> dict[str, str]:
     """sha256 of every file below `folder`, by its path relative to it, sorted."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def file_differences(found: Mapping[str, str], expected: Mapping[str, str], source: str) -> list[str]:
+    """Return what is wrong with files, both by path with their sha256; `source` names what lists them."""
+    wrong = [f"{path} is missing" for path in expected.keys() - found.keys()]
+    wrong += [f"{path} is not in {source}" for path in found.keys() - expected.keys()]
+    both = found.keys() & expected.keys()
+    wrong += [f"{path} differs from {source}" for path in both if found[path] != expected[path]]
+    return sorted(wrong)
 
 
 @contextmanager

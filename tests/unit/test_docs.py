@@ -12,7 +12,8 @@ import jsonschema
 import pytest
 import yaml
 
-from palio.config.reference import FILES, README, SCHEMAS, json_schema, with_tables
+from palio.config.reference import FILES, README, json_schema, with_tables
+from palio.layout import schema_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +30,7 @@ Yaml12.add_implicit_resolver(
 @pytest.mark.parametrize("kind", FILES)
 def test_the_schemas_in_the_repository_are_those_of_the_models(kind: str) -> None:
     """Make them anew with `python -m palio.config.reference`."""
-    assert (ROOT / SCHEMAS / f"{kind}.json").read_text() == json_schema(kind)
+    assert (ROOT / schema_file(kind)).read_text() == json_schema(kind)
 
 
 def test_the_tables_of_the_configs_readme_are_those_of_the_models() -> None:

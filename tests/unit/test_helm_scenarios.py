@@ -236,11 +236,11 @@ def test_helm_makes_the_instances_of_both_stages_offline(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PALIO_HELM_DATA", str(SHARED))
     runs = stage_of(tmp_path, RUNS)
-    cache = runs.store / "data" / "scenarios"
+    cache = runs.store.data / "scenarios"
     for name in ("mmlu", "big_bench", "truthful_qa", "gsm", "bbq"):
         shutil.copytree(SHARED / name, cache / name, copy_function=os.symlink)
     record = prepare_stage(runs, tmp_path / "stage.json")
-    planned = json.loads((runs.store / "runs.json").read_text())["runs"]
+    planned = json.loads(runs.store.runs.read_text())["runs"]
     assert {name: len(of) for name, of in RUNS.items()} == Counter(run["scenario"] for run in planned)
     assert all(run["instances"] == 4 for run in planned)
     assert record.scenarios["ethics"] == 20

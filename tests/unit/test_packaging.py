@@ -49,7 +49,7 @@ def package(entry: Entry, *, adapter: bool = True) -> PackageManifest:
 
 @pytest.fixture(scope="module")
 def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Entry:
-    entry = Entry.create(tmp_path_factory.mktemp("trained") / "e", tiny)
+    entry = Entry.create(tmp_path_factory.mktemp("trained") / "t/e", tiny)
     entry.finetune(max_steps=8, learning_rate=1e-2)
     package(entry)
     return entry
@@ -58,8 +58,8 @@ def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Entry:
 @pytest.fixture
 def entry(trained: Entry, tmp_path: Path) -> Entry:
     """A copy of the trained and packaged entry that a test may spoil."""
-    shutil.copytree(trained.folder, tmp_path / "e")
-    return Entry(tmp_path / "e", trained.base)
+    shutil.copytree(trained.folder, tmp_path / "t/e")
+    return Entry(tmp_path / "t/e", trained.base)
 
 
 def test_the_package_answers_as_base_plus_adapter_and_not_as_the_base(trained: Entry) -> None:

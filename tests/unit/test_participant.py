@@ -75,7 +75,7 @@ def test_what_is_left_out_is_asked_for(folder: WorkingFolder) -> None:
     [
         (
             ("config/entries/demo/curated.yaml",),
-            "config/entries/demo/curated.yaml: is there; choose another name",
+            "config/entries/demo/curated.yaml: already exists; choose another name",
         ),
         (("two words.yaml",), "name it <id>.yaml, the id of letters, digits, - and _"),
         (("x.yaml", "--track", "moon"), "--track is 'moon': use one of laptop"),

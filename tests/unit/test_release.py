@@ -203,7 +203,7 @@ def test_a_secret_run_file_stays_where_it_is(folder: Path) -> None:
 def test_a_folder_with_something_else_in_it_is_not_replaced(folder: Path) -> None:
     (folder.parent / "release").mkdir()
     (folder.parent / "release/thesis.txt").write_text("three years of work")
-    with pytest.raises(BadInput, match="is no release; name another folder"):
+    with pytest.raises(BadInput, match="is not a release; name another folder"):
         release(folder)
     assert (folder.parent / "release/thesis.txt").is_file()
 

@@ -308,7 +308,7 @@ def test_training_is_told_to_tensorboard_and_costed_and_the_manifest_does_not_kn
         max_steps=4,
         save_steps=2,
         validation_rows=8,
-        telemetry={"report_to": ["tensorboard"], "usd_per_hour": {"t": 3600.0}},
+        telemetry={"report_to": ["tensorboard"], "usd_per_hour": {entry.at.track_id: 3600.0}},
     )
     assert told == plain
     run = entry.run()

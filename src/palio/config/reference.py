@@ -14,10 +14,10 @@ from typing import Any
 
 import palio.config
 from palio.config import Competition, Entry, RuleSet, Strict, operation_class, operation_names
+from palio.layout import schema_file
 from palio.provenance import write_text
 
 README = Path("config/README.md")
-SCHEMAS = Path("config/schemas")
 FILES: dict[str, type[Strict]] = {"competition": Competition, "entry": Entry, "ruleset": RuleSet}
 """The model of each kind of file."""
 
@@ -85,7 +85,7 @@ def _value(field: dict[str, Any]) -> str:
 
 def main() -> None:
     for kind in FILES:
-        write_text(SCHEMAS / f"{kind}.json", json_schema(kind))
+        write_text(schema_file(kind), json_schema(kind))
     write_text(README, with_tables(README.read_text(encoding="utf-8")))
 
 

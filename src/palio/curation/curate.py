@@ -65,7 +65,7 @@ def curate_dataset(
         base_model: model folder of the entry's base model, for its tokenizer.
         team_folders: folders below which the team's files must lie, through no link; without them only a
             source itself and what is in it may not be a link.
-        work: folder of the intermediate files, kept for reruns; default: in `out`.
+        work: folder of the intermediate files, kept for reruns; default: work/curate beside `out`.
         limit: rows to read of each source, for a preview; omit to read all.
         workers: processes that work on batches; no part of the result.
         progress: called with the operation under way, rows in all where known, and rows just seen.

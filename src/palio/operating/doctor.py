@@ -22,21 +22,11 @@ from palio.config import Competition, Track, expand, read_yaml
 from palio.errors import BadInput, PalioError
 from palio.operating import slurm
 from palio.pipeline import STEPS
+from palio.sandbox.doctor import Finding
 
 COMMANDS = ("sbatch", "squeue", "scancel", "sinfo", "scontrol", "srun")
 NODE_SECONDS = 60
 """How long a test job may wait for a free node."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    ok: bool
-    what: str
-    fix: str = ""
-    """The line to change, if something is wrong."""
-
-    def __str__(self) -> str:
-        return f"ok   {self.what}" if self.ok else f"FIX  {self.what}: {self.fix}"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from palio.errors import BadInput, RuleViolation
 from palio.incoming import shard_names
 from palio.layout import BaseModelFolder, EntryFolder, PublishedPackage, Resources
 from palio.packaging.container import PINNED
-from palio.provenance import folder_sha256
+from palio.provenance import file_differences, folder_sha256
 from palio.records import AdapterManifest, BaseModelManifest, PackageManifest, read_record
 
 RESOURCES = Resources()
@@ -123,15 +123,7 @@ def changed_files(folder: Path, manifest: PackageManifest) -> list[str]:
         for path, digest in folder_sha256(folder).items()
         if not path.startswith((f"{companions}/", ".cache/")) and path != ".gitattributes"  # the hub's own
     }
-    wrong = []
-    for path in sorted(manifest.files.keys() | found.keys()):
-        if path not in found:
-            wrong.append(f"{path} is missing")
-        elif path not in manifest.files:
-            wrong.append(f"{path} is not in the manifest")
-        elif found[path] != manifest.files[path]:
-            wrong.append(f"{path} differs from the manifest")
-    return wrong
+    return file_differences(found, manifest.files, "the manifest")
 
 
 def _files(folder: Path, manifest: PackageManifest) -> str:

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from palio.config import ID_PATTERN, Competition, RuleSet, load_rules
-from palio.config.reference import SCHEMAS
 from palio.demo.data import write_demo_sources
 from palio.errors import BadInput
-from palio.layout import EXAMPLES, Resources
+from palio.layout import EXAMPLES, Resources, schema_file
 from palio.provenance import write_text
 
 PROGRAMS = {
@@ -116,7 +115,7 @@ def new_entry(
             PROGRAMS[kind], program, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
         )
     text = (HEAD + PARTS[kind]).format(
-        schema=os.path.relpath(SCHEMAS / "entry.json", path.parent),
+        schema=os.path.relpath(schema_file("entry"), path.parent),
         title=f"{team}'s entry",
         path=path,
         team=team,
