@@ -1,7 +1,7 @@
 """How fast the model server is: a HELM suite against a server that answers one request at a time.
 
     python benchmarks/serving.py PACKAGE                    # prompts that need no data
-    python benchmarks/serving.py PACKAGE --data ../shared/helm_data
+    python benchmarks/serving.py PACKAGE --data resources/stages/open/store/data/scenarios
 
 Both servers have the same model, dtype, threads and machine, run one after the other, and get the same
 requests from 8 client threads: what HELM itself asks in 5-shot scenarios, taken from its dry run. The
