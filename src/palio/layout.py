@@ -169,7 +169,7 @@ class StageTables(Folder):
 
 
 class PublishedPackage(Folder):
-    """A package as it goes to the hub, with what is no part of the model under palio/."""
+    """A package as it goes to the hub, its companions, which are not part of the model, under palio/."""
 
     companions = At("palio")
     manifest = At("palio/package.json")

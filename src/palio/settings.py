@@ -245,7 +245,7 @@ class PackageSettings(StepSettings):
 
 
 class ScenarioRuns(Strict):
-    """HELM runs of a scenario. The digest stands for the run file's content, which may be secret."""
+    """HELM runs of a scenario. The digest represents the run file's content, which may be secret."""
 
     run_entries: str
     max_eval_instances: PositiveInt | None = None

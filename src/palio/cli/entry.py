@@ -77,7 +77,7 @@ def new(
 @click.option("--panel", type=ExistingPath, help="Reference panel; default: config/panel/…, if there is one.")
 @click.option("--out", type=ExistingPath, default=REHEARSALS, show_default=True)
 def try_entry(file: Path, competition: str, panel: Path | None, out: Path) -> None:
-    """Rehearse an entry on this machine: every step in small, its place, and what the whole would take."""
+    """Rehearse an entry on this machine at reduced scale: every step, its place, and an estimate in full."""
     from palio.config import load_entry
     from palio.eligibility.entry_file import check_file
     from palio.layout import panel as panel_file

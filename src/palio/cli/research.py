@@ -1,4 +1,4 @@
-"""Verbs for whoever studies a competition: other conventions, why ranks differ, the published tables."""
+"""Commands for researchers: other conventions, why ranks differ, the published tables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from palio.layout import Boards, Results
 def rescore(
     leaderboard: Path, competition: str, results: Path, convention: str | None, missing: str | None
 ) -> None:
-    """A new version of a leaderboard from the HELM results it was made from; nothing is run again."""
+    """Score a leaderboard again by another convention or policy, from its stored HELM results."""
     from palio.scoring.analysis import analyse_track
     from palio.scoring.tables import print_leaderboard
     from palio.scoring.versions import difference, read_leaderboard, write_version

@@ -29,7 +29,7 @@ def json_schema(kind: str) -> str:
 
 
 def with_tables(readme: str) -> str:
-    """Return config/README.md with its tables made anew."""
+    """Return config/README.md with its tables regenerated."""
     return re.sub(
         r"(?<=<!-- fields of )(\w+)( -->\n).*?(?=<!-- end -->)",
         lambda marker: f"{marker[1]}{marker[2]}\n{_table(marker[1])}\n",

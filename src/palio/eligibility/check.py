@@ -1,4 +1,4 @@
-"""Hold one entry against the competition's rules. Each check is a pure function that yields violations.
+"""Check one entry against the competition's rules. Each check is a pure function that yields violations.
 
 Sources: the competition's rules page and arXiv 2503.13507, sections 2 and 3; the values themselves
 stand in config/rulesets/*.yaml.
@@ -29,7 +29,7 @@ def first_match(patterns: tuple[str, ...], text: str) -> str | None:
 
 
 def approved_model(source: BaseModelSource, rules: RuleSet) -> ApprovedModel | None:
-    """The approved family that a base model belongs to, if any."""
+    """Return the approved family that a base model belongs to, if any."""
     return approved_address(source.address, rules)
 
 
@@ -41,7 +41,7 @@ def approved_address(address: str, rules: RuleSet) -> ApprovedModel | None:
 
 
 def violations(entry: Entry, rules: RuleSet, *, tracks: tuple[str, ...]) -> list[Violation]:
-    """Every rule that `entry` by itself breaks; empty if it may run."""
+    """Return every rule that `entry` breaks on its own; none if it may run."""
     return [
         *_track(entry, tracks),
         *_team(entry, rules),
@@ -56,7 +56,7 @@ def _track(entry: Entry, tracks: tuple[str, ...]) -> Iterator[Violation]:
         yield Violation(
             rule="track",
             key="track",
-            why=f"{entry.track!r} is no track of the competition",
+            why=f"{entry.track!r} is not a track in this competition",
             fix=f"use one of {', '.join(tracks)}",
         )
 
@@ -153,8 +153,8 @@ def _generator(
         yield Violation(
             rule="data.generator_approved",
             key=key,
-            why=f"{generator} is no approved base model, and {source.label} may come from no other",
-            fix="write the generator as org/name of the hub; if it is right so, remove this source",
+            why=f"{generator} is not an approved base model, and {source.label} must come from one",
+            fix="write the generator as org/name of the hub; if that is what it is, remove this source",
         )
         return
     own = approved_model(entry.base_model, rules)

@@ -34,7 +34,7 @@ from palio.settings import CheckedAgainst, EntryFolders
 
 RESOURCES = Resources()
 HEAD = 1 << 16
-"""Bytes of a source by which, with its size, it is told from others."""
+"""Bytes of a source that, with its size, tell it from others."""
 
 
 class EntryViolations(RuleViolation):
@@ -46,7 +46,7 @@ class EntryViolations(RuleViolation):
 
 @dataclass(frozen=True)
 class Checked:
-    """One entry file and all that is to be said of it."""
+    """One entry file and every finding about it."""
 
     file: Path
     violations: list[Violation]
@@ -68,7 +68,7 @@ class Checked:
 
 
 def check_file(file: Path, against: CheckedAgainst, among: EntryFolders | None = None) -> Checked:
-    """Hold one entry file against the rules, beside the entries among which it is (default: its folder's)."""
+    """Check one entry file against the rules, among the given entries (default: those of its folder)."""
     found = list(_schema(file))
     if found:
         return Checked(file, found)
@@ -100,7 +100,7 @@ def check_file(file: Path, against: CheckedAgainst, among: EntryFolders | None =
 
 @functools.cache
 def participants(among: EntryFolders) -> Participants:
-    """The valid entry files of the folders, which are read once a process."""
+    """Read the valid entry files of the folders, once a process."""
     entries = {}
     for path in (path for folder in among.folders for path in sorted(Path(folder).glob("*.yaml"))):
         if path.stem not in among.withdrawn:
@@ -110,7 +110,7 @@ def participants(among: EntryFolders) -> Participants:
 
 
 def source_content(path: str) -> str:
-    """What a source's file holds, in short: size and hash of its head; its path if it is not there."""
+    """Return a short digest of a source's file: size and hash of its head; its path if it does not exist."""
     try:
         with Incoming(Path(path).parent, Path(path).name).open() as stream:
             head = hashlib.sha256(stream.read(HEAD)).hexdigest()
@@ -131,7 +131,7 @@ def _schema(file: Path) -> Iterator[Violation]:
         yield Violation(
             rule="schema.id",
             key="",
-            why=f"the file's name {file.name!r} is no entry id",
+            why=f"the file name {file.name!r} is not an entry id",
             fix="rename it to <id>.yaml, the id of letters, digits, - and _",
         )
     try:
@@ -158,7 +158,7 @@ def _schema_violation(fault: Fault) -> Violation:
 
 
 def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
-    """What a team brings lies in the teams' folders: not in a stage's store or a home."""
+    """Check that a team's files lie in the teams' folders: not in a stage's store or somebody's home."""
     for index, source in enumerate(entry.dataset.sources if entry.dataset else ()):
         if source.path and (refused := _refused(source.path, rules.team_folders)):
             key = f"dataset.sources.{index}.path"

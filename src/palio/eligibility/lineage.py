@@ -1,7 +1,7 @@
-"""What a downloaded base model says of itself: licence and lineage, from its model card and config.
+"""Facts that a downloaded base model states: licence and lineage, from its model card and config.
 
 A model whose name is approved may still be a fine-tuned one, or under a licence of its own. Its files are
-untrusted: what cannot be read says nothing, and is no error.
+untrusted: an unreadable one says nothing, and is not an error.
 """
 
 from __future__ import annotations

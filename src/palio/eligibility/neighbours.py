@@ -1,4 +1,4 @@
-"""One entry beside the others: how many its team has in the track, and which are nearly the same.
+"""Compare an entry with the others: how many its team has in the track, and which are nearly the same.
 
 Two entries are nearly the same if they start from the same base model, share 90 % of their sources and
 operations (Jaccard; the settings of an operation count as one), and train alike: equal choices, and
@@ -34,16 +34,16 @@ class Alike:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """What the rules look at of the other entries."""
+    """The facts about other entries that the rules look at."""
 
     entries_of_team: int
-    """Of the same team in the same track, this one included."""
+    """Entries of the same team in the same track, this one included."""
     alike: tuple[Alike, ...]
     """By entry id."""
 
 
 class Participants:
-    """The entries of a competition, to see one beside the others.
+    """The entries of a competition, to compare one with the rest.
 
     `content` names what a source's path holds: equal names, equal data.
     """
@@ -76,10 +76,10 @@ class Participants:
 def violations_among(
     name: str, entry: Entry, rules: RuleSet, around: Neighbours
 ) -> tuple[list[Violation], list[Violation]]:
-    """Rules broken beside the others, and what the organizers should look at.
+    """Return the rules broken in comparison with the other entries, and notices for the organizers.
 
     An entry nearly the same as an earlier one (by id) of its own team is refused. One nearly the same as
-    another team's is shown only: else whoever copies an entry could stop it.
+    another team's is only a notice: otherwise anyone could stop an entry by copying it.
     """
     broken: list[Violation] = []
     notices: list[Violation] = []
@@ -110,7 +110,7 @@ def violations_among(
 
 @dataclass(frozen=True)
 class _Likeness:
-    """What two entries are compared by."""
+    """Everything that two entries are compared by."""
 
     data: frozenset[str]
     choices: str

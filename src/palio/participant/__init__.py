@@ -1,1 +1,1 @@
-"""What a team does on its own machine: make an entry, try the whole of it, see what to expect."""
+"""A team's own machine: make an entry, rehearse it, see what to expect."""

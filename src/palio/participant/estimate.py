@@ -1,4 +1,4 @@
-"""What the whole run would take on its track, from what the rehearsal measured: estimates, with grounds.
+"""Estimates of the full run on its track, from the rehearsal's measurements, with their grounds.
 
 Time on a GPU: 6 floating-point operations a parameter and token (arXiv 2001.08361; with LoRA 4, since frozen
 weights need no gradient) at a share of the GPU's bf16 peak. On a CPU track: the rehearsal's own speed.
@@ -31,7 +31,7 @@ WEIGHT_BYTES = {"lora": 2.0, "qlora": 0.6, "full": 2.0}
 
 @dataclass(frozen=True)
 class Measured:
-    """What the rehearsal told."""
+    """Measurements of the rehearsal."""
 
     parameters: int
     trained_parameters: int
@@ -53,7 +53,7 @@ class Estimate:
 def estimate(
     recipe: FinetuneRecipe, track: Track, measured: Measured, source_rows: int, config: Mapping[str, Any]
 ) -> Estimate:
-    """Of the whole training. `source_rows`: of the sources; `config`: the model's config.json."""
+    """Estimate the full training. `source_rows`: rows of the sources; `config`: the model's config.json."""
     rows = max(1.0, source_rows * measured.rows_kept)
     per_step = recipe.batch_size * recipe.gradient_accumulation
     steps = recipe.max_steps or max(1, math.ceil(rows * recipe.epochs / per_step))
@@ -88,7 +88,7 @@ def _bytes(recipe: FinetuneRecipe, measured: Measured, config: Mapping[str, Any]
 
 
 def measure(folder: EntryFolder) -> Measured | None:
-    """From a rehearsal's records; None where Palio's trainer did not train."""
+    """Read a rehearsal's records; None unless Palio's own trainer trained."""
     from palio.records import AdapterManifest, DatasetManifest, FinetuneRun, PackageManifest, read_record
 
     run_facts = folder.run_facts("finetune")
@@ -116,7 +116,7 @@ def measure(folder: EntryFolder) -> Measured | None:
 
 
 def rows_of(path: Path) -> int:
-    """Records of a source file: lines of JSONL, lines without the header of CSV, rows of Parquet."""
+    """Count a source file's records: lines of JSONL, lines of CSV without its header, rows of Parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -27,7 +27,7 @@ PROGRAMS = {
 HEAD = """\
 # yaml-language-server: $schema={schema}
 # {title}. Check it: palio check {path}
-# Run all of it in small on this machine: palio try {path}
+# Rehearse it at reduced scale on this machine: palio try {path}
 team: {team}
 track: {track}
 kind: {kind}
@@ -92,7 +92,7 @@ def new_entry(
         licence, url: of the source files.
 
     Raises:
-        BadInput: the name is taken or is no id, or something is not as the competition has it.
+        BadInput: the name is taken or is not an id, or a value does not fit the competition.
     """
     if not ID_PATTERN.fullmatch(path.stem) or path.suffix != ".yaml":
         raise BadInput(path, "", None, "name it <id>.yaml, the id of letters, digits, - and _")
@@ -129,7 +129,7 @@ def new_entry(
 
 
 def suggested_base_model(competition: Competition) -> str:
-    """A base model that the rules approve without a choice: the first that is written out in full."""
+    """Return the first base model that the rules name in full."""
     rules = load_rules(Path(competition.rules))
     named = [source for model in rules.base_models for source in model.sources if "*" not in source]
     return next((source for source in named if not source.startswith("hub:")), named[0] if named else "")

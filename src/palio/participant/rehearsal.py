@@ -1,4 +1,4 @@
-"""`palio try`: the whole run of one entry, in small, by the workflow that the organizers run.
+"""`palio try`: the whole run of one entry at reduced scale, by the workflow that the organizers run.
 
 Nothing here runs a step. A small competition is written into a folder of its own (the heads of the sources,
 a few training steps, a few open instances; the closed stage is not touched) and Snakemake makes the entry's
@@ -55,11 +55,11 @@ def rehearse(file: Path, competition: Competition, out: Path) -> Rehearsal:
     """Run the entry at reduced scale under `out`; a second call goes on where the first stopped.
 
     Raises:
-        BadInput: there is no workflow here, or a source is missing.
+        BadInput: this folder has no workflow, or a source is missing.
         Crashed: a step did not finish; with its reason and log.
     """
     if not Path("Snakefile").is_file():
-        raise BadInput("Snakefile", "", None, "no workflow here; run palio try in a clone of Palio")
+        raise BadInput("Snakefile", "", None, "no workflow in this folder; run palio try in a clone of Palio")
     entry = load_entry(file)
     project = Project(out / file.stem)
     small = small_competition(competition, entry)
@@ -93,14 +93,14 @@ def _snakemake(project: Project, folder: EntryFolder) -> None:
     for path in sorted(folder.failures.glob("*.json")):
         why = read_record(StepFailure, path)
         raise Crashed(f"step {why.step} did not finish ({why.state.value}): {why.reason}; log: {why.log}")
-    raise Crashed(f"the workflow did not finish: {_said(project.log)}")
+    raise Crashed(f"the workflow did not finish: {_first_error(project.log)}")
 
 
-def _said(log: Path) -> str:
-    """What Snakemake says first of an error, and where."""
+def _first_error(log: Path) -> str:
+    """Return the first error that Snakemake reports, and its log."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    told = (lines[place + 1] for place, line in enumerate(lines[:-1]) if line.startswith("WorkflowError"))
-    return f"{next(told, 'no reason given').strip()}; see {log}"
+    errors = (lines[number + 1] for number, line in enumerate(lines[:-1]) if line.startswith("WorkflowError"))
+    return f"{next(errors, 'no reason given').strip()}; see {log}"
 
 
 # --- the small competition -----------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def small_competition(competition: Competition, entry: Entry) -> dict[str, Any]:
             scenario.pop("max_eval_instances", None)
             scenario["questions"] = INSTANCES
     return content | {
-        "demo": True,  # the closed stage is not run: there is nothing to keep
+        "demo": True,  # the closed stage is not run, so there is nothing to protect
         "entries": [ENTRIES],
         "rules": RULESET,
         "closed_store": "private",
@@ -143,7 +143,7 @@ def small_entry(entry: Entry, project: Project) -> dict[str, Any]:
     heads, made = project.resources.teams / "heads", Resources().demo_sources
     for index, source in enumerate(content.get("dataset", {}).get("sources", [])):
         path = Path(source.get("path", ""))
-        if "hub" in source or path.is_dir():  # read whole: what `datasets` holds has no head to cut off
+        if "hub" in source or path.is_dir():  # read whole: a dataset of the library has no head to cut off
             if path.is_dir() and "path" in source:
                 source["path"] = str(path.absolute())
             continue
@@ -166,7 +166,7 @@ def small_entry(entry: Entry, project: Project) -> dict[str, Any]:
 
 
 def write_head(source: Path, target: Path, rows: int) -> None:
-    """The first `rows` records of a source, in the same format. Raises BadInput if there is no such file."""
+    """Write the first `rows` records of a source, in its own format. Raises BadInput if it is missing."""
     if not source.is_file():
         raise BadInput(source, "", None, "no such file; correct dataset.sources, or fetch it")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a rehearsal showed, in lines for a terminal."""
+"""A rehearsal's results, in lines for a terminal."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _scores(at: EntryFolder, rehearsal: Rehearsal, panel: Path | None) -> Iterat
         value = f"{cell.value:.3f}" if cell.value is not None else f"missing: {cell.reason}"
         yield f"open: {column.scenario}, {column.metric}: {value} on {cell.n} instances"
     if panel is None:
-        yield "panel: the organizers have published none for this track"
+        yield "panel: none published for this track"
         return
     try:
         scores = placed(read_record(Panel, panel), columns, cells, "this entry")
@@ -78,15 +78,15 @@ def _whole_run(at: EntryFolder, entry: Entry, competition: Competition, probe: P
         return
     config = json.loads((at.package / "config.json").read_text(encoding="utf-8"))
     manifest = read_record(DatasetManifest, at.dataset.manifest)
-    told_rows = {source.name: source.rows for source in manifest.sources}
+    rows_read = {source.name: source.rows for source in manifest.sources}
     rows = sum(
-        rows_of(Path(source.path)) if source.path and Path(source.path).is_file() else told_rows[source.label]
+        rows_of(Path(source.path)) if source.path and Path(source.path).is_file() else rows_read[source.label]
         for source in entry.dataset.sources
     )
-    told = estimate(entry.finetune, track, measured, rows, config)
+    full = estimate(entry.finetune, track, measured, rows, config)
     cap = track.gpu_memory_gb or track.ram_gb
     yield (
-        f"whole training: {told.steps} steps, about {duration(told.training_seconds)} of the budget of "
-        f"{duration(track.training_budget)} ({told.grounds})"
+        f"whole training: {full.steps} steps, about {duration(full.training_seconds)} of the budget of "
+        f"{duration(track.training_budget)} ({full.grounds})"
     )
-    yield f"whole training: about {told.training_bytes / 1e9:.1f} GB of the track's {cap:g} GB"
+    yield f"whole training: about {full.training_bytes / 1e9:.1f} GB of the track's {cap:g} GB"

@@ -76,14 +76,14 @@ def changed_files(folder: Path) -> list[str]:
     """
     try:
         graph = json.loads((folder / METADATA).read_text(encoding="utf-8"))["@graph"]
-        told = {one["@id"]: one["sha256"] for one in graph if one.get("@type") == "File"}
+        recorded = {one["@id"]: one["sha256"] for one in graph if one.get("@type") == "File"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(
             folder / METADATA, "", None, "is no RO-Crate metadata; get the release again"
         ) from None
     found = folder_sha256(folder)
     found.pop(METADATA, None)
-    return file_differences(found, told, METADATA)
+    return file_differences(found, recorded, METADATA)
 
 
 def _owner(path: str, competition: Competition) -> str:

@@ -1,4 +1,4 @@
-"""Gather a competition into a folder from which everybody can score it again.
+"""Gather a competition into a folder from which anyone can score it again.
 
     <out>/README.md                 what is here, and the one command
     <out>/ro-crate-metadata.json    the same for machines: every file with its sha256 (RO-Crate 1.1)
@@ -9,8 +9,8 @@
     <out>/container/                what serves a package
     <out>/lock.txt                  versions of everything, where the workflow has a lock
 
-What goes in is listed here, file by file; nothing is taken because it lies there. Then everything is read
-once more: a text of the closed stage or a credential in it stops the release.
+The files are listed one by one, by the table of steps and below; nothing is taken because it happens to be
+there. Then everything is read once more: a text of the closed stage or a credential in it stops the release.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SECRETS = re.compile(
     rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
 SHORTEST_TEXT = 20
-"""Characters of a line of a closed instance that is looked for: a shorter one stands in many a text."""
+"""Characters of the shortest line of a closed instance to search for: shorter ones occur in ordinary text."""
 README = """\
 # {title}
 
@@ -66,7 +66,7 @@ entry files say where the data comes from), and the texts of the closed stage.
 
 
 class Leak(PalioError):
-    """Something that must not be public is in the release, which is therefore not made."""
+    """The release would have published a secret, so it was not made."""
 
 
 def gather(
@@ -184,10 +184,10 @@ def search_for_leaks(folder: Path, closed_lines: list[bytes]) -> None:
         content = path.read_bytes()
         name = path.relative_to(folder)
         if SECRETS.search(content):
-            raise Leak(f"{name} holds what looks like a credential; remove it and release again")
+            raise Leak(f"{name} contains what looks like a credential; remove it and release again")
         # JSON writes quotes and newlines otherwise, HTML more: lines are compared without either.
         if any(line in content or _escaped(line) in content for line in closed_lines):
-            raise Leak(f"{name} holds a text of the closed stage; find out how it came there")
+            raise Leak(f"{name} contains a text of the closed stage; find out how it got there")
 
 
 def _escaped(line: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Confinement of what teams hand in to be run. What it promises stands in docs/security.md.
+"""Confinement of what teams hand in to be run. docs/security.md says what it promises.
 
 room         what a program sees and may use, as bubblewrap's arguments
 gpu          the one GPU, seen from outside

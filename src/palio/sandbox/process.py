@@ -136,7 +136,7 @@ class Confined:
         contents = {"/etc/passwd": f"entry:x:{UID}:{UID}::/tmp:/bin/sh\n".encode()}
         files = {place: _memory_file(content) for place, content in contents.items()}
         seccomp = _memory_file(filter_program())
-        told, info = os.pipe()
+        reported, info = os.pipe()
         arguments = building(self.room, files=files, seccomp=seccomp, info=info, uid=uid)
         described = _memory_file("".join(f"{argument}\0" for argument in arguments).encode())
         passed = [*files.values(), seccomp, info, described]
@@ -155,11 +155,11 @@ class Confined:
         finally:
             for descriptor in passed:
                 os.close(descriptor)
-        with os.fdopen(told, "rb") as stream:
+        with os.fdopen(reported, "rb") as stream:
             self._first = psutil.Process(self._told(stream))
 
     def _told(self, stream: BinaryIO) -> int:
-        """The id of the room's first process, which bubblewrap tells once the room stands."""
+        """Return the id of the sandbox's first process, which bubblewrap reports when it is built."""
         text = b""
         deadline = time.monotonic() + START_SECONDS
         while select.select([stream], [], [], max(0.0, deadline - time.monotonic()))[0]:
