@@ -22,6 +22,7 @@ from palio.incoming import Incoming, copy_files
 from palio.packaging.verify import verify_package
 from palio.provenance import folder_sha256
 from palio.records import PackageManifest, read_record
+from palio.settings import CheckedAgainst
 from tests.support.curation import curate, pairs_of, recipe, write_jsonl
 from tests.support.folder import ROOT
 from tests.support.programs import HANDS_IN, program_of, run_command
@@ -207,8 +208,8 @@ def competition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def refusals(source: str) -> list[str]:
     """What `palio check` says of an entry with this source."""
-    competition = load_competition(ROOT / "config/neurips2023.yaml").checked_against
-    rules = competition.model_copy(update={"rules": str(ROOT / "config/rules/neurips2023.yaml")})
+    against = CheckedAgainst.of(load_competition(ROOT / "config/neurips2023.yaml"))
+    rules = against.model_copy(update={"rules": str(ROOT / "config/rulesets/neurips2023.yaml")})
     entry: dict[str, Any] = {
         "team": "acme",
         "track": "a100",

@@ -44,9 +44,11 @@ def curate(folder: Path, site: Path) -> subprocess.CompletedProcess[str]:
     """Curate two rows with `op: drop_links` in an interpreter that sees the package."""
     source = write_jsonl(folder / "rows.jsonl", ROWS)
     recipe = {"sources": [{"path": str(source), "licence": "MIT"}], "operations": [{"op": "drop_links"}]}
-    arguments = ["curate", json.dumps(recipe), "--base-model", "none"]
+    entry = {"team": "Civetta", "track": "laptop", "base_model": {"path": "none"}, "finetune": {}}
+    (folder / "civetta.yaml").write_text(json.dumps(entry | {"dataset": recipe}))
+    arguments = ["curate", "civetta.yaml", "--out", "civetta/dataset"]
     return subprocess.run(
-        [sys.executable, "-m", "palio.cli", *arguments, "--entry-dir", str(folder / "laptop/civetta")],
+        [sys.executable, "-m", "palio.cli", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(site)},
         capture_output=True,
@@ -61,16 +63,16 @@ def test_an_installed_package_adds_the_operation_of_the_page(tmp_path: Path) -> 
     install(tmp_path / "site", code)
     done = curate(tmp_path, tmp_path / "site")
     assert done.returncode == 0, done.stderr
-    (dropped,) = pq.read_table(tmp_path / "laptop/civetta/dataset/dropped.parquet").to_pylist()
+    (dropped,) = pq.read_table(tmp_path / "civetta/dataset/dropped.parquet").to_pylist()
     assert (dropped["prompt"], dropped["reason"]) == ("Who won?", "contains links (1)")
-    manifest = json.loads((tmp_path / "laptop/civetta/dataset/manifest.json").read_text())
+    manifest = json.loads((tmp_path / "civetta/dataset/manifest.json").read_text())
     assert manifest["operations"][0]["settings"] == {"most": 0}
 
 
 def test_without_the_package_the_operation_is_unknown(tmp_path: Path) -> None:
     done = curate(tmp_path, tmp_path)
     assert done.returncode == 2
-    assert "dataset: operations.0: unknown operation; use one of cap_rows, clean_markup" in done.stderr
+    assert "dataset.operations.0: unknown operation; use one of cap_rows, clean_markup" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from palio.config import load_entry
 from palio.curation.rows import ROW
 from palio.demo.data import write_demo_sources
-from palio.layout import Resources
+from palio.layout import EntryFolder, Resources
 from palio.provenance import file_sha256
+from palio.settings import CurateSettings, slice_of
 
 ROOT = Path(__file__).parents[2]
 CURATED = "config/entries/demo/curated.yaml"
@@ -53,18 +55,20 @@ def test_a_participant_previews_a_recipe_and_looks_at_what_it_drops(folder: Path
     assert "the answer refuses" not in kept.stdout
 
 
-def test_the_workflows_form_gives_the_bytes_of_the_participants(folder: Path) -> None:
-    from palio.config import load_entry
-    from palio.workflow import slice_of
-
+def test_the_workflows_step_gives_the_bytes_of_the_participants_verb(folder: Path) -> None:
     entry = load_entry(ROOT / CURATED)
     assert entry.dataset is not None
+    settings = CurateSettings(
+        competition_id="demo",
+        dataset=entry.dataset,
+        base_model_id="none",
+        team_folders=(str(Resources().demo_sources),),
+    )
     assert palio(folder, "curate", CURATED, "--out", "whole").returncode == 0
-    entry_dir = "results/laptop/curated"
-    arguments = (slice_of(entry.dataset), "--entry-dir", entry_dir, "--base-model", "none")
-    assert palio(folder, "curate", *arguments).returncode == 0
-    train = "train.parquet"
-    assert file_sha256(folder / entry_dir / "dataset" / train) == file_sha256(folder / "whole" / train)
+    made = EntryFolder.at(Path("results/laptop/curated"))
+    done = palio(folder, "step", "curate", str(made.path), "--settings", slice_of(settings))
+    assert done.returncode == 0, done.stderr
+    assert file_sha256(folder / made.dataset.rows) == file_sha256(folder / "whole/train.parquet")
 
 
 @pytest.mark.parametrize("stage", ["open", "closed"])
