@@ -97,7 +97,8 @@ def test_the_command_names_every_violation_and_speaks_json(tmp_path: Path) -> No
     text = folder.run("palio", "check", "config/entries/demo")
     assert text.returncode == 3
     assert "curated.yaml: clean" in text.stdout
-    assert (
+    line = "raw.yaml: track: 'moon' is not a track in this competition; use one of laptop [track]"
+    assert line in text.stderr
         "raw.yaml: track: 'moon' is not a track in this competition; use one of laptop [track]" in text.stderr
     )
     assert "Traceback" not in text.stderr
