@@ -29,24 +29,33 @@ class BrokenEntry:
 AnyEntry = Entry | BrokenEntry
 
 
-def entry_files(folders: Iterable[str], file: str | Path = "config") -> dict[str, Path]:
-    """Find the path of every entry file by entry id, sorted by id.
+def entry_files(
+    folders: Iterable[str], file: str | Path = "config"
+) -> tuple[dict[str, Path], list[BadInput]]:
+    """Find the path of every entry file by entry id, sorted by id, and the files that are left out.
+
+    A file whose name is not an id, or whose id is taken, stops nobody: it is left out, with its fault.
 
     Raises:
-        BadInput: a folder does not exist, a file's name is not an id, or two files share one; `file` is the
-            config that names the folders.
+        BadInput: a folder does not exist; `file` is the config that names the folders.
     """
     paths: dict[str, Path] = {}
+    taken: dict[str, Path] = {}
+    left_out: list[BadInput] = []
     for folder in folders:
         if not Path(folder).is_dir():
-            raise BadInput(file, "entries", folder, "no such folder; create it or correct the path")
+            raise BadInput(file, "entries", folder, why="no such folder", fix="create it or correct the path")
         for path in sorted(Path(folder).glob("*.y*ml")):
             if not ID_PATTERN.fullmatch(path.stem) or path.suffix != ".yaml":
-                raise BadInput(path, "", None, "rename it to <id>.yaml, the id of letters, digits, - and _")
-            if path.stem in paths:
-                raise BadInput(path, "id", path.stem, f"is taken by {paths[path.stem]}; rename one of them")
-            paths[path.stem] = path
-    return dict(sorted(paths.items()))
+                fix = "rename it to <id>.yaml, the id of letters, digits, - and _"
+                left_out.append(BadInput(ascii(str(path)).strip("'"), fix=fix))
+            elif other := taken.get(path.stem.casefold()):  # a file system may not tell their cases apart
+                left_out.append(
+                    BadInput(path, "id", path.stem, why=f"is taken by {other}", fix="rename one of them")
+                )
+            else:
+                paths[path.stem] = taken[path.stem.casefold()] = path
+    return dict(sorted(paths.items())), left_out
 
 
 class Entries(Mapping[str, AnyEntry]):
@@ -57,11 +66,11 @@ class Entries(Mapping[str, AnyEntry]):
         """Find the files.
 
         Raises:
-            BadInput: as `entry_files`; no file at all; or `withdrawn` or `shards` names an unknown entry.
+            BadInput: as `entry_files`; no entry at all; or `withdrawn` or `shards` names an unknown one.
         """
         self._track_ids = tuple(competition.tracks)
         self._read: dict[str, AnyEntry] = {}
-        self.files = entry_files(competition.entries, file)
+        self.files, self.left_out = entry_files(competition.entries, file)
         for key in ("withdrawn", "shards"):
             for entry_id in getattr(competition, key):
                 if entry_id not in self.files:

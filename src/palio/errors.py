@@ -15,6 +15,7 @@ of ours: it keeps its traceback, exits with 70 and counts as `crashed`.
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,9 @@ class PalioError(Exception):
     state = State.CRASHED
 
     def __str__(self) -> str:
-        return "; ".join([super().__str__(), *getattr(self, "__notes__", ())])
+        line = re.sub(r"\s*\n\s*", " ", "; ".join([super().__str__(), *getattr(self, "__notes__", ())]))
+        # a team's text may be in it: no character reaches a terminal as a command
+        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
 
 class BadInput(PalioError):

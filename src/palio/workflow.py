@@ -66,9 +66,10 @@ class Workflow:
 
     @property
     def faults(self) -> list[str]:
-        """One line for each broken entry file."""
+        """One line for each broken entry file, and each that is left out."""
         entries = (entry for of_track in self.active.values() for entry in of_track.values())
-        return [str(entry.fault) for entry in entries if isinstance(entry, BrokenEntry)]
+        broken = [entry.fault for entry in entries if isinstance(entry, BrokenEntry)]
+        return [str(fault) for fault in (*broken, *self.entries.left_out)]
 
     def entry(self, wildcards: Any) -> AnyEntry:
         entry = self.entries[wildcards.entry]

@@ -184,18 +184,23 @@ def competition_with(folders: tuple[str, ...], demo: dict[str, Any]) -> Competit
 
 
 @pytest.mark.parametrize("name", ["two words.yaml", "ümlaut.yaml", "acme.yml", "-acme.yaml"])
-def test_a_file_name_that_is_no_id_is_refused(tmp_path: Path, demo: dict[str, Any], name: str) -> None:
-    (tmp_path / name).write_text("team: x\n")
-    with pytest.raises(BadInput, match="rename it to <id>"):
-        Entries(competition_with((str(tmp_path),), demo))
+def test_a_file_name_that_is_not_an_id_is_left_out(tmp_path: Path, demo: dict[str, Any], name: str) -> None:
+    for file in (name, "acme.yaml"):
+        (tmp_path / file).write_text("team: x\n")
+    entries = Entries(competition_with((str(tmp_path),), demo))
+    assert list(entries) == ["acme"]
+    (fault,) = entries.left_out
+    assert "rename it to <id>" in str(fault)
 
 
-def test_an_id_taken_twice_is_refused(tmp_path: Path, demo: dict[str, Any]) -> None:
-    for folder in ("a", "b"):
+@pytest.mark.parametrize("again", ["acme", "ACME"])
+def test_an_id_that_is_taken_is_left_out(tmp_path: Path, demo: dict[str, Any], again: str) -> None:
+    for folder, name in (("a", "acme"), ("b", again)):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "acme.yaml").write_text("team: x\n")
-    with pytest.raises(BadInput, match="'acme': is taken by"):
-        Entries(competition_with((str(tmp_path / "a"), str(tmp_path / "b")), demo))
+        (tmp_path / folder / f"{name}.yaml").write_text("team: x\n")
+    entries = Entries(competition_with((str(tmp_path / "a"), str(tmp_path / "b")), demo))
+    assert entries.files == {"acme": tmp_path / "a/acme.yaml"}
+    assert f"'{again}': is taken by" in str(entries.left_out[0])
 
 
 def test_a_missing_folder_and_an_entry_that_there_is_not_are_named(demo: dict[str, Any]) -> None:

@@ -31,9 +31,9 @@ from palio.config.reading import (
     load_overrides,
     load_rules,
     parse,
-    read_yaml,
 )
 from palio.config.ruleset import ApprovedModel, RuleSet
+from palio.config.yaml_file import read_yaml
 
 __all__ = [
     "ID_PATTERN",

@@ -7,18 +7,18 @@ from pathlib import Path
 
 from pydantic import model_validator
 
-from palio.config.common import Strict
+from palio.config.common import PlainPath, Strict
 from palio.provenance import fingerprint
 
 
 class BaseModelSource(Strict):
     """Where an entry's base model comes from: exactly one of `hub`, `path`, `gguf`."""
 
-    hub: str | None = None
+    hub: PlainPath | None = None
     """`org/name@revision` on the Hugging Face hub; the revision is a 40-character commit id."""
-    path: str | None = None
+    path: PlainPath | None = None
     """A folder in Hugging Face format, readable from every node."""
-    gguf: str | None = None
+    gguf: PlainPath | None = None
     """`package/file.gguf` inside an installed Python package; converted once to safetensors."""
 
     @model_validator(mode="after")

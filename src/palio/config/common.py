@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import textwrap
+import unicodedata
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,8 @@ from pydantic import (
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
+
+from palio.errors import InvalidValue
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 REVISION_PATTERN = re.compile(r"[0-9a-f]{40}")
@@ -101,6 +104,32 @@ Weight = Annotated[float, Field(gt=0, le=1), BeforeValidator(_fraction, json_sch
 Pattern = Annotated[str, AfterValidator(_expression)]
 """A regular expression of Python's `re`."""
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _plain(value: str) -> str:
+    """Refuse characters that a terminal, a table or a page could take for something else than text.
+
+    Cc: control characters; Cf: invisible and right-to-left marks; Co, Cn, Cs: no characters at all.
+    """
+    odd = next((char for char in value if unicodedata.category(char) in ("Cc", "Cf", "Co", "Cn", "Cs")), None)
+    if odd is not None:
+        raise InvalidValue(
+            why=f"contains the invisible character U+{ord(odd):04X}", fix="write it as plain text"
+        )
+    return unicodedata.normalize("NFKC", value).strip()
+
+
+def _plain_path(value: str) -> str:
+    if any(char in value for char in "{}") or not value.isprintable():
+        fix = "rename the file without braces and control characters"
+        raise InvalidValue(why="is a path that Snakemake would misread", fix=fix)
+    return value
+
+
+PlainText = Annotated[str, Field(max_length=200), AfterValidator(_plain)]
+"""A line of visible text, in Unicode's compatibility form (NFKC): equal names are equal strings."""
+PlainPath = Annotated[str, Field(max_length=1000), AfterValidator(_plain_path)]
+"""A path without braces, which Snakemake takes for wildcards, and without control characters."""
 
 
 def expand(path: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from palio.config.common import Share, Strict
+from palio.config.common import PlainPath, PlainText, Share, Strict
 from palio.config.operations import AnyOperation, Input
 from palio.errors import InvalidValue
 
@@ -36,7 +36,7 @@ class RowTemplate(Strict):
 class DataSource(Strict):
     """A source of training data: exactly one of `path` and `hub`."""
 
-    path: str | None = None
+    path: PlainPath | None = None
     """A `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.csv` or `.parquet` file, or a folder saved by `datasets`."""
     hub: str | None = None
     """`org/name@revision` of a dataset on the Hugging Face hub; the revision is a 40-character commit id.
@@ -57,13 +57,13 @@ class DataSource(Strict):
     """Instead of `format`, for records of any other shape."""
     score: str | None = None
     """Key of a number in the records, for `sample_rows` with `by: score`."""
-    name: str | None = None
+    name: PlainText | None = None
     """Shown in the data card; defaults to the file's stem or the dataset's name."""
-    licence: str
+    licence: PlainText
     """SPDX id; must be one of the rule set's `data_licences`."""
-    url: str | None = None
+    url: PlainText | None = None
     """Where the public finds the data."""
-    generator: str | None = None
+    generator: PlainText | None = None
     """Model (`org/name` on the hub) or program that wrote the data; omit for human-written data."""
 
     @model_validator(mode="after")

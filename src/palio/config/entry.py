@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from palio.config.base_model import BaseModelSource
-from palio.config.common import Strict
+from palio.config.common import PlainText, Strict
 from palio.config.dataset import DatasetRecipe
 from palio.config.finetune import FinetuneRecipe
 from palio.config.program import Program, ServerProgram
@@ -24,16 +24,16 @@ PARTS = {
 class Entry(Strict):
     """One submission of one team to one track. Its id is the name of its file."""
 
-    team: str = Field(min_length=1)
+    team: Annotated[PlainText, Field(min_length=1)]
     """Name of the team."""
-    team_members: tuple[str, ...] = ()
+    team_members: tuple[PlainText, ...] = ()
     """Names of the people in the team, where the rules limit their number."""
     track: str
     """Id of a track in the competition."""
     kind: Literal["recipe", "command", "server"] = "recipe"
     """`recipe`: Palio's own curation and trainer; `command`: the team's own training program; `server`: the
     team's own inference server."""
-    title: str = ""
+    title: PlainText = ""
     """Shown in the report."""
     base_model: BaseModelSource
     """The model to start from."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from palio.config.common import Strict
+from palio.config.common import PlainPath, Strict
 
 IMAGE_PATTERN = re.compile(r"docker://[\w./:-]+@sha256:[0-9a-f]{64}")
 
@@ -19,9 +19,9 @@ class Program(Strict):
     """Version of the contract, docs/command_entries.md or docs/server_entries.md, that it is written for."""
     run: Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)]
     """A line for `sh -c`, or a list of program and arguments; starts in the folder of the files."""
-    files: str | None = None
+    files: PlainPath | None = None
     """The team's folder, mounted read-only at `/entry`; must not contain symbolic links."""
-    image: str | None = None
+    image: PlainPath | None = None
     """`docker://name@sha256:<digest>` or a `.sif` file (read with apptainer) instead of the host's system."""
 
     @model_validator(mode="after")

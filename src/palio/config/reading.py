@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from palio.config.common import ID_PATTERN, expand
 from palio.config.competition import Competition, Overrides
 from palio.config.entry import Entry
 from palio.config.ruleset import RuleSet
+from palio.config.yaml_file import read_yaml
 from palio.errors import BadInput, InvalidValue
 from palio.layout import STAGES, overrides
 
@@ -92,39 +92,6 @@ def _field_names(schema: Any) -> set[str]:
     inner = schema.values() if isinstance(schema, dict) else schema
     names = set(schema.get("properties", ())) if isinstance(schema, dict) else set()
     return names.union(*map(_field_names, inner))
-
-
-class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml, if installed
-    """Checks YAML's rule that the keys of a mapping differ, which PyYAML does not."""
-
-
-def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    duplicate = next((key for key in keys if keys.count(key) > 1), None)
-    if duplicate is not None:
-        raise yaml.constructor.ConstructorError(
-            None, None, f"key {duplicate!r} is duplicated", node.start_mark
-        )
-    loader.flatten_mapping(node)
-    return dict(loader.construct_pairs(node, deep=True))
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def read_yaml(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise BadInput(path, why="no such file", fix="check the path") from None
-    except UnicodeDecodeError:
-        raise BadInput(path, why="is not UTF-8 text", fix="save it as UTF-8") from None
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}" if mark else ""
-        raise BadInput(path, line, why=f"is not YAML: {getattr(error, 'problem', error)}") from None
 
 
 def load_entry(path: Path) -> Entry:

@@ -89,13 +89,16 @@ def competition_status(competition: Competition, results: Results, controller: s
             queue = {job.comment: job for job in slurm.jobs(Path.cwd())}
         except PalioError as error:
             notes.append(f"SLURM is not responding: {error}")
+    unknown = bool(notes)
     now = time.time()
     statuses = []
-    for track_id, entries in Entries(competition).by_track().items():
+    all_entries = Entries(competition)
+    notes += [str(fault) for fault in all_entries.left_out]
+    for track_id, entries in all_entries.by_track().items():
         for entry_id, entry in entries.items():
             if isinstance(entry, BrokenEntry):
                 notes.append(str(entry.fault))
-            source = _Source(competition, results.entry(track_id, entry_id), queue, bool(notes), now)
+            source = _Source(competition, results.entry(track_id, entry_id), queue, unknown, now)
             if entry_id in competition.withdrawn:
                 steps = [StepStatus("check", "withdrawn", reason=competition.withdrawn[entry_id])]
             else:
