@@ -40,7 +40,6 @@ def entry_files(
         BadInput: a folder does not exist; `file` is the config that names the folders.
     """
     paths: dict[str, Path] = {}
-    taken: dict[str, Path] = {}
     left_out: list[BadInput] = []
     for folder in folders:
         if not Path(folder).is_dir():
@@ -49,12 +48,12 @@ def entry_files(
             if not ID_PATTERN.fullmatch(path.stem) or path.suffix != ".yaml":
                 fix = "rename it to <id>.yaml, the id of letters, digits, - and _"
                 left_out.append(BadInput(ascii(str(path)).strip("'"), fix=fix))
-            elif other := taken.get(path.stem.casefold()):  # a file system may not tell their cases apart
+            elif other := paths.get(path.stem):
                 left_out.append(
                     BadInput(path, "id", path.stem, why=f"is taken by {other}", fix="rename one of them")
                 )
             else:
-                paths[path.stem] = taken[path.stem.casefold()] = path
+                paths[path.stem] = path
     return dict(sorted(paths.items())), left_out
 
 

@@ -139,7 +139,7 @@ def test_twenty_hostile_files_stop_neither_plan_nor_status_nor_standings_of_the_
     for make in FILES:
         make(entries / f"x_{make.__name__}.yaml")
     (entries / "not an id.yaml").write_text("team: x")
-    (entries / "CURATED.yaml").write_text("team: x")
+    (entries / "honest.yml").write_text("team: x")
     plan = folder.plan()
     assert honest <= plan
     assert {rule for rule, entry in plan if entry == "x_nested"} >= {"check_entry"}
