@@ -11,7 +11,7 @@ import requests
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from palio.serving.engine import Completion, Request
+from palio.serving.request import Completion, Request
 from palio.serving.process import ServerProcess
 from palio.serving.transformers_engine import TransformersEngine
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from palio.errors import BadInput, OutOfMemory
 from palio.serving import transformers_engine
-from palio.serving.engine import BadRequest, QueueFull, Request, Unavailable
+from palio.serving.request import BadRequest, QueueFull, Request, Unavailable
 from palio.serving.transformers_engine import TransformersEngine
 from tests.support.serving import QUESTIONS, SHOTS, complete, engine_of, generated
 from tests.support.training import tiny_base_model
@@ -194,7 +194,7 @@ def test_an_engine_that_keeps_failing_says_so(engine: TransformersEngine) -> Non
         with pytest.raises(RuntimeError):
             complete(engine, ["a"], max_new_tokens=2)
     engine._thread.join(10)
-    assert "again and again" in engine.failure()
+    assert "times in a row" in engine.failure()
     with pytest.raises(Unavailable):
         engine.submit(Request("a"))
 

@@ -1,4 +1,4 @@
-"""The HTTP side: HELM's contract, clean refusals, deadlines, clients that leave."""
+"""The HTTP API: HELM's contract, clean refusals, deadlines, clients that leave."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from palio.serving.app import build_app
-from palio.serving.engine import Completion, QueueFull, Request, Unavailable
+from palio.serving.request import Completion, QueueFull, Request, Unavailable
 from tests.support.serving import engine_of
 from tests.support.training import tiny_base_model
 
@@ -26,6 +26,8 @@ def client(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 class Stuck:
     """An engine that never answers."""
 
+    vocabulary: Any = None
+
     def __init__(self, refusal: Exception | None = None) -> None:
         self.refusal = refusal
         self.futures: list[Future[list[Completion]]] = []
@@ -35,12 +37,6 @@ class Stuck:
             raise self.refusal
         self.futures.append(Future())
         return self.futures[-1]
-
-    def tokenize(self, text: str, max_length: int | None = None) -> list[int]:
-        return []
-
-    def decode(self, tokens: list[int]) -> str:
-        return ""
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -83,7 +79,7 @@ def test_several_sequences_stand_under_completions(client: TestClient) -> None:
     ],
     ids=repr,
 )
-def test_nonsense_is_refused_and_the_server_lives_on(client: TestClient, body: Any) -> None:
+def test_an_invalid_request_is_refused_and_the_server_goes_on(client: TestClient, body: Any) -> None:
     import json
 
     reply = client.post("/process", content=json.dumps(body), headers={"Content-Type": "application/json"})

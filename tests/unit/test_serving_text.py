@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from palio.serving.engine import BadRequest, Token
-from palio.serving.sampling import draw
+from palio.serving.request import BadRequest, Token
+from palio.serving.sampling import sample
 from palio.serving.text import TextStream, Vocabulary, cut, find_stop
 
 
@@ -64,18 +64,14 @@ def test_a_cut_inside_a_token_keeps_its_part_and_its_logprob() -> None:
     assert completion.logprob == -3.0
 
 
-def test_temperature_zero_takes_the_most_likely() -> None:
-    assert draw(torch.tensor([0.0, 5.0, 1.0]), 1e-7, 1.0, random.Random(0)) == 1
-
-
-def test_top_p_draws_from_the_smallest_set_that_reaches_it() -> None:
+def test_top_p_samples_from_the_smallest_set_that_reaches_it() -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    drawn = {draw(logits, 1.0, 0.6, random.Random(seed)) for seed in range(200)}
-    assert drawn == {0, 1}
+    sampled = {sample(logits, 1.0, 0.6, random.Random(seed)) for seed in range(200)}
+    assert sampled == {0, 1}
 
 
-def test_drawn_tokens_have_the_models_frequencies() -> None:
+def test_sampled_tokens_have_the_models_frequencies() -> None:
     logits = torch.tensor([0.7, 0.2, 0.1]).log()
     state = random.Random(0)
-    drawn = [draw(logits, 1.0, 1.0, state) for _ in range(3000)]
-    assert [drawn.count(token) / 3000 for token in range(3)] == pytest.approx([0.7, 0.2, 0.1], abs=0.03)
+    sampled = [sample(logits, 1.0, 1.0, state) for _ in range(3000)]
+    assert [sampled.count(token) / 3000 for token in range(3)] == pytest.approx([0.7, 0.2, 0.1], abs=0.03)

@@ -1,4 +1,4 @@
-"""A model server as a process of its own: started, watched, and ended with all it started."""
+"""A model server as a child process: started, monitored, and stopped with everything it started."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from types import TracebackType
 
 from palio.errors import Crashed, OutOfMemory
 
+READY = "palio serves on "
+"""What a server prints, followed by its address, once it takes requests."""
 READY_SECONDS = 1800.0
-"""Loading a large model from a slow disk."""
+"""Enough to load a large model from a slow disk."""
 STOP_SECONDS = 10.0
 LOG_LINES = 5
 POLL_SECONDS = 0.1
 OWNER = "PALIO_SERVER_OWNER"
-"""Environment variable: the process that a server ends with."""
+"""Environment variable: id of the process that a server ends with."""
 
 
 class ServerProcess:
-    """`palio serve PACKAGE` on loopback and a free port, while the context lasts.
+    """`palio serve PACKAGE` on loopback and a free port, as a context manager.
 
-    Enter it in a thread that outlives it: the server ends with that thread. Entering waits until it takes
-    requests. The server's output is appended to `log`, which never holds a prompt. Without `gpu_memory_gb`
-    it runs on the CPU, whatever the node has.
+    Entering waits until the server takes requests. Enter it in a thread that outlives the context: the server
+    ends with that thread. Its output is appended to `log`, which never contains a prompt. Without
+    `gpu_memory_gb` it runs on the CPU, even on a node with a GPU.
 
     Raises:
-        Crashed, OutOfMemory: it died or did not get ready; with the last lines of its log.
+        Crashed, OutOfMemory: the server ended or did not get ready; with the last lines of its log.
     """
 
     def __init__(
@@ -43,10 +45,8 @@ class ServerProcess:
         gpu_memory_gb: float | None = None,
         cache_gb: float | None = None,
         engine: str = "transformers",
-        ready_seconds: float = READY_SECONDS,
     ) -> None:
         self._log = log
-        self._ready_seconds = ready_seconds
         self._command = [
             *(sys.executable, "-m", "palio.cli", "serve", str(package), "--port", "0", "--engine", engine),
             *(["--threads", str(threads)] if threads else []),
@@ -67,7 +67,7 @@ class ServerProcess:
 
     def __enter__(self) -> ServerProcess:
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        begin = self._log.stat().st_size if self._log.exists() else 0
+        start = self._log.stat().st_size if self._log.exists() else 0
         with self._log.open("ab") as stream:
             self._process = subprocess.Popen(
                 self._command,
@@ -78,7 +78,7 @@ class ServerProcess:
                 start_new_session=True,
             )
         try:
-            self.base_url = self._wait(begin)
+            self.base_url = self._wait(start)
         except BaseException:
             self._stop()
             raise
@@ -97,37 +97,33 @@ class ServerProcess:
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def _wait(self, begin: int) -> str:
-        """The address the server prints when it is ready."""
+    def _wait(self, start: int) -> str:
+        """Wait for the address that the server prints to its log, looking from byte `start` on."""
         assert self._process is not None
-        deadline = time.monotonic() + self._ready_seconds
+        deadline = time.monotonic() + READY_SECONDS
         while time.monotonic() < deadline:
-            text = self._said(begin)
-            if ready := re.search(r"^palio serves on (\S+)\n", text, re.M):
+            code = self._process.poll()
+            output = self._log.read_bytes()[start:].decode(errors="replace")
+            if ready := re.search(rf"^{READY}(\S+)\n", output, re.M):
                 return ready[1]
-            if (code := self._process.poll()) is not None:
-                raise self._death(code, self._said(begin))
+            if code is not None:
+                raise self._death(code, output)
             time.sleep(POLL_SECONDS)
         raise Crashed(
-            f"the model server was not ready after {self._ready_seconds:.0f} s; "
-            f"see {self._log}: {_last_lines(self._said(begin))}"
+            f"the model server was not ready after {READY_SECONDS:.0f} s; "
+            f"see {self._log}: {_last_lines(output)}"
         )
 
-    def _said(self, begin: int) -> str:
-        with self._log.open("rb") as stream:
-            stream.seek(begin)
-            return stream.read().decode(errors="replace")
-
-    def _death(self, code: int, text: str) -> Crashed | OutOfMemory:
+    def _death(self, code: int, output: str) -> Crashed | OutOfMemory:
         what = (
-            f"the model server ended with code {code} before it was ready; {self._log}: {_last_lines(text)}"
+            f"the model server ended with code {code} before it was ready; {self._log}: {_last_lines(output)}"
         )
-        # SIGKILL that is not ours comes from the kernel's or the batch system's memory limit.
+        # A SIGKILL that is not ours comes from the kernel's or the batch system's memory limit.
         killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
         return OutOfMemory(what) if killed or code == OutOfMemory.exit_code else Crashed(what)
 
     def _stop(self) -> None:
-        """SIGTERM, then SIGKILL, to the whole group: also to what outlived the server itself."""
+        """Send SIGTERM, then SIGKILL, to the whole group, including what outlived the server itself."""
         assert self._process is not None
         for signum in (signal.SIGTERM, signal.SIGKILL):
             try:
@@ -142,13 +138,13 @@ class ServerProcess:
 
 
 def end_with_owner() -> None:
-    """In a server: end when the process that started it does, also by SIGKILL. Does nothing elsewhere."""
+    """In a server that a `ServerProcess` started: end when that process ends, even by SIGKILL."""
     if (owner := os.environ.get(OWNER)) and sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-        if os.getppid() != int(owner):  # it ended before
+        if os.getppid() != int(owner):  # it ended before the call
             sys.exit(1)
 
 
-def _last_lines(text: str) -> str:
-    return " | ".join(line.strip() for line in text.strip().splitlines()[-LOG_LINES:])
+def _last_lines(output: str) -> str:
+    return " | ".join(line.strip() for line in output.strip().splitlines()[-LOG_LINES:])

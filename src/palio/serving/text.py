@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from palio.serving.engine import BadRequest, Completion, Token
+from transformers import AutoTokenizer
 
-BROKEN = "\ufffd"
-"""What a decoder shows for bytes that are not yet a whole character."""
-CONTEXT = 8
-"""Prompt tokens that decide how the first new ones are written, e.g. a leading space."""
+from palio.errors import BadInput
+from palio.serving.request import BadRequest, Completion, Request, Token
+
+REPLACEMENT = "\ufffd"
+"""What a decoder emits for bytes that are not a whole character yet."""
+WINDOW = 8
+"""Prompt tokens that can affect how the first new ones are written, e.g. a leading space."""
 
 
 class Vocabulary:
-    """A Hugging Face tokenizer as the server needs it."""
+    """A package's tokenizer as the server needs it."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._prefix: list[int] = tokenizer("")["input_ids"]
         self._size = len(tokenizer)
+
+    @classmethod
+    def load(cls, package: Path) -> Vocabulary:
+        """Raises BadInput if the folder is not a package."""
+        if not (package / "config.json").exists():
+            raise BadInput(package, "", None, "no config.json; give a folder made by `palio package`")
+        return cls(AutoTokenizer.from_pretrained(package))
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -30,21 +41,23 @@ class Vocabulary:
         ids: list[int] = self._tokenizer(text)["input_ids"]
         return ids
 
-    def prompt(self, text: str) -> list[int]:
-        """As `encode`, but never empty: a model starts from its first special token.
+    def prompt(self, request: Request, context: int) -> list[int]:
+        """Encode a request's prompt; an empty one becomes the model's start token.
+
+        A prompt is cut from its right end, as HELM does, to make room for the completion in the context.
 
         Raises:
-            BadRequest: an empty prompt, and the tokenizer has no token to start from.
+            BadRequest: an empty prompt, and the tokenizer has no start token.
         """
-        if ids := self.encode(text):
-            return ids
+        if ids := self.encode(request.prompt):
+            return ids[: max(1, context - request.max_new_tokens)]
         for start in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
             if start is not None:
                 return [start]
         raise BadRequest("the prompt is empty and this model has no start token; send text")
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text `encode` got: without the special tokens that it puts before a text."""
+        """Return the text that `encode` was given, without the special tokens it prepends."""
         if any(not 0 <= token < self._size for token in tokens):
             raise BadRequest(f"a token is outside the vocabulary of {self._size}")
         count = len(self._prefix)
@@ -54,7 +67,7 @@ class Vocabulary:
         return text
 
     def visible(self, tokens: Sequence[int]) -> str:
-        """Text of generated tokens; special ones have none."""
+        """Return the text of generated tokens; special tokens have none."""
         text: str = self._tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -62,38 +75,37 @@ class Vocabulary:
 
 
 class TextStream:
-    """The text of a growing token sequence, one piece per token.
+    """The text of a growing token sequence, one piece per token; the pieces joined are the text.
 
-    A character whose bytes are spread over tokens belongs to the last of them; the others' pieces are
-    empty. The pieces joined are the text.
+    A character whose bytes span several tokens belongs to the last of them; the others have no text.
     """
 
     def __init__(self, vocabulary: Vocabulary, context: Sequence[int]) -> None:
         self._vocabulary = vocabulary
-        self._window = list(context[-CONTEXT:])
+        self._window = list(context[-WINDOW:])
         self._shown = len(vocabulary.visible(self._window))
 
     def add(self, token: int) -> str:
         self._window.append(token)
         text = self._vocabulary.visible(self._window)
-        if text.endswith(BROKEN):
+        if text.endswith(REPLACEMENT):
             return ""
         piece = text[self._shown :]
         if piece:
-            self._window = self._window[-CONTEXT:]
+            self._window = self._window[-WINDOW:]
             text = self._vocabulary.visible(self._window)
         self._shown = len(text)
         return piece
 
 
 def find_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the earliest stop sequence begins in `text`."""
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return min(found, default=None)
+    """Return where the earliest stop sequence begins in `text`."""
+    starts = [start for stop in stops if (start := text.find(stop)) >= 0]
+    return min(starts, default=None)
 
 
 def cut(tokens: Sequence[Token], length: int) -> Completion:
-    """The first `length` characters; a token across the border keeps its part and its log-probability."""
+    """Keep the first `length` characters; a token that is cut keeps its log-probability."""
     kept: list[Token] = []
     left = length
     for token in tokens:
