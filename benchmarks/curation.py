@@ -37,7 +37,8 @@ import psutil
 
 THRESHOLD = 0.85
 FILES = 2
-SHARED = Path(os.environ.get("PALIO_SHARED", Path(__file__).parents[2] / "shared")) / "helm_data"
+HELM_DATA = Path(os.environ.get("PALIO_HELM_DATA", "resources/stages/open/store/data/scenarios"))
+"""What `palio fetch-data --stage open --competition config/neurips2023.yaml` fills."""
 NAMES = ["Anna", "Bruno", "Carla", "Dario", "Elena", "Fabio", "Gina", "Hugo", "Ida", "Luca", "Mara", "Nico"]
 SPELLED = set(
     re.findall(
@@ -93,9 +94,9 @@ def records(rows: int, gsm: Path, seed: int) -> list[dict[str, str]]:
     return made + copies
 
 
-def instances(shared: Path) -> Iterator[dict[str, str]]:
+def instances(data: Path) -> Iterator[dict[str, str]]:
     """Test sets of GSM8K and BBQ (the categories that are there)."""
-    for number, line in enumerate((shared / "gsm/gsm_data_test").open()):
+    for number, line in enumerate((data / "gsm/gsm_data_test").open()):
         row = json.loads(line)
         yield {
             "scenario": "gsm",
@@ -103,7 +104,7 @@ def instances(shared: Path) -> Iterator[dict[str, str]]:
             "text": row["question"],
             "reference": row["answer"],
         }
-    for path in sorted((shared / "bbq/data").iterdir()):
+    for path in sorted((data / "bbq/data").iterdir()):
         for number, line in enumerate(path.open()):
             row = json.loads(line)
             text, answer = f"{row['context']} {row['question']}", row[f"ans{row['label']}"]
@@ -114,9 +115,9 @@ def near_alone(folder: Path) -> dict[str, Any]:
     """Palio's operation alone, in one process, on rows in memory, as datasketch gets them."""
     import pyarrow as pa
 
-    from palio.config import DropNearDuplicates
-    from palio.curation.operations.near_duplicates import near_duplicates, signatures
-    from palio.curation.rows import BATCH_ROWS, ROW, Batch, Surroundings
+    from palio.curation.operations import OperationContext
+    from palio.curation.operations.drop_near_duplicates import DropNearDuplicates
+    from palio.curation.rows import BATCH_ROWS, ROW, Batch
 
     lines = [json.loads(line) for path in sorted(folder.glob("records-*.jsonl")) for line in path.open()]
     table = pa.Table.from_pylist(
@@ -125,10 +126,10 @@ def near_alone(folder: Path) -> dict[str, Any]:
     batches = [Batch(batch) for batch in table.combine_chunks().to_batches(max_chunksize=BATCH_ROWS)]
 
     started = time.process_time()
-    settings = DropNearDuplicates(op="drop_near_duplicates", threshold=THRESHOLD)
-    around = Surroundings(base_model=folder, base=folder, seed=0, scratch=folder)
-    notes = [signatures(settings, batch, around) for batch in batches]
-    reasons = [reason for judged in near_duplicates(settings, notes, around) for reason in judged]
+    operation = DropNearDuplicates(op="drop_near_duplicates", threshold=THRESHOLD)
+    context = OperationContext(base_model=folder, team_folders=(), seed=0, scratch=folder)
+    sketches = [operation.sketch(batch, context) for batch in batches]
+    reasons = [reason for decided in operation.decide(sketches, context) for reason in decided]
     cpu = time.process_time() - started
     dropped = [line["id"] for line, reason in zip(lines, reasons, strict=True) if reason]
     return {"cpu_seconds": round(cpu, 2), "dropped": dropped}
@@ -235,16 +236,16 @@ def demo_model(folder: Path) -> Path:
     return made / "model"
 
 
-def write_data(folder: Path, rows: int, shared: Path) -> None:
+def write_data(folder: Path, rows: int, data: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    made = records(rows, shared / "gsm", seed=1)
+    made = records(rows, data / "gsm", seed=1)
     for number in range(FILES):
         part = made[rows * number // FILES : rows * (number + 1) // FILES]
         with (folder / f"records-{number}.jsonl").open("w") as stream:
             stream.writelines(json.dumps(record) + "\n" for record in part)
-    asked = list(instances(shared))
+    asked = list(instances(data))
     pq.write_table(pa.Table.from_pylist(asked), folder / "instances.parquet")
     (folder / "instances.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
 
@@ -256,7 +257,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--large", type=int, default=1_000_000, help="records of the larger run; 0: none")
     parser.add_argument("--datatrove-rows", type=int, default=20_000, help="datatrove takes minutes")
-    parser.add_argument("--shared", type=Path, default=SHARED, help="HELM's data: gsm/, bbq/")
+    parser.add_argument("--data", type=Path, default=HELM_DATA, help="HELM's data: gsm/, bbq/")
     parser.add_argument("--base-model", type=Path, help="model folder; default: the demo's")
     parser.add_argument("--baselines", type=Path, default=Path(".baselines/bin/python"))
     parser.add_argument("--part", choices=["near", "whole"], help=argparse.SUPPRESS)
@@ -281,7 +282,7 @@ def main() -> None:
             folder = top / str(rows)
             if not folder.exists():
                 folder.mkdir()
-                write_data(folder, rows, given.shared)
+                write_data(folder, rows, given.data)
             return folder
 
         def ours(part: str, rows: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from curation import SHARED, default_recipe, demo_model, write_data
+from curation import HELM_DATA, default_recipe, demo_model, write_data
 
 from palio.curation.curate import curate_ahead, curate_dataset
 
@@ -27,7 +27,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--shards", type=int, default=8)
-    parser.add_argument("--shared", type=Path, default=SHARED, help="HELM's data: gsm/, bbq/")
+    parser.add_argument("--data", type=Path, default=HELM_DATA, help="HELM's data: gsm/, bbq/")
     given = parser.parse_args()
     jobs: dict[str, list[float]] = {}
 
@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base_model = demo_model(folder)
-        write_data(folder, given.rows, given.shared)
+        write_data(folder, given.rows, given.data)
         recipe, work = default_recipe(folder, given.rows), folder / "work"
         common = {"base_model": base_model, "entry": "curation", "work": work}
         with job("read"):

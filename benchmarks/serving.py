@@ -1,7 +1,7 @@
 """How fast the model server is: a HELM suite against a server that answers one request at a time.
 
     python benchmarks/serving.py PACKAGE                    # prompts that need no data
-    python benchmarks/serving.py PACKAGE --data ../shared/helm_data
+    python benchmarks/serving.py PACKAGE --data resources/stages/open/store/data/scenarios
 
 Both servers have the same model, dtype, threads and machine, run one after the other, and get the same
 requests from 8 client threads: what HELM itself asks in 5-shot scenarios, taken from its dry run. The
@@ -43,6 +43,7 @@ import requests
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # where Palio is not installed
 
 from palio.evaluation import helm
+from palio.layout import HelmFolder
 from palio.serving.process import ServerProcess
 
 CLIENTS = 8
@@ -91,13 +92,14 @@ class Suite:
                 ]
                 for name, run in scenarios.items()
             }
-            helm.write_helm_folder(folder, entries, store)
-            ended = helm.run_helm(folder, threads=1, dry_run=True)
+            helm_folder = HelmFolder(folder)
+            helm.write_helm_folder(helm_folder, entries, store)
+            ended = helm.run_helm(helm_folder, threads=1, dry_run=True)
             if ended.code != 0:
-                sys.exit(f"HELM's dry run failed: {helm.log_error(folder)}")
+                sys.exit(f"HELM's dry run failed: {helm.log_error(helm_folder)}")
             states = [
                 state["request"]
-                for run in helm.run_folders(folder)
+                for run in helm.run_folders(helm_folder)
                 for state in run.read("scenario_state.json")["request_states"]
             ]
         return cls(

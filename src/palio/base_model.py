@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
-import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -24,6 +22,8 @@ import yaml
 
 from palio.config import REVISION_PATTERN, BaseModelSource, expand
 from palio.errors import BadInput, Crashed
+from palio.files import link_or_copy
+from palio.incoming import shard_names
 from palio.layout import BaseModelFolder
 from palio.provenance import file_sha256, folder_sha256
 from palio.records import BaseModelManifest, read_record
@@ -67,12 +67,12 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that hold the model of `folder`; empty if one of them is absent."""
+    """Names of the safetensors files that hold the model of `folder`; empty if one of them is absent.
+
+    Raises RuleViolation if its index names a file elsewhere.
+    """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+    names = shard_names(index, index.read_bytes()) if index.is_file() else ["model.safetensors"]
     return names if all((folder / name).is_file() for name in names) else []
 
 
@@ -111,10 +111,7 @@ def _take_files(folder: Path, target: Path, key: str, value: str) -> None:
         if not path.is_file() or not wanted or (path.suffix == ".safetensors" and path.name not in weights):
             continue
         real = path.resolve()
-        try:
-            os.link(real, target / path.name)
-        except OSError:
-            shutil.copyfile(real, target / path.name)
+        link_or_copy(real, target / path.name)
         # The hub's cache names a large file by its sha256: that is what the hub promised to send.
         if _SHA256.fullmatch(real.name) and file_sha256(target / path.name) != real.name:
             raise Crashed(f"base model {value}: {path.name} is damaged; delete {real} and fetch it again")

@@ -16,7 +16,9 @@ of ours: it keeps its traceback, exits with 70 and counts as `crashed`.
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 
 class State(StrEnum):
@@ -44,25 +46,43 @@ class PalioError(Exception):
 
 
 class BadInput(PalioError):
-    """A wrong value at the edge. The message names file, key, value and fix on one line."""
+    """A wrong value at the edge. The message is one line: file, key, value, why it is wrong and the fix."""
 
     exit_code = 2
     state = State.RULE_VIOLATION
 
-    def __init__(self, file: str | Path, key: str, value: object, fix: str) -> None:
+    def __init__(
+        self, file: str | Path, key: str = "", value: object = None, fix: str = "", *, why: str = ""
+    ) -> None:
+        self.file, self.key, self.value, self.why, self.fix = file, key, value, why, fix
         where = f"{file}: {key}" if key else f"{file}"
         shown = "" if value is None else f" is {value!r}"
-        super().__init__(f"{where}{shown}: {fix}")
-        self._given = file, key, value, fix
+        super().__init__(f"{where}{shown}: {_sentence(why, fix)}")
 
-    def __reduce__(self) -> tuple[type[BadInput], tuple[str | Path, str, object, str]]:
-        """So that it comes back from another process as what it is."""
-        return type(self), self._given
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle so that it comes back from another process as what it is."""
+        return partial(type(self), why=self.why, fix=self.fix), (self.file, self.key, self.value)
+
+
+class InvalidValue(ValueError):
+    """A validator's finding; reading the file makes a `BadInput` of it, which names file and key."""
+
+    def __init__(self, *, why: str, fix: str) -> None:
+        super().__init__(_sentence(why, fix))
+        self.why, self.fix = why, fix
+
+
+def _sentence(why: str, fix: str) -> str:
+    return "; ".join(part for part in (why, fix) if part)
 
 
 class RuleViolation(PalioError):
     exit_code = 3
     state = State.RULE_VIOLATION
+
+    def __init__(self, why: str, fix: str = "") -> None:
+        super().__init__(_sentence(why, fix))
+        self.why, self.fix = why, fix
 
 
 class TimeLimit(PalioError):

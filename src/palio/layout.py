@@ -15,30 +15,58 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, Self, overload
 
 Stage = Literal["open", "closed"]
 STAGES: tuple[Stage, ...] = ("open", "closed")
+
+CONFIG = Path("config/config.yaml")  # the demo's competition: the default of every command
+RULESET, ENTRIES = "config/rules.yaml", "config/entries"  # of a `Project`
+EXAMPLES = Path("config/entries/examples")
+LOCK = Path(".snakemake/palio.lock")
+ENVIRONMENT_LOCK = Path("envs/lock.txt")
+SLURM_PROFILE = Path("profiles/slurm/config.yaml")
+REHEARSALS = Path("try")
+TEAMS = "resources/teams"  # where rule sets let teams' data and programs lie, unless they say otherwise
+OPEN_INSTANCES = "resources/stages/open/store/instances.parquet"  # as entry files name them
 
 
 def stage_named(name: str) -> Stage:
     return "open" if name == "open" else "closed"
 
 
-RESULTS = Path("results")
-CONFIG = Path("config/config.yaml")
-"""The demo's competition: the default of every command."""
-RULESET, ENTRIES = "config/rules.yaml", "config/entries"
-"""Of a `Project`, relative to it."""
-EXAMPLES = Path("config/entries/examples")
-LOCK = Path(".snakemake/palio.lock")
-ENVIRONMENT_LOCK = Path("envs/lock.txt")
-SLURM_PROFILE = Path("profiles/slurm/config.yaml")
-REHEARSALS = Path("try")
-TEAMS = "resources/teams"
-"""Where rule sets let teams' data and programs lie, unless they say otherwise."""
-OPEN_INSTANCES = "resources/stages/open/store/instances.parquet"
-"""As entry files name the open stage's instances."""
+def overrides(competition_id: str) -> Path:
+    """Where `palio withdraw` and `palio retry` write down the organizer's decisions."""
+    return Path("config/overrides") / f"{competition_id}.yaml"
+
+
+def schema_file(kind: str) -> Path:
+    """The JSON schema of entry files, competitions or rule sets."""
+    return Path("config/schemas") / f"{kind}.json"
+
+
+def panel(competition_id: str, track_id: str) -> Path:
+    """The published reference panel of a track."""
+    return Path("config/panel") / competition_id / f"{track_id}.json"
+
+
+class _HasPath(Protocol):
+    @property
+    def path(self) -> Path: ...
+
+
+@dataclass(frozen=True)
+class At:
+    """A path below a folder, as an attribute of its class."""
+
+    name: str
+
+    @overload
+    def __get__(self, folder: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, folder: _HasPath, owner: type) -> Path: ...
+    def __get__(self, folder: _HasPath | None, owner: type) -> Self | Path:
+        return self if folder is None else folder.path / self.name
 
 
 @dataclass(frozen=True)
@@ -48,42 +76,19 @@ class Folder:
     path: Path
 
 
-def overrides(competition_id: str) -> Path:
-    """Where `palio withdraw` and `palio retry` write down the organizer's decisions."""
-    return Path("config/overrides") / f"{competition_id}.yaml"
-
-
-def panel(competition_id: str, track_id: str) -> Path:
-    """The published reference panel of a track."""
-    return Path("config/panel") / competition_id / f"{track_id}.json"
-
-
 class StageStore(Folder):
     """A prepared stage. The closed stage's shows prompts and lies in the closed store."""
 
-    @property
-    def instances(self) -> Path:
-        """scenario, run, instance, text and reference of every evaluation instance."""
-        return self.path / "instances.parquet"
+    instances = At(
+        "instances.parquet"
+    )  # scenario, run, instance, text, reference of every evaluation instance
+    runs = At("runs.json")  # HELM's run entries and planned runs: ids and counts only
+    data = At("data")  # downloads in the layout of HELM's caches: scenarios/ and perturbations/
+    data_digests = At("data.json")  # sha256 of every file in data/
 
-    @property
-    def runs(self) -> Path:
-        """HELM's run entries and planned runs (ids and counts only)."""
-        return self.path / "runs.json"
-
-    @property
-    def data(self) -> Path:
-        """Downloads in the layout of HELM's caches: scenarios/ and perturbations/."""
-        return self.path / "data"
-
-    @property
-    def data_digests(self) -> Path:
-        """sha256 of every file in `data`."""
-        return self.path / "data.json"
-
-    def dry_run(self, key: str) -> Path:
+    def dry_run(self, key: str) -> HelmFolder:
         """HELM's dry run of one set of run entries."""
-        return self.path / "helm" / key
+        return HelmFolder(self.path / "helm" / key)
 
 
 class ClosedStore(Folder):
@@ -98,224 +103,79 @@ class ClosedStore(Folder):
         return self.path / "runs" / track_id / entry_id
 
     def reproduction(self, key: str) -> ClosedStore:
-        """The closed store of a reproduction: it shares no run with the competition's own."""
+        """The closed store of a reproduction, which shares no run with the competition's own."""
         return ClosedStore(self.path / "reproductions" / key)
 
 
 NO_STORE = ClosedStore(Path("private"))
-"""For those who look at nothing of the closed stage's runs."""
+"""For readers who need nothing of the closed stage's runs."""
 
 
 class BaseModelFolder(Folder):
     """A fetched base model."""
 
-    @property
-    def model(self) -> Path:
-        """Weights, configuration and tokenizer in Hugging Face format."""
-        return self.path / "model"
-
-    @property
-    def manifest(self) -> Path:
-        return self.path / "manifest.json"
-
-
-@dataclass(frozen=True)
-class Resources:
-    """resources/: what all entries share."""
-
-    root: Path = Path("resources")
-
-    @property
-    def base_models(self) -> Path:
-        return self.root / "base_models"
-
-    def base_model(self, model_id: str) -> BaseModelFolder:
-        return BaseModelFolder(self.base_models / model_id)
-
-    def stage_record(self, stage: Stage) -> Path:
-        return self.root / "stages" / stage / "stage.json"
-
-    @property
-    def open_stage(self) -> Path:
-        return self.root / "stages" / "open"
-
-    @property
-    def open_store(self) -> StageStore:
-        return StageStore(self.open_stage / "store")
-
-    @property
-    def demo_sources(self) -> Path:
-        """Where the rule `generate_demo_data` puts its files."""
-        return self.root / "demo_sources"
-
-    @property
-    def teams(self) -> Path:
-        """Teams' data and programs."""
-        return self.root / "teams"
-
-    def team_program(self, name: str) -> Path:
-        return self.teams / name / "program"
+    model = At("model")  # weights, configuration and tokenizer in Hugging Face format
+    manifest = At("manifest.json")
 
 
 class DatasetFolder(Folder):
     """A curated dataset."""
 
-    @property
-    def manifest(self) -> Path:
-        return self.path / "manifest.json"
-
-    @property
-    def rows(self) -> Path:
-        return self.path / "train.parquet"
-
-    @property
-    def dropped(self) -> Path:
-        """Every row that an operation dropped, with the operation and the reason."""
-        return self.path / "dropped.parquet"
-
-    @property
-    def quarantine(self) -> Path:
-        """Malformed records of the sources, with line and reason."""
-        return self.path / "quarantine.jsonl"
-
-    @property
-    def card(self) -> Path:
-        return self.path / "card.md"
+    manifest = At("manifest.json")
+    rows = At("train.parquet")
+    dropped = At("dropped.parquet")  # every row that an operation dropped, with the operation and the reason
+    quarantine = At("quarantine.jsonl")  # malformed records of the sources, with line and reason
+    card = At("card.md")
 
     @property
     def work(self) -> Path:
-        """Intermediate files of a dataset that belongs to no entry's folder."""
-        return self.path / "work"
-
-
-class PublishedPackage(Folder):
-    """A package as it goes to the hub, with what is no part of the model under palio/."""
-
-    @property
-    def companions(self) -> Path:
-        return self.path / "palio"
-
-    @property
-    def manifest(self) -> Path:
-        return self.companions / "package.json"
-
-    @property
-    def container(self) -> Path:
-        return self.companions / "container"
-
-    @property
-    def scores(self) -> Path:
-        return self.companions / "scores.json"
-
-    @property
-    def score_card(self) -> Path:
-        return self.companions / "SCORES.md"
+        """Intermediate files of a dataset that belongs to no entry's folder: beside it, kept for reruns."""
+        return self.path.parent / "work/curate"
 
 
 class TrainingFolder(Folder):
     """Work of one training, named by the fingerprint of what decides its result; survives every retry."""
 
-    LEDGER = "ledger.jsonl"
-
-    @property
-    def ledger(self) -> Path:
-        """Seconds of the budget used, over all attempts."""
-        return self.path / self.LEDGER
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def manifest(self) -> Path:
-        """Manifest of the finished adapter, written last."""
-        return self.path / "adapter.json"
-
-    @property
-    def telemetry(self) -> Path:
-        return self.path / "train.parquet"
-
-    @property
-    def facts(self) -> Path:
-        """What trained it and how long; goes into finetune.run.json."""
-        return self.path / "training.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def initial_adapter(self) -> Path:
-        """PiSSA's adapter before training."""
-        return self.checkpoints / "initial"
-
-    @property
-    def program(self) -> Path:
-        """/output of a team's own training program: result/ and checkpoints/."""
-        return self.path / "program"
-
-    @property
-    def program_result(self) -> Path:
-        return self.program / "result"
-
-    @property
-    def program_checkpoints(self) -> Path:
-        return self.program / "checkpoints"
-
-    @property
-    def program_log(self) -> Path:
-        return self.path / "program.log"
+    ledger = At("ledger.jsonl")  # seconds of the budget used, over all attempts
+    adapter = At("adapter")
+    manifest = At("adapter.json")  # of the finished adapter, written last
+    telemetry = At("train.parquet")
+    facts = At("training.json")  # what trained it and how long; goes into finetune.run.json
+    checkpoints = At("checkpoints")
+    initial_adapter = At("checkpoints/initial")  # PiSSA's adapter before training
+    program = At("program")  # /output of a team's own training program
+    program_result = At("program/result")
+    program_log = At("program.log")
 
 
 class HelmFolder(Folder):
     """One package in one stage: what is asked, HELM's files, and everything that was answered."""
 
-    @property
-    def run_entries(self) -> Path:
-        return self.path / "run_entries.conf"
-
-    @property
-    def config(self) -> Path:
-        """Registration of the model with HELM."""
-        return self.path / "config"
-
-    @property
-    def output(self) -> Path:
-        """HELM's own: links to the data, and runs/stage/<run>/*.json."""
-        return self.path / "output"
-
-    @property
-    def journal(self) -> Path:
-        """Answers as they came (see `palio.evaluation.client`)."""
-        return self.path / "answers.jsonl"
-
-    USED_SECONDS = "used_seconds.json"
-
-    @property
-    def used_seconds(self) -> Path:
-        """Seconds of the stage's limit used, over all attempts."""
-        return self.path / self.USED_SECONDS
-
-    @property
-    def log(self) -> Path:
-        """HELM's log. It may show prompts and is never copied."""
-        return self.path / "helm.log"
-
-    @property
-    def server_log(self) -> Path:
-        return self.path / "server.log"
+    run_entries = At("run_entries.conf")
+    config = At("config")  # registration of the model with HELM
+    output = At("output")  # HELM's own: links to the data, and the runs
+    runs = At("output/runs/stage")  # <run>/*.json
+    journal = At("answers.jsonl")  # answers as they came (`palio.evaluation.client`)
+    used_seconds = At("used_seconds.json")  # of the stage's limit, over all attempts
+    log = At("helm.log")  # may show prompts, and is never copied
+    server_log = At("server.log")
 
 
 class StageTables(Folder):
     """HELM's results of one stage as two tidy tables."""
 
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.parquet"
+    metrics = At("metrics.parquet")
+    instances = At("instances.parquet")
 
-    @property
-    def instances(self) -> Path:
-        return self.path / "instances.parquet"
+
+class PublishedPackage(Folder):
+    """A package as it goes to the hub, with what is no part of the model under palio/."""
+
+    companions = At("palio")
+    manifest = At("palio/package.json")
+    container = At("palio/container")
+    scores = At("palio/scores.json")
+    score_card = At("palio/SCORES.md")
 
 
 @dataclass(frozen=True)
@@ -328,6 +188,25 @@ class EntryFolder:
     store: ClosedStore
     """Where HELM's runs of the closed stage lie: they show prompts."""
 
+    check = At("check.json")
+    contamination = At("contamination.json")
+    adapter = At("adapter")
+    adapter_manifest = At("adapter.json")
+    telemetry = At("train.parquet")  # loss, speed and memory of every training step
+    package = At("package")
+    package_manifest = At("package.json")
+    probe = At("probe.json")
+    reproduction = At("reproduction.json")
+    # what must survive a retry, never a declared output
+    work = At("work")
+    attempts = At("work/attempts.jsonl")
+    failures = At("work/failures")
+    curation = At("work/curate")  # batches of rows under curation
+    shards = At("work/shards")  # marks of the jobs that share a curation
+    trainings = At("work/train")
+    dashboards = At("work/dashboards")
+    publication = At("work/publish")  # what `palio publish` would push
+
     @classmethod
     def at(cls, path: Path, store: ClosedStore = NO_STORE) -> EntryFolder:
         """The entry's folder at a path that ends in <track>/<entry>."""
@@ -338,54 +217,15 @@ class EntryFolder:
     def path(self) -> Path:
         return self.results / self.track_id / self.entry_id
 
-    # records, in the order of an entry's life
-
-    @property
-    def check(self) -> Path:
-        return self.path / "check.json"
-
     @property
     def dataset(self) -> DatasetFolder:
         return DatasetFolder(self.path / "dataset")
-
-    @property
-    def contamination(self) -> Path:
-        return self.path / "contamination.json"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def adapter_manifest(self) -> Path:
-        return self.path / "adapter.json"
-
-    @property
-    def telemetry(self) -> Path:
-        """Loss, speed and memory of every training step."""
-        return self.path / "train.parquet"
-
-    @property
-    def package(self) -> Path:
-        return self.path / "package"
-
-    @property
-    def package_manifest(self) -> Path:
-        return self.path / "package.json"
-
-    @property
-    def probe(self) -> Path:
-        return self.path / "probe.json"
 
     def stage_record(self, stage: Stage) -> Path:
         return self.path / f"{stage}.json"
 
     def tables(self, stage: Stage) -> StageTables:
         return StageTables(self.path / "helm" / stage)
-
-    @property
-    def reproduction(self) -> Path:
-        return self.path / "reproduction.json"
 
     def run_facts(self, step: str) -> Path:
         """When, where and how long: the sidecar of a step's record."""
@@ -394,22 +234,8 @@ class EntryFolder:
     def log(self, step: str) -> Path:
         return self.path / "logs" / f"{step}.log"
 
-    # what must survive a retry; never a declared output
-
-    @property
-    def work(self) -> Path:
-        return self.path / "work"
-
-    @property
-    def attempts(self) -> Path:
-        return self.work / "attempts.jsonl"
-
     def attempt_log(self, step: str, number: int) -> Path:
         return self.work / "logs" / f"{step}.{number}.log"
-
-    @property
-    def failures(self) -> Path:
-        return self.work / "failures"
 
     def failure(self, step: str) -> Path:
         return self.failures / f"{step}.json"
@@ -417,31 +243,8 @@ class EntryFolder:
     def heartbeat(self, step: str) -> Path:
         return self.work / "heartbeats" / f"{step}.json"
 
-    @property
-    def curation(self) -> Path:
-        """Batches of rows under curation."""
-        return self.work / "curate"
-
-    @property
-    def shards(self) -> Path:
-        """Marks of the jobs that share a curation."""
-        return self.work / "shards"
-
-    @property
-    def trainings(self) -> Path:
-        return self.work / "train"
-
     def training(self, key: str) -> TrainingFolder:
         return TrainingFolder(self.trainings / key)
-
-    @property
-    def dashboards(self) -> Path:
-        return self.work / "dashboards"
-
-    @property
-    def publication(self) -> Path:
-        """What `palio publish` would push."""
-        return self.work / "publish"
 
     def unfinished(self, name: str) -> Path:
         """A folder in the making, moved to its place when it is complete."""
@@ -449,16 +252,42 @@ class EntryFolder:
 
     def helm_runs(self, stage: Stage) -> Path:
         """HELM's runs of a stage, a folder for each package."""
-        if stage == "open":
-            return self.work / "helm" / stage
-        return self.store.runs(self.track_id, self.entry_id)
+        return (
+            self.work / "helm" / stage if stage == "open" else self.store.runs(self.track_id, self.entry_id)
+        )
 
     def helm(self, stage: Stage, key: str) -> HelmFolder:
         return HelmFolder(self.helm_runs(stage) / key)
 
 
+@dataclass(frozen=True)
+class Resources(Folder):
+    """resources/: what all entries share."""
+
+    path: Path = Path("resources")
+    base_models = At("base_models")
+    open_stage = At("stages/open")
+    demo_sources = At("demo_sources")  # where the rule generate_demo_data puts its files
+    teams = At("teams")  # teams' data and programs
+
+    def base_model(self, model_id: str) -> BaseModelFolder:
+        return BaseModelFolder(self.base_models / model_id)
+
+    def stage_record(self, stage: Stage) -> Path:
+        return self.path / "stages" / stage / "stage.json"
+
+    @property
+    def open_store(self) -> StageStore:
+        return StageStore(self.open_stage / "store")
+
+    def team_program(self, name: str) -> Path:
+        return self.teams / name / "program"
+
+
 class Boards(Folder):
     """A folder of leaderboards: <track>.json and the same as tables."""
+
+    report = At("report")  # on them, where it has no place of its own
 
     def leaderboard(self, name: str) -> Path:
         return self.path / f"{name}.json"
@@ -474,79 +303,50 @@ class Boards(Folder):
     def versions(self) -> Boards:
         return Boards(self.path / "versions")
 
-    @property
-    def report(self) -> Path:
-        """The report on them, where it has no place of its own."""
-        return self.path / "report"
-
 
 @dataclass(frozen=True)
-class Results:
+class Results(Folder):
     """results/ of one competition."""
 
-    root: Path = RESULTS
+    path: Path = Path("results")
     store: ClosedStore = NO_STORE
+    report = At("report")
 
     def entry(self, track_id: str, entry_id: str) -> EntryFolder:
-        return EntryFolder(self.root, track_id, entry_id, self.store)
+        return EntryFolder(self.path, track_id, entry_id, self.store)
 
     @property
     def leaderboards(self) -> Boards:
-        return Boards(self.root / "leaderboard")
+        return Boards(self.path / "leaderboard")
 
     @property
     def standings(self) -> Boards:
-        return Boards(self.root / "standings")
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report"
+        return Boards(self.path / "standings")
 
     @property
     def published(self) -> Boards:
         """The tables of NeurIPS 2023, recomputed."""
-        return Boards(self.root / "published")
+        return Boards(self.path / "published")
 
 
 class Project(Folder):
     """A folder with a competition of its own: a rehearsal, a release."""
 
-    @property
-    def config(self) -> Path:
-        return self.path / CONFIG
-
-    @property
-    def ruleset(self) -> Path:
-        return self.path / RULESET
-
-    @property
-    def entries(self) -> Path:
-        return self.path / ENTRIES
+    config = At("config/config.yaml")
+    ruleset = At(RULESET)
+    entries = At(ENTRIES)
+    log = At("snakemake.log")
+    readme = At("README.md")
+    environment_lock = At("lock.txt")
+    container = At("container")  # what serves a package
 
     def entry_file(self, entry_id: str) -> Path:
         return self.entries / f"{entry_id}.yaml"
 
     @property
     def resources(self) -> Resources:
-        return Resources(self.path / "resources")
+        return Resources(self.path / Resources.path)
 
     @property
     def results(self) -> Results:
-        return Results(self.path / RESULTS, ClosedStore(self.path / NO_STORE.path))
-
-    @property
-    def log(self) -> Path:
-        return self.path / "snakemake.log"
-
-    @property
-    def readme(self) -> Path:
-        return self.path / "README.md"
-
-    @property
-    def environment_lock(self) -> Path:
-        return self.path / "lock.txt"
-
-    @property
-    def container(self) -> Path:
-        """What serves a package."""
-        return self.path / "container"
+        return Results(self.path / Results.path, ClosedStore(self.path / NO_STORE.path))

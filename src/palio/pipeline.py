@@ -10,6 +10,7 @@ from typing import NamedTuple
 from palio.config import Competition, Entry
 from palio.entries import AnyEntry
 from palio.layout import STAGES, EntryFolder, Stage
+from palio.records import CurateRun, FinetuneRun, RunFacts, StageRun
 from palio.settings import (
     CheckSettings,
     ContaminationSettings,
@@ -45,6 +46,8 @@ class Step:
     """Written last: its existence means done."""
     released: Callable[[EntryFolder], tuple[Path, ...]]
     """Files that a release takes, where they exist."""
+    facts: type[RunFacts] | None = None
+    """Model of the record's sidecar, where it has one."""
     applies: Callable[[Entry], bool] = lambda entry: True
     """Whether an entry has this step."""
     limit: Callable[[Competition, str], Limit] | None = None
@@ -77,6 +80,7 @@ def _stage_step(stage: Stage) -> Step:
         settings=EvaluateSettings,
         record=lambda folder: folder.stage_record(stage),
         released=released,
+        facts=StageRun,
         limit=limit,
     )
 
@@ -106,6 +110,7 @@ STEPS = (
         settings=CurateSettings,
         record=lambda folder: folder.dataset.manifest,
         released=lambda folder: (folder.dataset.manifest, folder.dataset.card),
+        facts=CurateRun,
         applies=_has_dataset,
     ),
     Step(
@@ -126,6 +131,7 @@ STEPS = (
         settings=FinetuneSettings,
         record=lambda folder: folder.adapter_manifest,
         released=lambda folder: (folder.adapter_manifest, folder.telemetry),
+        facts=FinetuneRun,
         applies=lambda entry: entry.trained,
         limit=_training_limit,
         title="fine-tune",
@@ -137,6 +143,7 @@ STEPS = (
         settings=PackageSettings,
         record=lambda folder: folder.package_manifest,
         released=lambda folder: (folder.package_manifest,),
+        facts=RunFacts,
     ),
     *(_stage_step(stage) for stage in STAGES),
 )

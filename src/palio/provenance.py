@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -39,6 +37,15 @@ def folder_sha256(folder: Path) -> dict[str, str]:
     """sha256 of every file below `folder`, by its path relative to it, sorted."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def file_differences(found: Mapping[str, str], expected: Mapping[str, str], source: str) -> list[str]:
+    """Return what is wrong with files, both by path with their sha256; `source` names what lists them."""
+    wrong = [f"{path} is missing" for path in expected.keys() - found.keys()]
+    wrong += [f"{path} is not in {source}" for path in found.keys() - expected.keys()]
+    both = found.keys() & expected.keys()
+    wrong += [f"{path} differs from {source}" for path in both if found[path] != expected[path]]
+    return sorted(wrong)
 
 
 @contextmanager
@@ -78,26 +85,3 @@ def code_sha256() -> str:
 
 def library_versions(*names: str) -> dict[str, str]:
     return {name: metadata.version(name) for name in names}
-
-
-@contextmanager
-def timed_run(path: Path, **facts: Any) -> Iterator[dict[str, Any]]:
-    """The `run.json` sidecar: when, where, how long and by which code. Never part of a manifest.
-
-    Yields a dictionary to which the step adds what it measured.
-    """
-    started = time.time()
-    clock = time.monotonic()
-    run: dict[str, Any] = {
-        "code_sha256": code_sha256(),
-        "host": platform.node(),
-        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-        "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
-        **facts,
-    }
-    try:
-        yield run
-    finally:
-        run["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
-        run["seconds"] = round(time.monotonic() - clock, 3)
-        write_json(path, run)

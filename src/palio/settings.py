@@ -18,7 +18,6 @@ from pydantic import PositiveInt
 from palio.config import (
     Competition,
     DatasetRecipe,
-    Decontaminate,
     Entry,
     FinetuneRecipe,
     Isolation,
@@ -163,8 +162,7 @@ def _looked_at(planned: PlannedEntry) -> str:
     dataset = entry.dataset
     sources = dataset.sources if dataset else ()
     seen["sources"] = [source.model_dump(mode="json", exclude_none=True) for source in sources]
-    operations = dataset.operations if dataset else ()
-    seen["instances"] = [one.instances for one in operations if isinstance(one, Decontaminate)]
+    seen["inputs"] = dataset.inputs if dataset else []
     return fingerprint([seen, planned.rules.model_dump(mode="json")])
 
 
@@ -172,6 +170,8 @@ class CurateSettings(StepSettings):
     dataset: DatasetRecipe
     base_model_id: str
     """Its tokenizer counts tokens."""
+    team_folders: tuple[str, ...]
+    """Folders below which the team's files must lie, through no link."""
 
     @classmethod
     def of(cls, planned: PlannedEntry, step: str) -> Self:
@@ -182,6 +182,7 @@ class CurateSettings(StepSettings):
             competition_id=planned.competition.competition,
             dataset=entry.dataset,
             base_model_id=planned.base_model_id,
+            team_folders=planned.rules.team_folders,
         )
 
 

@@ -49,13 +49,15 @@ def curate(folder: EntryFolder, settings: CurateSettings, options: RunOptions) -
     from palio.curation.curate import curate_dataset
     from palio.curation.inspection import account
     from palio.curation.progress import progress_bar
-    from palio.provenance import fingerprint, timed_run
+    from palio.provenance import fingerprint
+    from palio.records import CurateRun, timed_run
 
-    made_with = {"settings": fingerprint(slice_of(settings)), "shards": options.shards}
-    with timed_run(folder.run_facts("curate"), **made_with), progress_bar() as progress:
+    run = CurateRun(settings=fingerprint(slice_of(settings)), shards=options.shards)
+    with timed_run(folder.run_facts("curate"), run), progress_bar() as progress:
         manifest = curate_dataset(
             settings.dataset,
             base_model=RESOURCES.base_model(settings.base_model_id).model,
+            team_folders=[Path(folder) for folder in settings.team_folders],
             competition=settings.competition_id,
             track=folder.track_id,
             entry=folder.entry_id,
@@ -83,6 +85,7 @@ def curate_ahead(
         work_ahead(
             settings.dataset,
             base_model=RESOURCES.base_model(settings.base_model_id).model,
+            team_folders=[Path(folder) for folder in settings.team_folders],
             entry=folder.entry_id,
             work=folder.curation,
             shard=shard,

@@ -7,7 +7,6 @@ The rules hold no logic of their own. A broken entry file does not stop the work
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 from palio.config import (
     BaseModelSource,
     Competition,
-    Decontaminate,
     Entry,
     load_competition,
     load_rules,
@@ -26,6 +24,7 @@ from palio.evaluation.helm import check_directions, stage_runs
 from palio.layout import STAGES, EntryFolder, Resources, Results
 from palio.pipeline import BY_NAME, steps_of
 from palio.provenance import canonical_json, fingerprint
+from palio.records import CurateRun, read_record
 from palio.settings import EntryFolders, PlannedEntry, RunOptions, slice_of
 
 MB_PER_GB = 1024
@@ -103,8 +102,8 @@ class Workflow:
     def held_against(self, wildcards: Any) -> list[str]:
         """The open stage, where the entry's data must hold none of its instances."""
         entry = self._valid(wildcards)
-        operations = entry.dataset.operations if entry and entry.dataset else ()
-        wanted = any(isinstance(operation, Decontaminate) for operation in operations)
+        inputs = entry.dataset.inputs if entry and entry.dataset else ()
+        wanted = any(given.kind == "open_stage" for _, given in inputs)
         return [str(self.resources.stage_record("open"))] if wanted else []
 
     def program_files(self, wildcards: Any) -> list[str]:
@@ -143,9 +142,9 @@ class Workflow:
         """How many jobs share the entry's curation, 0 if one does it all. A dataset keeps the number that it
         was made with while its settings are the same: for other jobs Snakemake would make it again."""
         made = self.folder(wildcards).run_facts("curate")
-        run = json.loads(made.read_text(encoding="utf-8")) if made.exists() else {}
-        if run.get("settings") == fingerprint(self.settings("curate")(wildcards)):
-            return int(run["shards"])
+        run = read_record(CurateRun, made) if made.exists() else CurateRun()
+        if run.shards is not None and run.settings == fingerprint(self.settings("curate")(wildcards)):
+            return run.shards
         return self.competition.shards.get(wildcards.entry, 0)
 
     def last_shards(self, wildcards: Any) -> list[str]:

@@ -61,7 +61,7 @@ def test_the_trained_entry_has_the_records_of_any_other(finished: WorkingFolder)
     assert (adapter["state"], adapter["recipe"]["kind"]) == ("finished", "command")
     package = read(finished, "results/laptop/peft_script/package.json")
     assert package["adapter_fingerprint"] == adapter["fingerprint"]
-    assert read(finished, "results/laptop/peft_script/finetune.run.json")["training_seconds"] > 0
+    assert read(finished, "results/laptop/peft_script/finetune.run.json")["training"]["training_seconds"] > 0
 
 
 def test_the_servers_defects_are_named_and_cost_it_no_run(finished: WorkingFolder) -> None:

@@ -107,6 +107,6 @@ def test_the_full_budget_can_be_prepared(tmp_path: Path, monkeypatch: pytest.Mon
     asked: Counter[str] = Counter()
     for stage in ("open", "closed"):
         for run in StagePlan(real_stage(competition, stage, tmp_path).store).runs:
-            asked[str(run["scenario"])] += int(run["instances"])
+            asked[run.scenario] += run.instances
     assert asked.pop("BIG-bench") == 4 * 17 * 18  # 0 to 3 shots; without vitaminc
     assert asked == {"MMLU": 216, "TruthfulQA": 18, "GSM8K": 18, "BBQ": 6 * 18, "ethics": 1000}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from palio.errors import OutOfMemory
 from palio.packaging.package import DIVERGENCE, TOLERANCE
+from palio.records import TrainingFacts
 from palio.training.ledger import charged, read_ledger
 from tests.support.training import Entry, tiny_base_model, wait_for_step
 
@@ -31,8 +31,10 @@ def entry(tiny: Path, tmp_path: Path) -> Entry:
     return Entry.create(tmp_path / "results" / "t" / "e", tiny)
 
 
-def run_of(entry: Entry) -> dict[str, Any]:
-    return dict(json.loads((entry.folder / "finetune.run.json").read_text()))
+def training_of(entry: Entry) -> TrainingFacts:
+    training = entry.run().training
+    assert training is not None
+    return training
 
 
 def losses_of(entry: Entry) -> list[float]:
@@ -41,21 +43,25 @@ def losses_of(entry: Entry) -> list[float]:
 
 def test_a_run_tells_which_gpu_it_had_and_what_it_drew(entry: Entry) -> None:
     manifest = entry.finetune(track=TRACK, max_steps=60, learning_rate=1e-2)
-    run = run_of(entry)
+    training = training_of(entry)
     assert manifest.state == "finished"
-    assert run["device"] == torch.cuda.get_device_name()
-    assert run["gpu_uuid"].startswith("GPU-")
-    assert run["memory_cap_gb"] == 4
-    assert 0 < run["peak_memory_bytes"] < 4e9
-    assert run["energy_joules"] > 0
-    assert {"cuda", "driver"} <= run.keys()
+    assert training.device == torch.cuda.get_device_name()
+    assert training.gpu_uuid is not None
+    assert training.gpu_uuid.startswith("GPU-")
+    assert training.memory_cap_gb == 4
+    assert training.peak_memory_bytes is not None
+    assert 0 < training.peak_memory_bytes < 4e9
+    assert training.energy_joules is not None
+    assert training.energy_joules > 0
+    assert training.cuda
+    assert training.driver
     losses = losses_of(entry)
     assert manifest.final_loss < losses[0]
 
 
 def test_a_track_without_a_gpu_trains_on_the_cpu_of_a_node_that_has_one(entry: Entry) -> None:
     entry.finetune(max_steps=2)
-    assert run_of(entry)["device"] == "cpu"
+    assert training_of(entry).device == "cpu"
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(entry: Entry, tiny: Path, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_status_beside_the_run_showed_it_going_on(finished: Finished) -> None:
     for words in ("waiting", "done", "c1, "):
         assert words in together
     last = finished.folder.run("palio", "status").stdout
-    assert "3 entries: 3 done; no run in this folder" in last
+    assert "3 entries: 3 done; no run in progress" in last
 
 
 def cells(status: str) -> list[str]:

@@ -89,7 +89,7 @@ def restart(finished: Any, cluster: Cluster, tiny: Path, tmp_path_factory: pytes
 
 
 def test_a_second_controller_beside_a_living_one_is_refused_by_name(restart: Restart) -> None:
-    assert "another Snakemake runs in this folder: process" in restart.second
+    assert "another Snakemake is running in this folder: process" in restart.second
     again = "nothing: the second is refused, with the first one's host and process"
     fault_row("two controllers in one folder", "nothing", again, None)
 

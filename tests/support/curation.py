@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ def curate(
     base_model: Path = Path("none"),
     limit: int | None = None,
     workers: int = 1,
+    team_folders: Sequence[Path] = (),
 ) -> DatasetManifest:
     """Curate as entry civetta; paths in the recipe are absolute, the work folder lies beside `out`."""
     return curate_dataset(
@@ -68,6 +69,7 @@ def curate(
         out=out,
         limit=limit,
         workers=workers,
+        team_folders=team_folders,
     )
 
 

@@ -20,10 +20,14 @@ from palio.records import (
     METRICS_SCHEMA,
     AdapterManifest,
     Contamination,
+    FinetuneRun,
     HelmRun,
     PackageManifest,
+    RunFacts,
     StageRecord,
+    StageRun,
     StepFailure,
+    TrainingFacts,
 )
 from palio.scoring.analysis import analyse_track
 from palio.scoring.leaderboard import score_track
@@ -139,7 +143,7 @@ def leave_entry(folder: Path, name: str) -> None:
         max_logit_difference=8e-5 if name in RECIPES else None,
         files={"model.safetensors": name},
     ).write(at / "package.json")
-    write_json(at / "package.run.json", {"seconds": 9.5, "started": "2026-01-01T00:00:00Z", "host": "node"})
+    RunFacts(seconds=9.5, started="2026-01-01T00:00:00Z", host="node").write(at / "package.run.json")
     for stage in SCENARIOS:
         leave_stage(at, where | {"stage": stage}, RIGHT[name][stage])
 
@@ -175,16 +179,15 @@ def _leave_training(at: Path, where: dict[str, str], dataset: str, rows: int, st
         for step in range(1, steps + 1)
     ]
     pq.write_table(pa.Table.from_pylist(telemetry, TELEMETRY_SCHEMA), at / "train.parquet")
-    write_json(
-        at / "finetune.run.json",
-        {
-            "seconds": 81.0,
-            "training_seconds": 72.0,
-            "peak_memory_bytes": 1_900_000_000,
-            "device": "cpu",
-            "threads": 1,
-        },
+    training = TrainingFacts(
+        training_seconds=72.0,
+        energy_joules=None,
+        memory_cap_gb=None,
+        device="cpu",
+        threads=1,
+        peak_memory_bytes=1_900_000_000,
     )
+    FinetuneRun(seconds=81.0, training=training).write(at / "finetune.run.json")
 
 
 def leave_stage(at: Path, where: dict[str, str], right: list[int]) -> None:
@@ -215,10 +218,8 @@ def leave_stage(at: Path, where: dict[str, str], right: list[int]) -> None:
         metrics_sha256=file_sha256(tables / "metrics.parquet"),
         instances_table_sha256=file_sha256(tables / "instances.parquet"),
     ).write(at / f"{stage}.json")
-    write_json(
-        at / f"{stage}.run.json",
-        {"seconds": 130.0, "used_seconds": 118.5, "limit_seconds": 600, "requests": 80},
-    )
+    run = StageRun(seconds=130.0, used_seconds=118.5, limit_seconds=600, requests=80)
+    run.write(at / f"{stage}.run.json")
 
 
 def score_competition(folder: Path, given: Competition, *, final: bool = True, replicates: int = 100) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -68,34 +67,6 @@ def competition_of_2023(folder: Path, scale: float) -> Competition:
     return load_competition(config)
 
 
-def data_source(folder: Path) -> Path:
-    """What a login node has: the shared data, and small word lists in the format of HELM's."""
-    source = folder / "source"
-    if source.exists():
-        return source
-    source.mkdir()
-    for path in SHARED.iterdir():
-        (source / path.name).symlink_to(path)
-    words = {"is": ["be"], "the": ["da"], "this": ["dis"], "that": ["dat"], "i": ["ah"], "you": ["ya"]}
-    names = [
-        f"{name},first_name,race,{race},gender,{gender}"
-        for race, gender, of in (
-            ("white_american", "female", "emily anne"),
-            ("white_american", "male", "greg todd"),
-            ("black_american", "female", "aisha keisha"),
-            ("black_american", "male", "darnell jamal"),
-        )
-        for name in of.split()
-    ]
-    for path, text in (
-        ("dialect/SAE_to_AAVE_mapping.json", json.dumps(words)),
-        ("person_name/data/person_names.txt", "\n".join(names) + "\n"),
-    ):
-        (source / "perturbations" / path).parent.mkdir(parents=True)
-        (source / "perturbations" / path).write_text(text)
-    return source
-
-
 def real_stage(competition: Competition, stage: str, folder: Path) -> StageRuns:
     """The stage's runs, with its data fetched and its instances made: `folder`/`stage`.json.
 
@@ -106,6 +77,6 @@ def real_stage(competition: Competition, stage: str, folder: Path) -> StageRuns:
         runs = stage_runs(competition, stage)
     for name, of in runs.scenarios.items():
         runs.scenarios[name] = of.model_copy(update={"run_entries": str(ROOT / of.run_entries)})
-    fetch_data(runs, data_source(folder))
+    fetch_data(runs, SHARED)
     prepare_stage(runs, folder / f"{stage}.json")
     return runs

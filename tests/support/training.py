@@ -21,7 +21,14 @@ from palio.config import BaseModelSource, FinetuneRecipe, Telemetry, Track
 from palio.curation.rows import ROW
 from palio.layout import BaseModelFolder, EntryFolder
 from palio.provenance import file_sha256, folder_sha256
-from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, PackageManifest
+from palio.records import (
+    AdapterManifest,
+    BaseModelManifest,
+    DatasetManifest,
+    FinetuneRun,
+    PackageManifest,
+    read_record,
+)
 from palio.settings import FinetuneSettings, PackageSettings, RunOptions, slice_of
 from palio.training.step import TrainingStep
 
@@ -157,6 +164,10 @@ class Entry:
             *("--settings", slice_of(settings), "--threads", "1"),
         ]
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=self.folder / "project")
+
+    def run(self) -> FinetuneRun:
+        """What the last run of the step took."""
+        return read_record(FinetuneRun, self.folder / "finetune.run.json")
 
     def work(self) -> Path:
         """The folder of the only training run so far."""

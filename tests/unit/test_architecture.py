@@ -43,7 +43,7 @@ def path_parts(tree: ast.Module) -> Iterator[tuple[ast.expr, str]]:
             literals = [node.left, node.right]
         elif isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if name in ("Path", "glob", "rglob", "joinpath", "with_name"):
+            if name in ("At", "Path", "glob", "rglob", "joinpath", "with_name"):
                 literals = node.args
         for literal in literals:
             if (text := text_of(literal)) is not None:
@@ -57,7 +57,7 @@ def names_in_layout() -> set[str]:
 
 
 # Of formats that others define, not of the project's layout: Hugging Face's, HELM's, a team's contract.
-FOREIGN = {"README.md", "config", "scenarios"}
+FOREIGN = {"README.md", "config", "palio"}
 
 
 def misplaced_paths(path: Path, names: set[str]) -> list[str]:
@@ -119,12 +119,12 @@ def test_a_second_list_of_steps_is_found() -> None:
 
 LEVELS = (
     {"errors", "layout"},
-    {"provenance"},
+    {"provenance", "incoming", "files", "network", "text"},
     {"config"},
     {"records", "entries"},
     {"settings"},
     {"pipeline"},
-    {"base_model", "quantization", "sandbox", "demo"},
+    {"base_model", "quantization", "sandbox", "demo", "heartbeat", "gpu", "tensors"},
     {"curation", "training", "packaging", "serving", "evaluation", "eligibility", "scoring", "report"},
     {"neurips2023", "release", "operating", "participant", "workflow", "steps"},
     {"cli"},

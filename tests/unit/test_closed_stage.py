@@ -92,7 +92,7 @@ def test_a_closed_run_file_that_others_can_read_is_refused(closed_stage: StageRu
 def test_fetched_data_that_changed_is_refused(closed_stage: StageRuns, secret: Path) -> None:
     digests = fetch_data(closed_stage, secret / "data")
     assert list(digests) == ["scenarios/ethics/cm_test.csv"]
-    path = closed_stage.store / "data" / "scenarios" / "ethics" / "cm_test.csv"
+    path = closed_stage.store.data / "scenarios" / "ethics" / "cm_test.csv"
     path.write_text(path.read_text().replace("1", "0"))
     with pytest.raises(BadInput, match=r"cm_test\.csv: changed since it was fetched"):
         prepare_stage(closed_stage, Path("stage.json"))

@@ -159,9 +159,9 @@ def test_an_unknown_operation_is_answered_with_the_known_ones(curated: dict[str,
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("team: a\nteam: b\n", "key 'team' stands twice"),
+        ("team: a\nteam: b\n", "key 'team' is duplicated"),
         ("team: [", "is not YAML"),
-        ("- a\n- b\n", "is no section"),
+        ("- a\n- b\n", "is not a section"),
     ],
 )
 def test_a_file_that_is_no_mapping_is_one_line(tmp_path: Path, text: str, line: str) -> None:

@@ -466,7 +466,7 @@ def test_a_mistake_that_a_process_of_curation_meets_is_told_as_if_there_were_one
     lines = ({"prompt": f"What is {number}?", "completion": "x"} for number in range(30_000))
     source = write_jsonl(tmp_path / "a.jsonl", lines)
     operation = {"op": "decontaminate", "instances": str(tmp_path / "instances.parquet")}
-    with pytest.raises(BadInput, match=r"instances\.parquet: is no table of instances"):
+    with pytest.raises(BadInput, match=r"instances\.parquet: is not a table of instances"):
         curate(recipe([{"path": str(source)}], operation), tmp_path / "dataset", workers=2)
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from palio.curation.rows import ROW
 from palio.demo.data import write_demo_sources
+from palio.layout import Resources
 from palio.provenance import file_sha256
-from palio.workflow import DEMO_SOURCES
 
 ROOT = Path(__file__).parents[2]
 CURATED = "config/entries/demo/curated.yaml"
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with the demo's config and sources."""
     path = tmp_path_factory.mktemp("work")
     (path / "config").symlink_to(ROOT / "config")
-    write_demo_sources(path / DEMO_SOURCES, seed=7)
+    write_demo_sources(path / Resources().demo_sources, seed=7)
     return path
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palio.curation.operations.cleaning import without_markup
-from palio.curation.operations.sampling import shares
+from palio.curation.operations.clean_markup import without_markup
+from palio.curation.operations.sample_rows import shares
 from palio.errors import BadInput
 from tests.support.curation import curate, pairs_of, recipe, write_jsonl
 from tests.support.training import tiny_base_model

@@ -16,9 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palio.config import DatasetRecipe
+from palio.config import DatasetRecipe, operation_names
 from palio.curation.curate import curate_ahead
-from palio.curation.operations import BY_ALL_ROWS, ROW_BY_ROW
 from palio.errors import BadInput
 from palio.settings import CurateSettings, slice_of
 from tests.support.curation import curate, digests, finished, pairs_of, recipe, write_jsonl
@@ -107,7 +106,7 @@ def of_one_job(
 ) -> dict[str, str]:
     out = tmp_path_factory.mktemp("one") / "dataset"
     manifest = curate(every_operation, out, base_model)
-    assert {one.op for one in manifest.operations} == ROW_BY_ROW.keys() | BY_ALL_ROWS.keys()
+    assert {one.op for one in manifest.operations} == set(operation_names())
     idle = [one.op for one in manifest.operations if not one.changed and one.rows_in == one.rows_out]
     assert not idle, "each operation is to have something to do"
     return digests(out)
@@ -212,7 +211,9 @@ def test_what_a_shard_cannot_do_is_left_to_the_run_that_tells_why(tmp_path: Path
     """Of a broken source the jobs ahead say so in their logs and end well: the last one puts it on record."""
     entry_dir = tmp_path / "results/laptop/civetta"
     given = recipe([{"path": str(tmp_path / "gone.jsonl")}], "drop_exact_duplicates")
-    settings = CurateSettings(competition_id="demo", dataset=given, base_model_id="none")
+    settings = CurateSettings(
+        competition_id="demo", dataset=given, base_model_id="none", team_folders=(str(tmp_path),)
+    )
     arguments = ["step", "curate", str(entry_dir), "--settings", slice_of(settings)]
     ends = []
     for ahead in (["--join", "0"], ["--shard", "1-of-2"], ["--join", "1"], []):

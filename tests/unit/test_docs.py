@@ -2,52 +2,79 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any, get_args
 
+import jsonschema
 import pytest
-from pydantic import BaseModel
+import yaml
 
-from palio.config import Competition, Entry, RuleSet, Strict
+from palio.config.reference import FILES, README, json_schema, with_tables
+from palio.layout import schema_file
 
 ROOT = Path(__file__).parents[2]
-KEYS = ROOT / "config/README.md"
 
 
-def models_of(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Every config model that a field's type mentions, at any depth."""
-    if isinstance(annotation, type) and issubclass(annotation, Strict):
-        yield annotation
-        for field in annotation.model_fields.values():
-            yield from models_of(field.annotation)
-    for part in get_args(annotation):
-        yield from models_of(part)
+class Yaml12(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as YAML 1.2 and editors do and PyYAML does not."""
 
 
-MODELS = sorted(
-    {*models_of(Competition), *models_of(Entry), *models_of(RuleSet)}, key=lambda one: one.__name__
+Yaml12.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"\d+(\.\d+)?e[+-]?\d+"), list("0123456789")
 )
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
-def test_every_key_stands_in_the_readme_of_the_config(model: type[BaseModel]) -> None:
-    """As `key`, or in a path such as `dataset.seed` or `base_models[].family`."""
-    text = KEYS.read_text()
-    missing = [
-        name for name in model.model_fields if not re.search(rf"`([\w.<>\[\]-]+\.)?{name}(\[\])?[`:.]", text)
-    ]
-    assert not missing, f"config/README.md does not explain {', '.join(missing)} of {model.__name__}"
+@pytest.mark.parametrize("kind", FILES)
+def test_the_schemas_in_the_repository_are_those_of_the_models(kind: str) -> None:
+    """Make them anew with `python -m palio.config.reference`."""
+    assert (ROOT / schema_file(kind)).read_text() == json_schema(kind)
 
 
-def test_every_operation_stands_in_the_readme_of_the_config() -> None:
-    operations = [
-        get_args(one.model_fields["op"].annotation)[0] for one in MODELS if "op" in one.model_fields
-    ]
-    assert operations
-    text = KEYS.read_text()
-    assert [op for op in operations if f"| `{op}` |" not in text] == []
+def test_the_tables_of_the_configs_readme_are_those_of_the_models() -> None:
+    """Make them anew with `python -m palio.config.reference`."""
+    readme = (ROOT / README).read_text()
+    assert readme == with_tables(readme)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_every_section_has_a_table_and_every_key_a_description(kind: str) -> None:
+    schema = json.loads(json_schema(kind))
+    sections = {FILES[kind].__name__: schema, **schema["$defs"]}
+    tables = re.findall(r"<!-- fields of (\w+) -->", (ROOT / README).read_text())
+    assert sections.keys() - {"Stages", "Program"} <= set(tables)  # two stages; a server's table has both
+    for name, section in sections.items():
+        for key, field in section["properties"].items():
+            assert field.get("description"), f"{name}.{key}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        *(("competition", path) for path in sorted(ROOT.glob("config/*.yaml"))),
+        *(("entry", path) for path in sorted(ROOT.glob("config/entries/**/*.yaml"))),
+        *(("ruleset", path) for path in sorted(ROOT.glob("config/rules/*.yaml"))),
+    ],
+    ids=lambda value: getattr(value, "stem", value),
+)
+def test_every_file_in_the_repository_is_valid_by_its_schema(kind: str, file: Path) -> None:
+    content = yaml.load(file.read_text(), Loader=Yaml12)  # noqa: S506 (a SafeLoader)
+    jsonschema.validate(content, json.loads(json_schema(kind)))
+
+
+@pytest.mark.parametrize("name", ["operation_setting_unknown", "threshold_low", "format_unknown"])
+def test_a_schema_refuses_what_the_check_refuses(name: str) -> None:
+    content = yaml.load((ROOT / f"tests/entries/bad/{name}.yaml").read_text(), Loader=Yaml12)  # noqa: S506
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(content, json.loads(json_schema("entry")))
+
+
+def test_the_command_prints_the_schema() -> None:
+    command = [sys.executable, "-m", "palio.cli", "schema", "entry"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed == json_schema("entry")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import pytest
 from palio.errors import Crashed, RuleViolation, State
 from palio.evaluation.helm import error_class, log_error
 from palio.evaluation.stage import prepare_stage
+from palio.heartbeat import read_heartbeat
+from palio.layout import EntryFolder, HelmFolder
 from palio.records import ProbeReport, StageRecord, read_record
 from palio.settings import StageRuns
 from tests.support.entry import packaged_entry, run_stage, scenario
@@ -72,6 +74,9 @@ def test_the_limit_stops_the_asking_and_a_rerun_asks_only_the_rest(
     shown = capfd.readouterr().err
     assert "of 44 requests answered, " in shown
     assert f" of {limit} s used, end expected at " in shown
+    heartbeat = read_heartbeat(EntryFolder.at(entry_dir).heartbeat("open"), since=0)
+    assert heartbeat is not None
+    assert (heartbeat.done, heartbeat.total) == (SMALL + 6, SMALL + LARGE)
 
     nobody = Toy()
     scored = run(stage, entry_dir, nobody, time_limit=limit, unanswered="wrong")
@@ -149,7 +154,8 @@ def test_the_log_tells_the_error_of_the_run_that_is_asked_for(tmp_path: Path) ->
         "helm.common.cache.CacheError: broken\n"
         "helm.benchmark.runner.RunnerError: Failed runs: [gsm, mmlu]\n"
     )
-    assert log_error(tmp_path, "gsm") == "ValueError: no train file"
-    assert log_error(tmp_path, "mmlu:subject=anatomy") == "helm.common.cache.CacheError: broken"
-    assert log_error(tmp_path, "bbq") == ""
-    assert error_class(log_error(tmp_path)) == "CacheError"
+    folder = HelmFolder(tmp_path)
+    assert log_error(folder, "gsm") == "ValueError: no train file"
+    assert log_error(folder, "mmlu:subject=anatomy") == "helm.common.cache.CacheError: broken"
+    assert log_error(folder, "bbq") == ""
+    assert error_class(log_error(folder)) == "CacheError"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from helm.common.request import GeneratedOutput, Request, Token
 
-from palio.evaluation.client import EntryClient, Journal, cut_completion
+from palio.evaluation.client import EntryClient, cut_completion
+from palio.evaluation.journal import Answer, Journal, JournalReader
 from tests.support.toy import Toy, serving
 
 FAR = 1e12
@@ -79,3 +80,23 @@ def test_a_full_queue_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         client = EntryClient(toy.base_url, str(tmp_path / "answers.jsonl"), cut=True, deadline=FAR)
         assert client.make_request(Request(prompt="one")).success
     assert toy.served == 3
+
+
+def test_a_growing_journal_is_read_line_by_line_and_each_line_once(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    reader = JournalReader(path)
+    assert list(reader.answers()) == []
+    first, second = Answer("1", False, {"text": "one"}), Answer("2", True, {"text": "two"})
+    Journal(path).add(first)
+    with path.open("a") as torn:
+        torn.write('{"key": "3", "cut"')
+    assert list(reader.answers()) == [first]
+    assert list(reader.answers()) == []
+    Journal(path).add(second)
+    assert list(reader.answers()) == [second]
+
+
+def test_a_server_cannot_add_to_the_completions_that_were_cut(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    Journal(path).add(Answer("1", False, {"text": "one", "cut": True}))
+    assert [answer.cut for answer in JournalReader(path).answers()] == [False]

@@ -31,6 +31,7 @@ from palio.evaluation.scenarios import (
     summary_metric_specs,
 )
 from palio.evaluation.stage import prepare_stage
+from palio.layout import HelmFolder
 from palio.provenance import fingerprint
 from palio.settings import ScenarioRuns, StageRuns
 
@@ -235,11 +236,11 @@ def test_helm_makes_the_instances_of_both_stages_offline(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PALIO_HELM_DATA", str(SHARED))
     runs = stage_of(tmp_path, RUNS)
-    cache = runs.store / "data" / "scenarios"
+    cache = runs.store.data / "scenarios"
     for name in ("mmlu", "big_bench", "truthful_qa", "gsm", "bbq"):
         shutil.copytree(SHARED / name, cache / name, copy_function=os.symlink)
     record = prepare_stage(runs, tmp_path / "stage.json")
-    planned = json.loads((runs.store / "runs.json").read_text())["runs"]
+    planned = json.loads(runs.store.runs.read_text())["runs"]
     assert {name: len(of) for name, of in RUNS.items()} == Counter(run["scenario"] for run in planned)
     assert all(run["instances"] == 4 for run in planned)
     assert record.scenarios["ethics"] == 20
@@ -272,11 +273,12 @@ def test_summaries_and_mathematics_are_scored_offline(
         "MATH": ["palio_math:subject=algebra,level=1"],
     }
     entries = stage_entries(stage_of(tmp_path, runs))
-    write_helm_folder(tmp_path / "helm", entries, tmp_path / "data")  # HELM's toy model, which echoes words
-    assert run_helm(tmp_path / "helm", threads=1).code == 0
+    folder = HelmFolder(tmp_path / "helm")
+    write_helm_folder(folder, entries, tmp_path / "data")  # HELM's toy model, which echoes words
+    assert run_helm(folder, threads=1).code == 0
     values = {
         (run.scenario, row["metric"]): row["value"]
-        for run in run_folders(tmp_path / "helm")
+        for run in run_folders(folder)
         for row in statistics(run)
         if row["split"] == "test"
     }

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from palio.cli import palio
 from palio.config import load_competition
 from palio.errors import BadInput, Crashed, Interrupted, NotRetried, PalioError, State
+from palio.heartbeat import HeartbeatWriter
 from palio.layout import EntryFolder, Results
 from palio.operating import controller
 from palio.operating.attempt import RUN_VARIABLE, Attempt, attempt, read_attempts, refusal, set_aside
@@ -135,7 +136,7 @@ def test_a_second_controller_is_refused_until_the_first_is_gone_however_it_went(
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
         assert f"process {first.pid} on" in (controller.running() or "")
-        with pytest.raises(PalioError, match=rf"another Snakemake runs .*process {first.pid} on"):
+        with pytest.raises(PalioError, match=rf"another Snakemake is running .*process {first.pid} on"):
             controller.take_over(on_slurm=False)
         first.kill()
         first.wait()
@@ -153,7 +154,7 @@ def test_failures_and_silence_are_told_once() -> None:
     watch = Watch(stalled_after=3600)
     assert watch.look(entries, now=60) == [("failure", "x: open: crashed: the server died (log: open.log)")]
     assert watch.look(entries, now=7200) == [
-        ("stall", "x: finetune: silent for 120 min on a1 (log: finetune.log)")
+        ("stall", "x: finetune: no output for 120 min on a1 (log: finetune.log)")
     ]
     assert watch.look(entries, now=9999) == []
 
@@ -187,9 +188,9 @@ def test_status_tells_every_state(folder: WorkingFolder, monkeypatch: pytest.Mon
         {"event": "beat", "attempt": "1", "seconds": 55},
     ]
     ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (done / "logs").mkdir()
-    (done / "logs/finetune.log").write_text("step 10/40 loss 1.0\n")
-    with attempt("finetune", EntryFolder.at(done)):
+    folder_of_step = EntryFolder.at(done)
+    with attempt("finetune", folder_of_step):
+        HeartbeatWriter(folder_of_step.heartbeat("finetune"), 40, "steps").beat(10, used_seconds=60)
         status = competition_status(load_competition(Path("config/config.yaml")), Results())
     found = {(entry.entry, step.step): step for entry in status.entries for step in entry.steps}
     assert found["curated", "curate"].state == "done"
@@ -218,7 +219,7 @@ def test_status_tells_how_far_the_jobs_are_that_share_a_curation(
     status = competition_status(load_competition(Path("config/config.yaml")), Results())
     (raw,) = (entry for entry in status.entries if entry.entry == "raw")
     (curate,) = (step for step in raw.steps if step.step == "curate")
-    assert (curate.state, curate.reason) == ("waiting", "1 of 3 shards of phase 2 are done")
+    assert (curate.state, curate.reason) == ("waiting", "1 of 3 shards of phase 2 done")
 
 
 def cli(*arguments: str) -> str:
@@ -261,7 +262,7 @@ def test_retry_without_a_step_takes_what_failed(
     ("arguments", "line"),
     [
         (("withdraw", "nobody", "--why", "x"), "no entry has this id; use one of curated"),
-        (("retry", "raw", "--step", "curate"), "runs again by itself"),
+        (("retry", "raw", "--step", "curate"), "runs again on its own"),
     ],
 )
 def test_a_wrong_decision_is_refused_and_nothing_is_written(

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,12 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from palio.base_model import card_facts
 from palio.config import Track
 from palio.errors import Crashed
+from palio.network import free_port
 from palio.packaging.container import write_container
 from palio.packaging.package import (
     DIVERGENCE,
     TOLERANCE,
     largest_difference,
-    mean_divergence,
     probe_logits,
 )
 from palio.packaging.publish import assemble
@@ -35,6 +34,7 @@ from palio.packaging.verify import verify_package
 from palio.provenance import folder_sha256
 from palio.records import AdapterManifest, BaseModelManifest, Cell, Column, PackageManifest, read_record
 from palio.scoring.leaderboard import Candidate, score
+from palio.tensors import mean_divergence
 from tests.support.training import Entry, tiny_base_model
 
 
@@ -49,7 +49,7 @@ def package(entry: Entry, *, adapter: bool = True) -> PackageManifest:
 
 @pytest.fixture(scope="module")
 def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Entry:
-    entry = Entry.create(tmp_path_factory.mktemp("trained") / "e", tiny)
+    entry = Entry.create(tmp_path_factory.mktemp("trained") / "t/e", tiny)
     entry.finetune(max_steps=8, learning_rate=1e-2)
     package(entry)
     return entry
@@ -58,8 +58,8 @@ def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Entry:
 @pytest.fixture
 def entry(trained: Entry, tmp_path: Path) -> Entry:
     """A copy of the trained and packaged entry that a test may spoil."""
-    shutil.copytree(trained.folder, tmp_path / "e")
-    return Entry(tmp_path / "e", trained.base)
+    shutil.copytree(trained.folder, tmp_path / "t/e")
+    return Entry(tmp_path / "t/e", trained.base)
 
 
 def test_the_package_answers_as_base_plus_adapter_and_not_as_the_base(trained: Entry) -> None:
@@ -344,12 +344,6 @@ def test_the_container_pins_image_and_packages_and_its_code_serves_the_package(
             assert reply.json()["tokens"]
         finally:
             server.terminate()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def test_of_a_teams_own_server_the_files_are_checked_and_nothing_is_run(entry: Entry) -> None:

@@ -49,6 +49,14 @@ def test_a_new_entry_of_each_kind_is_clean(folder: WorkingFolder, kind: str) -> 
         assert list(Path(entry.program.files or "").glob("*.py"))
 
 
+def test_a_new_entry_tells_editors_its_schema(folder: WorkingFolder) -> None:
+    folder.run("palio", "new", "config/entries/demo/drago.yaml", "--kind", "server", "--team", "Drago")
+    made = folder.path / "config/entries/demo/drago.yaml"
+    marker, _, schema = made.read_text().partition("\n")[0].partition("=")
+    assert marker == "# yaml-language-server: $schema"
+    assert (made.parent / schema).resolve() == folder.path / "config/schemas/entry.json"
+
+
 def test_what_is_left_out_is_asked_for(folder: WorkingFolder) -> None:
     data = folder.path / "resources/teams/drago/mine.jsonl"
     data.parent.mkdir(parents=True)
@@ -67,7 +75,7 @@ def test_what_is_left_out_is_asked_for(folder: WorkingFolder) -> None:
     [
         (
             ("config/entries/demo/curated.yaml",),
-            "config/entries/demo/curated.yaml: is there; choose another name",
+            "config/entries/demo/curated.yaml: already exists; choose another name",
         ),
         (("two words.yaml",), "name it <id>.yaml, the id of letters, digits, - and _"),
         (("x.yaml", "--track", "moon"), "--track is 'moon': use one of laptop"),

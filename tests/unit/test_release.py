@@ -18,6 +18,7 @@ from palio.config import Competition, load_competition
 from palio.errors import BadInput
 from palio.layout import Results
 from palio.provenance import file_sha256
+from palio.records import RunFacts, read_record
 from palio.release.crate import METADATA, changed_files
 from palio.release.gather import Leak, gather
 from tests.support.folder import ROOT
@@ -172,8 +173,8 @@ def test_what_lies_beside_the_records_is_not_taken(folder: Path) -> None:
 
 def test_hosts_and_paths_of_the_organizer_are_not_in_it(folder: Path) -> None:
     made = release(folder)
-    facts = json.loads((made / "results/laptop/curated/package.run.json").read_text())
-    assert facts == {"seconds": 9.5, "started": "2026-01-01T00:00:00Z"}
+    facts = read_record(RunFacts, made / "results/laptop/curated/package.run.json")
+    assert facts == RunFacts(seconds=9.5, started="2026-01-01T00:00:00Z")
     config = yaml.safe_load((made / "config/config.yaml").read_text())
     assert config["entries"] == ["config/entries"]
     assert str(folder.parent) not in (made / "config/config.yaml").read_text()
@@ -202,7 +203,7 @@ def test_a_secret_run_file_stays_where_it_is(folder: Path) -> None:
 def test_a_folder_with_something_else_in_it_is_not_replaced(folder: Path) -> None:
     (folder.parent / "release").mkdir()
     (folder.parent / "release/thesis.txt").write_text("three years of work")
-    with pytest.raises(BadInput, match="is no release; name another folder"):
+    with pytest.raises(BadInput, match="is not a release; name another folder"):
         release(folder)
     assert (folder.parent / "release/thesis.txt").is_file()
 

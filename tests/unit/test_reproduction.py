@@ -120,7 +120,7 @@ def test_both_stages_of_an_identical_package_are_really_asked_under_the_competit
     assert [score.stage for score in made.scores] == ["open", "closed"]
     for stage in STAGES:
         journals = [
-            set(folder.helm_runs(stage).glob(f"*/{HelmFolder(Path()).journal}")) for folder in (first, again)
+            set(folder.helm_runs(stage).glob(f"*/{HelmFolder.journal.name}")) for folder in (first, again)
         ]
         assert len(journals[0]) == len(journals[1]) == 1
         assert journals[0] != journals[1]

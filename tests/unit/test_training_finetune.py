@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from palio.config import FinetuneRecipe
 from palio.errors import BadInput, Crashed
+from palio.heartbeat import read_heartbeat
 from palio.provenance import folder_sha256
 from palio.quantization import evaluation_mode
 from palio.records import AdapterManifest, read_record
@@ -48,9 +49,18 @@ def test_training_leaves_adapter_telemetry_and_manifest_that_agree(entry: Entry)
     assert losses[-1] < losses[0]
     assert manifest.final_loss == pytest.approx(sum(losses) / 6)
     assert (manifest.state, manifest.steps, manifest.planned_steps) == ("finished", 6, 6)
-    run = json.loads((entry.folder / "finetune.run.json").read_text())
-    assert run["device"] == "cpu"
-    assert run["training_seconds"] > 0
+    training = entry.run().training
+    assert training is not None
+    assert training.device == "cpu"
+    assert training.training_seconds > 0
+
+
+def test_training_writes_how_far_it_is(entry: Entry) -> None:
+    entry.finetune(max_steps=2)
+    heartbeat = read_heartbeat(entry.at.heartbeat("finetune"), since=0)
+    assert heartbeat is not None
+    assert 1 <= heartbeat.done <= heartbeat.total == 2
+    assert heartbeat.used_seconds > 0
 
 
 def test_nothing_of_this_machine_is_in_the_adapter(entry: Entry) -> None:
@@ -67,13 +77,12 @@ def test_a_deleted_output_is_restored_without_training(entry: Entry) -> None:
     (entry.folder / "adapter.json").unlink()
     (entry.folder / "train.parquet").unlink()
     lines = len(read_ledger(entry.work() / "ledger.jsonl"))
-    trained = json.loads((entry.folder / "finetune.run.json").read_text())
+    trained = entry.run()
     assert entry.finetune(max_steps=3) == first
     assert len(read_ledger(entry.work() / "ledger.jsonl")) == lines
-    restored = json.loads((entry.folder / "finetune.run.json").read_text())
-    assert (trained["restored"], restored["restored"]) == (False, True)
-    for fact in ("training_seconds", "tokens", "peak_memory_bytes", "device", "threads", "versions"):
-        assert restored[fact] == trained[fact]
+    restored = entry.run()
+    assert (trained.restored, restored.restored) == (False, True)
+    assert restored.training == trained.training
     assert (entry.folder / "train.parquet").exists()
 
 
@@ -299,11 +308,12 @@ def test_training_is_told_to_tensorboard_and_costed_and_the_manifest_does_not_kn
         max_steps=4,
         save_steps=2,
         validation_rows=8,
-        telemetry={"report_to": ["tensorboard"], "usd_per_hour": {"t": 3600.0}},
+        telemetry={"report_to": ["tensorboard"], "usd_per_hour": {entry.at.track_id: 3600.0}},
     )
     assert told == plain
-    run = json.loads((entry.folder / "finetune.run.json").read_text())
-    assert run["cost_usd"] == pytest.approx(run["training_seconds"], abs=1e-3)
+    run = entry.run()
+    assert run.training is not None
+    assert run.cost_usd == pytest.approx(run.training.training_seconds, abs=1e-3)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(entry.folder / "work" / "dashboards" / "tensorboard")).Reload()

@@ -75,7 +75,7 @@ competition_option = click.option(
     help="The competition's config, or its content as JSON.",
 )
 results_option = click.option(
-    "--results", type=ExistingPath, default=Results().root, show_default=True, help="Folder of the results."
+    "--results", type=ExistingPath, default=Results().path, show_default=True, help="Folder of the results."
 )
 leaderboards_option = click.option(
     "--leaderboards",

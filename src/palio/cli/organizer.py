@@ -254,3 +254,12 @@ def doctor(competition: str, slurm: bool, profile: Path) -> None:
         print(finding, flush=True)
     if wrong:
         raise PalioError(f"{wrong} to fix before the first run")
+
+
+@palio.command(cls=Verb, example="palio schema entry")
+@click.argument("kind", type=click.Choice(["entry", "competition", "ruleset"]))
+def schema(kind: str) -> None:
+    """Print the JSON schema of entry files, competitions or rule sets, for editors and other tools."""
+    from palio.config.reference import json_schema
+
+    print(json_schema(kind), end="")

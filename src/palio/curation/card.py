@@ -7,6 +7,7 @@ from typing import Any
 
 from palio.curation.rows import asked, shortened
 from palio.records import DatasetManifest, OperationReport
+from palio.text import markdown_table
 
 
 def card(manifest: DatasetManifest, examples: Sequence[Mapping[str, Any]]) -> str:
@@ -16,7 +17,7 @@ def card(manifest: DatasetManifest, examples: Sequence[Mapping[str, Any]]) -> st
         f"{manifest.rows} rows, shuffled with seed {manifest.seed}. Competition {manifest.competition}, "
         f"track {manifest.track}. sha256 of train.parquet: `{manifest.sha256}`.",
         "## Sources",
-        _table(
+        markdown_table(
             ["source", "licence", "written by", "rows read", "malformed", "rows kept", "sha256"],
             [
                 [
@@ -46,7 +47,7 @@ def card(manifest: DatasetManifest, examples: Sequence[Mapping[str, Any]]) -> st
 def _operations(operations: Sequence[OperationReport]) -> str:
     if not operations:
         return "None: the rows are as the sources have them."
-    overview = _table(
+    overview = markdown_table(
         ["", "operation", "settings", "rows in", "dropped", "rewritten", "rows out"],
         [
             [
@@ -74,10 +75,3 @@ def _inline(text: str) -> str:
     """As code, so that markup in a row shows instead of acting."""
     fence = "``" if "`" in text else "`"
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
-    )

@@ -21,22 +21,21 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from palio.base_model import weight_files
 from palio.config import (
     DatasetRecipe,
-    Decontaminate,
-    DropSemanticDuplicates,
-    Operation,
-    TokenLength,
+    Input,
 )
 from palio.curation.card import card
 from palio.curation.dataset import write_dropped, write_shuffled
+from palio.curation.operations import OperationContext
 from palio.curation.reading import Progress, Sources, find_sources, read_sources
-from palio.curation.rows import Surroundings
 from palio.curation.step import Step
 from palio.curation.store import Pool, Stored, Tick, batch_file, pool, unheard
 from palio.errors import BadInput
+from palio.incoming import Incoming
 from palio.layout import DatasetFolder
-from palio.provenance import file_sha256, fingerprint, folder_sha256, write_text
+from palio.provenance import file_sha256, fingerprint, write_text
 from palio.records import DatasetManifest, OperationReport
 
 RECIPE_VERSION = "3"
@@ -54,7 +53,7 @@ def curate_dataset(
     track: str,
     entry: str,
     out: Path,
-    base: Path = Path(),
+    team_folders: Sequence[Path] = (),
     work: Path | None = None,
     limit: int | None = None,
     workers: int = 1,
@@ -64,19 +63,21 @@ def curate_dataset(
 
     Args:
         base_model: model folder of the entry's base model, for its tokenizer.
-        base: folder that paths in the recipe are relative to.
-        work: folder of the intermediate files, kept for reruns; default: in `out`.
+        team_folders: folders below which the team's files must lie, through no link; without them only a
+            source itself and what is in it may not be a link.
+        work: folder of the intermediate files, kept for reruns; default: work/curate beside `out`.
         limit: rows to read of each source, for a preview; omit to read all.
         workers: processes that work on batches; no part of the result.
         progress: called with the operation under way, rows in all where known, and rows just seen.
 
     Raises:
         BadInput: a source is absent or broken, too much of it is malformed, or no row is left.
+        RuleViolation: a file of the team is outside the team folders, or a link.
     """
     folder = DatasetFolder(out)
     work = work or folder.work
-    sources = read_sources(recipe, base, work, limit, RECIPE_VERSION, progress)
-    steps = _steps(recipe, sources, base_model, base, work)
+    sources = read_sources(recipe, team_folders, work, limit, RECIPE_VERSION, progress)
+    steps = _steps(recipe, sources, base_model, team_folders, work)
     with pool(workers) as processes:
         reports = _carry_out(steps, sources, processes, entry, progress)
 
@@ -113,63 +114,74 @@ def curate_ahead(
     work: Path,
     shard: tuple[int, int] | None = None,
     join: int = 0,
-    base: Path = Path(),
+    team_folders: Sequence[Path] = (),
     workers: int = 1,
 ) -> None:
     """Do a part of `curate_dataset` ahead of it, in the same work folder.
 
     Args:
         shard: (number from 1, of how many). Works on every so many-th batch, up to the first operation
-            that must see all rows and has not been judged.
-        join: without a shard: 0 reads the sources, n judges the nth operation that must see all rows.
+            that needs all rows and has not decided.
+        join: without a shard: 0 reads the sources, n decides for the nth operation that needs all rows.
 
     Raises:
-        BadInput: as `curate_dataset`.
+        BadInput, RuleViolation: as `curate_dataset`.
     """
-    found = find_sources(recipe, base, work, RECIPE_VERSION)
-    sources = found or read_sources(recipe, base, work, None, RECIPE_VERSION, _silent)
-    steps = _steps(recipe, sources, base_model, base, work)
+    found = find_sources(recipe, work, RECIPE_VERSION)
+    sources = found or read_sources(recipe, team_folders, work, None, RECIPE_VERSION, _silent)
+    steps = _steps(recipe, sources, base_model, team_folders, work)
     with pool(workers) as processes:
         if shard:
             number, shards = shard
             _carry_out_alone(steps, sources.batches[number - 1 :: shards], processes)
-        elif by_all := [step for step in steps if step.by_all_rows][:join]:
-            _carry_out(steps[: by_all[-1].place], sources, processes, entry, _silent)
-            _judge(by_all[-1], sources.batches, processes)
+        elif needing_all := [step for step in steps if step.operation.needs_all_rows][:join]:
+            _carry_out(steps[: needing_all[-1].index], sources, processes, entry, _silent)
+            _decide(needing_all[-1], sources.batches, processes)
 
 
-def _steps(recipe: DatasetRecipe, sources: Sources, base_model: Path, base: Path, work: Path) -> list[Step]:
-    around = Surroundings(base_model=base_model, base=base, seed=recipe.seed, scratch=work)
+def _steps(
+    recipe: DatasetRecipe, sources: Sources, base_model: Path, team_folders: Sequence[Path], work: Path
+) -> list[Step]:
+    context = OperationContext(
+        base_model=base_model, team_folders=team_folders, seed=recipe.seed, scratch=work
+    )
     steps: list[Step] = []
     rows, key = sources.folder, sources.key
-    for place, operation in enumerate(recipe.operations):
-        key = fingerprint([key, recipe.seed, operation.model_dump(mode="json"), _content(operation, around)])
-        folder = work / f"{place:02}-{operation.op}-{key[:16]}"
-        steps.append(Step(place, operation, rows, folder, around))
+    for index, operation in enumerate(recipe.operations):
+        digests = [_digest(operation.op, given, context) for given in operation.inputs]
+        key = fingerprint([key, recipe.seed, operation.model_dump(mode="json"), digests])
+        folder = work / f"{index:02}-{operation.op}-{key[:16]}"
+        steps.append(Step(index, operation, rows, folder, context))
         rows = folder
     return steps
 
 
-def _content(operation: Operation, around: Surroundings) -> str | None:
-    """Digest of a file that decides the operation's result beside its settings."""
-    if isinstance(operation, Decontaminate):
-        path = around.base / operation.instances
+def _digest(op: str, given: Input, context: OperationContext) -> str:
+    """Return a digest of an operation's input.
+
+    Raises:
+        BadInput: there is no such input.
+        RuleViolation: a file of the team is outside the team folders, or a link.
+    """
+    if given.kind == "tokenizer":
+        files = sorted(context.base_model.glob("token*"))
+        if not files:
+            raise BadInput(
+                context.base_model, "", None, f"has no tokenizer for {op}; fetch the base model first"
+            )
+        return fingerprint({path.name: file_sha256(path) for path in files})
+    path = Path(given.path)
+    if given.kind == "open_stage":
         if not path.is_file():
             raise BadInput(path, "", None, "no such table of instances; prepare the open stage first")
         return file_sha256(path)
-    if isinstance(operation, DropSemanticDuplicates):
-        model = around.base / operation.model
-        if not (model / "config.json").is_file():
-            fix = "no model in this folder; give one in Hugging Face format"
-            raise BadInput("dataset", "drop_semantic_duplicates.model", str(model), fix)
-        return fingerprint(folder_sha256(model))
-    if isinstance(operation, TokenLength):
-        files = sorted(around.base_model.glob("token*"))
-        if not files:
-            fix = "no tokenizer there for token_length; fetch the base model first"
-            raise BadInput(around.base_model, "", None, fix)
-        return fingerprint({path.name: file_sha256(path) for path in files})
-    return None
+    model = Incoming.locate(path, context.team_folders)
+    folder = model.root / model.name
+    # Given an adapter, transformers would load the base model from wherever its config says.
+    if (folder / "adapter_config.json").exists() or not weight_files(folder):
+        fix = "no model with safetensors weights in this folder; give one in Hugging Face format"
+        raise BadInput("dataset", f"{op}.{given.key}", given.path, fix)
+    return model.sha256()
 
 
 def _carry_out(
@@ -180,12 +192,12 @@ def _carry_out(
     rows = sum(source.rows for source in sources.reports)
     for step in steps:
         tick = partial(progress, step.name, rows)
-        _judge(step, sources.batches, processes, tick)
-        processes.each(step.apply, step.unapplied(sources.batches), tick)
+        _decide(step, sources.batches, processes, tick)
+        processes.each(step.apply, step.without_outcome(sources.batches), tick)
         report = step.report(sources.batches)
         if report.rows_out == 0:
             fix = f"dropped the last of {report.rows_in} rows; loosen it or add sources"
-            raise BadInput(f"entry {entry}", f"dataset.operations.{step.place}", step.operation.op, fix)
+            raise BadInput(f"entry {entry}", f"dataset.operations.{step.index}", step.operation.op, fix)
         reports.append(report)
         rows = report.rows_out
     return reports
@@ -194,16 +206,16 @@ def _carry_out(
 def _carry_out_alone(steps: Sequence[Step], batches: range, processes: Pool) -> None:
     """The steps on these batches, as far as they need no others."""
     for step in steps:
-        if step.by_all_rows and not step.judged:
-            processes.each(step.note, step.without_notes(batches))
+        if step.undecided:
+            processes.each(step.sketch, step.without_sketch(batches))
             return
-        processes.each(step.apply, step.unapplied(batches))
+        processes.each(step.apply, step.without_outcome(batches))
 
 
-def _judge(step: Step, batches: range, processes: Pool, tick: Tick = unheard) -> None:
-    if step.by_all_rows and not step.judged:
-        processes.each(step.note, step.without_notes(batches), tick)
-        step.judge(batches)
+def _decide(step: Step, batches: range, processes: Pool, tick: Tick = unheard) -> None:
+    if step.undecided:
+        processes.each(step.sketch, step.without_sketch(batches), tick)
+        step.decide(batches)
 
 
 def _tidy(work: Path, kept: Sequence[Path]) -> None:

@@ -1,17 +1,22 @@
-"""Whether a training row gives an evaluation instance away: one rule for the participant's
-`decontaminate` and for the organizer's contamination report.
+"""When a training row contains an evaluation instance: one rule for the participant's `decontaminate` and the
+organizer's contamination report.
 
 Texts are compared as words (`palio.curation.words`): case, white space and punctuation do not count.
-A row holds an instance if
+A row contains an instance if
 
-1. the whole instance stands in it, word for word (in any turn, or over several); of an instance
-   shorter than `ngram` words, which may be a common phrase, its reference must stand behind it; or
-2. they share `ngram` words in a row that tell something. Not telling are
-   - n-grams that stand in several different instances of the scenario: instructions and templates;
+1. the whole instance is in it, word for word (in any turn, or over several); an instance shorter than `ngram`
+   words, which may be a common phrase, must have its reference somewhere after it; or
+2. they share `ngram` consecutive words that are telling. Not telling are
+   - n-grams of several different instances of the scenario: instructions and templates;
    - n-grams less than half of which are words of two letters or more: brackets, variables and operators
-     come together by chance in any two tasks of the same form.
+     coincide by chance in any two tasks of the same form.
 
-What the rule does not see: paraphrases, translations, and parts of instances made of symbols alone.
+13 words is the length of the GPT-3 paper (arXiv 2005.14165, appendix C). The rule misses paraphrases,
+translations, and parts of instances made of symbols alone.
+
+The n-gram of words w₁ … wₙ is the number Σ wᵢ · fᵢ mod 2⁶⁴ with fixed random odd factors fᵢ, so that
+n-grams of every length take one multiplication and one addition per word and length. Part 2 takes equal
+numbers for equal words, which 64 bits make all but certain; part 1 compares the words.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from palio.curation.words import PLAIN, Numbers, Places, row_words, words_of
 from palio.errors import BadInput
 
 _MARKS = 1 << 22
-"""Places of the table that most n-grams of a row are looked up in, and not found."""
+"""Flags of the filter that rejects most n-grams of a row."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +47,14 @@ class Instance:
 
 
 def read_instances(path: Path) -> list[Instance]:
-    """The distinct instances of a stage's table; an instance of several HELM runs counts once."""
+    """Return the distinct instances of a stage's table; an instance of several HELM runs counts once."""
     columns = ["scenario", "instance", "text", "reference"]
     try:
         table = pq.read_table(path, columns=columns)
     except FileNotFoundError:
         raise BadInput(path, "", None, "no such table of instances; prepare the stage first") from None
     except (pa.ArrowException, KeyError) as error:
-        raise BadInput(path, "", None, f"is no table of instances: {error}") from None
+        raise BadInput(path, "", None, f"is not a table of instances: {error}") from None
     unique = {(row["scenario"], row["text"]): row for row in table.select(columns).to_pylist()}
     return [
         Instance(row["scenario"], row["instance"], row["text"], row["reference"]) for row in unique.values()
@@ -57,7 +62,11 @@ def read_instances(path: Path) -> list[Instance]:
 
 
 class _NgramTable:
-    """From n-grams of one length to instances; an n-gram may stand for several."""
+    """A multimap from n-grams of one length to instances: a sorted array, behind a Bloom filter of one hash.
+
+    The high bits of an n-gram select its flag. An unset flag means that the n-gram is not in the table, and
+    saves the binary search for nearly all n-grams of training rows.
+    """
 
     def __init__(self, ngrams: Numbers, instances: Places) -> None:
         order = np.argsort(ngrams, kind="stable")
@@ -70,18 +79,19 @@ class _NgramTable:
         return np.asarray(ngrams >> np.uint64(64 - (_MARKS - 1).bit_length()), dtype=np.uint64)
 
     def found(self, ngrams: Numbers, asked: Places) -> tuple[Places, Places]:
-        """Of the places `asked` in `ngrams` those that are in the table, each with every instance of it."""
+        """Look up `ngrams[asked]`: return the positions found, once for each instance, and the instances."""
         asked = asked[self._marked[self._marks(ngrams[asked])]]
         first = np.searchsorted(self._ngrams, ngrams[asked], side="left")
         behind = np.searchsorted(self._ngrams, ngrams[asked], side="right")
         count = behind - first
         places = np.repeat(asked, count)
+        # 0, 1, …, count - 1 for each position found: its instances are consecutive in the sorted array.
         within = np.arange(len(places)) - np.repeat(np.cumsum(count) - count, count)
         return places, self._instances[np.repeat(first, count) + within]
 
 
 class InstanceIndex:
-    """Finds the instances that training rows hold, by the rule of this module."""
+    """Finds the instances that training rows contain, by the rule of this module."""
 
     def __init__(self, instances: Sequence[Instance], ngram: int) -> None:
         self.instances = instances
@@ -89,7 +99,7 @@ class InstanceIndex:
         self._texts = words_of(pa.array([instance.text for instance in instances], pa.string()))
         self._references = words_of(pa.array([instance.reference for instance in instances], pa.string()))
         self._telling: _NgramTable | None = None
-        # An instance begins with these words wherever it stands whole.
+        # By length: the first min(ngram, length) words of each instance, with which any whole copy begins.
         self._openings: dict[int, _NgramTable] = {}
         lengths = np.minimum(self._texts.lengths, ngram)
         left = self._texts.left()
@@ -102,16 +112,18 @@ class InstanceIndex:
                 self._telling = self._telling_ngrams(ngrams[places], places)
 
     def _telling_ngrams(self, ngrams: Numbers, places: Places) -> _NgramTable:
-        """Those that point at one instance alone, and are not made of signs."""
+        """Return the n-grams that belong to one instance only and are not made of signs."""
+        # Prefix sums: plain[i + n] - plain[i] plain words among the n from i on; at least half must be.
         plain = np.concatenate([[0], np.cumsum((self._texts.numbers & PLAIN) != 0)])
         tell = 2 * (plain[places + self.ngram] - plain[places]) >= self.ngram
-        # Instances with equal words are one question that two scenarios ask: the first stands for all.
+        # Instances with equal words are one question asked by two scenarios: the first represents all.
         same: dict[bytes, int] = {}
         question = np.array(
             [same.setdefault(self._texts[number].tobytes(), number) for number in range(len(self._texts))],
             dtype=np.int64,
         )
         asks = question[self._texts.text_of(places[tell])]
+        # Sorted by n-gram, then question: an n-gram has one question if its first and last are the same.
         order = np.lexsort([asks, ngrams[tell]])
         ngram, asks = ngrams[tell][order], asks[order]
         first = np.flatnonzero(np.concatenate([ngram[:1] == ngram[:1], ngram[1:] != ngram[:-1]]))
@@ -120,7 +132,7 @@ class InstanceIndex:
         return _NgramTable(ngram[alone], asks[alone])
 
     def found_in(self, rows: pa.RecordBatch) -> list[set[int]]:
-        """For each row the numbers of the instances that it holds."""
+        """Return for each row the numbers of the instances that it contains."""
         row = row_words(rows)
         found: list[set[int]] = [set() for _ in range(len(row))]
         left = row.left()
@@ -143,13 +155,13 @@ class InstanceIndex:
         return found
 
     def _whole(self, instance: int, rest: Numbers) -> bool:
-        """Whether a row's rest begins with the instance; if that is short, with its reference behind it."""
+        """Return whether the rest of a row begins with the instance, and if short, has its reference."""
         text = self._texts[instance]
         if not np.array_equal(rest[: len(text)], text):
             return False
-        return len(text) >= self.ngram or _stands_in(self._references[instance], rest[len(text) :])
+        return len(text) >= self.ngram or _contains(rest[len(text) :], self._references[instance])
 
 
-def _stands_in(needle: Numbers, hay: Numbers) -> bool:
-    starts = np.flatnonzero(hay[: len(hay) - len(needle) + 1] == needle[0]) if len(needle) else ()
-    return any(np.array_equal(hay[start : start + len(needle)], needle) for start in starts)
+def _contains(words: Numbers, part: Numbers) -> bool:
+    starts = np.flatnonzero(words[: len(words) - len(part) + 1] == part[0]) if len(part) else ()
+    return any(np.array_equal(words[start : start + len(part)], part) for start in starts)

@@ -42,17 +42,22 @@ class Sources:
 
 
 def read_sources(
-    recipe: DatasetRecipe, base: Path, work: Path, limit: int | None, version: str, progress: Progress
+    recipe: DatasetRecipe,
+    team_folders: Sequence[Path],
+    work: Path,
+    limit: int | None,
+    version: str,
+    progress: Progress,
 ) -> Sources:
     """Read the sources into a folder of `work`, unless they have been."""
-    digests = [source_digest(source, base) for source in recipe.sources]
+    digests = [source_digest(source, team_folders) for source in recipe.sources]
     key = fingerprint([digests, _how(recipe, limit, version)])
     folder = work / f"sources-{key[:16]}"
     if not (folder / "sources.json").exists():
-        stamp = _stamp(recipe, base, limit, version)
+        stamp = _stamp(recipe, limit, version)
         reading = _Reading(limit, progress)
         batches = 0
-        for batch in reading.batches(recipe.sources, digests, base, recipe.max_quarantined):
+        for batch in reading.batches(recipe.sources, digests, team_folders, recipe.max_quarantined):
             write_batches(batch_file(folder, batches), ROW, [batch])
             batches += 1
         text = "".join(canonical_json(line) + "\n" for line in reading.quarantine)
@@ -67,10 +72,10 @@ def read_sources(
     return sources
 
 
-def find_sources(recipe: DatasetRecipe, base: Path, work: Path, version: str) -> Sources | None:
+def find_sources(recipe: DatasetRecipe, work: Path, version: str) -> Sources | None:
     """The sources if a job has read them whole, known by sizes and times of their files: a job that only
     works ahead need not hash them all again."""
-    stamp = _stamp(recipe, base, None, version)
+    stamp = _stamp(recipe, None, version)
     records = ((path, json.loads(path.read_text(encoding="utf-8"))) for path in work.glob("*/sources.json"))
     return next((_sources(path.parent) for path, record in records if record["stamp"] == stamp), None)
 
@@ -89,12 +94,12 @@ def _how(recipe: DatasetRecipe, limit: int | None, version: str) -> Any:
     return [version, described, recipe.max_quarantined, limit]
 
 
-def _stamp(recipe: DatasetRecipe, base: Path, limit: int | None, version: str) -> str:
+def _stamp(recipe: DatasetRecipe, limit: int | None, version: str) -> str:
     files = [
         [str(file), file.stat().st_size, file.stat().st_mtime_ns]
         for source in recipe.sources
         if source.path
-        for file in sorted([base / source.path, *(base / source.path).rglob("*")])
+        for file in sorted([Path(source.path), *Path(source.path).rglob("*")])
         if file.is_file()
     ]
     return fingerprint([files, _how(recipe, limit, version)])
@@ -110,12 +115,16 @@ class _Reading:
     quarantine: list[dict[str, Any]] = field(default_factory=list)
 
     def batches(
-        self, sources: Sequence[DataSource], digests: Sequence[str], base: Path, most: float
+        self,
+        sources: Sequence[DataSource],
+        digests: Sequence[str],
+        team_folders: Sequence[Path],
+        most: float,
     ) -> Iterator[pa.RecordBatch]:
         for source, digest in zip(sources, digests, strict=True):
             rows = quarantined = size = 0
             batch: list[SourceRow] = []
-            for record in read_source(source, base):
+            for record in read_source(source, team_folders):
                 if isinstance(record, Quarantined):
                     quarantined += 1
                     self.quarantine.append({"source": source.label, **record.__dict__})

@@ -1,12 +1,10 @@
-"""The one schema that all sources become, and what an operation sees of it."""
+"""The schema that all sources are converted to, and a batch of its rows as an operation sees it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,7 +13,7 @@ ROW = pa.schema(
     [
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("completion", pa.string(), nullable=False),
-        # Of a conversation the turns before the last question: user, model, user, model …
+        # Turns of a conversation before its last question: user, model, user, model …
         pa.field("history", pa.list_(pa.string()), nullable=False),
         pa.field("source", pa.string(), nullable=False),
         pa.field("id", pa.string(), nullable=False),
@@ -29,15 +27,17 @@ DROPPED = ROW.append(pa.field("operation", pa.string(), nullable=False)).append(
 )
 BATCH_ROWS = 8192
 BATCH_CHARACTERS = 32 << 20
-"""Rows in memory at a time: so many, or fewer long ones."""
+"""Limits of a batch, which is in memory at once."""
 Turns = Sequence[str]
-"""What is said in a row: user, model, user, model …; of most rows a prompt and a completion."""
+"""Turns of a row: user, model, user, model …; for most rows a prompt and a completion."""
+Side = Literal["prompt", "completion", "both"]
+"""Which side of a row an operation looks at: what the user says, what the model says."""
 FIELDS = {"prompt": slice(0, None, 2), "completion": slice(1, None, 2), "both": slice(None)}
-"""Which turns of a row an operation's `field` means."""
+"""Turns of each `Side`."""
 
 
 class Batch:
-    """Up to `BATCH_ROWS` rows; columns as lists of Python texts are made when asked for."""
+    """Up to `BATCH_ROWS` rows; texts become Python objects on first use."""
 
     def __init__(self, table: pa.RecordBatch) -> None:
         self.table = table
@@ -55,43 +55,15 @@ class Batch:
         ]
 
     def rewritten(self, turns: Sequence[Turns]) -> pa.RecordBatch:
-        """The rows with other texts."""
+        """Return the rows with other texts."""
         table = self.table
         for name, texts in columns_of(turns).items():
             table = table.set_column(ROW.get_field_index(name), ROW.field(name), texts)
         return table
 
 
-Notes = Iterable[pa.RecordBatch]
-"""What an operation noted of each batch, a line for each row; may be gone through more than once."""
-Reasons = list[str | None]
-"""Why each row of a batch is dropped; None keeps it."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What an operation says about the rows of one batch, in their order."""
-
-    reasons: Reasons
-    rewritten: pa.RecordBatch | None = None
-    """All rows with their new texts, of an operation that rewrites."""
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What an operation may use besides the rows."""
-
-    base_model: Path
-    """Model folder of the entry's base model, for its tokenizer."""
-    base: Path
-    """Folder that paths in the recipe are relative to."""
-    seed: int
-    scratch: Path
-    """Folder for files that go with the operation."""
-
-
 def columns_of(turns: Sequence[Turns]) -> dict[str, pa.Array]:
-    """The columns of texts."""
+    """Return the text columns of these rows."""
     texts = {
         "prompt": [said[-2] for said in turns],
         "completion": [said[-1] for said in turns],
@@ -101,18 +73,18 @@ def columns_of(turns: Sequence[Turns]) -> dict[str, pa.Array]:
 
 
 def texts_of(rows: pa.RecordBatch) -> pa.Array:
-    """Of each row all that is said in it, turn after turn."""
+    """Return all turns of each row, joined by blanks."""
     said = pc.binary_join(rows["history"], " ")
     return pc.binary_join_element_wise(said, rows["prompt"], rows["completion"], " ")
 
 
 def asked(row: Mapping[str, Any]) -> str:
-    """All that stands before a row's last answer."""
+    """Return everything before a row's last answer."""
     return "\n".join([*row["history"], row["prompt"]])
 
 
 def same_text(text: str) -> str:
-    """Equal for texts that differ in case and white space only."""
+    """Return the text without differences of case and white space."""
     return " ".join(text.casefold().split())
 
 

@@ -7,23 +7,26 @@ import gzip
 import io
 import json
 import math
+import mmap
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import cycle
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import jinja2
 import jinja2.sandbox
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from palio.config import DataSource
 from palio.curation.rows import Turns
 from palio.errors import BadInput
-from palio.provenance import file_sha256, fingerprint, folder_sha256
+from palio.incoming import Incoming, saved_tables
+from palio.provenance import fingerprint
 
 MAX_LINE = 16 << 20
 """Bytes of one line; a longer one is a broken file, not a question and an answer."""
@@ -49,32 +52,34 @@ class Quarantined:
     excerpt: str
 
 
-def source_digest(source: DataSource, base: Path) -> str:
+def source_digest(source: DataSource, team_folders: Sequence[Path]) -> str:
     """What the source's rows depend on: content of its files, or the address of a pinned hub dataset.
 
     Raises:
         BadInput: there is no such file.
+        RuleViolation: it is not a plain file or folder below one of `team_folders`.
     """
     if source.path is None:
         return fingerprint([source.hub, source.config, source.split])
-    path = base / source.path
-    if path.is_dir():
-        return fingerprint(folder_sha256(path))
-    if not path.is_file():
-        raise BadInput(path, "", None, "no such file; correct dataset.sources, or fetch it again")
-    return file_sha256(path)
+    try:
+        return Incoming.locate(Path(source.path), team_folders).sha256()
+    except (FileNotFoundError, NotADirectoryError):
+        fix = "no such file; correct dataset.sources, or fetch it again"
+        raise BadInput(source.path, "", None, fix) from None
 
 
-def read_source(source: DataSource, base: Path) -> Iterator[SourceRow | Quarantined]:
+def read_source(source: DataSource, team_folders: Sequence[Path]) -> Iterator[SourceRow | Quarantined]:
     """Every record of the source as a row (of some formats as several) or, with the reason, as a
     quarantined one.
 
     Raises:
         BadInput: the source is absent, of an unknown kind, or broken as a whole.
+        RuleViolation: it is not a plain file or folder below one of `team_folders`.
     """
     shape = _shape(source)
     seen: set[bytes] = set()
-    for line, record in _records(base / source.path) if source.path else _hub(source):
+    given = Incoming.locate(Path(source.path), team_folders) if source.path else None
+    for line, record in _records(given) if given else _hub(source):
         if isinstance(record, Malformed):
             yield Quarantined(line, str(record), "")
             continue
@@ -158,43 +163,51 @@ def _cached(newest: Any, source: DataSource) -> Any:
     )
 
 
-def _saved(folder: Path) -> Iterator[tuple[int, Record | Malformed]]:
-    from datasets import Dataset, load_from_disk
-
+def _saved(folder: Incoming) -> Iterator[tuple[int, Record | Malformed]]:
+    """Records of a folder that `datasets` saved. Read without that library, which opens whatever file a
+    record, or the state beside the tables, names."""
+    if "dataset_dict.json" in folder.names():
+        raise BadInput(str(folder), "", None, f"has several splits; give one, as {folder}/train")
+    line = 0
     try:
-        found = load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise BadInput(folder, "", None, f"is no saved dataset: {error}") from None
-    if not isinstance(found, Dataset):
-        raise BadInput(folder, "", None, f"has the splits {', '.join(found)}; give one, as {folder}/train")
-    yield from enumerate(found, start=1)
+        for table in saved_tables(folder):
+            with table.open() as stream:
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            for batch in pa.ipc.open_stream(pa.py_buffer(mapped)):
+                batch.validate(full=True)
+                for record in batch.to_pylist():
+                    line += 1
+                    yield line, record
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise BadInput(str(folder), "", None, f"is not a saved dataset ({error}); save it again") from None
 
 
-def _records(path: Path) -> Iterator[tuple[int, Record | Malformed]]:
-    name = path.name.lower()
-    if path.is_dir():
-        yield from _saved(path)
-        return
-    if name.endswith(".parquet"):
-        yield from _parquet(path)
-        return
-    opened = {".gz": _gzip, ".zst": _zstd}.get(path.suffix.lower(), Path.open)
-    name = name.removesuffix(".gz").removesuffix(".zst")
-    if not name.endswith((".jsonl", ".csv")):
-        raise BadInput(path, "", None, "is none of .jsonl, .jsonl.gz, .jsonl.zst, .csv, .parquet; convert it")
+def _records(source: Incoming) -> Iterator[tuple[int, Record | Malformed]]:
+    name, shown = source.name.lower(), str(source)
     try:
-        with opened(path, "rb") as stream:
-            yield from _csv(path, stream) if name.endswith(".csv") else _jsonl(stream)
+        if source.is_folder():
+            yield from _saved(source)
+            return
+        with source.open() as file:
+            if name.endswith(".parquet"):
+                yield from _parquet(shown, file)
+                return
+            stream = _decompressed(file, name)
+            name = name.removesuffix(".gz").removesuffix(".zst")
+            if not name.endswith((".jsonl", ".csv")):
+                fix = "is none of .jsonl, .jsonl.gz, .jsonl.zst, .csv, .parquet; convert it"
+                raise BadInput(shown, "", None, fix)
+            yield from _csv(shown, stream) if name.endswith(".csv") else _jsonl(stream)
     except (EOFError, OSError, zlib.error) as error:
-        raise BadInput(path, "", None, f"is broken or cut short ({error}); fetch it again") from None
+        raise BadInput(shown, "", None, f"is broken or cut short ({error}); fetch it again") from None
 
 
-def _gzip(path: Path, mode: str) -> IO[bytes]:
-    return io.BufferedReader(gzip.GzipFile(path, mode))
-
-
-def _zstd(path: Path, mode: str) -> IO[bytes]:
-    return io.BufferedReader(pa.input_stream(path, compression="zstd"))
+def _decompressed(file: BinaryIO, name: str) -> IO[bytes]:
+    if name.endswith(".gz"):
+        return io.BufferedReader(gzip.GzipFile(fileobj=file))
+    if name.endswith(".zst"):
+        return io.BufferedReader(pa.input_stream(file, compression="zstd"))
+    return file
 
 
 def _jsonl(stream: IO[bytes]) -> Iterator[tuple[int, Record | Malformed]]:
@@ -218,7 +231,7 @@ def _jsonl(stream: IO[bytes]) -> Iterator[tuple[int, Record | Malformed]]:
             yield line, record if isinstance(record, dict) else Malformed("is not a JSON object")
 
 
-def _csv(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, Record | Malformed]]:
+def _csv(path: str, stream: IO[bytes]) -> Iterator[tuple[int, Record | Malformed]]:
     csv.field_size_limit(MAX_LINE)
     reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
     try:
@@ -236,10 +249,10 @@ def _csv(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, Record | Malforme
         raise BadInput(path, f"line {reader.line_num}", None, f"is not CSV: {error}") from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, Record | Malformed]]:
+def _parquet(path: str, file: BinaryIO) -> Iterator[tuple[int, Record | Malformed]]:
     line = 0
     try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
             for record in batch.to_pylist():
                 line += 1
                 yield line, record

@@ -1,11 +1,11 @@
 """One operation applied to the rows, batch by batch, from files to files.
 
-    <folder>/00007.notes.arrow   what an operation that judges a row by all the others noted of batch 7
-    <folder>/reasons.arrow       its judgement, batch by batch; the notes go then
-    <folder>/00007.arrow         what became of batch 7: rows kept, rows dropped with reasons, an account
+    <folder>/00007.sketch.arrow   the sketch of batch 7, of an operation that needs all rows
+    <folder>/reasons.arrow        its decision, batch by batch; it replaces the sketches
+    <folder>/00007.arrow          the outcome of batch 7: rows kept, rows dropped with reasons, an account
 
-A file is there or is not. Whoever finds it missing makes it, and everybody makes the same: processes of one
-machine, jobs of several, the run after a crash. So none of that is part of the result.
+A file exists or it does not. Whoever needs a missing file makes it, and everybody makes the same one:
+processes of one machine, jobs on several, the run after a crash. So none of them affects the result.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
-from palio.config import ByAllRows, Operation
+from palio.config import Operation
 from palio.curation.dataset import EXAMPLES
-from palio.curation.operations import BY_ALL_ROWS, ROW_BY_ROW
-from palio.curation.rows import ROW, Batch, Surroundings, Verdict, asked, shortened, texts_of
+from palio.curation.operations import OperationContext, RowOperation, TableOperation, Verdict
+from palio.curation.rows import ROW, Batch, asked, shortened, texts_of
 from palio.curation.store import Stored, batch_file, read_batch, write_batches
 from palio.records import OperationReport
 
@@ -34,64 +34,63 @@ _ACCOUNT = b"account"
 
 @dataclass(frozen=True)
 class Step:
-    place: int
+    index: int
     """In the recipe, from 0."""
     operation: Operation
     rows: Path
     """Folder of the step before, or of the sources."""
     folder: Path
-    around: Surroundings
+    context: OperationContext
 
     @property
     def name(self) -> str:
-        return f"{self.place + 1} {self.operation.op}"
+        return f"{self.index + 1} {self.operation.op}"
 
     @property
-    def by_all_rows(self) -> bool:
-        return isinstance(self.operation, ByAllRows)
+    def undecided(self) -> bool:
+        """True if the operation needs all rows and has not decided on them."""
+        return self.operation.needs_all_rows and self._reasons not in self._files()
 
-    @property
-    def judged(self) -> bool:
-        return self._reasons in self._made()
+    def without_sketch(self, batches: Iterable[int]) -> list[int]:
+        files = self._files()
+        return [number for number in batches if self._sketch(number) not in files]
 
-    def without_notes(self, batches: Iterable[int]) -> list[int]:
-        made = self._made()
-        return [number for number in batches if self._notes(number) not in made]
+    def without_outcome(self, batches: Iterable[int]) -> list[int]:
+        files = self._files()
+        return [number for number in batches if batch_file(self.folder, number) not in files]
 
-    def unapplied(self, batches: Iterable[int]) -> list[int]:
-        made = self._made()
-        return [number for number in batches if batch_file(self.folder, number) not in made]
-
-    def note(self, number: int) -> int:
-        """Take notes of a batch; returns its number of rows."""
+    def sketch(self, number: int) -> int:
+        """Write the sketch of a batch; return its number of rows."""
+        assert isinstance(self.operation, TableOperation)
         batch = self._batch(number)
-        noted = BY_ALL_ROWS[self.operation.op].note(self.operation, batch, self.around)
-        write_batches(self._notes(number), noted.schema, [noted])
+        sketch = self.operation.sketch(batch, self.context)
+        write_batches(self._sketch(number), sketch.schema, [sketch])
         return len(batch)
 
-    def judge(self, batches: Sequence[int]) -> None:
-        """Judge all rows by the notes of all batches."""
-        files = [self._notes(number) for number in batches]
-        reasons = BY_ALL_ROWS[self.operation.op].judge(self.operation, Stored(files), self.around)
-        judged = (pa.record_batch([pa.array(each, pa.string())], schema=_REASON) for each in reasons)
-        write_batches(self._reasons, _REASON, judged)
-        for file in files:
+    def decide(self, batches: Sequence[int]) -> None:
+        """Decide on all rows from the sketches of all batches."""
+        assert isinstance(self.operation, TableOperation)
+        sketches = [self._sketch(number) for number in batches]
+        decided = self.operation.decide(Stored(sketches), self.context)
+        reasons = (pa.record_batch([pa.array(batch, pa.string())], schema=_REASON) for batch in decided)
+        write_batches(self._reasons, _REASON, reasons)
+        for file in sketches:
             file.unlink()
 
     def apply(self, number: int) -> int:
-        """Carry a verdict out on a batch; returns its number of rows."""
+        """Carry out the verdict on a batch; return its number of rows."""
         batch = self._batch(number)
-        if self.by_all_rows:
-            verdict = Verdict(read_batch(self._reasons, number)["reason"].to_pylist())
+        if isinstance(self.operation, RowOperation):
+            verdict = self.operation.apply(batch, self.context)
         else:
-            verdict = ROW_BY_ROW[self.operation.op](self.operation, batch, self.around)
+            verdict = Verdict(read_batch(self._reasons, number)["reason"].to_pylist())
         kept, dropped, account = self._carried_out(batch.table, verdict)
         schema = _OUTCOME.with_metadata({_ACCOUNT: account.model_dump_json()})
         write_batches(batch_file(self.folder, number), schema, [kept, dropped])
         return len(batch)
 
     def dropped(self, batches: Iterable[int]) -> Stored:
-        """Rows as they came in, and a column `reason`."""
+        """Return the dropped rows as they came in, with a column `reason`."""
         return Stored([batch_file(self.folder, number) for number in batches], _DROPPED)
 
     def report(self, batches: Iterable[int]) -> OperationReport:
@@ -112,12 +111,12 @@ class Step:
     def _batch(self, number: int) -> Batch:
         return Batch(read_batch(batch_file(self.rows, number), _KEPT).select(ROW.names))
 
-    def _made(self) -> set[Path]:
-        """Listed, not asked for one by one: so a network file system shows what other nodes have made."""
+    def _files(self) -> set[Path]:
+        """List the folder: asked for single files, a network file system may hide what other nodes wrote."""
         return set(self.folder.glob("*.arrow"))
 
-    def _notes(self, number: int) -> Path:
-        return self.folder / f"{number:05}.notes.arrow"
+    def _sketch(self, number: int) -> Path:
+        return self.folder / f"{number:05}.sketch.arrow"
 
     @property
     def _reasons(self) -> Path:
@@ -126,8 +125,8 @@ class Step:
     def _carried_out(
         self, before: pa.RecordBatch, verdict: Verdict
     ) -> tuple[pa.RecordBatch, pa.RecordBatch, OperationReport]:
-        """The rows kept, rewritten where the verdict rewrites; the rows dropped, as they came in; and the
-        account of both."""
+        """Return the rows kept, with their new texts; the rows dropped, as they came in; and the account of
+        both."""
         reasons = pa.array(verdict.reasons, pa.string())
         keep = pc.is_null(reasons)
         dropped = _outcome(before, reasons).filter(pc.invert(keep))
@@ -162,7 +161,7 @@ def _outcome(rows: pa.RecordBatch, reasons: pa.Array) -> pa.RecordBatch:
 
 
 def _rewritten(before: pa.RecordBatch, after: pa.RecordBatch) -> tuple[int, list[str]]:
-    """How many rows differ, and the first turn that does, of the first of them."""
+    """Return how many rows differ, and for the first of them the first turn that does."""
     differs = pc.not_equal(texts_of(before), texts_of(after))
     old, new = (Batch(rows.filter(differs).slice(0, EXAMPLES)).turns for rows in (before, after))
     examples = []

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pandas.util import hash_array
 
 from palio.curation.rows import texts_of
 
@@ -31,11 +30,10 @@ _NOT_ALPHANUMERIC = r"[^\pL\pN]+"
 _PUNCTUATION = r"^[.,;:!?\"'`´“”‘’«»…–—]*$"
 _CAPITALISED = r"^[A-Z][a-z]"
 _GOES_ON = r"[\pL\pN_,;:]$"
-_SPELLED_NUMBERS = pc.ascii_split_whitespace(
-    """zero two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+_SPELLED_NUMBERS = """
+    zero two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
     seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand
     million half third quarter first second twice double"""
-).values
 _FACTORS = np.random.default_rng(13).integers(1, 2**63, size=64, dtype=np.uint64) | np.uint64(1)
 
 
@@ -119,10 +117,12 @@ def normalised(tokens: pa.Array) -> pa.Array:
 
 
 def _numbers(tokens: pa.Array) -> Numbers:
-    """Of each token the number of its word; 0 of punctuation alone."""
+    """Return the number of each token's word; 0 for punctuation alone."""
+    from pandas.util import hash_array  # imported here: reading an entry needs no pandas
+
     words = normalised(tokens)
     hashes = hash_array(words.to_numpy(zero_copy_only=False), categorize=False)
-    ordinary = pc.and_not(pc.utf8_is_alpha(words), pc.is_in(words, _SPELLED_NUMBERS))
+    ordinary = pc.and_not(pc.utf8_is_alpha(words), pc.is_in(words, pa.array(_SPELLED_NUMBERS.split())))
     plain = pc.and_(pc.utf8_is_alnum(words), pc.greater(pc.utf8_length(words), 1))
     numbers = np.asarray(hashes, dtype=np.uint64) | TELLING | PLAIN
     numbers -= _flags(ordinary) * TELLING

@@ -15,8 +15,6 @@ from pathlib import Path
 
 from palio.config import (
     ID_PATTERN,
-    Decontaminate,
-    DropSemanticDuplicates,
     Entry,
     Fault,
     RuleSet,
@@ -29,6 +27,7 @@ from palio.eligibility.check import approved_model, violations
 from palio.eligibility.lineage import lineage_violations, model_facts
 from palio.eligibility.neighbours import Participants, violations_among
 from palio.errors import BadInput, RuleViolation
+from palio.incoming import Incoming, saved_tables
 from palio.layout import Resources
 from palio.records import Check, Violation
 from palio.settings import CheckedAgainst, EntryFolders
@@ -113,10 +112,10 @@ def participants(among: EntryFolders) -> Participants:
 def source_content(path: str) -> str:
     """What a source's file holds, in short: size and hash of its head; its path if it is not there."""
     try:
-        with Path(path).open("rb") as stream:
+        with Incoming(Path(path).parent, Path(path).name).open() as stream:
             head = hashlib.sha256(stream.read(HEAD)).hexdigest()
             return f"{stream.seek(0, os.SEEK_END)}:{head}"
-    except OSError:
+    except (OSError, RuleViolation):
         return path
 
 
@@ -138,8 +137,8 @@ def _schema(file: Path) -> Iterator[Violation]:
     try:
         content = read_yaml(file)
     except BadInput as error:
-        why, _, fix = str(error).removeprefix(f"{file}: ").partition("; ")
-        yield Violation(rule="schema.file", key="", why=why, fix=fix or "correct it")
+        why = f"{error.key}: {error.why}" if error.key else error.why
+        yield Violation(rule="schema.file", key="", why=why, fix=error.fix or "correct it")
         return
     for fault in faults(Entry, content):
         yield _schema_violation(fault)
@@ -149,27 +148,24 @@ _SCHEMA_RULES = {"missing": "schema.missing", "extra_forbidden": "schema.unknown
 
 
 def _schema_violation(fault: Fault) -> Violation:
-    why, separator, fix = fault.fix.partition("; ")
-    if not separator:
-        why, fix = "is wrong" if fault.value is None else f"is {fault.value!r}", fault.fix
-    return Violation(rule=_SCHEMA_RULES.get(fault.kind, "schema.value"), key=fault.key, why=why, fix=fix)
+    why = fault.why or ("is wrong" if fault.value is None else f"is {fault.value!r}")
+    return Violation(
+        rule=_SCHEMA_RULES.get(fault.kind, "schema.value"), key=fault.key, why=why, fix=fault.fix
+    )
 
 
 # --- where an entry's files may lie ---------------------------------------------------------------------
 
 
 def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
-    """What a team brings lies in the teams' folders, links followed: not in a stage's store or a home."""
-    sources = entry.dataset.sources if entry.dataset else ()
+    """What a team brings lies in the teams' folders: not in a stage's store or a home."""
+    for index, source in enumerate(entry.dataset.sources if entry.dataset else ()):
+        if source.path and (refused := _refused(source.path, rules.team_folders)):
+            key = f"dataset.sources.{index}.path"
+            yield Violation(rule="data.path", key=key, why=refused.why, fix=refused.fix)
+    inputs = entry.dataset.inputs if entry.dataset else []
     brought = [
-        ("data.path", f"dataset.sources.{i}.path", source.path)
-        for i, source in enumerate(sources)
-        if source.path
-    ]
-    brought += [
-        ("data.path", f"dataset.operations.{i}.model", operation.model)
-        for i, operation in enumerate(entry.dataset.operations if entry.dataset else ())
-        if isinstance(operation, DropSemanticDuplicates)
+        ("data.path", f"dataset.{key}", given.path) for key, given in inputs if given.kind == "model_folder"
     ]
     if entry.program:
         brought.append(("program.path", f"{entry.kind}.files", entry.program.files or ""))
@@ -185,16 +181,30 @@ def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
                 why=f"{path} does not lie in {' or '.join(rules.team_folders)}",
                 fix=f"put it into a folder of your team there, {rules.team_folders[0]}/<team>/",
             )
-    for index, operation in enumerate(entry.dataset.operations if entry.dataset else ()):
-        if isinstance(operation, Decontaminate) and not _inside(
-            operation.instances, (str(RESOURCES.open_stage),)
-        ):
+    for key, given in inputs:
+        if given.kind == "open_stage" and not _inside(given.path, (str(RESOURCES.open_stage),)):
             yield Violation(
                 rule="data.path",
-                key=f"dataset.operations.{index}.instances",
-                why=f"{operation.instances} is not the open stage's",
+                key=f"dataset.{key}",
+                why=f"{given.path} is not the open stage's",
                 fix="leave it out: the open stage's instances are the default",
             )
+
+
+def _refused(source: str, folders: tuple[str, ...]) -> RuleViolation | None:
+    """Return why curation would refuse to open a source; None if it would not, or the source is absent."""
+    try:
+        given = Incoming.locate(Path(source), [Path(folder) for folder in folders])
+        if given.is_folder():
+            for file in (*given.files(), *saved_tables(given)):
+                file.size()
+        else:
+            given.size()
+    except RuleViolation as refused:
+        return refused
+    except (OSError, ValueError):  # absent or broken: curation names it
+        pass
+    return None
 
 
 def _inside(path: str, folders: tuple[str, ...]) -> bool:

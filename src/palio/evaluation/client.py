@@ -10,16 +10,11 @@ It speaks HELM's HTTP contract, as HELM's own client does, and mends what cost e
 
 An unanswered question is an unsuccessful request in HELM's scenario_state.json, which HELM scores as an
 empty completion; what that counts for is the stage's `unanswered`.
-
-The journal, answers.jsonl: one line per answer, `key` (sha256 of the request), `reply` (the server's own) and
-whether the completion was cut. It shows completions and lies where HELM's output lies.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +23,7 @@ import requests
 from helm.clients.client import Client
 from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult, Token
 
-from palio.evaluation.helm import BROKEN, LIMIT
+from palio.evaluation.journal import BROKEN, LIMIT, Answer, Journal
 from palio.provenance import fingerprint
 
 REPLY_SECONDS = 600.0
@@ -82,7 +77,7 @@ class EntryClient(Client):  # type: ignore[misc]
             kept = len(request.prompt) if request.echo_prompt else 0
             completion = cut_completion(whole, request.stop_sequences, kept)
         if not cached:
-            self.journal.add(key, reply, cut=completion is not whole)
+            self.journal.add(Answer(key, completion is not whole, reply))
         return RequestResult(
             success=True,
             cached=cached,
@@ -140,30 +135,6 @@ def unanswered(why: str) -> RequestResult:
     return RequestResult(
         success=False, cached=False, error=why, error_flags=flags, completions=[], embedding=[]
     )
-
-
-class Journal:
-    """Answers on disk, safe against threads of this process and a kill at any time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lock = threading.Lock()
-        self.replies: dict[str, dict[str, Any]] = {}
-        path.touch()
-        with path.open("rb+") as lines:
-            for line in lines:
-                if not line.endswith(b"\n"):  # a kill tore the last line: it never happened
-                    lines.truncate(lines.tell() - len(line))
-                    break
-                entry = json.loads(line)
-                self.replies[entry["key"]] = entry["reply"]
-
-    def add(self, key: str, reply: dict[str, Any], *, cut: bool) -> None:
-        line = json.dumps({"key": key, "cut": cut, "reply": reply}) + "\n"
-        with self.lock:
-            self.replies[key] = reply
-            with self.path.open("ab") as lines:
-                lines.write(line.encode())
 
 
 def completion_of(reply: dict[str, Any]) -> GeneratedOutput:

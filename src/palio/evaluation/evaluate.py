@@ -1,20 +1,20 @@
 """Evaluate one package in one stage: HELM against a server, under the stage's time limit.
 
 Before the open stage the server is probed: one that does not speak HELM's contract is not asked further.
-What is answered survives everything: HELM's runs and the client's journal lie in a folder named by
-package and stage, outside the step's declared outputs, so a rerun asks only what has no answer, and the
-seconds already used count against the limit.
+Answers survive everything: HELM's runs and the client's journal lie in a folder named by package and stage,
+outside the step's declared outputs, so a rerun asks only what has no answer, and the seconds already used
+count against the limit.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,11 +23,12 @@ import pyarrow.parquet as pq
 
 from palio.errors import Crashed, RuleViolation, State
 from palio.evaluation import helm
-from palio.evaluation.helm import BROKEN, LIMIT
+from palio.evaluation.journal import BROKEN, LIMIT, JournalReader
 from palio.evaluation.probe import probe
-from palio.evaluation.stage import StagePlan
-from palio.layout import EntryFolder
-from palio.provenance import atomic_path, file_sha256, fingerprint, timed_run, write_json
+from palio.evaluation.stage import PlannedRun, StagePlan
+from palio.heartbeat import HeartbeatWriter
+from palio.layout import EntryFolder, HelmFolder
+from palio.provenance import atomic_path, file_sha256, fingerprint
 from palio.records import (
     INSTANCES_SCHEMA,
     METRICS_SCHEMA,
@@ -37,14 +38,17 @@ from palio.records import (
     ProbeReport,
     StageInstances,
     StageRecord,
+    StageRun,
+    UsedSeconds,
     read_record,
+    timed_run,
 )
 from palio.settings import EvaluateSettings, StageLimits
+from palio.text import last_lines
 
 PROGRESS_SECONDS = 15.0
 SCORING_SECONDS = 900.0
 """HELM's own work after the limit: instances and metrics of what is left, without asking."""
-LOG_LINES = 3
 
 
 class Server(Protocol):
@@ -77,56 +81,89 @@ def evaluate(
     package = read_record(PackageManifest, folder.package_manifest)
     prepared = read_record(StageInstances, instances)
     plan = StagePlan(runs.store)
-    decides = [package.fingerprint, prepared.sha256, prepared.helm_version, limits.cut_at_stop_sequences]
-    helm_folder = folder.helm(stage, fingerprint(decides)[:16])
-    work = helm_folder.path
-    work.mkdir(parents=True, exist_ok=True)
+    identity = [package.fingerprint, prepared.sha256, prepared.helm_version, limits.cut_at_stop_sequences]
+    work = folder.helm(stage, fingerprint(identity)[:16])
+    work.path.mkdir(parents=True, exist_ok=True)
     _forget_unanswered(work)
-    log = helm_folder.server_log
 
-    with timed_run(folder.run_facts(stage), limit_seconds=limits.time_limit) as run:
-        clock = UsedTime(helm_folder.used_seconds)
-        died, overtime, code = "", False, None
+    with timed_run(folder.run_facts(stage), StageRun(limit_seconds=limits.time_limit)) as run:
+        clock = UsedTime(work.used_seconds)
+        ending = Ending()
         if not _complete(work, plan):
-            with start_server(log) as server:
+            with start_server(work.server_log) as server:
                 if stage == "open":
                     _check_conformance(server, plan, limits, package, folder.probe)
-                watch = Watch(work, plan, limits.time_limit, clock, server)
-                ended = _ask(work, plan, limits, clock, watch)
+                heartbeat = HeartbeatWriter(folder.heartbeat(stage), plan.requests, "requests")
+                watch = Watch(work, plan, limits.time_limit, clock, server, heartbeat)
+                code = _run_helm(work, limits, watch).code
+                died = ""
                 if not server.alive():
-                    died = "the model server died" + (last_lines(log) if stage == "open" else "")
-                code = ended.code
-                overtime = code is None and not died
-        outcomes = [_outcome(work, stage, limits, planned, overtime) for planned in plan.runs]
-        answered = sum(one.answered for one in outcomes)
-        run |= {"used_seconds": round(clock.used, 1), "requests": plan.requests, "answered": answered}
+                    died = "the model server died"
+                    if stage == "open" and work.server_log.exists():
+                        died += (
+                            f", its last lines: {last_lines(work.server_log.read_text('utf-8', 'replace'))}"
+                        )
+                ending = Ending(code, overtime=code is None and not died, died=died)
+        outcomes = [_outcome(work, stage, limits, planned, ending) for planned in plan.runs]
+        run.used_seconds, run.requests = round(clock.used, 1), plan.requests
+        run.answered = sum(outcome.run.answered for outcome in outcomes)
 
-    contained = Contained.beside(log)
-    failed = [one for one in outcomes if one.state is State.CRASHED]
-    if failed:
-        what = died or f"{len(failed)} of {len(outcomes)} HELM runs failed"
-        why = failed[0].reason or ("no result" if code is None else f"HELM ended with code {code}")
-        where = f"see {helm_folder.log}" if stage == "open" else "the logs are in the closed store"
-        error = Crashed(f"{what}; first {failed[0].run}: {why}; {where}")
-        if contained.counts:
-            error.add_note(f"of the server: {contained}")
-        raise error
-    return _write_results(folder, settings, work, package, prepared, outcomes, contained)
+    incidents = Contained.beside(work.server_log)
+    if any(outcome.run.state is State.CRASHED for outcome in outcomes):
+        raise _failure(work, stage, outcomes, ending, incidents)
+    return _write_results(folder, settings, work, package, prepared, outcomes, incidents)
 
 
-def _ask(folder: Path, plan: StagePlan, limits: StageLimits, clock: UsedTime, watch: Watch) -> helm.HelmExit:
+@dataclass(frozen=True)
+class Ending:
+    """How the asking ended; by default nothing was left to ask."""
+
+    code: int | None = None
+    """HELM's exit code; None if it did not run or was stopped."""
+    overtime: bool = False
+    """HELM was stopped because the stage's limit ran out."""
+    died: str = ""
+    """The death of the model server and its last words; empty if it lives."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One planned HELM run, after the asking."""
+
+    run: HelmRun
+    limited: bool
+    """The stage's limit kept instances from being answered."""
+
+
+def _run_helm(folder: HelmFolder, limits: StageLimits, watch: Watch) -> helm.HelmExit:
+    """Ask what is not answered, in what is left of the stage's limit."""
+    plan, clock = watch.plan, watch.clock
     left = max(0.0, limits.time_limit - clock.used)
-    asking = helm.Asking(watch.server.base_url, limits.cut_at_stop_sequences, time.time() + left)
-    helm.write_helm_folder(folder, plan.entries, plan.data, asking)
-    ended = helm.run_helm(
+    requests = helm.RequestSettings(watch.server.base_url, limits.cut_at_stop_sequences, time.time() + left)
+    helm.write_helm_folder(folder, plan.entries, plan.data, requests)
+    helm_exit = helm.run_helm(
         folder,
         threads=limits.threads,
         time_limit=left + SCORING_SECONDS,
         offline=True,
         tick=watch,
     )
-    clock.add(min(left, ended.seconds))
-    return ended
+    clock.add(min(left, helm_exit.seconds))
+    return helm_exit
+
+
+def _failure(
+    folder: HelmFolder, stage: str, outcomes: list[Outcome], ending: Ending, incidents: Contained
+) -> Crashed:
+    """The stage's failure in one line. Of the closed stage it quotes no log."""
+    failed = [outcome.run for outcome in outcomes if outcome.run.state is State.CRASHED]
+    what = ending.died or f"{len(failed)} of {len(outcomes)} HELM runs failed"
+    why = failed[0].reason or ("no result" if ending.code is None else f"HELM ended with code {ending.code}")
+    where = f"see {folder.log}" if stage == "open" else "the logs are in the closed store"
+    error = Crashed(f"{what}; first {failed[0].run}: {why}; {where}")
+    if incidents.counts:
+        error.add_note(f"of the server: {incidents}")
+    return error
 
 
 def _check_conformance(
@@ -153,12 +190,13 @@ def _check_conformance(
 def _write_results(
     folder: EntryFolder,
     settings: EvaluateSettings,
-    work: Path,
+    work: HelmFolder,
     package: PackageManifest,
     prepared: StageInstances,
-    outcomes: list[HelmRun],
-    contained: Contained,
+    outcomes: list[Outcome],
+    incidents: Contained,
 ) -> StageRecord:
+    """Write the stage's tables, then its record."""
     stage, limits = settings.runs.stage, settings.limits
     where = {
         "competition": settings.runs.competition,
@@ -170,20 +208,20 @@ def _write_results(
     tables = folder.tables(stage)
     _write_table(tables.metrics, metrics, METRICS_SCHEMA)
     _write_table(tables.instances, instances, INSTANCES_SCHEMA)
-    planned = sum(one.instances for one in outcomes)
-    missing = planned - sum(one.answered for one in outcomes)
+    planned = sum(outcome.run.instances for outcome in outcomes)
+    missing = planned - sum(outcome.run.answered for outcome in outcomes)
     record = StageRecord(
         **where,
         package_fingerprint=package.fingerprint,
         instances_sha256=prepared.sha256,
         helm_version=prepared.helm_version,
-        state=State.TIME_LIMIT if any(LIMIT in one.reason for one in outcomes) else State.FINISHED,
+        state=State.TIME_LIMIT if any(outcome.limited for outcome in outcomes) else State.FINISHED,
         reason=f"{missing} of {planned} instances unanswered" if missing else "",
         unanswered=limits.unanswered,
         cut_at_stop_sequences=limits.cut_at_stop_sequences,
-        completions_cut=_journal(work).count(b'"cut": true'),
-        contained=contained.counts,
-        runs=outcomes,
+        completions_cut=sum(answer.cut for answer in JournalReader(work.journal).answers()),
+        contained=incidents.counts,
+        runs=[outcome.run for outcome in outcomes],
         metrics_sha256=file_sha256(tables.metrics),
         instances_table_sha256=file_sha256(tables.instances),
     )
@@ -196,7 +234,7 @@ class UsedTime:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.before = float(json.loads(path.read_text())["seconds"]) if path.exists() else 0.0
+        self.before = read_record(UsedSeconds, path).seconds if path.exists() else 0.0
         self.now = 0.0
 
     @property
@@ -206,105 +244,111 @@ class UsedTime:
     def add(self, seconds: float) -> None:
         """`seconds` since this attempt began."""
         self.now = seconds
-        write_json(self.path, {"seconds": round(self.used, 1)})
+        UsedSeconds(seconds=round(self.used, 1)).write(self.path)
 
 
 class Watch:
-    """Beside a running HELM: a line on stderr every quarter of a minute, the used time on disk, and the end
-    of it when the server is dead."""
+    """Called beside a running HELM with the seconds so far; False, the end of HELM, once the server is dead.
 
-    def __init__(self, folder: Path, plan: StagePlan, limit: float, clock: UsedTime, server: Server) -> None:
-        self.folder, self.plan, self.limit, self.clock, self.server = folder, plan, limit, clock, server
+    Keeps the step's heartbeat and, every quarter of a minute, the used time on disk and a line on stderr.
+    """
+
+    def __init__(
+        self,
+        folder: HelmFolder,
+        plan: StagePlan,
+        limit: float,
+        clock: UsedTime,
+        server: Server,
+        heartbeat: HeartbeatWriter,
+    ) -> None:
+        self.folder, self.plan, self.limit, self.clock = folder, plan, limit, clock
+        self.server, self.heartbeat = server, heartbeat
         self.shown = 0.0
-        self.answered_before = _answers(folder)
+        self.journal = JournalReader(folder.journal)
+        self.answered = self.answered_before = self._new_answers()
 
     def __call__(self, seconds: float) -> bool:
+        self.answered += self._new_answers()
+        used = min(self.clock.before + seconds, self.limit)
+        self.heartbeat.beat(self.answered, used)
         if seconds - self.shown >= PROGRESS_SECONDS:
             self.shown = seconds
-            self.clock.add(min(seconds, self.limit - self.clock.before))
+            self.clock.add(used - self.clock.before)
             print(self.line(seconds), file=sys.stderr, flush=True)
         return self.server.alive()
 
+    def _new_answers(self) -> int:
+        return sum(1 for _ in self.journal.answers())
+
     def line(self, seconds: float) -> str:
         """Requests answered, HELM runs done, time used and where it will end at the rate so far."""
-        answered = _answers(self.folder)
         done = sum(run.complete for run in helm.run_folders(self.folder))
-        rate = (answered - self.answered_before) / seconds
-        left = self.plan.requests - answered
+        rate = (self.answered - self.answered_before) / seconds
+        left = self.plan.requests - self.answered
         if self.clock.used >= self.limit:
             end = "nothing more is asked"
         else:
             end = f"end expected at {self.clock.used + left / rate:.0f} s" if rate > 0 else "end unknown"
         return (
-            f"{answered} of {self.plan.requests} requests answered, {done} of {len(self.plan.runs)} HELM runs"
-            f" done, {self.clock.used:.0f} s of {self.limit:.0f} s used, {end}"
+            f"{self.answered} of {self.plan.requests} requests answered, {done} of {len(self.plan.runs)} HELM"
+            f" runs done, {self.clock.used:.0f} s of {self.limit:.0f} s used, {end}"
         )
 
 
-def _journal(folder: Path) -> bytes:
-    journal = folder / helm.JOURNAL
-    return journal.read_bytes() if journal.exists() else b""
-
-
-def _answers(folder: Path) -> int:
-    return _journal(folder).count(b"\n")
-
-
-def last_lines(log: Path) -> str:
-    """The end of a log, on one line, for an error message."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    said = " | ".join(line.strip() for line in lines[-LOG_LINES:] if line.strip())
-    return f", its last lines: {said[:500]}" if said else ""
-
-
-def _finished(folder: Path) -> dict[str, helm.RunFolder]:
+def _finished(folder: HelmFolder) -> dict[str, helm.RunFolder]:
     return {run.name: run for run in helm.run_folders(folder) if run.complete}
 
 
-def _forget_unanswered(folder: Path) -> None:
+def _forget_unanswered(folder: HelmFolder) -> None:
     """HELM skips complete runs; one with an unanswered question is to be asked again."""
     for run in _finished(folder).values():
         if run.unanswered():
             shutil.rmtree(run.path)
 
 
-def _complete(folder: Path, plan: StagePlan) -> bool:
+def _complete(folder: HelmFolder, plan: StagePlan) -> bool:
     finished = _finished(folder)
-    return all(run["run"] in finished for run in plan.runs)
+    return all(planned.run in finished for planned in plan.runs)
 
 
 def _outcome(
-    folder: Path, stage: str, limits: StageLimits, planned: dict[str, str | int], overtime: bool
-) -> HelmRun:
-    name, instances = str(planned["run"]), int(planned["instances"])
-    state, reason, answered = State.FINISHED, "", instances
-    run = _finished(folder).get(name)
+    folder: HelmFolder, stage: str, limits: StageLimits, planned: PlannedRun, ending: Ending
+) -> Outcome:
+    state, reason, answered, limited = State.FINISHED, "", planned.instances, False
+    run = _finished(folder).get(planned.run)
     if run is None:
-        answered = 0
-        state, reason = State.CRASHED, helm.log_error(folder, name) or helm.log_error(folder)
-        if stage == "closed":  # a message may quote a prompt
-            reason = helm.error_class(reason)
-        if overtime:
-            state, reason = State.TIME_LIMIT, LIMIT
-    elif lost := run.unanswered():
-        answered = instances - len(lost)
-        whys = Counter(lost.values())
-        reason = "; ".join(f"{count} unanswered: {why}" for why, count in whys.most_common(3))
-        if any(why.startswith(BROKEN) for why in whys):
+        answered, limited = 0, ending.overtime
+        state, reason = (
+            (State.TIME_LIMIT, LIMIT) if limited else (State.CRASHED, _error(folder, stage, planned))
+        )
+    elif unanswered := run.unanswered():
+        answered = planned.instances - len(unanswered)
+        reasons = Counter(unanswered.values())
+        limited = LIMIT in reasons
+        reason = "; ".join(f"{count} unanswered: {why}" for why, count in reasons.most_common(3))
+        if any(why.startswith(BROKEN) for why in reasons):
             state = State.CRASHED
         elif limits.unanswered == "missing":
-            state = State.TIME_LIMIT if LIMIT in whys else State.CRASHED
-    return HelmRun(
-        scenario=str(planned["scenario"]),
-        run=name,
+            state = State.TIME_LIMIT if limited else State.CRASHED
+    helm_run = HelmRun(
+        scenario=planned.scenario,
+        run=planned.run,
         state=state,
         reason=reason,
-        instances=instances,
+        instances=planned.instances,
         answered=answered,
     )
+    return Outcome(helm_run, limited)
 
 
-def _tables(folder: Path, where: dict[str, str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _error(folder: HelmFolder, stage: str, planned: PlannedRun) -> str:
+    """A failed run's error in HELM's log; of the closed stage its class only, for it may quote a prompt."""
+    error = helm.log_error(folder, planned.run) or helm.log_error(folder)
+    return error if stage == "open" else helm.error_class(error)
+
+
+def _tables(folder: HelmFolder, where: dict[str, str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of METRICS_SCHEMA and INSTANCES_SCHEMA of all finished runs, in a fixed order."""
     metrics: list[dict[str, Any]] = []
     instances: list[dict[str, Any]] = []

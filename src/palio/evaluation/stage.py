@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -56,7 +57,7 @@ def prepare_stage(runs: StageRuns, out: Path) -> StageInstances:
         _verify_data(store)
     # A folder per content: runs of an earlier plan must not be taken for this one's.
     folder = store.dry_run(fingerprint(entries)[:16])
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.path.mkdir(parents=True, exist_ok=True)
     plans = plan_stage(folder, runs.stage, entries, store.data, offline=fetched)
     rows = [
         {"scenario": plan.scenario, "run": plan.run, "instance": i, "text": text, "reference": reference}
@@ -70,12 +71,7 @@ def prepare_stage(runs: StageRuns, out: Path) -> StageInstances:
         {
             "entries": entries,
             "runs": [
-                {
-                    "scenario": plan.scenario,
-                    "run": plan.run,
-                    "instances": len(plan.instances),
-                    "requests": plan.requests,
-                }
+                asdict(PlannedRun(plan.scenario, plan.run, len(plan.instances), plan.requests))
                 for plan in plans
             ],
         },
@@ -122,16 +118,16 @@ def _others_can_read(path: Path) -> bool:
 
 
 def fetch_data(runs: StageRuns, source: Path | None = None) -> dict[str, str]:
-    """Bring all data that a stage reads into its store, so that nothing after it needs a network.
+    """Bring all data that a stage reads into its store, so that no later step needs a network.
 
-    `source`: a folder with what was downloaded elsewhere, in the layout of HELM's caches:
-    <scenario>/… and perturbations/…; what is not in it is downloaded by HELM.
+    `source`: a folder of downloads made elsewhere, in the layout of HELM's caches: <scenario>/… and
+    perturbations/…; HELM downloads what is not in it.
 
     Returns:
         sha256 of every file by its path in the store's data/; also written to data.json.
 
     Raises:
-        BadInput: data is neither there nor can be downloaded, or as `make_store`.
+        BadInput: data is missing and cannot be downloaded, or as `make_store`.
     """
     make_store(runs)
     data = runs.store.data
@@ -139,10 +135,10 @@ def fetch_data(runs: StageRuns, source: Path | None = None) -> dict[str, str]:
         if folder.is_dir():
             to = data / folder.name if folder.name == "perturbations" else data / "scenarios" / folder.name
             shutil.copytree(folder, to, copy_function=shutil.copyfile, dirs_exist_ok=True)
-    folder = runs.store.dry_run("fetch")
-    shutil.rmtree(folder, ignore_errors=True)  # a run that is complete there would be skipped, with its data
-    folder.mkdir(parents=True)
-    plan_stage(folder, runs.stage, stage_entries(runs), data)
+    dry_run = runs.store.dry_run("fetch")
+    shutil.rmtree(dry_run.path, ignore_errors=True)  # HELM would skip a run that is complete, and its data
+    dry_run.path.mkdir(parents=True)
+    plan_stage(dry_run, runs.stage, stage_entries(runs), data)
     digests = _data_digests(data)
     write_json(runs.store.data_digests, digests)
     return digests
@@ -161,6 +157,17 @@ def _verify_data(store: StageStore) -> None:
         raise BadInput(store.data / changed[0], "", None, fix)
 
 
+@dataclass(frozen=True)
+class PlannedRun:
+    """A HELM run of a prepared stage: counts, no texts."""
+
+    scenario: str
+    run: str
+    instances: int
+    requests: int
+    """One per instance and perturbation of it, or per answer choice."""
+
+
 class StagePlan:
     """The runs of a prepared stage, as `evaluate` needs them."""
 
@@ -168,16 +175,16 @@ class StagePlan:
         content = json.loads(store.runs.read_text(encoding="utf-8"))
         self.entries: dict[str, list[str]] = content["entries"]
         self.data = store.data
-        self.runs: list[dict[str, str | int]] = content["runs"]
+        self.runs = [PlannedRun(**run) for run in content["runs"]]
 
     @property
     def requests(self) -> int:
-        return sum(int(run["requests"]) for run in self.runs)
+        return sum(run.requests for run in self.runs)
 
 
 def planned_requests(runs: StageRuns) -> int:
     """Requests of a prepared stage; of one that is not, its budget, which leaves out perturbed inputs."""
     if runs.store.runs.exists():
         return StagePlan(runs.store).requests
-    descriptions = [one for of in stage_entries(runs).values() for one in of]
-    return sum(int(re.findall(r"max_eval_instances=(\d+)", one)[0]) for one in descriptions)
+    descriptions = [entry for entries in stage_entries(runs).values() for entry in entries]
+    return sum(int(re.findall(r"max_eval_instances=(\d+)", entry)[0]) for entry in descriptions)

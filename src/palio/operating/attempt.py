@@ -1,19 +1,18 @@
-"""One try at one step of an entry: what it leaves behind, and whether another may follow.
+"""One attempt at one step of an entry: the traces it leaves, and whether another may follow.
 
     results/<track>/<entry>/work/attempts.jsonl            a line at the start and at the end of every attempt
     results/<track>/<entry>/work/logs/<step>.<n>.log       each attempt's log: Snakemake deletes the last one
     results/<track>/<entry>/work/failures/<step>.json      why the step has no result
 
-A profile may let Snakemake try again. Only what the machine did to an entry deserves that: an attempt
-whose predecessor in the same run of the workflow failed by its own fault ends at once with the same
-reason, and no GPU hour is spent. A predecessor that died without a word (a lost node, a kernel's kill) is
-judged by what SLURM says of its job.
+A profile may let Snakemake try again. Only faults of the machine deserve that: an attempt whose predecessor
+in the same run of the workflow failed through the entry's own fault ends at once with the same reason, and
+no GPU hour is spent. A predecessor that died without reporting an error (a lost node, the kernel's OOM
+killer) is judged by SLURM's state of its job.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import platform
 import signal
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from palio.errors import Interrupted, NotRetried, PalioError, State
+from palio.files import append_json_line, read_json_lines
 from palio.layout import EntryFolder
 from palio.operating import slurm
 from palio.records import StepFailure
@@ -35,20 +35,20 @@ RUN_VARIABLE = "PALIO_RUN"
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS)
 NEAR_LIMIT_SECONDS = 240.0
-"""A SIGTERM with less left than this is the time limit's: SLURM warns up to a minute early, the profile
-asks for the warning two minutes before the end."""
+"""A SIGTERM with less time left than this means the time limit: SLURM warns up to a minute early, and the
+profile asks for the warning two minutes before the end."""
 NODE_STATES = ("NODE_FAIL", "BOOT_FAIL", "PREEMPTED")
 KILLS_ALLOWED = 2
-"""Deaths without a word in one run, before they count as the entry's own."""
+"""Unexplained deaths in one run, before they count as the entry's own fault."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt, as its two lines tell it."""
+    """One attempt, from its two lines."""
 
     step: str
     number: int
-    """Counted for the step, from 1."""
+    """Counts the step's attempts, from 1."""
     started: float
     """Seconds since 1970, as `ended`."""
     node: str
@@ -56,36 +56,31 @@ class Attempt:
     run: str
     job: str | None
     gpu: str | None
-    """CUDA_VISIBLE_DEVICES: the GPU that SLURM gave to the job."""
+    """CUDA_VISIBLE_DEVICES: the GPU that SLURM gave the job."""
     ended: float | None = None
     state: State | None = None
-    """None: it runs, or died without a word."""
+    """None: it is running, or died without reporting an error."""
     reason: str = ""
 
 
 def read_attempts(folder: EntryFolder) -> list[Attempt]:
-    """All attempts of an entry in the order they began; a line that a crash tore is left out."""
-    path = folder.attempts
+    """Return all attempts of an entry in the order they began; a line torn by a crash is skipped."""
     attempts: list[Attempt] = []
-    if not path.exists():
-        return attempts
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):
-            values = json.loads(line)
-            if values.pop("event") == "start":
-                attempts.append(Attempt(**values))
-                continue
-            for index, one in enumerate(attempts):
-                if (one.step, one.number) == (values["step"], values["number"]):
-                    ended = {**vars(one), **values, "state": State(values["state"])}
-                    attempts[index] = Attempt(**ended)
+    for values in read_json_lines(folder.attempts):
+        if values.pop("event") == "start":
+            attempts.append(Attempt(**values))
+            continue
+        for index, one in enumerate(attempts):
+            if (one.step, one.number) == (values["step"], values["number"]):
+                ended = {**vars(one), **values, "state": State(values["state"])}
+                attempts[index] = Attempt(**ended)
     return attempts
 
 
 def refusal(earlier: list[Attempt], run: str, job: str | None, job_state: str) -> tuple[State, str] | None:
-    """Why the next attempt in `run` may not start, or None.
+    """Return why the next attempt in `run` must not start, or None.
 
-    `earlier` are the step's attempts so far, `job` is ours, `job_state` what SLURM says of the last one's.
+    `earlier` are the step's attempts so far, `job` is ours, `job_state` SLURM's state of the last one's.
     """
     mine = [attempt for attempt in earlier if attempt.run == run]
     if not run or not mine:
@@ -103,15 +98,16 @@ def refusal(earlier: list[Attempt], run: str, job: str | None, job_state: str) -
     killed = sum(attempt.state is None for attempt in mine)
     if job_state in NODE_STATES or (killed < KILLS_ALLOWED and job_state not in ended_by_slurm):
         return None
-    unknown = f"killed {killed} times without a word: out of memory, or a node in trouble"
+    times = {1: "once", 2: "twice"}.get(killed, f"{killed} times")
+    unknown = f"killed {times}, no error reported: out of memory, or a faulty node"
     return ended_by_slurm.get(job_state, (State.CRASHED, unknown))
 
 
 def set_aside(work: Path, grant: int) -> None:
-    """Move a step's work out of the way, once for each fresh start that the organizer granted."""
+    """Move a step's work out of the way, once for each fresh start that the organizer has granted."""
     kept = work.with_name(f"{work.name}.before-{grant}")
     if kept.exists():
-        return  # this grant's fresh start has been made, and was interrupted
+        return  # this grant's fresh start was made earlier, and interrupted
     if work.exists():
         work.rename(kept)
     else:
@@ -120,9 +116,10 @@ def set_aside(work: Path, grant: int) -> None:
 
 @contextmanager
 def attempt(step: str, folder: EntryFolder) -> Iterator[None]:
-    """Run a step's body as one attempt. Whatever ends it is on record for the standings.
+    """Run a step's body as one attempt, and record how it ends for the standings.
 
-    Raises NotRetried without running it, if it failed in this run of the workflow by its own fault.
+    Raises:
+        NotRetried: the step already failed in this run of the workflow through the entry's own fault.
     """
     record = _Record(step, folder)
     record.refuse_what_failed()
@@ -147,7 +144,7 @@ def attempt(step: str, folder: EntryFolder) -> Iterator[None]:
         if error.code != SIGTERM_EXIT_CODE:
             raise
         record.end(*_interruption("stopped by SIGTERM"))
-        raise Interrupted("stopped by SIGTERM; start again to go on") from None
+        raise Interrupted("stopped by SIGTERM; start again to continue") from None
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             record.end(State.CRASHED, _bug(error))
@@ -167,7 +164,7 @@ def _bug(error: Exception) -> str:
 
 
 def _interruption(reason: str) -> tuple[State, str]:
-    """A stop from outside: by the time limit, which is the entry's, or by somebody or something else."""
+    """Tell the time limit, which is the entry's own, from any other interruption."""
     job = slurm.own_job()
     if job is None:
         return State.INTERRUPTED, reason
@@ -178,7 +175,7 @@ def _interruption(reason: str) -> tuple[State, str]:
 
 
 class _Record:
-    """The files that tell of an attempt."""
+    """The files that record an attempt."""
 
     def __init__(self, step: str, folder: EntryFolder) -> None:
         self.step, self.folder = step, folder
@@ -211,7 +208,7 @@ class _Record:
         )
 
     def end(self, state: State, reason: str = "") -> None:
-        with suppress(OSError):  # what ended the step may be a full disk
+        with suppress(OSError):  # a full disk may have ended the step
             if state is not State.FINISHED:
                 self._fail(state, reason)
             self._append(event="end", ended=round(time.time(), 3), state=state, reason=reason)
@@ -220,20 +217,12 @@ class _Record:
         StepFailure(step=self.step, state=state, reason=reason, log=str(self.log)).write(self.failure)
 
     def _append(self, **line: Any) -> None:
-        path = self.folder.attempts
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"step": self.step, "number": self.number, **line}) + "\n"
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, text.encode())
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        append_json_line(self.folder.attempts, {"step": self.step, "number": self.number, **line})
 
     def _keep_log(self) -> None:
-        """A second name for the log that the rule has just opened: Snakemake deletes the first."""
+        """Hard-link the log that the rule has just opened: Snakemake deletes the first name."""
         if self.log.exists():
             kept = self.folder.attempt_log(self.step, self.number)
             kept.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(OSError):  # a file system without hard links: the last log is the only one then
+            with suppress(OSError):  # a file system without hard links keeps only the last log
                 os.link(self.log, kept)

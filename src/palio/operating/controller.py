@@ -1,9 +1,9 @@
 """The controller: the one Snakemake that runs in a folder, from its start to its end.
 
-Its lock is a flock on `.snakemake/palio.lock`, which the kernel gives back when the process is gone,
-however it went. So a controller that was killed needs no unlocking: the next one starts by cancelling what
-the killed one left queued or running in SLURM, which would otherwise write beside the same steps submitted
-again. What those jobs had done is in the entries' work/ folders, and is gone on with.
+Its lock is a flock on `.snakemake/palio.lock`, which the kernel releases when the process ends, however it
+ends. So a killed controller needs no unlocking: the next one first cancels the SLURM jobs that it left queued
+or running, which would otherwise write beside the same steps submitted again. Their work is in the entries'
+work/ folders, and is resumed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def take_over(*, on_slurm: bool) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise PalioError(f"another Snakemake runs in this folder: {running() or 'just starting'}") from None
+        raise PalioError(
+            f"another Snakemake is running in this folder: {running() or 'just starting'}"
+        ) from None
     run = uuid.uuid4().hex[:12]
     lock.truncate(0)
     json.dump({"host": platform.node(), "pid": os.getpid(), "started": time.time(), "run": run}, lock)
@@ -56,7 +58,7 @@ def take_over(*, on_slurm: bool) -> None:
 
 
 def running() -> str | None:
-    """The living controller of this folder in words; None if there is none. Takes no lock of its own."""
+    """Describe the running controller of this folder; None if there is none. Takes no lock of its own."""
     try:
         with LOCK.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -74,7 +76,7 @@ def running() -> str | None:
 
 
 def cancel_orphans() -> list[slurm.Job]:
-    """Cancel the jobs of earlier controllers of this folder; only the one that holds its lock may."""
+    """Cancel the jobs of earlier controllers of this folder; only the holder of its lock may."""
     orphans = [job for job in slurm.jobs(Path.cwd()) if job.name.startswith(RUN_NAME)]
     for job in orphans:
         print(
@@ -88,55 +90,55 @@ def cancel_orphans() -> list[slurm.Job]:
 
 
 def notify(competition: Competition, event: str, message: str) -> None:
-    """Run the organizer's command with PALIO_EVENT and PALIO_MESSAGE set. What it does is not our fault."""
+    """Run the organizer's command with PALIO_EVENT and PALIO_MESSAGE set; its failure is only reported."""
     if competition.notify is None:
         return
-    said = {"PALIO_EVENT": event, "PALIO_MESSAGE": message, "PALIO_COMPETITION": competition.competition}
+    variables = {"PALIO_EVENT": event, "PALIO_MESSAGE": message, "PALIO_COMPETITION": competition.competition}
     try:
         subprocess.run(  # noqa: S602 (the organizer's own shell line)
-            competition.notify, shell=True, env=os.environ | said, timeout=NOTIFY_SECONDS, check=True
+            competition.notify, shell=True, env=os.environ | variables, timeout=NOTIFY_SECONDS, check=True
         )
     except (OSError, subprocess.SubprocessError) as error:
         print(f"notify: {competition.notify}: {error}", file=sys.stderr)
 
 
 class Watch:
-    """What has failed or stalled since the last look, each told once."""
+    """Steps that failed or stalled since the last look; each is reported once."""
 
     def __init__(self, stalled_after: float) -> None:
         self.stalled_after = stalled_after
-        self._told: set[tuple[str, ...]] = set()
+        self._reported: set[tuple[str, ...]] = set()
 
     def look(self, entries: list[EntryStatus], now: float) -> list[tuple[str, str]]:
-        """(event, message) of what is new; `now` in seconds since 1970."""
+        """Return the new (event, message) pairs; `now` in seconds since 1970."""
         news = []
         for entry in entries:
             for step in entry.steps:
                 key = (entry.track, entry.entry, step.step, str(step.attempt), step.state)
                 heard = step.heard if step.state == "running" else None
                 silent = now - heard if heard is not None else 0.0
-                if key in self._told:
+                if key in self._reported:
                     continue
                 if step.state == "failed":
                     text = f"{step.reason} (log: {step.log})"
                     news.append(("failure", f"{entry.entry}: {step.step}: {text}"))
                 elif silent > self.stalled_after:
-                    text = f"silent for {silent / 60:.0f} min on {step.node} (log: {step.log})"
+                    text = f"no output for {silent / 60:.0f} min on {step.node} (log: {step.log})"
                     news.append(("stall", f"{entry.entry}: {step.step}: {text}"))
                 else:
                     continue
-                self._told.add(key)
+                self._reported.add(key)
         return news
 
 
 def watch(competition: Competition) -> None:
-    """Start the watch of a running workflow, if the organizer wants to be told. Ends with the process."""
+    """Watch a running workflow in a thread, if the organizer has set `notify`. Ends with the process."""
     if competition.notify is None:
         return
     watching, results = Watch(competition.stalled_after), Results(store=competition.store)
     watching.look(
         competition_status(competition, results).entries, time.time()
-    )  # earlier failures are no news
+    )  # earlier failures are not news
 
     def loop() -> None:
         while True:

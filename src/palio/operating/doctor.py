@@ -1,7 +1,7 @@
-"""Whether a SLURM site and a profile fit a competition, before the first job; each finding names its fix.
+"""Check, before the first job, that a SLURM site and a profile fit a competition; each finding names its fix.
 
-`findings` compares what the tracks need with what sinfo says, and is pure. `node_findings` asks SLURM: would
-it take such a job, and does a node see the folder, the closed store and the same Palio?
+`findings` compares the tracks' needs with sinfo's output, and is pure. `node_findings` asks SLURM whether it
+would accept such a job, and whether a node sees the folder, the closed store and the same Palio.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from palio.config import Competition, Track, expand, read_yaml
 from palio.errors import BadInput, PalioError
 from palio.operating import slurm
 from palio.pipeline import STEPS
+from palio.sandbox.doctor import Finding
 
 COMMANDS = ("sbatch", "squeue", "scancel", "sinfo", "scontrol", "srun")
 NODE_SECONDS = 60
@@ -29,19 +30,8 @@ NODE_SECONDS = 60
 
 
 @dataclass(frozen=True)
-class Finding:
-    ok: bool
-    what: str
-    fix: str = ""
-    """The line to change, where something is wrong."""
-
-    def __str__(self) -> str:
-        return f"ok   {self.what}" if self.ok else f"FIX  {self.what}: {self.fix}"
-
-
-@dataclass(frozen=True)
 class Group:
-    """Nodes of a partition that are alike: a line of sinfo."""
+    """Identical nodes of a partition: a line of sinfo."""
 
     partition: str
     minutes: float
@@ -56,7 +46,7 @@ class Group:
 class Site:
     groups: tuple[Group, ...]
     min_job_age: int
-    """Seconds that squeue remembers a finished job."""
+    """Seconds for which squeue remembers a finished job."""
     accounting: bool
 
     @property
@@ -66,7 +56,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Need:
-    """One GPU rule of one track, as it will be submitted."""
+    """One GPU rule of one track, as it is submitted."""
 
     track: str
     rule: str
@@ -76,7 +66,7 @@ class Need:
 
 
 def minutes(text: str) -> float:
-    """SLURM's time format: `infinite`, `30:00`, `1-02:00:00`; `infinite` is inf."""
+    """Parse SLURM's time format: `30:00`, `1-02:00:00`, or `infinite` as inf."""
     if text.strip() in ("infinite", "n/a", "UNLIMITED"):
         return float("inf")
     days, _, clock = text.strip().rpartition("-")
@@ -86,7 +76,7 @@ def minutes(text: str) -> float:
 
 
 def read_site() -> Site:
-    """What sinfo and scontrol say of the cluster."""
+    """Read the cluster's partitions and settings from sinfo and scontrol."""
     groups = []
     for line in slurm.ask("sinfo", "--noheader", "--format=%R|%l|%G|%m|%c").splitlines():
         partition, limit, gres, memory, cpus = line.split("|")
@@ -101,7 +91,7 @@ def read_site() -> Site:
 
 
 def partition_of(profile: dict[str, Any], rule: str, track: str) -> str:
-    """The profile's partition for a rule of a track, evaluated as Snakemake does."""
+    """Return the profile's partition for a rule of a track, evaluated as Snakemake does."""
     default = profile.get("default-resources", {}).get("slurm_partition", "")
     text = str(profile.get("set-resources", {}).get(rule, {}).get("slurm_partition", default))
     try:
@@ -127,7 +117,7 @@ def needs(competition: Competition, profile: dict[str, Any]) -> list[Need]:
 
 
 def findings(competition: Competition, profile: dict[str, Any], file: Path, site: Site) -> Iterator[Finding]:
-    """What can be told without a job."""
+    """Check everything that needs no job."""
     known = ", ".join(site.partitions)
     cpu = str(profile.get("default-resources", {}).get("slurm_partition", ""))
     yield Finding(
@@ -169,7 +159,7 @@ def findings(competition: Competition, profile: dict[str, Any], file: Path, site
 def _status_command(profile: dict[str, Any], file: Path, site: Site) -> Finding:
     command = str(profile.get("slurm-status-command", "sacct"))
     if command == "sacct":
-        fix = f"{file}: slurm-status-command: squeue; without accounting a run would wait for ever"
+        fix = f"{file}: slurm-status-command: squeue; without accounting a run would wait forever"
         return Finding(site.accounting, "status from sacct, which needs accounting", fix)
     seconds = 3 * int(profile.get("slurm-init-seconds-before-status-checks", 40))
     fix = f"MinJobAge is {site.min_job_age} s, less than {seconds}; {file}: slurm-status-command: sacct"
@@ -178,14 +168,14 @@ def _status_command(profile: dict[str, Any], file: Path, site: Site) -> Finding:
 
 
 def node_findings(competition: Competition, profile: dict[str, Any], file: Path) -> Iterator[Finding]:
-    """Ask SLURM: every kind of job tested for acceptance, and a short one run in each partition."""
+    """Submit every kind of job with --test-only, and run a short one in each partition."""
     common = _account(profile)
     for need in needs(competition, profile):
         gpus = _gpus(need)
         wanted = [f"--time={need.minutes}", f"--mem={need.limits.ram_gb * 1024}", *common]
         cpus = f"--cpus-per-task={need.limits.cpus}"
         test = ["sbatch", "--test-only", f"--partition={need.partition}", gpus, cpus, *wanted, "--wrap=true"]
-        what = f"SLURM would take {need.rule} of {need.track}"
+        what = f"SLURM would accept {need.rule} of {need.track}"
         try:
             slurm.ask(*test)
             yield Finding(True, what)
@@ -199,7 +189,7 @@ def node_findings(competition: Competition, profile: dict[str, Any], file: Path)
 
 
 def _on_a_node(competition: Competition, file: Path, partition: str, options: list[str]) -> Iterator[Finding]:
-    """A job that looks at the working folder, the closed store and Palio from a node."""
+    """Run a job that looks at the working folder, the closed store and Palio from a node."""
     store = expand(competition.closed_store).absolute()
     probe = Path(f".doctor-{secrets.token_hex(4)}")
     probe.write_text("seen", encoding="utf-8")
@@ -210,7 +200,7 @@ def _on_a_node(competition: Competition, file: Path, partition: str, options: li
     ]
     here = f"a node of {partition}"
     try:
-        said = slurm.ask(
+        seen = slurm.ask(
             "srun",
             f"--immediate={NODE_SECONDS}",
             *options,
@@ -225,11 +215,11 @@ def _on_a_node(competition: Competition, file: Path, partition: str, options: li
     finally:
         probe.unlink()
     folder = "run in a folder on the shared file system"
-    yield Finding("folder" in said, f"{here} sees the working folder", folder)
+    yield Finding("folder" in seen, f"{here} sees the working folder", folder)
     closed = "closed_store: give a folder on the shared file system that you may write"
-    yield Finding("store" in said, f"{here} can write the closed store", closed)
+    yield Finding("store" in seen, f"{here} can write the closed store", closed)
     path = f"put {Path(sys.executable).parent} first on PATH before you start, on a path that nodes see"
-    yield Finding("palio" in said, f"{here} runs Palio {__version__}", path)
+    yield Finding("palio" in seen, f"{here} runs Palio {__version__}", path)
 
 
 def _gpus(need: Need) -> str:
@@ -243,16 +233,16 @@ def _account(profile: dict[str, Any]) -> list[str]:
 
 
 def examine(competition: Competition, file: Path) -> Iterator[Finding]:
-    """All findings, the cheap ones first; the later ones only where the earlier ones allow them."""
+    """Yield all findings, the cheap ones first; later ones only if the earlier ones allow them."""
     absent = [command for command in COMMANDS if not shutil.which(command)]
     yield Finding(not absent, "SLURM's commands", f"{', '.join(absent)} not found; run on a login node")
     if absent:
         return
     content = read_yaml(file)
     if not isinstance(content, dict):
-        raise BadInput(file, "", None, "is no profile; give the profile's config.yaml")
+        raise BadInput(file, "", None, "is not a profile; give the profile's config.yaml")
     site = read_site()
-    yield Finding(True, f"slurmctld answers; partitions {', '.join(site.partitions)}")
+    yield Finding(True, f"slurmctld responds; partitions {', '.join(site.partitions)}")
     sound = True
     for finding in findings(competition, content, file, site):
         sound &= finding.ok

@@ -1,7 +1,7 @@
-"""The organizer's decisions in a running competition, kept as a file that can be read, reviewed and undone.
+"""The organizer's decisions in a running competition, in a file that can be read, reviewed and undone.
 
 config/overrides/<competition>.yaml is part of the competition's config (`load_competition` reads it): the
-next run of the workflow does what it says.
+next run of the workflow follows it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HEADER = "# Written by palio withdraw and palio retry; they win over the competi
 
 
 def withdraw(competition: Competition, entry: str, why: str) -> None:
-    """Take an entry out: it is not run any more, and the leaderboard shows why."""
+    """Take an entry out: it no longer runs, and the leaderboard shows why."""
     _known(competition, entry)
     overrides = load_overrides(competition.competition)
     _write(competition, overrides, {"withdrawn": {**overrides.withdrawn, entry: why}})
@@ -30,7 +30,7 @@ def retry(competition: Competition, entry: str, steps: list[str]) -> None:
     _known(competition, entry)
     for step in steps:
         if step not in (limited := [one.name for one in LIMITED]):
-            fix = f"runs again by itself with the next run of the workflow; {', '.join(limited)} need a grant"
+            fix = f"runs again on its own in the next run; only {', '.join(limited)} need a grant"
             raise BadInput("--step", "", step, fix)
     overrides = load_overrides(competition.competition)
     granted = dict(overrides.retries.get(entry, {}))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from palio import steps
 from palio.config import FinetuneRecipe, Metric, Scenario
 from palio.errors import BadInput
+from palio.files import link_or_copy
 from palio.layout import EntryFolder, Results, Stage
 from palio.provenance import fingerprint
 from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, Part, Record, read_record
@@ -106,7 +107,9 @@ def reproduce(
         raise BadInput("--out", "", str(out), "is the entry's own results folder; give another")
     _require_the_same_inputs(first, trained)
     if not again.dataset.manifest.exists():
-        shutil.copytree(first.dataset.path, again.dataset.path, dirs_exist_ok=True)
+        shutil.copytree(
+            first.dataset.path, again.dataset.path, copy_function=link_or_copy, dirs_exist_ok=True
+        )
     options = RunOptions(threads=threads or track.cpus)
     common = {"competition_id": trained.competition, "base_model_id": trained.base_model}
     recipe = FinetuneRecipe.model_validate(trained.recipe)

@@ -1,4 +1,4 @@
-"""What SLURM's own commands say, as plain values. Nothing here is called on a machine without SLURM."""
+"""SLURM's own commands, their output as plain values. Nothing here is called on a machine without SLURM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from palio.errors import PalioError
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "STOPPED")
 COMMAND_SECONDS = 30.0
-"""A controller that is being restarted answers late."""
+"""A restarting slurmctld answers late."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Job:
     state: str
     folder: Path
     reason: str
-    """Why it waits, or the node it runs on."""
+    """Why it is waiting, or the node it runs on."""
     comment: str
     """The rule and its wildcards, as the executor writes them."""
 
@@ -37,7 +37,7 @@ def available() -> bool:
 
 
 def ask(*command: str, seconds: float = COMMAND_SECONDS) -> str:
-    """A SLURM command's output. Raises `PalioError` with its own words if it fails."""
+    """Return a SLURM command's output. Raises `PalioError` with its error message if it fails."""
     try:
         done = subprocess.run(
             command,
@@ -48,17 +48,19 @@ def ask(*command: str, seconds: float = COMMAND_SECONDS) -> str:
             stdin=subprocess.DEVNULL,
         )
     except FileNotFoundError:
-        raise PalioError(f"{command[0]} is not on this machine; run on a login node of the cluster") from None
+        raise PalioError(f"{command[0]} is not installed here; run on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
-        raise PalioError(f"{command[0]} did not answer within {seconds:g} s; is slurmctld up?") from None
+        raise PalioError(
+            f"{command[0]} did not respond within {seconds:g} s; is slurmctld running?"
+        ) from None
     if done.returncode != 0:
-        said = " ".join((done.stderr or done.stdout).split())
-        raise PalioError(f"{' '.join(command[:2])}: {said}")
+        error = " ".join((done.stderr or done.stdout).split())
+        raise PalioError(f"{' '.join(command[:2])}: {error}")
     return done.stdout
 
 
 def jobs(folder: Path) -> list[Job]:
-    """My queued and running jobs that were submitted in `folder`."""
+    """Return this user's queued and running jobs that were submitted in `folder`."""
     fields = "%i|%j|%T|%R|%k|%Z"
     found = ask("squeue", "--noheader", "--me", f"--states={','.join(ACTIVE)}", f"--format={fields}")
     here = folder.resolve()
@@ -83,16 +85,16 @@ def cancel(ids: Iterable[str], seconds: float = 180) -> None:
         if not left:
             return
         time.sleep(1)
-    raise PalioError(f"jobs {', '.join(left)} do not end; look at them with scontrol show job {left[0]}")
+    raise PalioError(f"jobs {', '.join(left)} do not end; see scontrol show job {left[0]}")
 
 
 def state(job: str) -> str:
-    """SLURM's state of a job, such as NODE_FAIL, also after its end; empty if nobody knows it any more."""
+    """Return SLURM's state of a job, such as NODE_FAIL, even after its end; empty if it is forgotten."""
     try:
         if known := ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").split():
             return known[0]
     except PalioError:
-        pass  # squeue forgets a job after MinJobAge; sacct, where there is accounting, does not
+        pass  # squeue forgets a job after MinJobAge; sacct, given accounting, does not
     try:
         found = ask("sacct", "-X", "--noheader", "--parsable2", f"--jobs={job}", "--format=State").split()
     except PalioError:
@@ -101,7 +103,7 @@ def state(job: str) -> str:
 
 
 def seconds_left(job: str) -> float | None:
-    """Until the job's time limit; None if it has none or SLURM does not say."""
+    """Return the seconds until the job's time limit; None if it has none or SLURM does not say."""
     try:
         left = ask("squeue", "--noheader", f"--jobs={job}", "--format=%L").strip()
     except PalioError:
@@ -117,5 +119,5 @@ def seconds_left(job: str) -> float | None:
 
 
 def own_job() -> str | None:
-    """The job that this process runs in."""
+    """Return the job that this process runs in."""
     return os.environ.get("SLURM_JOB_ID")

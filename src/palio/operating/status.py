@@ -1,6 +1,6 @@
-"""Where every entry of a competition is, read from files and the SLURM queue: no lock, no Snakemake.
+"""The state of every entry of a competition, read from files and the SLURM queue: no lock, no Snakemake.
 
-A step is `done` when its record is there, `failed` when it left a reason, `running` when its last attempt
+A step is `done` when its record exists, `failed` when it left a reason, `running` when its last attempt
 has begun and its process or job is alive, `queued` when SLURM has its job, else `waiting` for other steps.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,10 +18,12 @@ from typing import Literal
 from palio.config import Competition
 from palio.entries import BrokenEntry, Entries
 from palio.errors import PalioError
+from palio.heartbeat import Heartbeat, read_heartbeat
 from palio.layout import EntryFolder, HelmFolder, Results, TrainingFolder, stage_named
 from palio.operating import slurm
 from palio.operating.attempt import Attempt, read_attempts
 from palio.pipeline import Step, steps_of
+from palio.records import StepFailure, UsedSeconds, read_record
 from palio.settings import EvaluateSettings
 from palio.training.ledger import charged, read_ledger
 
@@ -34,23 +35,23 @@ class StepStatus:
     step: str
     state: StepState
     attempt: int = 0
-    """Of how many attempts this is the last."""
+    """Number of attempts so far."""
     reason: str = ""
-    """Why it failed, or what it waits for in the queue."""
+    """Why it failed, or why it is waiting."""
     log: str = ""
     node: str = ""
     job: str | None = None
     started: float | None = None
     """Seconds since 1970, as `ends` and `heard`."""
     seconds: float | None = None
-    """Of the last attempt, so far or in all."""
+    """Duration of the last attempt so far."""
     used: float | None = None
-    """Seconds of the budget or limit that are used, over all attempts."""
+    """Seconds used of the budget or limit, over all attempts."""
     budget: float | None = None
     ends: float | None = None
-    """When a running step is expected to end; at the latest, if it says nothing of its progress yet."""
+    """Expected end of a running step; the latest possible one until it reports progress."""
     heard: float | None = None
-    """When its log last grew."""
+    """Last write to its log."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class EntryStatus:
 
     @property
     def state(self) -> StepState:
-        """Of the entry as a whole: the state of the step that decides it."""
+        """State of the step that decides the whole entry."""
         states = [step.state for step in self.steps]
         order: tuple[StepState, ...] = ("withdrawn", "running", "failed", "queued", "waiting")
         return next((state for state in order if state in states), "done")
@@ -76,41 +77,41 @@ class Status:
     controller: str | None
     entries: list[EntryStatus]
     notes: list[str] = field(default_factory=list)
-    """What could not be found out."""
+    """Problems met while reading the state."""
 
 
 def competition_status(competition: Competition, results: Results, controller: str | None = None) -> Status:
-    """The state of every step of every entry, now."""
+    """Return the current state of every step of every entry."""
     notes: list[str] = []
     queue: dict[str, slurm.Job] = {}
     if slurm.available():
         try:
             queue = {job.comment: job for job in slurm.jobs(Path.cwd())}
         except PalioError as error:
-            notes.append(f"SLURM does not answer: {error}")
+            notes.append(f"SLURM is not responding: {error}")
     now = time.time()
     statuses = []
     for track_id, entries in Entries(competition).by_track().items():
         for entry_id, entry in entries.items():
             if isinstance(entry, BrokenEntry):
                 notes.append(str(entry.fault))
-            at = _Place(competition, results.entry(track_id, entry_id), queue, bool(notes), now)
+            source = _Source(competition, results.entry(track_id, entry_id), queue, bool(notes), now)
             if entry_id in competition.withdrawn:
                 steps = [StepStatus("check", "withdrawn", reason=competition.withdrawn[entry_id])]
             else:
-                steps = [_step(step, at) for step in steps_of(entry)]
+                steps = [_step(step, source) for step in steps_of(entry)]
             statuses.append(EntryStatus(track_id, entry_id, entry.team, steps))
     return Status(competition.competition, competition.title, now, controller, statuses, notes)
 
 
 @dataclass(frozen=True)
-class _Place:
-    """What the state of a step is read from."""
+class _Source:
+    """Everything that the state of an entry's steps is read from."""
 
     competition: Competition
     folder: EntryFolder
     queue: Mapping[str, slurm.Job]
-    """My jobs in SLURM by comment."""
+    """This user's SLURM jobs by comment."""
     queue_unknown: bool
     now: float
 
@@ -119,19 +120,20 @@ class _Place:
         return self.queue.get(f"rule_{step.rule}_wildcards_{self.folder.track_id}_{self.folder.entry_id}")
 
 
-def _step(step: Step, at: _Place) -> StepStatus:
-    name, folder = step.name, at.folder
+def _step(step: Step, source: _Source) -> StepStatus:
+    name, folder = step.name, source.folder
     attempts = [attempt for attempt in read_attempts(folder) if attempt.step == name]
     last = attempts[-1] if attempts else None
-    job, log = at.queued(step), folder.log(name)
-    used, budget = _used(step, at)
+    job, log = source.queued(step), folder.log(name)
+    used, budget = _used(step, source)
     known = StepStatus(name, "waiting", attempt=len(attempts), log=str(log), used=used, budget=budget)
     if last:
-        seconds = (last.ended or at.now) - last.started
+        seconds = (last.ended or source.now) - last.started
         known = replace(known, node=last.node, job=last.job, started=last.started, seconds=seconds)
-    if last and last.state is None and _alive(last, job, at):
+    if last and last.state is None and _alive(last, job, source):
         heard = log.stat().st_mtime if log.exists() else last.started
-        return replace(known, state="running", ends=_end(log, at.now, used, budget), heard=heard)
+        heartbeat = read_heartbeat(folder.heartbeat(name), since=last.started)
+        return replace(known, state="running", ends=_end(heartbeat, source.now, used, budget), heard=heard)
     ending = job is not None and last is not None and last.job == job.id and last.state is not None
     if job and not ending:
         why = job.reason if job.state == "PENDING" else f"starting on {job.reason}"
@@ -140,27 +142,27 @@ def _step(step: Step, at: _Place) -> StepStatus:
         return replace(known, state="done", reason=_note(step, record))
     failure = folder.failure(name)
     if failure.exists():
-        found = json.loads(failure.read_text(encoding="utf-8"))
-        return replace(known, state="failed", reason=f"{found['state']}: {found['reason']}")
+        end = read_record(StepFailure, failure)
+        return replace(known, state="failed", reason=f"{end.state}: {end.reason}")
     if last and last.state is None:
-        return replace(known, reason=f"lost on {last.node}; runs again")
+        return replace(known, reason=f"lost on {last.node}; will run again")
     return replace(known, reason=_shards_done(folder)) if name == "curate" else known
 
 
 def _shards_done(folder: EntryFolder) -> str:
-    """How far the jobs are that share a curation; empty where there are none."""
+    """Return the progress of the jobs that share a curation; empty if one job does it all."""
     done = [path.name.split(".") for path in folder.shards.glob("*.*-of-*")]
     if not done:
         return ""
     phase, shard = max(done, key=lambda name: int(name[0]))
     finished = sum(name[0] == phase for name in done)
-    return f"{finished} of {shard.rpartition('-')[2]} shards of phase {phase} are done"
+    return f"{finished} of {shard.rpartition('-')[2]} shards of phase {phase} done"
 
 
-def _alive(last: Attempt, job: slurm.Job | None, at: _Place) -> bool:
+def _alive(last: Attempt, job: slurm.Job | None, source: _Source) -> bool:
     if last.job is not None:
         known = job is not None and job.id == last.job and job.state != "PENDING"
-        return known or at.queue_unknown
+        return known or source.queue_unknown
     if last.node != platform.node():
         return False
     try:
@@ -173,7 +175,7 @@ def _alive(last: Attempt, job: slurm.Job | None, at: _Place) -> bool:
 
 
 def _note(step: Step, record: Path) -> str:
-    """What a stage's record says of unanswered questions."""
+    """Return what a stage's record says about unanswered questions."""
     if step.settings is not EvaluateSettings:
         return ""
     try:
@@ -182,36 +184,27 @@ def _note(step: Step, record: Path) -> str:
         return ""
 
 
-def _used(step: Step, at: _Place) -> tuple[float | None, float | None]:
-    """Seconds used of the step's budget, and the budget; None where it has none or has not begun."""
+def _used(step: Step, source: _Source) -> tuple[float | None, float | None]:
+    """Return the seconds used of the step's budget, and the budget; None without a budget or a start."""
     if step.limit is None:
         return None, None
-    budget = float(step.limit(at.competition, at.folder.track_id).seconds)
+    budget = float(step.limit(source.competition, source.folder.track_id).seconds)
     if step.name == "finetune":
-        ledger = _newest(at.folder.trainings, TrainingFolder.LEDGER)
+        ledger = _newest(source.folder.trainings, TrainingFolder.ledger.name)
         return (sum(charged(read_ledger(ledger)).values()) if ledger else None), budget
-    clock = _newest(at.folder.helm_runs(stage_named(step.name)), HelmFolder.USED_SECONDS)
-    return (float(json.loads(clock.read_text(encoding="utf-8"))["seconds"]) if clock else None), budget
+    clock = _newest(source.folder.helm_runs(stage_named(step.name)), HelmFolder.used_seconds.name)
+    return (read_record(UsedSeconds, clock).seconds if clock else None), budget
 
 
 def _newest(folder: Path, name: str) -> Path | None:
-    """The file of this name that was written last in the folders of `folder`."""
+    """Return the most recent file of this name in the subfolders of `folder`."""
     return max(folder.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime, default=None)
 
 
-_PROGRESS = re.compile(r"step (\d+)/(\d+) |(\d+) of (\d+) HELM runs done")
-
-
-def _end(log: Path, now: float, used: float | None, budget: float | None) -> float | None:
-    """From the last line of progress in the log: what is left takes as long as what is done, per unit."""
+def _end(heartbeat: Heartbeat | None, now: float, used: float | None, budget: float | None) -> float | None:
+    """When a running step ends at its own rate, at the latest with its budget."""
     if budget is None:
         return None
-    left = budget - (used or 0.0)
-    found = (
-        list(_PROGRESS.finditer(log.read_text(encoding="utf-8", errors="replace"))) if log.exists() else []
-    )
-    if found and used:
-        done, total = (int(number) for number in found[-1].groups() if number)
-        if done:
-            left = min(left, used * (total - done) / done)
-    return now + max(0.0, left)
+    latest = now + max(0.0, budget - (used or 0.0))
+    expected = heartbeat.expected_end if heartbeat else None
+    return latest if expected is None else min(latest, max(now, expected))

@@ -1,4 +1,4 @@
-"""The status of a competition for people: a table for the terminal, and the same table as one HTML file."""
+"""A competition's status as a table for the terminal and as one HTML page."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from palio.operating.status import EntryStatus, Status, StepStatus
 from palio.pipeline import STEPS
+from palio.text import duration
 
 STYLES = {
     "waiting": "dim",
@@ -25,21 +26,13 @@ STYLES = {
 }
 
 
-def span(seconds: float) -> str:
-    """`40 s`, `12 min`, `3 h 05`: what fits a cell."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d}"
-
-
 def cell(step: StepStatus) -> str:
-    """One step in a few words: where it runs, how much of its budget is used, when it will end."""
+    """Describe a step in a few words: node, share of the budget used, expected end."""
     if step.state == "done":
-        took = f" {span(step.seconds)}" if step.seconds is not None else ""
+        took = f" {duration(step.seconds)}" if step.seconds is not None else ""
         return f"done{took}{' *' if step.reason else ''}"
     if step.state == "running":
-        parts = [step.node, span(step.seconds or 0)]
+        parts = [step.node, duration(step.seconds or 0)]
         if step.used is not None and step.budget:
             parts.append(f"{100 * step.used / step.budget:.0f} % used")
         if step.ends is not None:
@@ -57,12 +50,12 @@ def summary(status: Status) -> str:
     for entry in status.entries:
         counts[entry.state] = counts.get(entry.state, 0) + 1
     parts = [f"{counts[state]} {state}" for state in STYLES if state in counts]
-    running = f"run by {status.controller}" if status.controller else "no run in this folder"
+    running = f"run by {status.controller}" if status.controller else "no run in progress"
     return f"{len(status.entries)} entries: {', '.join(parts)}; {running}"
 
 
 def reasons(status: Status) -> list[tuple[str, str]]:
-    """(entry and step, why and where to read more) of all that failed, waits with a reason, or has a note."""
+    """Return (entry and step, reason and log) of every step with a reason, and the notes."""
     lines = []
     for entry in status.entries:
         for step in entry.steps:
@@ -94,7 +87,7 @@ def print_status(status: Status) -> None:
 
 
 def watch_status(look: Callable[[], Status], every: float = 5.0) -> None:
-    """The live view: the same table, again and again, until Ctrl-C."""
+    """Refresh the table until Ctrl-C."""
     with Live(terminal_view(look()), auto_refresh=False, screen=True) as live, suppress(KeyboardInterrupt):
         while True:
             time.sleep(every)
@@ -102,7 +95,7 @@ def watch_status(look: Callable[[], Status], every: float = 5.0) -> None:
 
 
 def html_page(status: Status) -> str:
-    """One self-contained page; the browser loads it again every half minute."""
+    """Return one self-contained page that the browser reloads every 30 seconds."""
     head = "".join(f"<th>{step.title or step.name}</th>" for step in STEPS)
     rows = []
     for entry in status.entries:

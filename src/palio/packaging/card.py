@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from palio.records import AdapterManifest, BaseModelManifest
+from palio.text import markdown_table
 
 LIMITS = (
     "It was made for a competition of English prompts, prompt and completion together at most 2048 tokens.",
@@ -39,7 +40,10 @@ def model_card(
         'model = AutoModelForCausalLM.from_pretrained("package")\n'
         'tokenizer = AutoTokenizer.from_pretrained("package")\n```',
         "## Lineage",
-        _table([("Base model", name), ("Base model sha256", f"`{base.fingerprint}`"), *_training(trained)]),
+        markdown_table(
+            ("", ""),
+            [("Base model", name), ("Base model sha256", f"`{base.fingerprint}`"), *_training(trained)],
+        ),
     ]
     if trained is not None:
         recipe = json.dumps(trained.recipe, indent=2, sort_keys=True)
@@ -83,7 +87,3 @@ def _training(trained: AdapterManifest | None) -> list[tuple[str, str]]:
         ),
         ("Adapter fingerprint", f"`{trained.fingerprint}`"),
     ]
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])

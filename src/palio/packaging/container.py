@@ -26,7 +26,8 @@ IMAGE = (
 PINNED = re.compile(r"^FROM \S+@sha256:[0-9a-f]{64}$", re.M)
 SERVES = ("torch", "transformers", "fastapi", "uvicorn", "pydantic", "click", "pyyaml", "psutil")
 """What `palio serve` imports."""
-CODE = ("__init__.py", "cli", "config.py", "errors.py", "provenance.py", "serving")
+MODULES = ("__init__", "errors", "layout", "network", "provenance", "tensors", "text")
+CODE = ("cli", "config", "serving", *(f"{module}.py" for module in MODULES))
 CONTAINERFILE = f"""\
 # Serves a package behind HELM's HTTP contract. Build here, then:
 #   podman run --rm -p 8080:8080 -v /path/to/package:/package:ro <image>

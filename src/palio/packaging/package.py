@@ -16,7 +16,6 @@ was never quantised it would be at 0.33, with a loss of 0.021.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,21 @@ from transformers.utils.logging import disable_progress_bar
 
 from palio.base_model import card_facts
 from palio.errors import Crashed
+from palio.files import link_or_copy
 from palio.layout import BaseModelFolder, EntryFolder
 from palio.packaging.card import model_card
-from palio.provenance import folder_sha256, timed_run
+from palio.provenance import folder_sha256
 from palio.quantization import evaluation_mode, quantization
-from palio.records import AdapterManifest, BaseModelManifest, PackageManifest, read_record
+from palio.records import (
+    AdapterManifest,
+    BaseModelManifest,
+    PackageManifest,
+    RunFacts,
+    read_record,
+    timed_run,
+)
 from palio.settings import PackageSettings
+from palio.tensors import mean_divergence
 
 TOLERANCE = 1e-3
 """Largest difference of a logit that the merge may make, in fp32."""
@@ -66,7 +74,7 @@ def build_package(
     building.mkdir(parents=True)
     folder.package_manifest.unlink(missing_ok=True)
     difference = divergence = None
-    with timed_run(folder.run_facts("package")):
+    with timed_run(folder.run_facts("package"), RunFacts()):
         if trained is None:
             _link_files(base_model.model, building, weights=True)
         else:
@@ -196,13 +204,6 @@ def largest_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> fl
     return torch.stack([(a - b).abs().max() for a, b in zip(one, other, strict=True)]).max().item()
 
 
-def mean_divergence(reference: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """Mean KL divergence of `other`'s next-token distributions from `reference`'s, in nats."""
-    ours = torch.cat(reference).double().log_softmax(-1)
-    theirs = torch.cat(other).double().log_softmax(-1)
-    return (ours.exp() * (ours - theirs)).sum(-1).mean().item()
-
-
 def _complete(folder: Path) -> None:
     """A generation config, if neither base nor training left one: whoever loads the model then agrees."""
     if not (folder / "generation_config.json").is_file():
@@ -216,10 +217,7 @@ def _link_files(source: Path, target: Path, *, weights: bool) -> None:
             continue
         if not weights and (path.suffix == ".safetensors" or path.name.endswith(".index.json")):
             continue
-        try:
-            os.link(path, target / path.name)
-        except OSError:
-            shutil.copyfile(path, target / path.name)
+        link_or_copy(path, target / path.name)
 
 
 def _shape(folder: Path) -> tuple[int, str]:

@@ -9,16 +9,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 from palio.errors import BadInput, Crashed
+from palio.files import link_or_copy
 from palio.layout import EntryFolder, PublishedPackage
 from palio.packaging.container import write_container
 from palio.packaging.verify import changed_files
 from palio.provenance import write_json, write_text
 from palio.records import Leaderboard, PackageManifest, ScoredEntry, read_record
+from palio.text import markdown_table
 
 
 def assemble(folder: EntryFolder, leaderboard: Path | None = None) -> Path:
@@ -37,10 +38,7 @@ def assemble(folder: EntryFolder, leaderboard: Path | None = None) -> Path:
     for name in manifest.files:
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(package / name, target)
-        except OSError:
-            shutil.copyfile(package / name, target)
+        link_or_copy(package / name, target)
     manifest.write(published.manifest)
     if manifest.kind == "model":  # a team's own server brings its own
         write_container(published.container)
@@ -67,15 +65,13 @@ def scores_card(board: Leaderboard, scored: ScoredEntry) -> str:
         f"{board.convention} {board.convention_version}. A score is a win rate against the other entries of "
         "this leaderboard, not a property of the model alone; the values below are.",
         "",
-        "| stage | scenario | metric | value | instances | win rate |",
-        "|---|---|---|---|---|---|",
     ]
+    rows = []
     for column, cell in zip(board.columns, scored.cells, strict=True):
         value = f"{cell.value:.4f}" if cell.value is not None else cell.state.value.replace("_", " ")
         rate = f"{cell.win_rate:.3f}" if cell.win_rate is not None else ""
-        lines.append(
-            f"| {column.stage} | {column.scenario} | {column.metric} | {value} | {cell.n} | {rate} |"
-        )
+        rows.append([column.stage, column.scenario, column.metric, value, cell.n, rate])
+    lines.append(markdown_table(("stage", "scenario", "metric", "value", "instances", "win rate"), rows))
     return "\n".join([*lines, "", *(f"- {note}" for note in scored.notes)]).rstrip() + "\n"
 
 

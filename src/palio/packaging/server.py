@@ -13,8 +13,8 @@ from pathlib import Path
 
 from palio.config import ServerProgram
 from palio.layout import BaseModelFolder, EntryFolder
-from palio.provenance import folder_sha256, timed_run, write_json
-from palio.records import BaseModelManifest, PackageManifest, read_record
+from palio.provenance import folder_sha256, write_json
+from palio.records import BaseModelManifest, PackageManifest, RunFacts, read_record, timed_run
 from palio.sandbox.handed_in import check_files
 from palio.sandbox.image import fetch_image
 from palio.sandbox.server import FILES, IMAGE, PROGRAM
@@ -30,7 +30,7 @@ def package_server(
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     folder.package_manifest.unlink(missing_ok=True)
-    with timed_run(folder.run_facts("package")):
+    with timed_run(folder.run_facts("package"), RunFacts()):
         if program.files is not None:
             check_files(Path(program.files), "server.files")
             shutil.copytree(program.files, building / FILES, symlinks=True)

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from palio.config import Track
-from palio.errors import BadInput
+from palio.errors import BadInput, RuleViolation
+from palio.incoming import shard_names
 from palio.layout import BaseModelFolder, EntryFolder, PublishedPackage, Resources
 from palio.packaging.container import PINNED
-from palio.provenance import folder_sha256
+from palio.provenance import file_differences, folder_sha256
 from palio.records import AdapterManifest, BaseModelManifest, PackageManifest, read_record
 
 RESOURCES = Resources()
@@ -122,20 +123,19 @@ def changed_files(folder: Path, manifest: PackageManifest) -> list[str]:
         for path, digest in folder_sha256(folder).items()
         if not path.startswith((f"{companions}/", ".cache/")) and path != ".gitattributes"  # the hub's own
     }
-    wrong = []
-    for path in sorted(manifest.files.keys() | found.keys()):
-        if path not in found:
-            wrong.append(f"{path} is missing")
-        elif path not in manifest.files:
-            wrong.append(f"{path} is not in the manifest")
-        elif found[path] != manifest.files[path]:
-            wrong.append(f"{path} differs from the manifest")
-    return wrong
+    return file_differences(found, manifest.files, "the manifest")
 
 
 def _files(folder: Path, manifest: PackageManifest) -> str:
     if wrong := changed_files(folder, manifest):
         raise Fault("; ".join(wrong))
+    for index in folder.glob("*.index.json"):
+        try:
+            absent = set(shard_names(index.name, index.read_bytes())) - manifest.files.keys()
+        except RuleViolation as refused:
+            raise Fault(str(refused)) from None
+        if absent:
+            raise Fault(f"{index.name} names {min(absent)!r}, which is not in the manifest")
     return f"{len(manifest.files)} files have the sha256 of the manifest"
 
 
@@ -300,9 +300,9 @@ def _same_answers(folder: Path, base: Path, adapter: Path, trained: AdapterManif
         TOLERANCE,
         adapted_model,
         largest_difference,
-        mean_divergence,
         probe_logits,
     )
+    from palio.tensors import mean_divergence
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     package = AutoModelForCausalLM.from_pretrained(folder)

@@ -10,7 +10,6 @@ the attention matrix).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,13 +89,13 @@ def _bytes(recipe: FinetuneRecipe, measured: Measured, config: Mapping[str, Any]
 
 def measure(folder: EntryFolder) -> Measured | None:
     """From a rehearsal's records; None where Palio's trainer did not train."""
-    from palio.records import AdapterManifest, DatasetManifest, PackageManifest, read_record
+    from palio.records import AdapterManifest, DatasetManifest, FinetuneRun, PackageManifest, read_record
 
     run_facts = folder.run_facts("finetune")
     if not folder.adapter_manifest.is_file() or not run_facts.is_file():
         return None
-    run = json.loads(run_facts.read_text(encoding="utf-8"))
-    if not run.get("tokens"):
+    training = read_record(FinetuneRun, run_facts).training
+    if training is None or not training.tokens:
         return None
     adapter = read_record(AdapterManifest, folder.adapter_manifest)
     dataset = read_record(DatasetManifest, folder.dataset.manifest)
@@ -111,8 +110,8 @@ def measure(folder: EntryFolder) -> Measured | None:
         parameters=parameters,
         trained_parameters=weights.stat().st_size // 4 if weights.is_file() else parameters,
         rows_kept=dataset.rows / read if read else 1.0,
-        tokens_per_row=run["tokens"] / max(1, rows_trained),
-        seconds_per_token=run["training_seconds"] / run["tokens"],
+        tokens_per_row=training.tokens / max(1, rows_trained),
+        seconds_per_token=training.training_seconds / training.tokens,
     )
 
 

@@ -7,6 +7,7 @@ resources/teams/<id>/program/      a program to start from (kinds command and se
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from palio.config import ID_PATTERN, Competition, RuleSet, load_rules
 from palio.demo.data import write_demo_sources
 from palio.errors import BadInput
-from palio.layout import EXAMPLES, Resources
+from palio.layout import EXAMPLES, Resources, schema_file
 from palio.provenance import write_text
 
 PROGRAMS = {
@@ -24,6 +25,7 @@ PROGRAMS = {
 """The programs that a new entry of each kind starts from."""
 
 HEAD = """\
+# yaml-language-server: $schema={schema}
 # {title}. Check it: palio check {path}
 # Run all of it in small on this machine: palio try {path}
 team: {team}
@@ -113,6 +115,7 @@ def new_entry(
             PROGRAMS[kind], program, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
         )
     text = (HEAD + PARTS[kind]).format(
+        schema=os.path.relpath(schema_file("entry"), path.parent),
         title=f"{team}'s entry",
         path=path,
         team=team,

@@ -133,7 +133,7 @@ def small_competition(competition: Competition, entry: Entry) -> dict[str, Any]:
 
 def small_rules(rules: RuleSet) -> RuleSet:
     """The same rules, for entries whose files are named by their whole path."""
-    folders = [str(Path(folder).resolve()) for folder in rules.team_folders]
+    folders = [str(Path(folder).absolute()) for folder in rules.team_folders]
     return rules.model_copy(update={"team_folders": (*folders, TEAMS)})
 
 
@@ -145,7 +145,7 @@ def small_entry(entry: Entry, project: Project) -> dict[str, Any]:
         path = Path(source.get("path", ""))
         if "hub" in source or path.is_dir():  # read whole: what `datasets` holds has no head to cut off
             if path.is_dir() and "path" in source:
-                source["path"] = str(path.resolve())
+                source["path"] = str(path.absolute())
             continue
         if not path.is_file() and path.parent == made:
             write_demo_sources(made, seed=7)

@@ -17,6 +17,7 @@ from palio.participant.rehearsal import Rehearsal
 from palio.records import DatasetManifest, PackageManifest, Panel, ProbeReport, StageRecord, read_record
 from palio.scoring.columns import columns_of, stage_cells
 from palio.scoring.panel import placed
+from palio.text import duration
 
 
 def summary(
@@ -85,13 +86,7 @@ def _whole_run(at: EntryFolder, entry: Entry, competition: Competition, probe: P
     told = estimate(entry.finetune, track, measured, rows, config)
     cap = track.gpu_memory_gb or track.ram_gb
     yield (
-        f"whole training: {told.steps} steps, about {_duration(told.training_seconds)} of the budget of "
-        f"{_duration(track.training_budget)} ({told.grounds})"
+        f"whole training: {told.steps} steps, about {duration(told.training_seconds)} of the budget of "
+        f"{duration(track.training_budget)} ({told.grounds})"
     )
     yield f"whole training: about {told.training_bytes / 1e9:.1f} GB of the track's {cap:g} GB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

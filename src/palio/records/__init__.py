@@ -50,6 +50,15 @@ from palio.records.entry import (
 )
 from palio.records.evaluation import HelmRun, ProbeCheck, ProbeReport, StageInstances, StageRecord
 from palio.records.scores import Cell, Column, DidNotFinish, Leaderboard, Panel, PanelEntry, ScoredEntry
+from palio.records.sidecars import (
+    CurateRun,
+    FinetuneRun,
+    RunFacts,
+    StageRun,
+    TrainingFacts,
+    UsedSeconds,
+    timed_run,
+)
 from palio.records.tables import INSTANCES_SCHEMA, METRICS_SCHEMA
 
 __all__ = [
@@ -66,10 +75,12 @@ __all__ = [
     "Contamination",
     "ContaminationCount",
     "Correlation",
+    "CurateRun",
     "DatasetManifest",
     "DidNotFinish",
     "EntryRecord",
     "EntryUncertainty",
+    "FinetuneRun",
     "HelmRun",
     "Interval",
     "Leaderboard",
@@ -87,15 +98,20 @@ __all__ = [
     "Record",
     "Removal",
     "Robustness",
+    "RunFacts",
     "Scheme",
     "ScoredEntry",
     "Separation",
     "SourceReport",
     "StageInstances",
     "StageRecord",
+    "StageRun",
     "StepFailure",
     "TrackRecord",
+    "TrainingFacts",
     "Uncertainty",
+    "UsedSeconds",
     "Violation",
     "read_record",
+    "timed_run",
 ]

@@ -15,7 +15,7 @@ from palio import __version__
 from palio.config import Competition, load_entry
 from palio.errors import BadInput
 from palio.layout import Project
-from palio.provenance import folder_sha256, write_json
+from palio.provenance import file_differences, folder_sha256, write_json
 
 METADATA = "ro-crate-metadata.json"
 FORMATS = {
@@ -83,10 +83,7 @@ def changed_files(folder: Path) -> list[str]:
         ) from None
     found = folder_sha256(folder)
     found.pop(METADATA, None)
-    wrong = [f"{path} is missing" for path in told if path not in found]
-    wrong += [f"{path} is not in {METADATA}" for path in found if path not in told]
-    wrong += [f"{path} differs from {METADATA}" for path in told if found.get(path, told[path]) != told[path]]
-    return sorted(wrong)
+    return file_differences(found, told, METADATA)
 
 
 def _owner(path: str, competition: Competition) -> str:

@@ -20,7 +20,6 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import yaml
@@ -31,13 +30,14 @@ from palio.errors import BadInput, PalioError
 from palio.layout import ENTRIES, ENVIRONMENT_LOCK, RULESET, STAGES, Boards, EntryFolder, Project, Results
 from palio.packaging.container import write_container
 from palio.pipeline import STEPS
-from palio.provenance import write_json, write_text
-from palio.records import INSTANCES_SCHEMA, METRICS_SCHEMA
+from palio.provenance import write_text
+from palio.records import INSTANCES_SCHEMA, METRICS_SCHEMA, read_record
 from palio.release.crate import METADATA, describe
 
 TABLES = {"metrics.parquet": METRICS_SCHEMA, "instances.parquet": INSTANCES_SCHEMA}
 """HELM's tables of a stage. Their schemas hold ids and numbers; a table with another column is not taken."""
-RUN_FACTS_LEFT_OUT = ("host", "slurm_job_id", "fingerprint")
+ANONYMOUS = {"host": None, "slurm_job_id": None}
+"""Facts about a run that a release leaves out."""
 LEADERBOARD_SUFFIXES = ("json", "csv", "parquet", "md", "tex", "analysis.json", "analysis.md")
 REPORT_SUFFIXES = (".html", ".svg", ".png", ".csv", ".json", ".md", ".tex", ".parquet")
 TEXT_SUFFIXES = (".json", ".yaml", ".conf", ".md", ".csv", ".tex", ".html", ".svg", ".txt", ".lock", ".py")
@@ -131,10 +131,9 @@ def _entry(folder: EntryFolder, out: EntryFolder) -> None:
             if schema and not pq.read_schema(path).equals(schema):
                 raise Leak(f"{path} has other columns than the tables of a stage; run {step.rule} again")
             _take(path, out.path / path.relative_to(folder.path))
-        if (path := folder.run_facts(step.name)).is_file():
-            facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            kept = {key: value for key, value in facts.items() if key not in RUN_FACTS_LEFT_OUT}
-            write_json(out.run_facts(step.name), kept)
+        if step.facts and (path := folder.run_facts(step.name)).is_file():
+            facts = read_record(step.facts, path)
+            facts.model_copy(update=ANONYMOUS).write(out.run_facts(step.name))
         if (path := folder.failure(step.name)).is_file():
             _take(path, out.failure(step.name))
 

@@ -17,6 +17,7 @@ from palio.report.drawing import (
     text_width,
     ticks,
 )
+from palio.text import duration
 
 WIDTH = 640.0
 SMALL = 11.0
@@ -245,13 +246,6 @@ def budget_use(track: str, used: Sequence[BudgetUse]) -> Drawing | None:
             )
             drawing.text(x + bar + 6, y + ROW / 2 + 4, f"{share:.0%}", size=SMALL, fill="muted")
     return drawing
-
-
-def duration(seconds: float) -> str:
-    """As people say it: 41 s, 12 min, 16.2 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 # --- parts -----------------------------------------------------------------------------------------------

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,13 +14,16 @@ from palio.layout import STAGES, EntryFolder
 from palio.pipeline import STEPS
 from palio.records import (
     AdapterManifest,
+    AnyRecord,
     Check,
     Contamination,
     DatasetManifest,
+    FinetuneRun,
     PackageManifest,
     ProbeReport,
-    Record,
+    RunFacts,
     StageRecord,
+    StageRun,
     read_record,
 )
 
@@ -87,7 +88,7 @@ class EntryFiles:
     package: PackageManifest | Missing
     probe: ProbeReport | Missing
     stages: dict[str, StageRecord | Missing]
-    runs: dict[str, dict[str, Any] | Missing]
+    runs: dict[str, RunFacts | Missing]
     """The sidecars: what each step took."""
 
 
@@ -109,11 +110,10 @@ def read_entry(folder: EntryFolder, why_missing: str, listed: int) -> EntryFiles
         package=found.record(PackageManifest, folder.package_manifest),
         probe=found.record(ProbeReport, folder.probe),
         stages={stage: found.record(StageRecord, folder.stage_record(stage)) for stage in STAGES},
-        runs={step.name: found.sidecar(step.name) for step in STEPS},
+        runs={
+            step.name: found.record(step.facts, folder.run_facts(step.name)) for step in STEPS if step.facts
+        },
     )
-
-
-AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,6 @@ class _Reader:
         except BadInput as error:
             return Missing(str(error))
 
-    def sidecar(self, step: str) -> dict[str, Any] | Missing:
-        try:
-            content: dict[str, Any] = json.loads(self.folder.run_facts(step).read_text("utf-8"))
-        except (FileNotFoundError, ValueError):
-            return Missing(self.why_missing)
-        return content
-
     def telemetry(self) -> Telemetry | Missing:
         path = self.folder.telemetry
         columns = list(Telemetry.__dataclass_fields__)
@@ -148,12 +141,11 @@ class _Reader:
         return Telemetry(**{name: table[name].to_pylist() for name in columns})
 
 
-def seconds_used(run: dict[str, Any] | Missing) -> float | None:
-    """Of the training budget or the stage's limit; a step without one tells nothing here."""
-    if isinstance(run, Missing):
-        return None
-    seconds: float | None = run.get("training_seconds", run.get("used_seconds"))
-    return seconds
+def seconds_used(run: RunFacts | Missing) -> float | None:
+    """Return the seconds used of the training budget or the stage's limit; None for a step without one."""
+    if isinstance(run, FinetuneRun):
+        return run.training.training_seconds if run.training else None
+    return run.used_seconds if isinstance(run, StageRun) else None
 
 
 def dropped_rows(path: Path, listed: int) -> dict[str, Dropped]:

@@ -24,6 +24,7 @@ from palio.report import entry_figures, figures
 from palio.report.drawing import Drawing, Plate, css
 from palio.report.figures import BudgetUse
 from palio.report.files import EntryFiles, Missing
+from palio.text import duration
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def page(title: str, tracks: Sequence[TrackReport], appendix: Sequence[Plate] = 
     )
     environment.tests["missing"] = lambda value: isinstance(value, Missing)
     environment.filters |= {
-        "duration": figures.duration,
+        "duration": duration,
         "bytes": _bytes,
         "count": _count,
         "breakable": _breakable,

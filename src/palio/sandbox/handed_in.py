@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from palio.errors import BadInput, RuleViolation
+from palio.incoming import INDEX_BYTES, Incoming, copy_files, shard_names
+from palio.provenance import write_json
 
 TAKEN = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model"})
 """Suffixes of files that are taken over; tokenizers are `.json`, `.txt` and `.model`."""
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"})
-CONFIG_BYTES = 64 << 20
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADER_BYTES = 100 << 20
 """safetensors' own limit."""
 
@@ -44,16 +46,21 @@ def check_files(folder: Path, key: str) -> None:
 
 
 def take_model(
-    left: Path, out: Path, *, base_model: Path, base_model_id: str
+    left: Path, out: Path, *, base_model: Path, base_model_id: str, limit: int
 ) -> tuple[Literal["lora", "full"], list[str]]:
     """Copy an adapter or a model out of the folder a program left; which of the two it is, and the names of
     pickles that were left there.
 
-    Other files are left where they are too: checkpoints, logs.
+    Other files are left where they are too: checkpoints, logs. The index of a sharded model is written anew.
 
-    Raises RuleViolation if there is neither, or it holds what Palio does not load.
+    Raises RuleViolation if there is neither, if it has more than `limit` bytes, or holds what Palio does not
+    load.
     """
-    names = sorted(path.name for path in left.iterdir()) if left.is_dir() else []
+    result = Incoming(left.parent, left.name)
+    try:
+        names = result.names()
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
     if "adapter_config.json" in names:
         kind: Literal["lora", "full"] = "lora"
     elif "config.json" in names:
@@ -64,16 +71,13 @@ def take_model(
         )
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    for name in names:
-        if Path(name).suffix in TAKEN:
-            _copy(left / name, out / name)
+    copy_files(_taken(result, names, sharded=kind == "full" and WEIGHTS not in names), out, limit)
     weights = sorted(out.glob("*.safetensors"))
     pickles = [name for name in names if Path(name).suffix in PICKLES]
     if not weights:
         found = f"{_some(pickles)}: a pickle runs code when it is opened" if pickles else _some(names)
         raise RuleViolation(f"the result has no .safetensors weights but {found}; save safetensors")
-    for path in weights:
-        _check_weights(path)
+    tensors = {path: _tensors(path) for path in weights}
     for path in sorted(out.glob("*.json")):
         content = _json(path)
         if isinstance(content, dict) and content.get("auto_map"):
@@ -82,33 +86,37 @@ def take_model(
         _settle_adapter(out / "adapter_config.json", base_model_id)
     else:
         _check_architecture(_json(out / "config.json"), _json(base_model / "config.json"))
+        if WEIGHTS not in names:
+            _write_index(out / INDEX, tensors)
     return kind, pickles
+
+
+def _taken(result: Incoming, names: list[str], *, sharded: bool) -> list[Incoming]:
+    """Return the files to copy. Of a sharded model with an index, its weights are those named there."""
+    files = [
+        result / name for name in names if Path(name).suffix in TAKEN and not name.endswith(".index.json")
+    ]
+    for file in files:
+        if not file.name.endswith(".safetensors") and (size := file.size()) > INDEX_BYTES:
+            raise RuleViolation(f"{file} has {size >> 20} MB; at most {INDEX_BYTES >> 20} are taken")
+    if not sharded or INDEX not in names:
+        return files
+    index = result / INDEX
+    shards = [result / name for name in shard_names(index, index.read())]
+    if absent := [shard for shard in shards if shard not in files]:
+        raise RuleViolation(f"{absent[0]} is in {INDEX} and not in the result; save the whole model")
+    return [file for file in files if file in shards or not file.name.endswith(".safetensors")]
 
 
 def _some(names: list[str]) -> str:
     return (", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")) if names else "nothing"
 
 
-def _copy(source: Path, target: Path) -> None:
-    """A regular file, opened without following a link."""
-    try:
-        descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        raise RuleViolation(f"the result's {source.name} is a link; put the file itself there") from None
-    with os.fdopen(descriptor, "rb") as reader:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise RuleViolation(f"the result's {source.name} is no file")
-        if source.suffix != ".safetensors" and facts.st_size > CONFIG_BYTES:
-            raise RuleViolation(
-                f"the result's {source.name} has {facts.st_size >> 20} MB; at most 64 are taken"
-            )
-        with target.open("wb") as writer:
-            shutil.copyfileobj(reader, writer, 1 << 20)
+def _tensors(path: Path) -> list[str]:
+    """Read the names of a weight file's tensors.
 
-
-def _check_weights(path: Path) -> None:
-    """The header is JSON and its tensors fill the file exactly: no pickle, not torn."""
+    Its header must be JSON and its tensors fill the file exactly: no pickle, not torn.
+    """
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -122,6 +130,20 @@ def _check_weights(path: Path) -> None:
         raise RuleViolation(f"{path.name} is not safetensors; save with save_pretrained") from None
     if not tensors or 8 + length + end != size:
         raise RuleViolation(f"{path.name} is torn; save to another folder, then rename it to the result's")
+    return list(tensors)
+
+
+def _write_index(path: Path, tensors: dict[Path, list[str]]) -> None:
+    """Write which of the weight files holds which tensor."""
+    weight_map: dict[str, str] = {}
+    for shard, names in tensors.items():
+        for name in names:
+            if name in weight_map:
+                files = f"{weight_map[name]} and {shard.name}"
+                raise RuleViolation(f"{files} both hold the tensor {name!r}; leave one model in the result")
+            weight_map[name] = shard.name
+    size = sum(shard.stat().st_size for shard in tensors)
+    write_json(path, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def _json(path: Path) -> Any:

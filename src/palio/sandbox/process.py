@@ -245,7 +245,7 @@ class Confined:
         return None
 
     def _gpu_used(self) -> int:
-        return gpu.memory_used() if self.room.limits.gpu_memory is not None else 0
+        return gpu.program_gpu().memory_used() if self.room.limits.gpu_memory is not None else 0
 
     def _output_over(self, folder: Path, unlinked: int) -> PalioError | None:
         size, count = _size(folder)

@@ -14,6 +14,7 @@ from types import TracebackType
 
 from palio.config import Isolation, ServerProgram
 from palio.errors import Crashed, PalioError
+from palio.network import free_port
 from palio.records import Contained
 from palio.sandbox.door import Door
 from palio.sandbox.gateway import REPLY_SECONDS, BadReply, Gateway
@@ -55,7 +56,7 @@ class ConfinedServer:
         reply_seconds: float = REPLY_SECONDS,
     ) -> None:
         program = read_program(package)
-        self._port = _free_port() if isolation.unconfined else program.port
+        self._port = free_port() if isolation.unconfined else program.port
         self._ready_seconds, self._reply_seconds = ready_seconds, reply_seconds
         if isolation.unconfined and program.image:
             raise cannot_confine("an image runs confined only")
@@ -125,9 +126,3 @@ class ConfinedServer:
                 return
             time.sleep(0.1)
         raise Crashed(f"the server did not answer on port {self._port} in {self._ready_seconds:.0f} s")
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port: int = taken.getsockname()[1]
-        return port

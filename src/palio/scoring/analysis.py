@@ -134,7 +134,7 @@ EntryAnswers = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 def _scored_table(board: Leaderboard, results: Results, entry: str, stage: Stage) -> Path:
     path = results.entry(board.track, entry).tables(stage).instances
-    key = path.relative_to(results.root).as_posix()
+    key = path.relative_to(results.path).as_posix()
     if not path.exists() or file_sha256(path) != board.inputs.get(key):
         raise BadInput(path, "", None, "is not the table that was scored; run `palio score` again")
     return path

@@ -27,6 +27,7 @@ from palio.records import (
     OverfittingEntry,
     Removal,
 )
+from palio.text import markdown_table
 
 
 def write_leaderboard(
@@ -190,24 +191,16 @@ def _stopped(one: DidNotFinish) -> str:
     return f"{one.state.value.replace('_', ' ')}{' at ' + one.step if one.step else ''}"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [_line(head), _line(["---" if name in WORDS else "---:" for name in head]), *map(_line, rows)]
-
-
 def markdown(board: Leaderboard, analysis: Analysis | None = None) -> str:
     head, body, footnotes = _table(board, analysis)
-    lines = [f"{_caption(board)}.", "", *_markdown_table(head, body)]
+    lines = [f"{_caption(board)}.", "", markdown_table(head, body, WORDS)]
     if footnotes:
         lines += ["", *(f"{number}. {note}" for number, note in enumerate(footnotes, 1))]
     if board.did_not_finish:
         rows = [
             [one.entry, one.team, _stopped(one), one.reason, one.log or ""] for one in board.did_not_finish
         ]
-        lines += ["", *_markdown_table(["did not finish", "team", "state", "reason", "log"], rows)]
+        lines += ["", markdown_table(["did not finish", "team", "state", "reason", "log"], rows, WORDS)]
     for remark in _remarks(analysis):
         lines += ["", remark]
     return "\n".join(lines) + "\n"
@@ -228,14 +221,14 @@ def analysis_markdown(board: Leaderboard, analysis: Analysis) -> str:
                 f"## Without one {what}: {changed} of {len(removals)} removals reorder the rest",
                 "",
             ]
-            lines += _markdown_table([f"without {what}", "who moves"], [_removed(one) for one in removals])
+            lines.append(markdown_table([f"without {what}", "who moves"], map(_removed, removals), WORDS))
         schemes = analysis.robustness.schemes
         lines += ["", "## Every way of scoring: ranks", ""]
         rows = [
             [one.entry, *(str(scheme.ranks.get(one.entry, "")) for scheme in schemes)]
             for one in board.entries
         ]
-        lines += _markdown_table(["entry", *(scheme.name for scheme in schemes)], rows)
+        lines.append(markdown_table(["entry", *(scheme.name for scheme in schemes)], rows, WORDS))
         lines += ["", *(f"- `{scheme.name}`: {scheme.description}" for scheme in schemes)]
     if analysis.overfitting:
         lines += ["", "## Open against closed", ""]
@@ -261,7 +254,7 @@ def analysis_markdown(board: Leaderboard, analysis: Analysis) -> str:
             ]
             for one in analysis.overfitting.entries
         ]
-        lines += _markdown_table(head, rows)
+        lines.append(markdown_table(head, rows, WORDS))
         lines += ["", "*seen*: evaluation instances found in the entry's training data, of all."]
     return "\n".join(lines) + "\n"
 

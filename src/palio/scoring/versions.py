@@ -54,7 +54,7 @@ def rescore(
         for path, digest in finished.inputs.items():
             if board.inputs.get(path) != digest:
                 raise BadInput(
-                    results.root / path,
+                    results.path / path,
                     "",
                     None,
                     "changed since the leaderboard was made; run `palio score` instead",

@@ -16,6 +16,7 @@ from palio.errors import BadInput, OutOfMemory
 from palio.serving import attention
 from palio.serving.attention import Chunk, Plan
 from palio.serving.prefix_tree import Node, PrefixTree
+from palio.tensors import cap_gpu_memory, mean_divergence
 
 DEFAULT_CONTEXT = 2048
 """Tokens, for a model that states no limit."""
@@ -58,8 +59,7 @@ def load_model(package: Path, device: str, gpu_memory_gb: float | None) -> Model
         raise BadInput("--device", "", device, "no CUDA GPU is visible; use cpu")
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu and gpu_memory_gb is not None:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory_gb * 1e9 / total))
+        cap_gpu_memory(gpu_memory_gb)
     disable_progress_bar()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(package, dtype="auto" if on_gpu else torch.float32)
@@ -76,7 +76,7 @@ def choose_model(loaded: Any) -> Model:
     try:
         expected = _probe_plain(plain)
         tree = TreeModel(loaded)
-        divergence = _divergence(expected, _probe_tree(tree))
+        divergence = mean_divergence([expected], [_probe_tree(tree)])
         if divergence <= MAX_DIVERGENCE:
             return tree
         reason = f"tree attention would be off by {divergence:.2g} nats"
@@ -103,12 +103,6 @@ def _probe_tree(model: Model) -> torch.Tensor:
     _, first = model.forward([Chunk(leaf.parent, 0, 32, 0), Chunk(leaf, 0, 8, 8)])
     rest = [model.forward([Chunk(leaf, start, stop, stop - start)])[0] for start, stop in ((8, 15), (15, 16))]
     return torch.cat([first, *rest])
-
-
-def _divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    """Return the mean KL divergence of (rows, vocabulary) logits, in nats."""
-    log_p, log_q = expected.double().log_softmax(-1), actual.double().log_softmax(-1)
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
 def cache_tokens(model: Model, cache_gb: float | None, gpu_memory_gb: float | None) -> int:

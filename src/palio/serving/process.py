@@ -13,13 +13,13 @@ from pathlib import Path
 from types import TracebackType
 
 from palio.errors import Crashed, OutOfMemory
+from palio.text import last_lines
 
 READY = "palio serves on "
 """What a server prints, followed by its address, once it takes requests."""
 READY_SECONDS = 1800.0
 """Enough to load a large model from a slow disk."""
 STOP_SECONDS = 10.0
-LOG_LINES = 5
 POLL_SECONDS = 0.1
 OWNER = "PALIO_SERVER_OWNER"
 """Environment variable: id of the process that a server ends with."""
@@ -110,13 +110,12 @@ class ServerProcess:
                 raise self._death(code, output)
             time.sleep(POLL_SECONDS)
         raise Crashed(
-            f"the model server was not ready after {READY_SECONDS:.0f} s; "
-            f"see {self._log}: {_last_lines(output)}"
+            f"the model server was not ready after {READY_SECONDS:.0f} s; see {self._log}: {last_lines(output)}"
         )
 
     def _death(self, code: int, output: str) -> Crashed | OutOfMemory:
         what = (
-            f"the model server ended with code {code} before it was ready; {self._log}: {_last_lines(output)}"
+            f"the model server ended with code {code} before it was ready; {self._log}: {last_lines(output)}"
         )
         # A SIGKILL that is not ours comes from the kernel's or the batch system's memory limit.
         killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
@@ -144,7 +143,3 @@ def end_with_owner() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
         if os.getppid() != int(owner):  # it ended before the call
             sys.exit(1)
-
-
-def _last_lines(output: str) -> str:
-    return " | ".join(line.strip() for line in output.strip().splitlines()[-LOG_LINES:])

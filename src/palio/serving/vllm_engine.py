@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -23,10 +22,12 @@ import httpx
 from transformers import AutoConfig
 
 from palio.errors import BadInput, Crashed
+from palio.network import free_port
 from palio.serving.model import context_of
 from palio.serving.process import READY_SECONDS
 from palio.serving.request import GREEDY_BELOW, BadRequest, Completion, Request, Token, Unavailable
 from palio.serving.text import TextStream, Vocabulary, cut, find_stop
+from palio.tensors import gpu_memory_share
 
 PROGRAM = "vllm"
 REQUEST_SECONDS = 3600.0
@@ -43,8 +44,10 @@ class VllmEngine:
             raise BadInput("--engine", "", PROGRAM, fix)
         self._context = context_of(AutoConfig.from_pretrained(package))
         self._counts: Counter[str] = Counter()
-        port = _free_port()
-        share = ["--gpu-memory-utilization", f"{_share(gpu_memory_gb):.4f}"] if gpu_memory_gb else []
+        port = free_port()
+        share = (
+            ["--gpu-memory-utilization", f"{gpu_memory_share(gpu_memory_gb):.4f}"] if gpu_memory_gb else []
+        )
         self._process = subprocess.Popen(
             [
                 *(PROGRAM, "serve", str(package), "--served-model-name", "palio"),
@@ -149,15 +152,3 @@ class VllmEngine:
 
 def _token_id(name: str) -> int:
     return int(name.removeprefix("token_id:"))
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def _share(gpu_memory_gb: float) -> float:
-    import torch
-
-    return min(1.0, gpu_memory_gb * 1e9 / torch.cuda.get_device_properties(0).total_memory)

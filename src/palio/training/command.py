@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -26,11 +26,12 @@ from palio.errors import Crashed, Interrupted
 from palio.layout import TrainingFolder
 from palio.provenance import atomic_path, fingerprint, folder_sha256
 from palio.records import AdapterManifest, Contained
-from palio.sandbox import gpu
+from palio.sandbox.gpu import track_gpu
 from palio.sandbox.handed_in import check_files, take_model
 from palio.sandbox.image import image_folder
 from palio.sandbox.process import Confined
 from palio.sandbox.room import OUTPUT, Limits, Room
+from palio.text import last_lines
 from palio.training.ledger import Ledger
 from palio.training.step import Trained, TrainingStep, adapter_of
 from palio.training.telemetry import SCHEMA
@@ -54,7 +55,7 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
     files = Path(program.files) if program.files else None
     if files is not None:
         check_files(files, "command.files")
-    gpu.check_gpu(step.track)
+    gpu = track_gpu(step.track)
     recipe = {
         "kind": "command",
         **program.model_dump(mode="json", exclude_none=True),
@@ -72,8 +73,8 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
             visible=isolation.visible,
             system=image_folder(program.image, step.folder.work),
         )
-        facts, log = gpu.hardware(step.track), work.program_log
-        budget, meter = float(step.track.training_budget), gpu.energy_meter(step.track)
+        facts, log = gpu.facts() if gpu else {"device": "cpu"}, work.program_log
+        budget, meter = float(step.track.training_budget), gpu.joules if gpu else None
         with Ledger(work.ledger, budget, meter=meter, **facts) as ledger:
             state = _run(program, room, ledger, log, isolation.unconfined)
             method, pickles = take_model(
@@ -81,6 +82,7 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
                 work.adapter,
                 base_model=step.base_model.model,
                 base_model_id=base_model,
+                limit=room.limits.output,
             )
             ledger.outcome = state
             seconds = ledger.used()
@@ -103,8 +105,10 @@ def _run(
 ) -> Literal["finished", "budget_reached"]:
     """Let the program train inside what is left of the budget."""
     assert room.output is not None
+    room.output.mkdir(parents=True, exist_ok=True)
     for name in ("result", "checkpoints"):
-        (room.output / name).mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # whatever an earlier attempt left by that name: take_model judges it
+            (room.output / name).mkdir()
     left = ledger.left()
     if left <= POLL_SECONDS:
         return "budget_reached"  # in an earlier attempt; what it left is taken
@@ -131,7 +135,8 @@ def _run(
     if code is None or (asked and code != 0):
         return "budget_reached"
     if code != 0:
-        raise Crashed(f"the program ended with code {code}; {log}: {_last_line(log)}")
+        last = last_lines(log.read_bytes()[-4096:].decode(errors="replace"), 1) or "it printed nothing"
+        raise Crashed(f"the program ended with code {code}; {log}: {last}")
     return "finished"
 
 
@@ -165,9 +170,3 @@ def _stop_signal() -> Iterator[set[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _last_line(log: Path) -> str:
-    """Printable, and at most 200 characters: a program's output may hold anything."""
-    lines = log.read_bytes()[-4096:].decode(errors="replace").strip().splitlines()
-    return "".join(filter(str.isprintable, lines[-1]))[:200] if lines else "it printed nothing"

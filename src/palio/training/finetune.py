@@ -23,11 +23,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from palio.config import FinetuneRecipe
 from palio.errors import BadInput, Crashed, Interrupted, OutOfMemory, TimeLimit
+from palio.heartbeat import HeartbeatWriter
 from palio.layout import TrainingFolder
 from palio.provenance import atomic_path, library_versions
 from palio.records import AdapterManifest
 from palio.training.checkpoint import load_checkpoint, save_checkpoint
-from palio.training.device import energy_meter, hardware, training_device
+from palio.training.device import hardware, nvml_gpu, training_device
 from palio.training.ledger import Ledger
 from palio.training.model import load_model, save_adapter
 from palio.training.rows import Row, split, tokenise
@@ -81,6 +82,8 @@ class _Training:
     def __init__(self, recipe: FinetuneRecipe, step: TrainingStep, work: TrainingFolder) -> None:
         self.recipe, self.track, self.work = recipe, step.track, work
         self.device = training_device(step.track)
+        self.gpu = nvml_gpu(self.device)
+        self.hardware = hardware(self.device, self.gpu)
         self.model_folder, self.dataset = step.base_model.model, step.folder.dataset.rows
         self.checkpoints = work.checkpoints
         self.telemetry: list[dict[str, float]] = []
@@ -90,6 +93,7 @@ class _Training:
         self.tokens = 0
         self.slowest = {"step": 0.0, "save": 0.0, "validation": 0.0}  # seconds
         self.tell: Tell = lambda row: None
+        self.heartbeat_file = step.folder.heartbeat("finetune")
 
     def run(self, base_model: str) -> Trained:
         """Train to the end or to the budget, and save."""
@@ -98,10 +102,10 @@ class _Training:
         try:
             trainer = self._trainer(rows)
             budget = float(self.track.training_budget)
-            meter = energy_meter(self.device)
+            meter = self.gpu.joules if self.gpu else None
             with (
                 _signals() as caught,
-                Ledger(self.work.ledger, budget, meter=meter, **hardware(self.device)) as ledger,
+                Ledger(self.work.ledger, budget, meter=meter, **self.hardware) as ledger,
             ):
                 self._resume(trainer, budget)
                 state = self._train(trainer, ledger, caught)
@@ -139,7 +143,7 @@ class _Training:
             "threads": torch.get_num_threads(),
             "tokens": self.tokens,
             "peak_memory_bytes": peak_memory(self.device),
-            **hardware(self.device),
+            **self.hardware,
         }
         return Trained(manifest, seconds, facts)
 
@@ -199,6 +203,7 @@ class _Training:
     def _train(
         self, trainer: Trainer, ledger: Ledger, caught: set[int]
     ) -> Literal["finished", "budget_reached"]:
+        heartbeat = HeartbeatWriter(self.heartbeat_file, trainer.steps, "steps")
         with progress(trainer.steps, trainer.step) as show:
             patience = self.recipe.patience or math.inf
             while trainer.step < trainer.steps and self.validations_since_best < patience:
@@ -215,6 +220,7 @@ class _Training:
                     ) from None
                 self._note(report, ledger)
                 show(report, ledger.left())
+                heartbeat.beat(report.step, ledger.used())
                 due = trainer.step % self.recipe.save_steps == 0
                 if due:
                     self._validate(trainer)

@@ -13,7 +13,6 @@ so that dying never pays.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import platform
 import threading
@@ -25,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from palio.errors import Interrupted
+from palio.files import append_json_line, read_json_lines
 
 
 def beat_interval(budget: float) -> float:
@@ -51,16 +51,8 @@ def charged(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """The ledger's lines; one that a crash tore is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    """Return the lines of a ledger; none if it does not exist."""
+    return read_json_lines(path)
 
 
 def joules(lines: list[dict[str, Any]]) -> float | None:
@@ -115,10 +107,6 @@ class Ledger:
         return self.budget - self.used()
 
     def __enter__(self) -> Ledger:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # A torn last line is closed, so that this attempt's first line stands alone.
-        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            self._append("\n")
         self._started = time.monotonic()
         self._joules = self.meter() if self.meter else None
         self._write(
@@ -158,12 +146,4 @@ class Ledger:
                 return
 
     def _write(self, event: str, **values: Any) -> None:
-        self._append(json.dumps({"event": event, "attempt": self.attempt, **values}) + "\n")
-
-    def _append(self, text: str) -> None:
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, text.encode())
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        append_json_line(self.path, {"event": event, "attempt": self.attempt, **values})

@@ -16,8 +16,6 @@ stays ended unless the budget is raised.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,9 +24,18 @@ from typing import Any
 
 from palio.config import Track
 from palio.errors import BadInput, Crashed
+from palio.files import link_or_copy
 from palio.layout import BaseModelFolder, EntryFolder, TrainingFolder
-from palio.provenance import atomic_path, fingerprint, folder_sha256, timed_run, write_json
-from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, read_record
+from palio.provenance import atomic_path, fingerprint, folder_sha256
+from palio.records import (
+    AdapterManifest,
+    BaseModelManifest,
+    DatasetManifest,
+    FinetuneRun,
+    TrainingFacts,
+    read_record,
+    timed_run,
+)
 from palio.settings import FinetuneSettings, RunOptions
 from palio.training.ledger import joules, read_ledger, sole_process
 
@@ -56,7 +63,7 @@ class Trained:
     seconds: float
     """Of the budget, over all attempts."""
     facts: dict[str, Any]
-    """For finetune.run.json."""
+    """Other values of the TrainingFacts."""
 
 
 def adapter_of(
@@ -80,17 +87,17 @@ def adapter_of(
     )
     _refuse_to_replace(folder.adapter_manifest, key)
     work = folder.training(key[:16])
-    with timed_run(folder.run_facts("finetune"), fingerprint=key) as run, sole_process(work.path):
-        run["restored"] = _ended(work, step.track)
-        if not run["restored"]:
+    with timed_run(folder.run_facts("finetune"), FinetuneRun()) as run, sole_process(work.path):
+        run.restored = _ended(work, step.track)
+        if not run.restored:
             work.manifest.unlink(missing_ok=True)  # of a smaller budget
             trained = train(work, model.id)
-            facts = {
-                "training_seconds": round(trained.seconds, 3),
-                "energy_joules": joules(read_ledger(work.ledger)),
-                "memory_cap_gb": step.track.gpu_memory_gb,
-            }
-            write_json(work.facts, facts | trained.facts)
+            TrainingFacts(
+                training_seconds=round(trained.seconds, 3),
+                energy_joules=joules(read_ledger(work.ledger)),
+                memory_cap_gb=step.track.gpu_memory_gb,
+                **trained.facts,
+            ).write(work.facts)
             manifest = {
                 "competition": step.settings.competition_id,
                 "track": folder.track_id,
@@ -107,9 +114,9 @@ def adapter_of(
             AdapterManifest(**manifest | trained.manifest).write(work.manifest)
             if trained.manifest["state"] == "finished":
                 shutil.rmtree(work.checkpoints, ignore_errors=True)
-        run.update(json.loads(work.facts.read_text(encoding="utf-8")))
+        run.training = read_record(TrainingFacts, work.facts)
         price = step.options.telemetry.usd_per_hour.get(folder.track_id)
-        run["cost_usd"] = price and round(price * run["training_seconds"] / 3600, 4)
+        run.cost_usd = price and round(price * run.training.training_seconds / 3600, 4)
         return _publish(work, folder)
 
 
@@ -136,7 +143,7 @@ def _publish(work: TrainingFolder, folder: EntryFolder) -> AdapterManifest:
         raise Crashed(f"the finished adapter in {work.path} was changed; delete that folder to train again")
     building = folder.unfinished("adapter")
     shutil.rmtree(building, ignore_errors=True)
-    shutil.copytree(work.adapter, building, copy_function=_link)
+    shutil.copytree(work.adapter, building, copy_function=link_or_copy)
     folder.adapter_manifest.unlink(missing_ok=True)
     shutil.rmtree(folder.adapter, ignore_errors=True)
     building.rename(folder.adapter)
@@ -144,10 +151,3 @@ def _publish(work: TrainingFolder, folder: EntryFolder) -> AdapterManifest:
         shutil.copyfile(work.telemetry, temporary)
     manifest.write(folder.adapter_manifest)
     return manifest
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -1,56 +1,69 @@
-"""The operations of a recipe, in two kinds.
+"""What an operation does to the rows: the two kinds there are, and what they exchange with curation.
 
-One that judges row by row turns a batch into a verdict. One that judges a row by all the others
-(`ByAllRows` in `palio.config`) takes notes of each batch, such as hashes of its rows, and judges all rows by
-the notes alone. So verdicts and notes are functions of one batch, made anywhere and in any order.
+A `RowOperation` turns a batch of rows into a verdict. A `TableOperation` has to see all rows: it reduces
+each batch to a sketch, such as hashes of its rows, and then decides on all rows from the sketches alone.
+Verdicts and sketches depend on one batch only, so they can be made on any machine, in any order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import pyarrow as pa
 
-from palio.curation.operations import (
-    cleaning,
-    decontamination,
-    duplicates,
-    filtering,
-    near_duplicates,
-    quality,
-    sampling,
-    semantic_duplicates,
-)
-from palio.curation.rows import Batch, Notes, Reasons, Surroundings, Verdict
+from palio.config import Operation
+from palio.curation.rows import Batch
 
-# `Any` is the operation's own settings.
-ROW_BY_ROW: dict[str, Callable[[Any, Batch, Surroundings], Verdict]] = {
-    "clean_markup": cleaning.clean_markup,
-    "replace_matches": cleaning.replace_matches,
-    "drop_matches": filtering.drop_matches,
-    "drop_refusals": filtering.drop_refusals,
-    "keep_languages": quality.keep_languages,
-    "keep_quality": quality.keep_quality,
-    "length_filter": filtering.length_filter,
-    "token_length": filtering.token_length,
-    "decontaminate": decontamination.decontaminate,
-}
+Reasons = list[str | None]
+"""Why each row of a batch is dropped; None keeps it."""
+Sketches = Iterable[pa.RecordBatch]
+"""The sketch of each batch, one line per row; can be iterated over more than once."""
 
 
-class Joint(NamedTuple):
-    note: Callable[[Any, Batch, Surroundings], pa.RecordBatch]
-    """A line for each row of a batch."""
-    judge: Callable[[Any, Notes, Surroundings], Iterator[Reasons]]
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of the rows of a batch, in their order."""
+
+    reasons: Reasons
+    rewritten: pa.RecordBatch | None = None
+    """All rows with their new texts, from an operation that rewrites."""
 
 
-BY_ALL_ROWS: dict[str, Joint] = {
-    "drop_disagreement": Joint(duplicates.answer_digests, duplicates.disagreement),
-    "drop_exact_duplicates": Joint(duplicates.row_digests, duplicates.exact_duplicates),
-    "drop_near_duplicates": Joint(near_duplicates.signatures, near_duplicates.near_duplicates),
-    "drop_semantic_duplicates": Joint(
-        semantic_duplicates.embeddings, semantic_duplicates.semantic_duplicates
-    ),
-    "cap_rows": Joint(sampling.groups, sampling.cap),
-    "sample_rows": Joint(sampling.mix, sampling.sample),
-}
+@dataclass(frozen=True)
+class OperationContext:
+    """What an operation may use besides the rows."""
+
+    base_model: Path
+    """Model folder of the entry's base model, for its tokenizer."""
+    team_folders: Sequence[Path]
+    """Folders below which the team's files lie."""
+    seed: int
+    """Seed of the recipe."""
+    scratch: Path
+    """Folder for temporary files."""
+
+
+class RowOperation(Operation):
+    """An operation that judges each row on its own."""
+
+    @abstractmethod
+    def apply(self, batch: Batch, context: OperationContext) -> Verdict:
+        """Return the verdict on a batch."""
+
+
+class TableOperation(Operation):
+    """An operation that judges a row by all the others."""
+
+    needs_all_rows: ClassVar[bool] = True
+
+    @abstractmethod
+    def sketch(self, batch: Batch, context: OperationContext) -> pa.RecordBatch:
+        """Return what `decide` needs to know of a batch, one line per row."""
+
+    @abstractmethod
+    def decide(self, sketches: Sketches, context: OperationContext) -> Iterator[Reasons]:
+        """Yield the reasons for each batch, in the order of the sketches."""

@@ -1,14 +1,14 @@
-"""Rewriting texts: the web's markup, and what a pattern matches."""
+"""Stripping the markup of web pages."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable
-from functools import partial
+from typing import Literal
 
-from palio.config import CleanMarkup, ReplaceMatches
-from palio.curation.rows import FIELDS, Batch, Surroundings, Verdict
+from palio.curation.operations import OperationContext, RowOperation, Verdict
+from palio.curation.operations.replace_matches import rewritten
+from palio.curation.rows import Batch
 
 # Named tags only: `a < b > c` and `<n>` of a formula are text.
 _TAGS = (
@@ -23,6 +23,15 @@ _BLANKS = re.compile(r"[ \t\u00a0]+")
 _TRAILING = re.compile(r" +(?=\n)")
 
 
+class CleanMarkup(RowOperation):
+    """Strip HTML tags and Markdown emphasis, unescape entities, collapse runs of blanks in a line."""
+
+    op: Literal["clean_markup"]
+
+    def apply(self, batch: Batch, context: OperationContext) -> Verdict:
+        return rewritten(batch, without_markup, "both", "without its markup")
+
+
 def without_markup(text: str) -> str:
     """The text as a reader sees it. Line breaks and a first blank stay: prompts rely on them."""
     if "<" in text:
@@ -34,21 +43,3 @@ def without_markup(text: str) -> str:
     if "  " in text or "\t" in text or "\u00a0" in text:
         text = _BLANKS.sub(" ", text)
     return _TRAILING.sub("", text) if " \n" in text else text
-
-
-def clean_markup(settings: CleanMarkup, batch: Batch, around: Surroundings) -> Verdict:
-    return _rewritten(batch, without_markup, "both", "without its markup")
-
-
-def replace_matches(settings: ReplaceMatches, batch: Batch, around: Surroundings) -> Verdict:
-    rewrite = partial(re.compile(settings.pattern).sub, settings.by)
-    return _rewritten(batch, rewrite, settings.field, f"without what {settings.pattern} matches")
-
-
-def _rewritten(batch: Batch, rewrite: Callable[[str], str], field: str, without: str) -> Verdict:
-    of_field = FIELDS[field]
-    rewritten = [list(turns) for turns in batch.turns]
-    for turns in rewritten:
-        turns[of_field] = map(rewrite, turns[of_field])
-    reasons = [None if all(map(str.strip, turns)) else f"nothing is left {without}" for turns in rewritten]
-    return Verdict(reasons, batch.rewritten(rewritten))

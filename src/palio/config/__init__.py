@@ -1,0 +1,78 @@
+"""What a competition and an entry may say: frozen models, read once at the edge, trusted inside.
+
+`load_competition` and `load_entry` turn YAML into these models or raise `BadInput` with one line that
+names file, key, value and fix. config/README.md lists every field.
+"""
+
+from palio.config.base_model import BaseModelSource
+from palio.config.common import ID_PATTERN, REVISION_PATTERN, Pattern, Seconds, Strict, Weight, expand
+from palio.config.competition import (
+    Competition,
+    Isolation,
+    Metric,
+    Overrides,
+    Scenario,
+    Scoring,
+    Stage,
+    Stages,
+    Telemetry,
+    Track,
+)
+from palio.config.dataset import DatasetRecipe, DataSource, RowTemplate
+from palio.config.entry import Entry
+from palio.config.finetune import FinetuneRecipe
+from palio.config.operations import Input, Operation, operation_class, operation_names
+from palio.config.program import Program, ServerProgram
+from palio.config.reading import (
+    Fault,
+    faults,
+    load_competition,
+    load_entry,
+    load_overrides,
+    load_rules,
+    parse,
+    read_yaml,
+)
+from palio.config.ruleset import ApprovedModel, RuleSet
+
+__all__ = [
+    "ID_PATTERN",
+    "REVISION_PATTERN",
+    "ApprovedModel",
+    "BaseModelSource",
+    "Competition",
+    "DataSource",
+    "DatasetRecipe",
+    "Entry",
+    "Fault",
+    "FinetuneRecipe",
+    "Input",
+    "Isolation",
+    "Metric",
+    "Operation",
+    "Overrides",
+    "Pattern",
+    "Program",
+    "RowTemplate",
+    "RuleSet",
+    "Scenario",
+    "Scoring",
+    "Seconds",
+    "ServerProgram",
+    "Stage",
+    "Stages",
+    "Strict",
+    "Telemetry",
+    "Track",
+    "Weight",
+    "expand",
+    "faults",
+    "load_competition",
+    "load_entry",
+    "load_overrides",
+    "load_rules",
+    "operation_class",
+    "operation_names",
+    "parse",
+    "read_yaml",
+]

@@ -1,0 +1,131 @@
+"""An entry's dataset: the sources, and what is done to their rows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from palio.config.common import Share, Strict
+from palio.config.operations import AnyOperation, Input
+from palio.errors import InvalidValue
+
+
+class RowTemplate(Strict):
+    """How a record of any shape becomes a row: Jinja templates over the record's fields."""
+
+    prompt: str
+    """Template of the prompt, e.g. `"Q: {{ question }}"`."""
+    completion: str
+    """Template of the completion, e.g. `" {{ answer }}"`."""
+
+    @model_validator(mode="after")
+    def _is_jinja(self) -> RowTemplate:
+        import jinja2
+
+        for key in ("prompt", "completion"):
+            try:
+                jinja2.Environment(autoescape=False).parse(getattr(self, key))  # noqa: S701 (parsed, never rendered)
+            except jinja2.TemplateSyntaxError as error:
+                raise ValueError(f"{key} is not a Jinja template: {error}") from None
+        return self
+
+
+class DataSource(Strict):
+    """A source of training data: exactly one of `path` and `hub`."""
+
+    path: str | None = None
+    """A `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.csv` or `.parquet` file, or a folder saved by `datasets`."""
+    hub: str | None = None
+    """`org/name@revision` of a dataset on the Hugging Face hub; the revision is a 40-character commit id.
+    Offline (`HF_HUB_OFFLINE=1`) this very revision is read from the cache of `datasets`."""
+    config: str | None = None
+    """Configuration (subset) of a hub dataset; omit it if there is only one."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    streaming: bool = False
+    """Read a hub dataset without keeping a copy in the cache; needs the network every time."""
+    format: Literal[
+        "pairs", "alpaca", "dolly", "sharegpt", "lima", "messages", "oasst", "flan", "natural_instructions"
+    ] = "pairs"
+    """Shape of the records. `pairs` has `prompt` and `completion`, `flan` has `inputs` and `targets`, `oasst`
+    one conversation tree per line (the best-ranked replies are read), `natural_instructions` one task per
+    line. A conversation becomes one row, up to its last answer; system turns precede the first question."""
+    template: RowTemplate | None = None
+    """Instead of `format`, for records of any other shape."""
+    score: str | None = None
+    """Key of a number in the records, for `sample_rows` with `by: score`."""
+    name: str | None = None
+    """Shown in the data card; defaults to the file's stem or the dataset's name."""
+    licence: str
+    """SPDX id; must be one of the rule set's `data_licences`."""
+    url: str | None = None
+    """Where the public finds the data."""
+    generator: str | None = None
+    """Model (`org/name` on the hub) or program that wrote the data; omit for human-written data."""
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> DataSource:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either path or hub")
+        if self.hub and not re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", self.hub):
+            raise ValueError(
+                "write hub as org/name@<40-character commit id>: a branch would change under you"
+            )
+        if self.hub is None and (self.config or self.streaming or self.split != "train"):
+            raise ValueError("config, split and streaming apply to hub datasets only")
+        if self.template and self.format != "pairs":
+            raise ValueError("give format or template, not both")
+        return self
+
+    @property
+    def address(self) -> str:
+        return self.path or f"hub:{self.hub}"
+
+    @property
+    def revision(self) -> str | None:
+        return self.hub.partition("@")[2] if self.hub else None
+
+    @property
+    def label(self) -> str:
+        if self.name or self.path is None:
+            return self.name or str(self.hub).partition("@")[0].partition("/")[2]
+        return Path(self.path).name.partition(".")[0]
+
+
+class DatasetRecipe(Strict):
+    """Sources, and the operations applied to their rows."""
+
+    sources: tuple[DataSource, ...] = Field(min_length=1)
+    """At least one source; names must differ."""
+    operations: tuple[AnyOperation, ...] = ()
+    """Operations in the order they are applied: `op` and its settings."""
+    max_quarantined: Share = 0.05
+    """Share of a source's lines that may be malformed; curation fails above it."""
+    seed: int = 0
+    """Seed of shuffling and sampling."""
+
+    @property
+    def phases(self) -> int:
+        """Number of phases that shards can run on their own: each ends with an operation that needs all rows,
+        or with the last one."""
+        ends = [operation.needs_all_rows for operation in self.operations]
+        return sum(ends) + (not ends[-1]) if ends else 0
+
+    @property
+    def inputs(self) -> list[tuple[str, Input]]:
+        """Inputs of the operations, each with its key in the recipe."""
+        return [
+            (f"operations.{index}.{given.key}", given)
+            for index, operation in enumerate(self.operations)
+            for given in operation.inputs
+        ]
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> DatasetRecipe:
+        labels = [source.label for source in self.sources]
+        if len(set(labels)) < len(labels):
+            raise InvalidValue(why="two sources share a name", fix="give each its own name")
+        return self

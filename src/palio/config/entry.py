@@ -1,0 +1,73 @@
+"""An entry: what one team submits to one track."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from palio.config.base_model import BaseModelSource
+from palio.config.common import Strict
+from palio.config.dataset import DatasetRecipe
+from palio.config.finetune import FinetuneRecipe
+from palio.config.program import Program, ServerProgram
+from palio.errors import InvalidValue
+
+PARTS = {
+    "recipe": ("dataset", "finetune"),
+    "command": ("dataset", "command"),
+    "server": ("server",),
+}
+"""The sections that entries of each kind have beside those that all entries have."""
+
+
+class Entry(Strict):
+    """One submission of one team to one track. Its id is the name of its file."""
+
+    team: str = Field(min_length=1)
+    """Name of the team."""
+    team_members: tuple[str, ...] = ()
+    """Names of the people in the team, where the rules limit their number."""
+    track: str
+    """Id of a track in the competition."""
+    kind: Literal["recipe", "command", "server"] = "recipe"
+    """`recipe`: Palio's own curation and trainer; `command`: the team's own training program; `server`: the
+    team's own inference server."""
+    title: str = ""
+    """Shown in the report."""
+    base_model: BaseModelSource
+    """The model to start from."""
+    dataset: DatasetRecipe | None = None
+    """For kinds `recipe` and `command`. In a recipe, omit it together with `finetune` for an untuned base
+    model."""
+    finetune: FinetuneRecipe | None = None
+    """For kind `recipe`: how Palio's trainer fine-tunes."""
+    command: Program | None = None
+    """For kind `command`: the team's own training program, see docs/command_entries.md."""
+    server: ServerProgram | None = None
+    """For kind `server`: the team's own inference server, see docs/server_entries.md."""
+
+    @model_validator(mode="after")
+    def _parts_of_its_kind(self) -> Entry:
+        parts = PARTS[self.kind]
+        for other in {part for parts in PARTS.values() for part in parts}.difference(parts):
+            if getattr(self, other) is not None:
+                raise InvalidValue(
+                    why=f"kind {self.kind} has no section {other}", fix="remove it, or correct the kind"
+                )
+        missing = [part for part in parts if getattr(self, part) is None]
+        if self.kind == "recipe" and len(missing) == 1:
+            raise ValueError("give both dataset and finetune, or neither for an untuned base model")
+        if self.kind != "recipe" and missing:
+            raise InvalidValue(why=f"kind {self.kind} needs the section {missing[0]}", fix="add it")
+        return self
+
+    @property
+    def trained(self) -> bool:
+        """True if the workflow fine-tunes this entry."""
+        return self.finetune is not None or self.command is not None
+
+    @property
+    def program(self) -> Program | None:
+        """The team's own program, if the entry has one."""
+        return self.command or self.server

@@ -1,0 +1,172 @@
+"""Reading YAML files into models, or raising `BadInput` with one line: file, key, value and fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from palio.config.common import ID_PATTERN, expand
+from palio.config.competition import Competition, Overrides
+from palio.config.entry import Entry
+from palio.config.ruleset import RuleSet
+from palio.errors import BadInput, InvalidValue
+from palio.layout import STAGES, overrides
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Fault(NamedTuple):
+    """A fault of one key of a file."""
+
+    kind: str
+    """pydantic's name of the error, e.g. `missing`."""
+    key: str
+    value: str | int | float | bool | None
+    """None for a whole section."""
+    why: str
+    """Empty where only the fix is known."""
+    fix: str
+
+
+def faults(model: type[BaseModel], data: object) -> list[Fault]:
+    """Return everything that keeps `data` from being a `model`."""
+    try:
+        model.model_validate(data)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        # A list whose only item is wrong is also reported as empty: a consequence, not a fault.
+        inner = {fault["loc"][:depth] for fault in errors for depth in range(1, len(fault["loc"]))}
+        return [_fault(model, fault) for fault in errors if fault["loc"] not in inner]
+    return []
+
+
+def _fault(model: type[BaseModel], fault: Mapping[str, Any]) -> Fault:
+    value = fault.get("input")
+    why, fix = _why_and_fix(model, fault)
+    return Fault(
+        kind=fault["type"],
+        key=".".join(str(part) for part in fault["loc"]),
+        value=value if isinstance(value, str | int | float | bool) else None,
+        why=why,
+        fix=fix,
+    )
+
+
+def parse(model: type[Model], data: object, file: str | Path) -> Model:
+    """Validate `data` as `model`; one fault becomes one `BadInput` line."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        # A misspelled key is also missing under its right name: the spelling is what to correct.
+        first = next((fault for fault in errors if fault["type"] == "extra_forbidden"), errors[0])
+        fault = _fault(model, first)
+        raise BadInput(file, fault.key, fault.value, why=fault.why, fix=fault.fix) from None
+
+
+def _why_and_fix(model: type[BaseModel], fault: Mapping[str, Any]) -> tuple[str, str]:
+    if fault["type"] == "extra_forbidden":
+        wrong = str(fault["loc"][-1])
+        known = sorted(_field_names(model.model_json_schema()))
+        near = difflib.get_close_matches(wrong, known, n=1)
+        return "unknown key", f"did you mean {near[0]}?" if near else "remove it"
+    if fault["type"] == "missing":
+        return "is missing", "add it"
+    if fault["type"] == "model_type":
+        return "is not a section", "write it as lines of key: value"
+    error = fault.get("ctx", {}).get("error")
+    if isinstance(error, InvalidValue):
+        return error.why, error.fix
+    return "", str(fault["msg"]).removeprefix("Value error, ")
+
+
+def _field_names(schema: Any) -> set[str]:
+    """Return the names of all fields in a JSON schema, at any depth."""
+    if not isinstance(schema, dict | list):
+        return set()
+    inner = schema.values() if isinstance(schema, dict) else schema
+    names = set(schema.get("properties", ())) if isinstance(schema, dict) else set()
+    return names.union(*map(_field_names, inner))
+
+
+class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml, if installed
+    """Checks YAML's rule that the keys of a mapping differ, which PyYAML does not."""
+
+
+def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    duplicate = next((key for key in keys if keys.count(key) > 1), None)
+    if duplicate is not None:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"key {duplicate!r} is duplicated", node.start_mark
+        )
+    loader.flatten_mapping(node)
+    return dict(loader.construct_pairs(node, deep=True))
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_yaml(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadInput(path, why="no such file", fix="check the path") from None
+    except UnicodeDecodeError:
+        raise BadInput(path, why="is not UTF-8 text", fix="save it as UTF-8") from None
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}" if mark else ""
+        raise BadInput(path, line, why=f"is not YAML: {getattr(error, 'problem', error)}") from None
+
+
+def load_entry(path: Path) -> Entry:
+    return parse(Entry, read_yaml(path), path)
+
+
+def load_rules(path: Path) -> RuleSet:
+    return parse(RuleSet, read_yaml(path), path)
+
+
+def load_competition(data: Path | Mapping[str, Any], file: str | Path = "config") -> Competition:
+    """Read a competition from its file, or from the mapping that Snakemake made of it (then named `file`)."""
+    content: object = data
+    if isinstance(data, Path):
+        content, file = read_yaml(data), data
+    competition = parse(Competition, _overridden(content), file)
+    if not ID_PATTERN.fullmatch(competition.competition):
+        raise BadInput(file, "competition", competition.competition, fix="use letters, digits, - and _ only")
+    for kind in ("tracks", *(f"stages.{name}.scenarios" for name in STAGES)):
+        stage = kind.split(".")[1] if "." in kind else None
+        names = competition.stage(stage).scenarios if stage else competition.tracks
+        for name in names:
+            if not ID_PATTERN.fullmatch(name):
+                raise BadInput(file, f"{kind}.{name}", name, fix="use letters, digits, - and _ only")
+    inside = expand(competition.closed_store).resolve().is_relative_to(Path.cwd().resolve())
+    if inside and not competition.demo:
+        raise BadInput(
+            file, "closed_store", competition.closed_store, fix="give a folder outside the repository"
+        )
+    return competition
+
+
+def load_overrides(competition: str) -> Overrides:
+    path = overrides(competition)
+    return parse(Overrides, read_yaml(path), path) if path.exists() else Overrides()
+
+
+def _overridden(content: object) -> object:
+    """Return a competition's content with its overrides, which take precedence."""
+    if not isinstance(content, Mapping) or not ID_PATTERN.fullmatch(str(content.get("competition"))):
+        return content  # the model says what is wrong
+    decisions = load_overrides(str(content["competition"]))
+    withdrawn = {**(content.get("withdrawn") or {}), **decisions.withdrawn}
+    retries = {**(content.get("retries") or {}), **decisions.retries}
+    return {**content, "withdrawn": withdrawn, "retries": retries}

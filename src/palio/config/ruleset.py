@@ -1,0 +1,66 @@
+"""A competition's rules as data."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveInt, model_validator
+
+from palio.config.common import Strict
+from palio.layout import TEAMS
+
+
+class ApprovedModel(Strict):
+    """A family of base models that entries may start from."""
+
+    family: str
+    """Name shown to teams."""
+    sources: tuple[str, ...] = Field(min_length=1)
+    """Patterns with `*` that match `hub:org/name`, `path:folder` or `gguf:package/file`, ignoring case."""
+    licences: tuple[str, ...] = Field(min_length=1)
+    """Licences of the family as its model cards on the hub state them, e.g. `apache-2.0`; a downloaded card
+    with any other is refused."""
+    outputs_train: tuple[str, ...] | None = None
+    """Families that may be trained on this family's output; omit for any."""
+
+
+class RuleSet(Strict):
+    """The rules that entries are checked against. docs/rules.md says what each rule looks at."""
+
+    version: str
+    """Recorded in every `check.json`."""
+    base_models: tuple[ApprovedModel, ...] = Field(min_length=1)
+    """Approved families of base models."""
+    refused_names: tuple[str, ...] = ()
+    """Patterns refused in a base model's address even within an approved family, e.g. `*-instruct*`."""
+    require_revision: bool = True
+    """Require a 40-character commit id for models on the hub."""
+    data_licences: tuple[str, ...] = Field(min_length=1)
+    """SPDX ids that a data source may have."""
+    team_folders: tuple[str, ...] = (TEAMS,)
+    """Folders that teams' data and programs must be in, symbolic links resolved. Never a folder with stage
+    instances or anyone's home."""
+    require_url: bool = True
+    """Require a data source, unless generated, to say where the public finds it."""
+    refused_generators: tuple[str, ...] = ()
+    """Patterns of models whose output must not be trained on."""
+    approved_generators: tuple[str, ...] = ()
+    """Patterns of programs, and of models that are not approved base models, whose output may train any
+    entry. Every other generator must be an approved base model."""
+    max_length: PositiveInt = 2048
+    """Maximum number of tokens of prompt and completion together."""
+    max_entries_per_team: PositiveInt = 3
+    """Maximum number of entries of a team in one track."""
+    network_in_training: bool = False
+    """Let `command` entries use the network while they train."""
+    max_team_size: PositiveInt | None = None
+    """Maximum number of people in a team, counted over its entries; omit for no limit."""
+
+    @model_validator(mode="after")
+    def _families_exist(self) -> RuleSet:
+        families = {model.family for model in self.base_models}
+        for model in self.base_models:
+            for family in model.outputs_train or ():
+                if family not in families:
+                    raise ValueError(
+                        f"outputs_train of {model.family} names {family!r}, which is not a family"
+                    )
+        return self

@@ -1,0 +1,38 @@
+"""Replacing what a regular expression matches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+from palio.config import Pattern
+from palio.curation.operations import OperationContext, RowOperation, Verdict
+from palio.curation.rows import FIELDS, Batch, Side
+
+
+class ReplaceMatches(RowOperation):
+    """Replace what a regular expression matches, e.g. boilerplate with nothing; drop rows that become
+    empty."""
+
+    op: Literal["replace_matches"]
+    pattern: Pattern
+    """Python regular expression."""
+    by: str = ""
+    """Replacement; may refer to groups, as in `\\1`."""
+    field: Side = "both"
+    """Side of the row."""
+
+    def apply(self, batch: Batch, context: OperationContext) -> Verdict:
+        rewrite = partial(re.compile(self.pattern).sub, self.by)
+        return rewritten(batch, rewrite, self.field, f"without what {self.pattern} matches")
+
+
+def rewritten(batch: Batch, rewrite: Callable[[str], str], field: Side, without: str) -> Verdict:
+    """Rewrite the turns of a field, and drop rows with an empty turn."""
+    rows = [list(turns) for turns in batch.turns]
+    for turns in rows:
+        turns[FIELDS[field]] = map(rewrite, turns[FIELDS[field]])
+    reasons = [None if all(map(str.strip, turns)) else f"nothing is left {without}" for turns in rows]
+    return Verdict(reasons, batch.rewritten(rows))

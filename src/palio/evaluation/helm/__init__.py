@@ -1,0 +1,52 @@
+"""HELM 0.5.16 as a subprocess, and the files it leaves. Only this, `client` and `scenarios` know its inside.
+
+A stage is one `helm-run`. Each run entry carries its own `max_eval_instances` and, as a HELM group, the
+name of our scenario, so every scenario has its own budget and every run tells its scenario.
+
+    registry    what the installed HELM knows: run specs, metrics and their directions
+    run_entry   run-entries files, and the questions each run entry gets
+    folder      the files we write for `helm-run`, and the run folders it writes
+    process     `helm-run` itself
+    log         errors in HELM's log
+    statistic   values of a finished run
+    plan        evaluation instances, from a dry run
+
+Names, files and fields follow the sources of crfm-helm 0.5.16, the release that pyproject.toml pins.
+"""
+
+from palio.evaluation.helm.folder import (
+    MODEL,
+    RequestSettings,
+    RunFolder,
+    run_folders,
+    write_helm_folder,
+)
+from palio.evaluation.helm.log import error_class, log_error
+from palio.evaluation.helm.plan import plan_stage
+from palio.evaluation.helm.process import HelmExit, run_helm
+from palio.evaluation.helm.registry import check_directions, helm_version, metric_directions
+from palio.evaluation.helm.run_entry import budgets, run_entries, shares, stage_entries, stage_runs
+from palio.evaluation.helm.statistic import instance_statistics, statistics
+
+__all__ = [
+    "MODEL",
+    "HelmExit",
+    "RequestSettings",
+    "RunFolder",
+    "budgets",
+    "check_directions",
+    "error_class",
+    "helm_version",
+    "instance_statistics",
+    "log_error",
+    "metric_directions",
+    "plan_stage",
+    "run_entries",
+    "run_folders",
+    "run_helm",
+    "shares",
+    "stage_entries",
+    "stage_runs",
+    "statistics",
+    "write_helm_folder",
+]

@@ -1,0 +1,71 @@
+"""What the HELM client tells the evaluation: every answer, and why a request has none.
+
+answers.jsonl holds one `Answer` a line. It shows completions and lies where HELM's output lies. The reason
+of an unanswered request goes through HELM's scenario_state.json, see `RunFolder.unanswered`.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LIMIT = "the stage's limit ran out"
+BROKEN = "connection broken"
+"""Begins the reason where more than that one request failed."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    key: str
+    """sha256 of the request."""
+    cut: bool
+    """The server went on behind a stop sequence, and the completion was cut there."""
+    reply: dict[str, Any]
+    """The server's own, before any cut."""
+
+
+class JournalReader:
+    """Reads a journal that may still grow, every line once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = 0
+        """Bytes read so far: the end of the last complete line."""
+
+    def answers(self) -> Iterator[Answer]:
+        """Answers since the last call; none where there is no journal.
+
+        A last line without its end is left for later: it is being written, or a kill tore it.
+        """
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as lines:
+            lines.seek(self.offset)
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    return
+                self.offset += len(line)
+                yield Answer(**json.loads(line))
+
+
+class Journal:
+    """Keeps answers on disk, safe against threads of this process and a kill at any time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = threading.Lock()
+        reader = JournalReader(path)
+        self.replies = {answer.key: answer.reply for answer in reader.answers()}
+        with path.open("ab") as lines:
+            lines.truncate(reader.offset)  # a line torn by a kill never happened
+
+    def add(self, answer: Answer) -> None:
+        line = json.dumps(vars(answer)) + "\n"
+        with self.lock:
+            self.replies[answer.key] = answer.reply
+            with self.path.open("ab") as lines:
+                lines.write(line.encode())

@@ -1,0 +1,26 @@
+"""What training, packaging and serving compute alike with torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def mean_divergence(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
+    """Return the mean KL divergence, in nats, of the next-token distributions in `other` from `reference`'s.
+
+    Both are logits, each of shape (positions, vocabulary): mean over positions of sum p (log p - log q).
+    """
+    log_p, log_q = (torch.cat([*logits]).double().log_softmax(-1) for logits in (reference, other))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def gpu_memory_share(gpu_memory_gb: float) -> float:
+    """Return the share of the GPU's memory that `gpu_memory_gb` is, at most 1."""
+    return min(1.0, gpu_memory_gb * 1e9 / torch.cuda.get_device_properties(0).total_memory)
+
+
+def cap_gpu_memory(gpu_memory_gb: float) -> None:
+    """Let torch allocate no more than `gpu_memory_gb` on the GPU."""
+    torch.cuda.set_per_process_memory_fraction(gpu_memory_share(gpu_memory_gb))
