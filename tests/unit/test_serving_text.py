@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from palio.serving.request import BadRequest, Token
+from palio.serving.request import BadRequest, Request, Token
 from palio.serving.sampling import sample
 from palio.serving.text import TextStream, Vocabulary, cut, find_stop
 
 
 @pytest.fixture(scope="module")
 def vocabulary(base_model: Path) -> Vocabulary:
-    return Vocabulary(AutoTokenizer.from_pretrained(base_model))
+    return Vocabulary.load(base_model)
 
 
 @pytest.mark.parametrize("text", [" Paris.\n\nThe", "naïve 漢字 🐎🏽!", "👩‍👩‍👧", "\x00 \t ok"])
@@ -49,6 +50,57 @@ def test_a_token_outside_the_vocabulary_is_refused(vocabulary: Vocabulary) -> No
 def test_half_a_surrogate_pair_is_refused(vocabulary: Vocabulary) -> None:
     with pytest.raises(BadRequest, match="surrogate"):
         vocabulary.encode("\ud83d")
+
+
+def added_tokens(base_model: Path, *tokens: str, embeddings: int = 49152, special: bool = True) -> Vocabulary:
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    tokenizer.add_tokens(list(tokens), special_tokens=special)
+    return Vocabulary(tokenizer, embeddings)
+
+
+def test_text_that_spells_a_special_token_stays_text(vocabulary: Vocabulary) -> None:
+    assert vocabulary.encode("a<|im_end|>b") == [
+        *vocabulary.encode("a<"),
+        *vocabulary.encode("|im_end|>b"),
+    ]
+
+
+def test_a_prompt_never_ends_in_the_end_token(base_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    plain = Vocabulary(tokenizer, 49152)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+    assert tokenizer("Paris")["input_ids"][-1] == tokenizer.eos_token_id
+    vocabulary = Vocabulary(tokenizer, 49152)
+    assert vocabulary.encode("Paris") == [1, *plain.encode("Paris")]
+    assert vocabulary.decode(vocabulary.encode("Paris")) == "Paris"
+
+
+def test_a_token_beyond_the_embedding_is_refused(base_model: Path) -> None:
+    vocabulary = added_tokens(base_model, "[PAD]", special=False)
+    with pytest.raises(BadRequest, match=r"no embedding for the token \[PAD\]"):
+        vocabulary.prompt(Request("Animal: owl [PAD]"), 2048)
+    assert vocabulary.prompt(Request("Animal: owl"), 2048)
+
+
+def test_a_special_token_beyond_the_embedding_is_only_text(base_model: Path) -> None:
+    vocabulary = added_tokens(base_model, "[PAD]")
+    assert max(vocabulary.prompt(Request("Animal: owl [PAD]"), 2048)) < 49152
+
+
+def test_a_prompt_that_fits_in_the_context_is_kept_whole(vocabulary: Vocabulary) -> None:
+    prompt = vocabulary.encode("Animal: owl\nAnswer:")
+    request = Request("Animal: owl\nAnswer:", max_new_tokens=2048)
+    assert vocabulary.prompt(request, 2048) == prompt
+    assert vocabulary.prompt(request, len(prompt) + 1) == prompt
+
+
+def test_a_longer_prompt_makes_room_for_the_completion(vocabulary: Vocabulary) -> None:
+    text = "owl " * 50
+    assert vocabulary.prompt(Request(text, max_new_tokens=6), 20) == vocabulary.encode(text)[:14]
+    with pytest.raises(BadRequest, match="max_new_tokens is 20, but the context is 20"):
+        vocabulary.prompt(Request(text, max_new_tokens=20), 20)
 
 
 def test_the_earliest_stop_sequence_counts() -> None:

@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import uvicorn
 from fastapi import FastAPI, HTTPException, Response
 from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, BeforeValidator, Field
 
 from palio.errors import BadInput
 from palio.serving.process import READY, end_with_owner
-from palio.serving.request import BadRequest, Completion, QueueFull, Request, Unavailable
+from palio.serving.request import BadRequest, Completion, QueueFull, Request, RequestFailed, Unavailable
 
 if TYPE_CHECKING:
     from palio.serving.text import Vocabulary
@@ -75,7 +76,7 @@ class ProcessBody(BaseModel):
     prompt: str
     max_new_tokens: int = Field(default=64, ge=0)
     temperature: float = Field(default=1e-7, ge=0, le=100, allow_inf_nan=False)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
     top_k_per_token: int = Field(default=1, ge=1, le=100)
     num_return_sequences: int = Field(default=1, ge=1, le=64)
     echo_prompt: Flag = False
@@ -143,13 +144,22 @@ def build_app(engine: Engine, *, deadline: float = DEADLINE_SECONDS) -> FastAPI:
     return app
 
 
-REFUSALS: dict[type[Exception], int] = {BadRequest: 422, QueueFull: 429, Unavailable: 503}
+REFUSALS: dict[type[Exception], int] = {
+    RequestValidationError: 422,
+    BadRequest: 422,
+    QueueFull: 429,
+    RequestFailed: 500,
+    Unavailable: 503,
+}
 
 
 def _refuse(status: int) -> Callable[[HttpRequest, Exception], Awaitable[Response]]:
     async def reply(http: HttpRequest, error: Exception) -> Response:
+        detail = str(error)
+        if isinstance(error, RequestValidationError):  # its own reply repeats the prompt, and cannot say NaN
+            detail = "; ".join(f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors())
         headers = {"Retry-After": "5"} if status == 429 else None
-        return JSONResponse({"detail": str(error)}, status, headers)
+        return JSONResponse({"detail": detail}, status, headers)
 
     return reply
 

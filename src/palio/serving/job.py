@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import time
 from concurrent.futures import Future, InvalidStateError
@@ -123,13 +124,15 @@ class Generation:
 
     def _token(self, logits: torch.Tensor, token: int, text: str) -> Token:
         logprobs = logits.log_softmax(-1)
+        if not math.isfinite(logprob := float(logprobs[token])):
+            raise ArithmeticError("a log-probability is not finite")
         values, candidates = logprobs.topk(min(self.job.request.top_k_per_token, len(logprobs)))
         # Tokens with equal text share a key: the most likely one, written last, keeps it.
         top = {
             self._vocabulary.visible([candidate]): value
             for candidate, value in zip(candidates.tolist()[::-1], values.tolist()[::-1], strict=True)
         }
-        return Token(text, float(logprobs[token]), top)
+        return Token(text, logprob, top)
 
     def completion(self) -> Completion:
         tokens = (*self.echoed, *self.new)

@@ -38,11 +38,12 @@ class Model(Protocol):
     """Whether sequences can share nodes of a prefix tree."""
     token_bytes: int
     """Memory of the keys and values of one token."""
-    ends: frozenset[int]
-    """Tokens that end a completion."""
 
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
-        """Compute chunks and mark them filled; return (keep, vocabulary) fp32 logits of each, in order."""
+        """Compute chunks and mark them filled; return (keep, vocabulary) fp32 logits of each, in order.
+
+        A `TreeModel` that raises has marked nothing; any other model is given one chunk at a time.
+        """
         ...
 
 
@@ -85,6 +86,11 @@ def choose_model(loaded: Any) -> Model:
     print(f"served one sequence at a time, without shared prefixes: {reason}", file=sys.stderr)
     loaded.set_attn_implementation(original)
     return plain
+
+
+def check_model(model: Model) -> None:
+    """Compute a known text. Raises whatever the model does if it cannot compute anything any more."""
+    model.forward([Chunk(_new_leaf(PROBE), 0, len(PROBE), 1)])
 
 
 def _new_leaf(tokens: list[int]) -> Node:
@@ -140,7 +146,6 @@ class TreeModel:
         plan, _ = self._run([Chunk(leaf, 0, 1, 1)])
         self.context = int(min(context_of(loaded.config), plan.window))
         self.token_bytes = sum(kv.nbytes for kv in leaf.memory.values())
-        self.ends = ends_of(loaded.generation_config)
 
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
         plan, logits = self._run(chunks)
@@ -183,7 +188,6 @@ class PlainModel:
         config = loaded.config
         self.context = context_of(config)
         self.token_bytes = 2 * config.num_hidden_layers * config.hidden_size * loaded.dtype.itemsize
-        self.ends = ends_of(loaded.generation_config)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
@@ -201,9 +205,3 @@ class PlainModel:
 def context_of(config: Any) -> int:
     """Return the tokens of prompt and completion together that a transformers config allows."""
     return int(getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
-
-
-def ends_of(generation_config: Any) -> frozenset[int]:
-    """Return the tokens that end a completion."""
-    ends = generation_config.eos_token_id
-    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])

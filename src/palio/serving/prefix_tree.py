@@ -82,11 +82,6 @@ class PrefixTree:
         assert leaf.parent is not None
         leaf.parent.users -= 1
 
-    def clear(self) -> None:
-        """Evict every node that no running sequence uses."""
-        for node in self._idle():
-            self._remove(node)
-
     def nodes(self) -> Iterator[Node]:
         stack = list(self.root.children.values())
         while stack:

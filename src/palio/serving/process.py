@@ -110,7 +110,7 @@ class ServerProcess:
                 raise self._death(code, output)
             time.sleep(POLL_SECONDS)
         raise Crashed(
-            f"the model server was not ready after {READY_SECONDS:.0f} s; see {self._log}: {last_lines(output)}"
+            f"the model server was not ready in {READY_SECONDS:.0f} s; see {self._log}: {last_lines(output)}"
         )
 
     def _death(self, code: int, output: str) -> Crashed | OutOfMemory:

@@ -55,5 +55,9 @@ class BadRequest(Exception):
     """Its message says what to change: HTTP 422."""
 
 
+class RequestFailed(Exception):
+    """The model failed on this request, and only on this one: HTTP 500."""
+
+
 class Unavailable(Exception):
     """The engine is closed or broken: HTTP 503."""

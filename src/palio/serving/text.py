@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from palio.errors import BadInput
 from palio.serving.request import BadRequest, Completion, Request, Token
@@ -19,45 +19,81 @@ WINDOW = 8
 
 
 class Vocabulary:
-    """A package's tokenizer as the server needs it."""
+    """A package's tokenizer as the server needs it.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Args:
+        embeddings: the number of tokens that the model has an embedding for.
+        ends: tokens that end a completion besides the tokenizer's own, which training appends to answers.
+    """
+
+    def __init__(self, tokenizer: Any, embeddings: int, ends: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._prefix: list[int] = tokenizer("")["input_ids"]
+        self._embeddings = embeddings
+        end = tokenizer.eos_token_id
+        self.ends = frozenset([*ends, *([] if end is None else [end])])
         self._size = len(tokenizer)
+        # Only the special tokens before a text are kept: a prompt that ends in an end token has no answer.
+        text, whole = self._encode_text("a"), tokenizer("a")["input_ids"]
+        starts = (start for start in range(len(whole)) if whole[start : start + len(text)] == text)
+        self._prefix: list[int] = whole[: next(starts, 0)]
 
     @classmethod
     def load(cls, package: Path) -> Vocabulary:
         """Raises BadInput if the folder is not a package."""
         if not (package / "config.json").exists():
             raise BadInput(package, "", None, "no config.json; give a folder made by `palio package`")
-        return cls(AutoTokenizer.from_pretrained(package))
+        config = AutoConfig.from_pretrained(package).get_text_config()
+        configs = [config]
+        if (package / "generation_config.json").exists():
+            configs.append(GenerationConfig.from_pretrained(package))
+        ends = [end for each in configs if (end := each.eos_token_id) is not None]
+        return cls(
+            AutoTokenizer.from_pretrained(package),
+            config.vocab_size,
+            [token for end in ends for token in (end if isinstance(end, list) else [end])],
+        )
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Encode without special tokens; a text that spells one is only text."""
+        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return list(encoded["input_ids"])
 
     def encode(self, text: str) -> list[int]:
+        """Encode a text as the start of a sequence."""
         try:
             text.encode()
         except UnicodeEncodeError:
             raise BadRequest("the text has half a surrogate pair; send whole characters") from None
-        ids: list[int] = self._tokenizer(text)["input_ids"]
-        return ids
+        return self._prefix + self._encode_text(text)
 
     def prompt(self, request: Request, context: int) -> list[int]:
-        """Encode a request's prompt; an empty one becomes the model's start token.
+        """Encode a request's prompt for a context of so many tokens; an empty one becomes the start token.
 
-        A prompt is cut from its right end, as HELM does, to make room for the completion in the context.
+        A prompt that fits in the context is kept whole, even if that shortens the completion. A longer one is
+        cut from its right end, as HELM does, to make room for the whole completion.
 
         Raises:
-            BadRequest: an empty prompt, and the tokenizer has no start token.
+            BadRequest: the prompt is empty and there is no start token, or too long for the completion, or it
+                has a token that the model has no embedding for.
         """
-        if ids := self.encode(request.prompt):
-            return ids[: max(1, context - request.max_new_tokens)]
-        for start in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
-            if start is not None:
-                return [start]
-        raise BadRequest("the prompt is empty and this model has no start token; send text")
+        starts = [self._tokenizer.bos_token_id, self._tokenizer.eos_token_id]
+        ids = self.encode(request.prompt) or [start for start in starts if start is not None][:1]
+        if not ids:
+            raise BadRequest("the prompt is empty and this model has no start token; send text")
+        if (largest := max(ids)) >= self._embeddings:
+            token = self._tokenizer.convert_ids_to_tokens(largest)
+            raise BadRequest(f"the model has no embedding for the token {token}; leave it out")
+        if len(ids) + min(1, request.max_new_tokens) <= context:
+            return ids
+        if request.max_new_tokens >= context:
+            raise BadRequest(
+                f"the prompt has {len(ids)} tokens and max_new_tokens is {request.max_new_tokens}, "
+                f"but the context is {context}; shorten either"
+            )
+        return ids[: context - request.max_new_tokens]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text that `encode` was given, without the special tokens it prepends."""
+        """Return the text that `encode` was given, without the special tokens that it prepends."""
         if any(not 0 <= token < self._size for token in tokens):
             raise BadRequest(f"a token is outside the vocabulary of {self._size}")
         count = len(self._prefix)

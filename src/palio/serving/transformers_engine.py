@@ -20,9 +20,9 @@ import torch
 
 from palio.serving.attention import Chunk
 from palio.serving.job import Generation, Job
-from palio.serving.model import Model, cache_tokens, load_model
+from palio.serving.model import Model, cache_tokens, check_model, load_model
 from palio.serving.prefix_tree import Node, PrefixTree
-from palio.serving.request import BadRequest, Completion, QueueFull, Request, Unavailable
+from palio.serving.request import BadRequest, Completion, QueueFull, Request, RequestFailed, Unavailable
 from palio.serving.text import Vocabulary
 
 QUEUE_LENGTH = 256
@@ -35,8 +35,8 @@ ECHO_TOKENS = 64
 """Tokens of an echoed prompt in one forward pass: each needs a row of logits."""
 DRAFT_ROWS = 64
 """Rows up to which drafts fill a step: a small step is bound by reading the weights, so they cost little."""
-MAX_FAILURES = 3
-"""Failed steps in a row after which the engine is broken."""
+STOP_SECONDS = 5.0
+"""Time for a step to finish when the engine is closed."""
 COUNTERS = (
     "requests_total",
     "requests_answered_total",
@@ -98,7 +98,7 @@ class TransformersEngine:
         self._waiting: deque[Job] = deque()
         self._running: list[Generation] = []
         self._closed = False
-        self._failures = 0
+        self._broken = ""
         self._counts = dict.fromkeys(COUNTERS, 0.0)
         self._latencies: deque[float] = deque(maxlen=1000)
         self._changed = threading.Condition()
@@ -146,35 +146,31 @@ class TransformersEngine:
         }
 
     def failure(self) -> str:
-        if self._failures >= MAX_FAILURES:
-            return f"the model failed {MAX_FAILURES} times in a row; see the server's log"
-        return "the server is stopping" if self._closed or not self._thread.is_alive() else ""
+        return self._broken or ("the server is stopping" if self._closed else "")
 
     def close(self) -> None:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(STOP_SECONDS)  # it may hang in a kernel
 
     # --- the engine's thread
 
     def _work(self) -> None:
-        while not self._closed and self._failures < MAX_FAILURES:
-            with self._changed:
-                if not (self._waiting or self._running or self._closed):
-                    self._changed.wait()
-            try:
+        try:
+            while not self._closed:
+                with self._changed:
+                    if not (self._waiting or self._running or self._closed):
+                        self._changed.wait()
                 self._step()
-                self._failures = 0
-            except Exception as error:
-                traceback.print_exc()
-                self._failures += 1
-                self._fail_running(error)
+        except Exception as error:
+            traceback.print_exc()
+            self._broken = f"the model is broken: {type(error).__name__}; see the server's log"
         with self._changed:
-            waiting = list(self._waiting)
+            unanswered = [*(generation.job for generation in self._running), *self._waiting]
+            self._running = []
             self._waiting.clear()
-        self._fail_running(Unavailable(self.failure()))
-        for job in waiting:
+        for job in unanswered:
             job.settle(Unavailable(self.failure()))
 
     def _step(self) -> None:
@@ -183,21 +179,48 @@ class TransformersEngine:
         self._retire()
         self._admit()
         self._draft()
-        chunks = next_chunks(self._running)
+        if self._model.shares:
+            self._advance(self._running)
+        else:
+            for generation in list(self._running):
+                self._advance([generation])
+        self._retire()
+
+    def _advance(self, generations: Sequence[Generation]) -> None:
+        """Run one forward pass. If it fails, halve the requests in it until the one at fault is alone."""
+        chunks = next_chunks(generation for generation in generations if not generation.job.future.done())
         if not chunks:
             return
         started = time.monotonic()
-        logits = self._model.forward(chunks)
-        by_leaf = {generation.leaf: generation for generation in self._running}
+        try:
+            logits = self._model.forward(chunks)
+        except Exception as error:
+            jobs = list(dict.fromkeys(generation.job for generation in generations))
+            if len(jobs) == 1:
+                check_model(self._model)  # raises if the fault is not the request's
+                self._fail(jobs[0], error)
+                return
+            for half in (jobs[::2], jobs[1::2]):
+                self._advance([generation for generation in generations if generation.job in half])
+            return
+        by_leaf = {generation.leaf: generation for generation in generations}
         for chunk, rows in zip(chunks, logits, strict=True):
             if chunk.keep:
-                generation = by_leaf[chunk.node]
-                self._counts["draft_tokens_total"] += max(0, chunk.stop - generation.known)
-                chosen = generation.read(chunk.stop - chunk.keep, rows, self._model.ends)
-                self._counts["draft_tokens_accepted_total"] += max(0, chosen - 1)
-                self._counts["new_tokens_total"] += chosen
+                self._read(by_leaf[chunk.node], chunk, rows)
         self._count(chunks, by_leaf, time.monotonic() - started)
-        self._retire()
+
+    def _read(self, generation: Generation, chunk: Chunk, logits: torch.Tensor) -> None:
+        if generation.job.future.done():  # another of its sequences failed
+            return
+        drafted = max(0, chunk.stop - generation.known)
+        try:
+            chosen = generation.read(chunk.stop - chunk.keep, logits, self.vocabulary.ends)
+        except Exception as error:
+            self._fail(generation.job, error)
+            return
+        self._counts["draft_tokens_total"] += drafted
+        self._counts["draft_tokens_accepted_total"] += max(0, chosen - 1)
+        self._counts["new_tokens_total"] += chosen
 
     def _admit(self) -> None:
         while self._waiting:
@@ -236,16 +259,15 @@ class TransformersEngine:
                     self._latencies.append(time.monotonic() - job.submitted)
                 job.settle([generation.completion() for generation in job.generations])
 
-    def _fail_running(self, error: Exception) -> None:
-        """Fail every running request, and drop the prefix cache, which may be half computed."""
+    def _fail(self, job: Job, error: Exception) -> None:
+        """Answer a request with the error that it caused."""
+        traceback.print_exception(error)
         for generation in self._running:
-            self._tree.release(generation.leaf)
-        jobs = dict.fromkeys(generation.job for generation in self._running)
-        self._running = []
-        self._tree.clear()
-        for job in jobs:
-            self._counts["requests_failed_total"] += 1
-            job.settle(error)
+            if generation.job is job:
+                self._tree.release(generation.leaf)
+        self._running = [generation for generation in self._running if generation.job is not job]
+        self._counts["requests_failed_total"] += 1
+        job.settle(RequestFailed(f"the model failed on it: {type(error).__name__}; see the server's log"))
 
     def _count(self, chunks: Sequence[Chunk], by_leaf: dict[Node, Generation], seconds: float) -> None:
         counts = self._counts
