@@ -13,6 +13,7 @@ No prompt is ever logged.
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import sys
 import time
@@ -28,7 +29,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, BeforeValidator, Field
 
-from palio.errors import BadInput
+from palio.errors import BadInput, ServerBroken
 from palio.serving.process import READY, end_with_owner
 from palio.serving.request import BadRequest, Completion, QueueFull, Request, RequestFailed, Unavailable
 
@@ -39,6 +40,8 @@ DEADLINE_SECONDS = 2700.0
 """Below the 3000 s after which HELM's client gives up on a request."""
 STOP_SECONDS = 2
 """Time for running requests to finish when the server is stopped."""
+BROKEN_SECONDS = 1.0
+"""How long /health gives the reason before a broken server ends."""
 
 Flag = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: () if value is None else value)]
@@ -184,6 +187,21 @@ async def _disconnected(http: HttpRequest) -> None:
         pass
 
 
+class _Server(uvicorn.Server):
+    """Ends by itself once its engine is broken."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._end = float("inf")
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; returning True ends the server."""
+        if self._engine.failure():
+            self._end = min(self._end, time.monotonic() + BROKEN_SECONDS)
+        return await super().on_tick(counter) or time.monotonic() >= self._end
+
+
 def serve(
     package: Path,
     *,
@@ -200,8 +218,10 @@ def serve(
     Raises:
         BadInput: no such package or device, the port is taken, or vllm is not installed.
         OutOfMemory: the model does not fit, or no memory is left for keys and values.
+        ServerBroken: the model, its device or vllm fails for good.
     """
     end_with_owner()
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # until uvicorn's, and after
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -225,6 +245,8 @@ def serve(
         config = uvicorn.Config(
             build_app(loaded), log_level="warning", access_log=False, timeout_graceful_shutdown=STOP_SECONDS
         )
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config, loaded).run(sockets=[listener])
+        if failure := loaded.failure():
+            raise ServerBroken(failure)
     finally:
         loaded.close()

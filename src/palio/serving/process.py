@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import http.client
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ READY = "palio serves on "
 READY_SECONDS = 1800.0
 """Enough to load a large model from a slow disk."""
 STOP_SECONDS = 10.0
+HEALTH_SECONDS = 2.0
 POLL_SECONDS = 0.1
 OWNER = "PALIO_SERVER_OWNER"
 """Environment variable: id of the process that a server ends with."""
@@ -95,7 +97,17 @@ class ServerProcess:
         return self._process.pid
 
     def alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        """Return whether the process runs and its /health does not say that it is broken."""
+        if self._process is None or self._process.poll() is not None:
+            return False
+        connection = http.client.HTTPConnection(self.base_url.removeprefix("http://"), timeout=HEALTH_SECONDS)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status != 503
+        except (OSError, http.client.HTTPException):  # busy, or about to end
+            return True
+        finally:
+            connection.close()
 
     def _wait(self, start: int) -> str:
         """Wait for the address that the server prints to its log, looking from byte `start` on."""
