@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import http.client
 import os
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from palio.errors import Crashed, OutOfMemory
+from palio.guard import end_with_parent
 from palio.text import last_lines
 
 READY = "palio serves on "
@@ -150,8 +150,5 @@ class ServerProcess:
 
 def end_with_owner() -> None:
     """In a server that a `ServerProcess` started: end when that process ends, even by SIGKILL."""
-    if (owner := os.environ.get(OWNER)) and sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-        if os.getppid() != int(owner):  # it ended before the call
-            sys.exit(1)
+    if owner := os.environ.get(OWNER):
+        end_with_parent(int(owner), signal.SIGTERM)

@@ -35,7 +35,7 @@ ECHO_TOKENS = 64
 """Tokens of an echoed prompt in one forward pass: each needs a row of logits."""
 DRAFT_ROWS = 64
 """Rows up to which drafts fill a step: a small step is bound by reading the weights, so they cost little."""
-STOP_SECONDS = 5.0
+STOP_SECONDS = 2.0
 """Time for a step to finish when the engine is closed."""
 COUNTERS = (
     "requests_total",
