@@ -7,7 +7,8 @@
     ├── OutOfMemory       5   the memory of the track was not enough
     ├── Crashed           6   a program of the entry, or one we started for it, died
     ├── Interrupted       7   the machine's fault: a signal, a full disk, a lost node; start again
-    └── NotRetried        8   it failed before in this run of the workflow, by its own fault
+    ├── NotRetried        8   it failed before in this run of the workflow, by its own fault
+    └── ServerBroken      9   `palio serve`: the model or its device is broken; start the server again
 
 Each class carries the `State` that the standings show for it. Anything else that is raised is a bug
 of ours: it keeps its traceback, exits with 70 and counts as `crashed`.
@@ -112,3 +113,7 @@ class NotRetried(PalioError):
     """Raised before a step begins; what it failed of is already on record."""
 
     exit_code = 8
+
+
+class ServerBroken(PalioError):
+    exit_code = 9

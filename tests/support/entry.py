@@ -52,9 +52,13 @@ def packaged_entry(folder: Path, name: str = "acme", *, probed: bool = True) -> 
     return entry_dir
 
 
-def starts(toy: Toy) -> StartServer:
+def starts(*toys: Toy) -> StartServer:
+    """Start the first server, then, once it has died, the second, and so on; the last for good."""
+    remaining = list(toys)
+
     @contextmanager
     def start(log: Path) -> Iterator[Toy]:
+        toy = remaining.pop(0) if len(remaining) > 1 else remaining[0]
         log.write_text("loading\nToyError: out of words\n")
         Contained(counts=toy.contained).write(Contained.file(log))
         with serving(toy) as served:
@@ -63,12 +67,15 @@ def starts(toy: Toy) -> StartServer:
     return start
 
 
-def run_stage(stage: StageRuns, record: Path, entry_dir: Path, toy: Toy, **limits: object) -> StageRecord:
-    """`evaluate` with a toy server; `record` is what `prepare_stage` wrote."""
+def run_stage(stage: StageRuns, record: Path, entry_dir: Path, *toys: Toy, **limits: object) -> StageRecord:
+    """`evaluate` with a toy server, or with several that replace each other; see `starts`.
+
+    `record` is what `prepare_stage` wrote.
+    """
     settings = EvaluateSettings(
         competition_id=stage.competition,
         runs=stage,
         limits=StageLimits.model_validate({"time_limit": 600, "threads": 8} | limits),
         track=Track(title="t", ram_gb=4, training_budget="600s"),
     )
-    return evaluate(EntryFolder.at(entry_dir, stage.closed), settings, record, starts(toy))
+    return evaluate(EntryFolder.at(entry_dir, stage.closed), settings, record, starts(*toys))

@@ -11,8 +11,8 @@ import requests
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from palio.serving.engine import Completion, Request
 from palio.serving.process import ServerProcess
+from palio.serving.request import Completion, Request
 from palio.serving.transformers_engine import TransformersEngine
 
 SHOTS = "".join(f"Question: What is {n} plus {3 * n}?\nAnswer: {4 * n}\n\n" for n in range(12))

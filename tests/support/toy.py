@@ -106,7 +106,7 @@ class Toy:
         if defect == "not JSON":
             return Response(self.answer(prompt) if self.answer else "ok")
         long = defect == "dies on long prompts" and len(prompt.split()) > 2040
-        last = {"dies at once": 0, "dies after 20 requests": 20}.get(defect)
+        last = {"dies at once": 0, "dies after 10 requests": 10, "dies after 20 requests": 20}.get(defect)
         if long or (last is not None and self.served > last):
             self.dead = True
             self.stop()

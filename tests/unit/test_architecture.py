@@ -119,7 +119,7 @@ def test_a_second_list_of_steps_is_found() -> None:
 
 LEVELS = (
     {"errors", "layout"},
-    {"provenance", "incoming", "files", "network", "text"},
+    {"provenance", "incoming", "files", "guard", "network", "text"},
     {"config"},
     {"records", "entries"},
     {"settings"},

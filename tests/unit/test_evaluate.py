@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from palio.errors import Crashed, RuleViolation, State
+from palio.evaluation.evaluate import UsedTime, Watch
 from palio.evaluation.helm import error_class, log_error
-from palio.evaluation.stage import prepare_stage
-from palio.heartbeat import read_heartbeat
+from palio.evaluation.stage import StagePlan, prepare_stage
+from palio.heartbeat import HeartbeatWriter, read_heartbeat
 from palio.layout import EntryFolder, HelmFolder
 from palio.records import ProbeReport, StageRecord, read_record
 from palio.settings import StageRuns
@@ -52,8 +53,8 @@ def helm_seconds(home: Path, stage: StageRuns) -> float:
     return time.monotonic() - started
 
 
-def run(stage: StageRuns, entry_dir: Path, toy: Toy, **limits: object) -> StageRecord:
-    return run_stage(stage, Path("stage.json"), entry_dir, toy, **limits)
+def run(stage: StageRuns, entry_dir: Path, *toys: Toy, **limits: object) -> StageRecord:
+    return run_stage(stage, Path("stage.json"), entry_dir, *toys, **limits)
 
 
 def test_the_limit_stops_the_asking_and_a_rerun_asks_only_the_rest(
@@ -140,8 +141,43 @@ def test_a_dead_server_ends_the_stage_at_once_with_its_last_words(
     started = time.monotonic()
     with pytest.raises(Crashed) as death:
         run(stage, packaged_entry(tmp_path), Toy("dies after 20 requests"))
-    assert time.monotonic() - started < 10 + 2 * helm_seconds, "HELM alone would try for minutes"
+    assert time.monotonic() - started < 15 + 4 * helm_seconds, "HELM alone would try for minutes"
     assert "the model server died, its last lines: loading | ToyError: out of words" in str(death.value)
+
+
+def test_a_server_that_dies_is_started_again_and_asked_only_the_rest(
+    stage: StageRuns, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    entry_dir = packaged_entry(tmp_path)
+    dying, healthy = Toy("dies after 20 requests"), Toy()
+    whole = run(stage, entry_dir, dying, healthy)
+    assert (whole.state, [one.answered for one in whole.runs]) == (State.FINISHED, [SMALL, LARGE])
+    assert SMALL + LARGE - 20 <= healthy.served < SMALL + LARGE
+    assert "the model server died, its last lines: loading | ToyError: out of words; it is started again" in (
+        capfd.readouterr().err
+    )
+
+
+def test_a_server_that_keeps_dying_is_given_up(stage: StageRuns, tmp_path: Path) -> None:
+    toys = [Toy("dies after 10 requests") for _ in range(4)]
+    with pytest.raises(Crashed, match="the model server died"):
+        run(stage, packaged_entry(tmp_path), *toys)
+    assert [toy.served > 0 for toy in toys] == [True, True, True, False]
+
+
+def test_seconds_with_a_dead_server_are_not_the_entrys(stage: StageRuns, tmp_path: Path) -> None:
+    watch = Watch(
+        HelmFolder(tmp_path),
+        StagePlan(stage.store),
+        600,
+        UsedTime(tmp_path / "used.json"),
+        (toy := Toy()),
+        HeartbeatWriter(tmp_path / "heartbeat.json", 1, "requests"),
+    )
+    assert watch(1.0)
+    toy.dead = True
+    assert not watch(1.9)
+    assert watch.alive_seconds == 1.0
 
 
 def test_the_log_tells_the_error_of_the_run_that_is_asked_for(tmp_path: Path) -> None:

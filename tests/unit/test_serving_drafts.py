@@ -1,4 +1,4 @@
-"""Guessed tokens: they make greedy answers come sooner and change nothing about them."""
+"""Draft tokens: greedy answers come sooner and stay the same."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from palio.serving import transformers_engine
-from palio.serving.drafts import guess
-from palio.serving.engine import Completion, Request
-from palio.serving.job import Job, Writer
+from palio.serving.drafts import draft_tokens
+from palio.serving.job import Generation, Job
 from palio.serving.prefix_tree import Node
+from palio.serving.request import Completion, Request
 from palio.serving.text import Vocabulary
 from palio.serving.transformers_engine import TransformersEngine
 from tests.support.serving import QUESTIONS, SHOTS, complete, engine_of
@@ -47,21 +47,21 @@ def undrafted(package: Path) -> Iterator[TransformersEngine]:
         yield engine
 
 
-def test_a_guess_is_what_followed_the_last_tokens_before() -> None:
-    assert guess([7, 8, 1, 2, 3, 4, 9, 1, 2], 2) == [3, 4]
+def test_a_draft_is_what_followed_the_last_tokens_earlier() -> None:
+    assert draft_tokens([7, 8, 1, 2, 3, 4, 9, 1, 2], 2) == [3, 4]
 
 
 def test_two_tokens_that_match_are_better_than_one_that_is_nearer() -> None:
-    assert guess([1, 2, 3, 5, 2, 4, 1, 2], 1) == [3]
-    assert guess([1, 2, 3, 5, 2, 4, 0, 2], 1) == [4]
+    assert draft_tokens([1, 2, 3, 5, 2, 4, 1, 2], 1) == [3]
+    assert draft_tokens([1, 2, 3, 5, 2, 4, 0, 2], 1) == [4]
 
 
-def test_a_loop_is_guessed_to_go_on() -> None:
-    assert guess([5, 1, 2, 1, 2], 5) == [1, 2, 1, 2, 1]
+def test_a_loop_is_continued() -> None:
+    assert draft_tokens([5, 1, 2, 1, 2], 5) == [1, 2, 1, 2, 1]
 
 
-def test_a_token_never_seen_before_has_no_guess() -> None:
-    assert guess([1, 2, 3], 4) == []
+def test_a_token_never_seen_before_has_no_draft_tokens() -> None:
+    assert draft_tokens([1, 2, 3], 4) == []
 
 
 def answers(engine: TransformersEngine, requests: Sequence[Request]) -> list[list[Completion]]:
@@ -111,36 +111,36 @@ def test_an_answer_may_end_at_any_token_of_a_draft(engine: TransformersEngine) -
         assert answer.text == "".join(token.text for token in free.tokens[:length])
 
 
-def read_with_guesses(package: Path, guesses: list[int], logits_of: list[int], end: int) -> Writer:
-    """A sequence of one known token, 100, and guesses; the model then says which token follows each."""
+def read_with_draft(package: Path, draft: list[int], logits_of: list[int], end: int) -> Generation:
+    """Read logits for a known token, 100, and a draft; `logits_of` are the tokens the model predicts."""
     prompt = [5, 6, 100]
     job = Job(Request("", max_new_tokens=20), prompt, context=2048, shares=True)
     leaf = Node(Node(None, prompt[:-1], 0, 2), [], 2, job.own)
-    writer = Writer(job, leaf, 0, Vocabulary(AutoTokenizer.from_pretrained(package)))
-    leaf.tokens += guesses
+    generation = Generation(job, leaf, 0, Vocabulary.load(package))
+    leaf.tokens += draft
     leaf.filled = len(leaf.tokens)
     rows = torch.nn.functional.one_hot(torch.tensor(logits_of), 49152).float()
-    writer.read(0, rows, frozenset([end]))
-    return writer
+    generation.read(0, rows, frozenset([end]))
+    return generation
 
 
-def test_what_stands_behind_a_wrong_guess_is_rolled_back(package: Path) -> None:
-    writer = read_with_guesses(package, [200, 201, 202], [200, 201, 999, 203], end=2)
-    assert writer.leaf.tokens == [100, 200, 201, 999]
-    assert writer.leaf.filled == 3
-    assert len(writer.written) == 3
+def test_tokens_after_a_wrong_draft_token_are_rolled_back(package: Path) -> None:
+    generation = read_with_draft(package, [200, 201, 202], [200, 201, 999, 203], end=2)
+    assert generation.leaf.tokens == [100, 200, 201, 999]
+    assert generation.leaf.filled == 3
+    assert len(generation.new) == 3
 
 
-def test_guesses_that_are_all_right_bring_one_more_token(package: Path) -> None:
-    writer = read_with_guesses(package, [200, 201], [200, 201, 202], end=2)
-    assert writer.leaf.tokens == [100, 200, 201, 202]
-    assert writer.leaf.filled == 3
+def test_a_fully_accepted_draft_yields_one_more_token(package: Path) -> None:
+    generation = read_with_draft(package, [200, 201], [200, 201, 202], end=2)
+    assert generation.leaf.tokens == [100, 200, 201, 202]
+    assert generation.leaf.filled == 3
 
 
-def test_an_end_token_that_was_guessed_ends_the_answer(package: Path) -> None:
-    writer = read_with_guesses(package, [200, 2, 201], [200, 2, 201, 202], end=2)
-    assert writer.done
-    assert len(writer.written) == 1
+def test_a_drafted_end_token_ends_the_answer(package: Path) -> None:
+    generation = read_with_draft(package, [200, 2, 201], [200, 2, 201, 202], end=2)
+    assert generation.done
+    assert len(generation.new) == 1
 
 
 def test_sampled_answers_are_not_drafted(engine: TransformersEngine) -> None:

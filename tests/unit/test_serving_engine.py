@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
@@ -13,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from palio.errors import BadInput, OutOfMemory
-from palio.serving import transformers_engine
-from palio.serving.engine import BadRequest, QueueFull, Request, Unavailable
+from palio.serving import model, transformers_engine
+from palio.serving.job import Generation
+from palio.serving.request import BadRequest, QueueFull, Request, RequestFailed, Unavailable
 from palio.serving.transformers_engine import TransformersEngine
 from tests.support.serving import QUESTIONS, SHOTS, complete, engine_of, generated
 from tests.support.training import tiny_base_model
@@ -115,6 +118,19 @@ def test_a_completion_ends_exactly_before_its_stop_sequence(engine: Transformers
     assert "".join(token.text for token in answer.tokens) == answer.text
 
 
+def test_an_answer_ends_at_the_tokenizers_end_token_too(package: Path, tmp_path: Path) -> None:
+    """It is the one that training appends; the model's own configuration may name another."""
+    shutil.copytree(package, tmp_path, dirs_exist_ok=True)
+    with engine_of(package) as engine:
+        (free,) = complete(engine, [SHOTS], max_new_tokens=8)
+    tokenizer = AutoTokenizer.from_pretrained(package)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizer.encode(free.tokens[3].text)[0])
+    tokenizer.save_pretrained(tmp_path)
+    with engine_of(tmp_path) as engine:
+        (answer,) = complete(engine, [SHOTS], max_new_tokens=8)
+    assert len(answer.tokens) <= 3
+
+
 def test_sampled_answers_do_not_depend_on_what_is_served_beside_them(engine: TransformersEngine) -> None:
     settings = {"max_new_tokens": 8, "temperature": 1.0, "top_p": 0.9}
     (alone,) = complete(engine, QUESTIONS[:1], **settings)
@@ -162,41 +178,72 @@ def test_a_cancelled_request_frees_its_place(engine: TransformersEngine) -> None
         future.result()
 
 
-class Breaking:
-    """A model that fails `times` times, then works."""
+class Faulty:
+    """A model that fails on passes whose chunks contain a token, or on every pass."""
 
-    def __init__(self, model: Any, times: int) -> None:
+    def __init__(self, model: Any, poison: int | None) -> None:
         self._model = model
-        self.times = times
+        self.poison = poison
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def forward(self, chunks: Any) -> Any:
-        self.times -= 1
-        if self.times >= 0:
-            raise RuntimeError("out of memory")
+        if self.poison is None or any(self.poison in chunk.tokens for chunk in chunks):
+            raise RuntimeError("index out of range")
         return self._model.forward(chunks)
 
 
-def test_a_failed_step_fails_its_requests_and_no_later_one(package: Path, engine: TransformersEngine) -> None:
-    engine._model = Breaking(engine._model, 1)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        complete(engine, QUESTIONS[:1], max_new_tokens=2)
+POISON = "🐎"
+
+
+@pytest.mark.parametrize("shares", [True, False], ids=["tree", "one by one"])
+def test_a_request_that_breaks_its_step_fails_alone(
+    package: Path, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not shares:
+        monkeypatch.setattr(model, "MAX_DIVERGENCE", -1.0)
+    prompts = [*QUESTIONS, *(f"{n} {question}" for n, question in enumerate(QUESTIONS))]
+    with engine_of(package) as engine:
+        assert engine._model.shares == shares
+        engine._model = Faulty(engine._model, engine.vocabulary.encode(POISON)[-1])
+        futures = [engine.submit(Request(prompt, max_new_tokens=8)) for prompt in prompts]
+        poisoned = [
+            engine.submit(Request(f"{SHOTS}{POISON}{n}", max_new_tokens=8, num_return_sequences=n + 1))
+            for n in range(3)
+        ]
+        assert [future.result(60)[0].text for future in futures] == generated(package, prompts, 8)
+        for future in poisoned:
+            with pytest.raises(RequestFailed, match="RuntimeError"):
+                future.result(60)
+        assert not engine.failure()
+        assert engine.metrics()["requests_failed_total"] == 3
+        assert engine.metrics()["sequences_running"] == 0
+
+
+def test_a_request_whose_logits_cannot_be_read_fails_alone(
+    package: Path, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Generation.read
+
+    def read_or_fail(generation: Generation, first: int, logits: torch.Tensor, ends: frozenset[int]) -> int:
+        return read(generation, first, logits * math.nan if generation.job.request.seed else logits, ends)
+
+    monkeypatch.setattr(Generation, "read", read_or_fail)
+    failing = engine.submit(Request(SHOTS, max_new_tokens=4, seed=1))
     assert [answer.text for answer in complete(engine, QUESTIONS, max_new_tokens=4)] == generated(
         package, QUESTIONS, 4
     )
+    with pytest.raises(RequestFailed, match="ArithmeticError"):
+        failing.result(60)
 
 
-def test_an_engine_that_keeps_failing_says_so(engine: TransformersEngine) -> None:
-    engine._model = Breaking(engine._model, 100)
-    for _ in range(3):
-        with pytest.raises(RuntimeError):
-            complete(engine, ["a"], max_new_tokens=2)
-    engine._thread.join(10)
-    assert "again and again" in engine.failure()
-    with pytest.raises(Unavailable):
-        engine.submit(Request("a"))
+def test_a_model_that_fails_on_everything_is_broken(engine: TransformersEngine) -> None:
+    engine._model = Faulty(engine._model, None)
+    for prompt in QUESTIONS:
+        with pytest.raises(Unavailable, match="the model is broken: RuntimeError"):
+            complete(engine, [prompt], max_new_tokens=2)
+    assert "the model is broken" in engine.failure()
 
 
 def test_no_model_to_serve_is_a_users_mistake(tmp_path: Path) -> None:

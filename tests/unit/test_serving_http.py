@@ -1,7 +1,9 @@
-"""The HTTP side: HELM's contract, clean refusals, deadlines, clients that leave."""
+"""The HTTP API: HELM's contract, clean refusals, deadlines, clients that leave."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from palio.serving.app import build_app
-from palio.serving.engine import Completion, QueueFull, Request, Unavailable
+from palio.serving.request import Completion, QueueFull, Request, RequestFailed, Unavailable
 from tests.support.serving import engine_of
 from tests.support.training import tiny_base_model
 
@@ -26,6 +28,8 @@ def client(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 class Stuck:
     """An engine that never answers."""
 
+    vocabulary: Any = None
+
     def __init__(self, refusal: Exception | None = None) -> None:
         self.refusal = refusal
         self.futures: list[Future[list[Completion]]] = []
@@ -35,12 +39,6 @@ class Stuck:
             raise self.refusal
         self.futures.append(Future())
         return self.futures[-1]
-
-    def tokenize(self, text: str, max_length: int | None = None) -> list[int]:
-        return []
-
-    def decode(self, tokens: list[int]) -> str:
-        return ""
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -73,6 +71,10 @@ def test_several_sequences_stand_under_completions(client: TestClient) -> None:
         {"prompt": 1},
         {"prompt": "a", "temperature": -1},
         {"prompt": "a", "temperature": "NaN"},
+        {"prompt": "a", "temperature": math.nan},
+        {"prompt": "a", "top_p": math.nan},
+        {"prompt": "a", "temperature": math.inf},
+        {"prompt": "a", "seed": 1e300},
         {"prompt": "a", "max_new_tokens": -1},
         {"prompt": "a", "max_new_tokens": 1e30},
         {"prompt": "a", "top_p": 0},
@@ -83,12 +85,23 @@ def test_several_sequences_stand_under_completions(client: TestClient) -> None:
     ],
     ids=repr,
 )
-def test_nonsense_is_refused_and_the_server_lives_on(client: TestClient, body: Any) -> None:
-    import json
-
+def test_an_invalid_request_is_refused_and_the_server_goes_on(client: TestClient, body: Any) -> None:
     reply = client.post("/process", content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert reply.status_code == 422
     assert client.post("/process", json={"prompt": "a", "max_new_tokens": 1}).status_code == 200
+
+
+def test_a_refusal_names_the_field_and_does_not_repeat_the_prompt(client: TestClient) -> None:
+    reply = client.post("/process", json={"prompt": ["a canary"], "top_p": 2})
+    assert reply.json()["detail"] == (
+        "prompt: Input should be a valid string; top_p: Input should be less than or equal to 1"
+    )
+
+
+def test_huge_integers_mean_as_much_as_fits(client: TestClient) -> None:
+    body = {"prompt": "a", "max_new_tokens": 10**40, "seed": 10**40, "stop_sequences": ["e", "a", "o"]}
+    assert client.post("/process", json=body).status_code == 200
+    assert client.post("/decode", json={"tokens": [10**40]}).status_code == 422
 
 
 def test_null_means_the_default(client: TestClient) -> None:
@@ -119,7 +132,10 @@ def test_a_passed_deadline_is_said_and_frees_the_request() -> None:
     assert engine.futures[0].cancelled()
 
 
-@pytest.mark.parametrize(("refusal", "status"), [(QueueFull("later"), 429), (Unavailable("broken"), 503)])
+@pytest.mark.parametrize(
+    ("refusal", "status"),
+    [(QueueFull("later"), 429), (RequestFailed("the model failed"), 500), (Unavailable("broken"), 503)],
+)
 def test_an_engine_that_refuses_is_a_clean_status(refusal: Exception, status: int) -> None:
     reply = TestClient(build_app(Stuck(refusal))).post("/process", json={"prompt": "a"})
     assert reply.status_code == status

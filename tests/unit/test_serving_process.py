@@ -15,7 +15,7 @@ import psutil
 import pytest
 import requests
 
-from palio.errors import Crashed, OutOfMemory
+from palio.errors import Crashed, OutOfMemory, ServerBroken
 from palio.evaluation.probe import probe
 from palio.serving.process import ServerProcess
 from tests.support.serving import SHOTS, metric
@@ -89,6 +89,45 @@ def test_a_killed_server_is_seen(package: Path, tmp_path: Path) -> None:
         os.kill(server.pid, signal.SIGKILL)
         psutil.Process(server.pid).wait(10)
         assert not server.alive()
+
+
+FRAGILE = """
+from palio.cli import main
+from palio.serving.model import TreeModel
+
+forward, broken = TreeModel.forward, []
+
+def forward_until_poisoned(model, chunks):
+    broken.extend(chunk for chunk in chunks if chunk.tokens == [82])
+    if broken:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    return forward(model, chunks)
+
+TreeModel.forward = forward_until_poisoned
+main()
+"""
+"""`palio serve` on a device that never recovers once it has seen the prompt b."""
+BROKEN = "the model is broken: RuntimeError; see the server's log"
+
+
+def test_a_server_whose_device_is_broken_says_so_and_ends_with_its_own_code(
+    package: Path, tmp_path: Path
+) -> None:
+    server = ServerProcess(package, log=tmp_path / "server.log", threads=1)
+    server._command[1:3] = ["-c", FRAGILE]
+    with server:
+        body = {"prompt": "Hello", "max_new_tokens": 2}
+        assert requests.post(f"{server.base_url}/process", json=body, timeout=60).status_code == 200
+        started = time.monotonic()
+        reply = requests.post(f"{server.base_url}/process", json={"prompt": "b"}, timeout=60)
+        assert (reply.status_code, reply.json()["detail"]) == (503, BROKEN)
+        health = requests.get(f"{server.base_url}/health", timeout=60)
+        assert (health.status_code, health.json()["reason"]) == (503, BROKEN)
+        assert not server.alive()
+        assert server._process is not None
+        assert server._process.wait(15) == ServerBroken.exit_code
+        assert time.monotonic() - started < 15
+    assert "CUDA error" in (tmp_path / "server.log").read_text()
 
 
 def test_a_package_that_cannot_be_served_is_named_with_the_logs_last_lines(tmp_path: Path) -> None:

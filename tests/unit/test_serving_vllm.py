@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from palio.errors import BadInput, Crashed
-from palio.serving.engine import BadRequest, Request
+from palio.serving.request import BadRequest, Request
 from palio.serving.vllm_engine import VllmEngine
 from tests.support.training import tiny_base_model
 

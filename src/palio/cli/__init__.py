@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, 1 an error named on one line, 2 bad input, 3 rule violation, 4 time limit,
 5 out of memory, 6 a program of the entry died, 7 interrupted by the machine or a signal: start again,
-8 not tried again in this run, 70 a bug of ours (with its traceback).
+8 not tried again in this run, 9 a model server that broke, 70 a bug of ours (with its traceback).
 """
 
 from __future__ import annotations

@@ -47,6 +47,8 @@ from palio.settings import EvaluateSettings, StageLimits
 from palio.text import last_lines
 
 PROGRESS_SECONDS = 15.0
+MAX_RESTARTS = 2
+"""Restarts of a model server that died after it had answered something."""
 SCORING_SECONDS = 900.0
 """HELM's own work after the limit: instances and metrics of what is left, without asking."""
 
@@ -87,23 +89,24 @@ def evaluate(
     _forget_unanswered(work)
 
     with timed_run(folder.run_facts(stage), StageRun(limit_seconds=limits.time_limit)) as run:
-        clock = UsedTime(work.used_seconds)
         ending = Ending()
-        if not _complete(work, plan):
+        clock = UsedTime(work.used_seconds)
+        restarts = MAX_RESTARTS if package.kind == "model" else 0  # a team's own server has one life
+        while not _complete(work, plan):
             with start_server(work.server_log) as server:
                 if stage == "open":
                     _check_conformance(server, plan, limits, package, folder.probe)
                 heartbeat = HeartbeatWriter(folder.heartbeat(stage), plan.requests, "requests")
+                clock = UsedTime(work.used_seconds)
                 watch = Watch(work, plan, limits.time_limit, clock, server, heartbeat)
                 code = _run_helm(work, limits, watch).code
-                died = ""
-                if not server.alive():
-                    died = "the model server died"
-                    if stage == "open" and work.server_log.exists():
-                        died += (
-                            f", its last lines: {last_lines(work.server_log.read_text('utf-8', 'replace'))}"
-                        )
-                ending = Ending(code, overtime=code is None and not died, died=died)
+                alive = server.alive()
+            ending = Ending(code, code is None and alive, "" if alive else _death(work, stage))
+            if alive or not restarts or watch.answered == watch.answered_before:
+                break
+            restarts -= 1
+            print(f"{ending.died}; it is started again", file=sys.stderr, flush=True)
+            _forget_unanswered(work)
         outcomes = [_outcome(work, stage, limits, planned, ending) for planned in plan.runs]
         run.used_seconds, run.requests = round(clock.used, 1), plan.requests
         run.answered = sum(outcome.run.answered for outcome in outcomes)
@@ -148,8 +151,18 @@ def _run_helm(folder: HelmFolder, limits: StageLimits, watch: Watch) -> helm.Hel
         offline=True,
         tick=watch,
     )
-    clock.add(min(left, helm_exit.seconds))
+    # A dead server's seconds are not the entry's.
+    served = helm_exit.seconds if watch.server.alive() else watch.alive_seconds
+    clock.add(min(left, served))
     return helm_exit
+
+
+def _death(folder: HelmFolder, stage: str) -> str:
+    """Return what is known of the model server's death. Of the closed stage it quotes no log."""
+    if stage == "closed" or not folder.server_log.exists():
+        return "the model server died"
+    log = folder.server_log.read_text("utf-8", "replace")
+    return f"the model server died, its last lines: {last_lines(log)}"
 
 
 def _failure(
@@ -264,7 +277,7 @@ class Watch:
     ) -> None:
         self.folder, self.plan, self.limit, self.clock = folder, plan, limit, clock
         self.server, self.heartbeat = server, heartbeat
-        self.shown = 0.0
+        self.shown = self.alive_seconds = 0.0
         self.journal = JournalReader(folder.journal)
         self.answered = self.answered_before = self._new_answers()
 
@@ -276,7 +289,9 @@ class Watch:
             self.shown = seconds
             self.clock.add(used - self.clock.before)
             print(self.line(seconds), file=sys.stderr, flush=True)
-        return self.server.alive()
+        if alive := self.server.alive():
+            self.alive_seconds = seconds
+        return alive
 
     def _new_answers(self) -> int:
         return sum(1 for _ in self.journal.answers())

@@ -1,53 +1,85 @@
-"""The HTTP side of a model server: HELM's contract over an `Engine`.
+"""The HTTP API of a model server: HELM's contract over an `Engine`.
 
     POST /process    prompt and settings → text, tokens, logprob, request_time
     POST /tokenize   text → tokens (ids)
     POST /decode     tokens → text
-    GET  /health     200 while requests are answered, 503 with the reason when they are not
+    GET  /health     200 while requests are answered, else 503 with the reason
     GET  /metrics    counters in Prometheus' text format
 
-Nonsense gets a 4xx with a reason, a full queue 429, an engine that broke 503, a passed deadline 504.
+Invalid requests get a 4xx with the reason, a full queue 429, a broken engine 503, a passed deadline 504.
 No prompt is ever logged.
 """
 
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Response
 from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, BeforeValidator, Field
 
-from palio.errors import BadInput
-from palio.serving.engine import BadRequest, Completion, Engine, QueueFull, Request, Unavailable
-from palio.serving.process import end_with_owner
+from palio.errors import BadInput, ServerBroken
+from palio.serving.process import READY, end_with_owner
+from palio.serving.request import BadRequest, Completion, QueueFull, Request, RequestFailed, Unavailable
+
+if TYPE_CHECKING:
+    from palio.serving.text import Vocabulary
 
 DEADLINE_SECONDS = 2700.0
 """Below the 3000 s after which HELM's client gives up on a request."""
 STOP_SECONDS = 2
-"""What running requests get when the server is told to stop."""
-READY = "palio serves on "
-"""What `serve` prints, followed by its address, once it takes requests."""
+"""Time for running requests to finish when the server is stopped."""
+BROKEN_SECONDS = 1.0
+"""How long /health gives the reason before a broken server ends."""
 
 Flag = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: () if value is None else value)]
 
 
+class Engine(Protocol):
+    """A loaded model. Its methods may be called from any thread."""
+
+    vocabulary: Vocabulary
+
+    def submit(self, request: Request) -> Future[list[Completion]]:
+        """Queue a request; the future gets its `num_return_sequences` completions.
+
+        Cancelling the future (the client left, the deadline passed) drops the request at the next step.
+
+        Raises:
+            BadRequest, QueueFull, Unavailable: see there.
+        """
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Return gauges, and counters (`*_total`) since the start."""
+        ...
+
+    def failure(self) -> str:
+        """Return why the engine serves no longer; empty while it does."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class ProcessBody(BaseModel):
-    """What HELM posts; every field but the prompt has a default, unknown ones are ignored."""
+    """What HELM posts; every field but the prompt has a default, unknown fields are ignored."""
 
     prompt: str
     max_new_tokens: int = Field(default=64, ge=0)
     temperature: float = Field(default=1e-7, ge=0, le=100, allow_inf_nan=False)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
     top_k_per_token: int = Field(default=1, ge=1, le=100)
     num_return_sequences: int = Field(default=1, ge=1, le=64)
     echo_prompt: Flag = False
@@ -66,7 +98,7 @@ class DecodeBody(BaseModel):
 
 
 def build_app(engine: Engine, *, deadline: float = DEADLINE_SECONDS) -> FastAPI:
-    """`deadline`: seconds after which a request is given up."""
+    """Build the HTTP API; a request that takes more than `deadline` seconds is dropped."""
     app = FastAPI(title="Palio model server")
 
     @app.post("/process")
@@ -74,30 +106,30 @@ def build_app(engine: Engine, *, deadline: float = DEADLINE_SECONDS) -> FastAPI:
         started = time.monotonic()
         stops = tuple(stop for stop in body.stop_sequences if stop)
         request = Request(**body.model_dump(exclude={"stop_sequences"}), stop_sequences=stops)
-        # Tokenizing a long prompt takes milliseconds: not in the thread that answers everybody.
+        # Tokenizing a long prompt takes milliseconds, which would block the event loop.
         future = await asyncio.to_thread(engine.submit, request)
         answer = asyncio.wrap_future(future)
-        gone = asyncio.ensure_future(_disconnected(http))
-        waiting: set[asyncio.Future[Any]] = {answer, gone}
+        disconnected = asyncio.ensure_future(_disconnected(http))
+        pending: set[asyncio.Future[Any]] = {answer, disconnected}
         try:
-            await asyncio.wait(waiting, timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(pending, timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
                 return _reply(answer.result(), time.monotonic() - started)
         finally:
-            gone.cancel()
+            disconnected.cancel()
             answer.cancel()
         raise HTTPException(504, f"not answered within {deadline:.0f} s")
 
     @app.post("/tokenize")
     def tokenize(body: TokenizeBody) -> dict[str, Any]:
         started = time.monotonic()
-        tokens = engine.tokenize(body.text, body.max_length if body.truncation else None)
+        tokens = engine.vocabulary.encode(body.text)[: body.max_length if body.truncation else None]
         return {"tokens": tokens, "request_time": time.monotonic() - started}
 
     @app.post("/decode")
     def decode(body: DecodeBody) -> dict[str, Any]:
         started = time.monotonic()
-        text = engine.decode(body.tokens)
+        text = engine.vocabulary.decode(body.tokens)
         return {"text": text, "request_time": time.monotonic() - started}
 
     @app.get("/health")
@@ -110,42 +142,64 @@ def build_app(engine: Engine, *, deadline: float = DEADLINE_SECONDS) -> FastAPI:
         lines = [f"palio_{name} {value:.12g}" for name, value in engine.metrics().items()]
         return PlainTextResponse("\n".join(lines) + "\n")
 
-    app.exception_handler(BadRequest)(_refuse(422))
-    app.exception_handler(QueueFull)(_refuse(429, {"Retry-After": "5"}))
-    app.exception_handler(Unavailable)(_refuse(503))
+    for error, status in REFUSALS.items():
+        app.exception_handler(error)(_refuse(status))
     return app
 
 
-def _refuse(
-    status: int, headers: dict[str, str] | None = None
-) -> Callable[[HttpRequest, Exception], Awaitable[Response]]:
+REFUSALS: dict[type[Exception], int] = {
+    RequestValidationError: 422,
+    BadRequest: 422,
+    QueueFull: 429,
+    RequestFailed: 500,
+    Unavailable: 503,
+}
+
+
+def _refuse(status: int) -> Callable[[HttpRequest, Exception], Awaitable[Response]]:
     async def reply(http: HttpRequest, error: Exception) -> Response:
-        return JSONResponse({"detail": str(error)}, status, headers)
+        detail = str(error)
+        if isinstance(error, RequestValidationError):  # its own reply repeats the prompt, and cannot say NaN
+            detail = "; ".join(f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors())
+        headers = {"Retry-After": "5"} if status == 429 else None
+        return JSONResponse({"detail": detail}, status, headers)
 
     return reply
 
 
 def _reply(completions: list[Completion], seconds: float) -> dict[str, Any]:
-    """The first completion in the fields HELM reads; all of them under `completions`."""
+    """Return the first completion in the fields HELM reads; if there are several, all under `completions`."""
     contents = [
         {
-            "text": one.text,
-            "tokens": [
-                {"text": token.text, "logprob": token.logprob, "top_logprob": token.top_logprob}
-                for token in one.tokens
-            ],
-            "logprob": one.logprob,
+            "text": completion.text,
+            "tokens": [vars(token) for token in completion.tokens],
+            "logprob": completion.logprob,
         }
-        for one in completions
+        for completion in completions
     ]
     several = {"completions": contents} if len(contents) > 1 else {}
     return {**contents[0], **several, "request_time": seconds}
 
 
 async def _disconnected(http: HttpRequest) -> None:
-    """Ends when the client closes its connection (the body has been read by then)."""
+    """Return when the client closes its connection (the body has been read by then)."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
+
+
+class _Server(uvicorn.Server):
+    """Ends by itself once its engine is broken."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._end = float("inf")
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; returning True ends the server."""
+        if self._engine.failure():
+            self._end = min(self._end, time.monotonic() + BROKEN_SECONDS)
+        return await super().on_tick(counter) or time.monotonic() >= self._end
 
 
 def serve(
@@ -159,13 +213,15 @@ def serve(
     cache_gb: float | None = None,
     engine: str = "transformers",
 ) -> None:
-    """Load the package and serve it until SIGINT or SIGTERM. Port 0 takes any that is free.
+    """Load the package and serve it until SIGINT or SIGTERM. Port 0 takes any free port.
 
     Raises:
-        BadInput: no such package, device or port; or no vllm where it is the engine.
+        BadInput: no such package or device, the port is taken, or vllm is not installed.
         OutOfMemory: the model does not fit, or no memory is left for keys and values.
+        ServerBroken: the model, its device or vllm fails for good.
     """
     end_with_owner()
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # until uvicorn's, and after
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -189,6 +245,8 @@ def serve(
         config = uvicorn.Config(
             build_app(loaded), log_level="warning", access_log=False, timeout_graceful_shutdown=STOP_SECONDS
         )
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config, loaded).run(sockets=[listener])
+        if failure := loaded.failure():
+            raise ServerBroken(failure)
     finally:
         loaded.close()

@@ -1,10 +1,9 @@
-"""Attention over a tree of prefixes: one forward pass for any mix of prompts and running completions.
+"""Attention over a prefix tree: one forward pass for any mix of prompts and running completions.
 
-A pass computes chunks, runs of new tokens of nodes of a `PrefixTree`, laid one behind the other in a
-single row: no padding, whatever their lengths. A token attends to all of the nodes above its own and to
-its own node up to itself. Each of these parts is one call of a fused kernel, shared by all the chunks
-below a node, so a common prefix is read once for all of them; the parts are then joined by the
-log-sum-exp of their scores, which is exact (arXiv 2402.05099).
+A pass computes chunks, runs of new tokens of nodes of a `PrefixTree`, concatenated into one sequence
+without padding. A token attends to all nodes above its own, and to its own node up to itself. Each of these
+parts is one call of a fused kernel, shared by all chunks below a node, so a common prefix is read once for
+all of them; the parts are merged by the log-sum-exp of their scores, which is exact (arXiv 2402.05099).
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from transformers import AttentionInterface
 from palio.serving.prefix_tree import Node
 
 NAME = "palio_tree"
-"""Of our attention among transformers' implementations."""
+"""Name of this attention in transformers' registry."""
 MIN_WINDOW = 2048
 """Tokens. A model whose sliding window is at least this long is served up to its window."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens `start` to `stop` of a node, the ones before being computed."""
+    """Tokens `start` to `stop` of a node; those before are computed."""
 
     node: Node
     start: int
     stop: int
     keep: int
-    """Logits are wanted of this many of its last tokens."""
+    """Number of its last tokens whose logits are wanted."""
 
     @property
     def tokens(self) -> list[int]:
@@ -46,25 +45,25 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Part:
-    """One call: rows `first` to `last` attend to the first `stop` tokens of a node."""
+    """One kernel call: rows `first` to `last` attend to the first `stop` tokens of a node."""
 
     first: int
     last: int
     node: Node
     stop: int
     causal: bool
-    """The last row attends to them all, the row before it to all but the last, and so on."""
+    """The last row attends to all of them, the row before it to all but the last, and so on."""
 
 
 class Plan:
-    """What every layer of one forward pass does; made once per pass."""
+    """The kernel calls of every layer in one forward pass."""
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
-        # In this order the chunks below a node stand side by side, and those of a node before them.
+        # In this order the chunks below a node are contiguous, and a node's own chunk comes before them.
         self.chunks = sorted(chunks, key=lambda chunk: [node.serial for node in chunk.node.path()])
         self.rows: list[tuple[int, int]] = []
         self.levels: list[list[Part]] = []
-        """A row is in at most one part of a level, and in one of the first."""
+        """A row is in at most one part of each level, and in one part of the first."""
         first = 0
         for chunk in self.chunks:
             last = first + len(chunk)
@@ -76,16 +75,16 @@ class Plan:
                 _add(level, part)
             first = last
         self.window = float("inf")
-        """The shortest sliding window that a layer asked for: up to there, attention is as here."""
+        """The shortest sliding window of any layer; up to it, full attention is the same."""
 
 
 def _add(level: list[Part], part: Part) -> None:
-    """Join a part to its left neighbour where both attend to the same."""
+    """Append a part, merged with the one before it where both attend to the same tokens."""
     if level:
-        left = level[-1]
-        same = left.node is part.node and left.last == part.first
-        if same and not part.causal and not left.causal:
-            level[-1] = replace(left, last=part.last)
+        previous = level[-1]
+        adjacent = previous.node is part.node and previous.last == part.first
+        if adjacent and not part.causal and not previous.causal:
+            level[-1] = replace(previous, last=part.last)
             return
     level.append(part)
 
@@ -104,7 +103,7 @@ def tree_attention(
     s_aux: torch.Tensor | None = None,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: (1, heads, row, size) tensors in, (1, row, heads, size) out.
+    """transformers' attention interface: (1, heads, rows, size) tensors in, (1, rows, heads, size) out.
 
     Stores the new keys and values in the chunks' nodes.
 
@@ -118,37 +117,41 @@ def tree_attention(
     for chunk, (first, last) in zip(plan.chunks, plan.rows, strict=True):
         store(chunk, layer, key[0, :, first:last], value[0, :, first:last])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    joined, sums = _attend_level(plan.levels[0], layer, query[0], scale)
-    joined = joined.float()
+    merged, sums = _attend_level(plan.levels[0], layer, query[0], scale)
+    merged = merged.float()
     for parts in plan.levels[1:]:
         rows = slice(parts[0].first, parts[-1].last)
-        out, more = _attend_level(parts, layer, query[0], scale)
-        joined[:, rows].lerp_(out.float(), (more - sums[:, rows]).sigmoid_().unsqueeze(-1))
-        sums[:, rows] = sums[:, rows].logaddexp(more)
-    return joined.to(query.dtype)[None].transpose(1, 2), None
+        out, level_sums = _attend_level(parts, layer, query[0], scale)
+        # out has the share exp(level_sums) / (exp(sums) + exp(level_sums)) of the merged softmax
+        merged[:, rows].lerp_(out.float(), (level_sums - sums[:, rows]).sigmoid_().unsqueeze(-1))
+        sums[:, rows] = sums[:, rows].logaddexp(level_sums)
+    return merged.to(query.dtype)[None].transpose(1, 2), None
 
 
 def _attend_level(
     parts: Sequence[Part], layer: int, query: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend` for the rows from the first part's to the last's; those between parts attend to nothing."""
+    """`attend` for the rows from the first part's to the last's; rows between parts attend to nothing."""
     begin, end = parts[0].first, parts[-1].last
     if len(parts) == 1:
-        (part,) = parts
-        keys, values = part.node.memory[layer][:, :, : part.stop]
-        return attend(query[:, begin:end], keys, values, part.causal, scale)
+        return _attend_part(parts[0], layer, query, scale)
     out = torch.zeros_like(query[:, begin:end])
     sums = query.new_full(out.shape[:2], -torch.inf, dtype=torch.float32)
     for part in parts:
-        keys, values = part.node.memory[layer][:, :, : part.stop]
         rows = slice(part.first - begin, part.last - begin)
-        out[:, rows], sums[:, rows] = attend(
-            query[:, part.first : part.last], keys, values, part.causal, scale
-        )
+        out[:, rows], sums[:, rows] = _attend_part(part, layer, query, scale)
     return out, sums
 
 
+def _attend_part(
+    part: Part, layer: int, query: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = part.node.memory[layer][:, :, : part.stop]
+    return attend(query[:, part.first : part.last], keys, values, part.causal, scale)
+
+
 def store(chunk: Chunk, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Keep a chunk's (heads, tokens, size) keys and values in its node."""
     memory = chunk.node.memory.get(layer)
     if memory is None:
         heads, _, size = key.shape
@@ -161,59 +164,52 @@ def store(chunk: Chunk, layer: int, key: torch.Tensor, value: torch.Tensor) -> N
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(heads, rows, size) queries over (key heads, tokens, size) keys and values.
+    """Attention of (heads, rows, size) queries over (key heads, tokens, size) keys and values.
 
-    Returns the attention's output and, per head and row, the log of the sum of the exponentials of its
-    scores. With `causal` the last row attends to all tokens, the row before it to all but one, and so on.
+    Returns the output and, per head and row, the log-sum-exp of the scores. With `causal` the last row
+    attends to all tokens, the row before it to all but one, and so on.
     """
+    rows, tokens = query.shape[1], key.shape[1]
     if query.device.type == "cpu":
-        rows, tokens = query.shape[1], key.shape[1]
         mask = _mask(rows, tokens, query.dtype) if causal and rows < tokens else None
         out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query[None], key[None], value[None], 0.0, causal and mask is None, attn_mask=mask, scale=scale
         )
         return out[0], sums[0]
     if query.device.type == "cuda" and query.dtype != torch.float32 and query.shape[-1] <= 256:
-        return _attend_cuda(query, key, value, causal, scale)
-    return attend_plainly(query, key, value, causal, scale)
-
-
-def _attend_cuda(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, tokens = query.shape[1], key.shape[1]
-    out, sums = varlen_attn(
-        query.transpose(0, 1),
-        key.transpose(0, 1),
-        value.transpose(0, 1),
-        _ends(rows, query.device),
-        _ends(tokens, query.device),
-        rows,
-        tokens,
-        return_aux=AuxRequest(lse=True),
-        scale=scale,
-        window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=True,
-    )
-    return out.transpose(0, 1), sums
+        out, sums = varlen_attn(
+            query.transpose(0, 1),
+            key.transpose(0, 1),
+            value.transpose(0, 1),
+            _boundaries(rows, query.device),
+            _boundaries(tokens, query.device),
+            rows,
+            tokens,
+            return_aux=AuxRequest(lse=True),
+            scale=scale,
+            window_size=(-1, 0) if causal else (-1, -1),
+            enable_gqa=True,
+        )
+        return out.transpose(0, 1), sums
+    return attend_unfused(query, key, value, causal, scale)
 
 
 @lru_cache(maxsize=64)
 def _mask(rows: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    """(rows, tokens) to be added to scores, the diagonal ending in the corner; the same for every layer."""
+    """Return a causal (rows, tokens) mask to add to scores, its diagonal ending in the corner."""
     return torch.full((rows, tokens), -torch.inf, dtype=dtype).triu_(1 + tokens - rows)
 
 
 @lru_cache(maxsize=4096)
-def _ends(length: int, device: torch.device) -> torch.Tensor:
-    """Of the only sequence in a row; the same for every layer of a pass, so copied to the GPU once."""
+def _boundaries(length: int, device: torch.device) -> torch.Tensor:
+    """Return the boundaries of one sequence; cached, so all layers share one copy to the GPU."""
     return torch.tensor([0, length], dtype=torch.int32, device=device)
 
 
-def attend_plainly(
+def attend_unfused(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend` in four lines of arithmetic, for devices without a fused kernel: the definition."""
+    """`attend` by its definition, for dtypes and devices without a fused kernel."""
     groups = query.shape[0] // key.shape[0]
     scores = (query.float() * scale) @ key.float().repeat_interleave(groups, 0).transpose(1, 2)
     if causal:

@@ -1,24 +1,25 @@
-"""Guesses of what a greedy sequence writes next, which one forward pass then checks all at once.
+"""Draft tokens of a greedy completion, which one forward pass then verifies together.
 
-Models copy from their prompt and repeat themselves; HELM's few-shot prompts end as their examples do.
+Prompt lookup decoding: models copy from their prompt and repeat themselves, and the answers to HELM's
+few-shot prompts end like the examples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-SIZES = (2, 1)
-"""Last tokens that are looked for."""
+MATCH_SIZES = (2, 1)
+"""Numbers of last tokens to look up, in order of preference."""
 
 
-def guess(tokens: Sequence[int], count: int) -> list[int]:
-    """The `count` tokens behind the latest earlier place where the last tokens stood; empty if nowhere.
+def draft_tokens(tokens: Sequence[int], count: int) -> list[int]:
+    """Return the `count` tokens that followed the latest earlier match of the last tokens; empty if none.
 
-    Where that place is less than `count` tokens back, what is copied is itself copied on: a loop goes on.
+    A match less than `count` tokens back is a loop, which is continued.
     """
-    text = "".join(map(chr, tokens))  # one character a token: finding is then a matter of microseconds
-    for size in SIZES:
-        if (at := text.rfind(text[-size:], 0, -1)) >= 0:
-            period = len(text) - size - at
-            return [tokens[at + size + i % period] for i in range(count)]
+    text = "".join(map(chr, tokens))  # one character per token: str.rfind takes microseconds
+    for size in MATCH_SIZES:
+        if (match := text.rfind(text[-size:], 0, -1)) >= 0:
+            period = len(text) - size - match
+            return [tokens[match + size + i % period] for i in range(count)]
     return []

@@ -1,4 +1,4 @@
-"""A loaded model that computes chunks of a prefix tree: all at once, or one after the other."""
+"""A loaded model that computes chunks of a prefix tree: all in one pass, or one after the other."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from palio.serving.prefix_tree import Node, PrefixTree
 from palio.tensors import cap_gpu_memory, mean_divergence
 
 DEFAULT_CONTEXT = 2048
-"""Tokens, for a model that names no limit."""
+"""Tokens, for a model that states no limit."""
 CPU_CACHE_GB = 2.0
 GPU_SPARE = 0.1
 """Share of the GPU memory cap left for activations."""
-AGREEMENT = 1e-2
-"""Mean KL divergence, in nats, that the tree's arithmetic may make. A model it does not fit is off by >1."""
+MAX_DIVERGENCE = 1e-2
+"""Mean KL divergence, in nats, allowed for tree attention. A model it does not suit is off by more than 1."""
+PROBE = list(range(5, 53))
+"""Tokens of the start-up check: ids that every vocabulary has."""
 
 
 class Model(Protocol):
@@ -33,26 +35,25 @@ class Model(Protocol):
     context: int
     """Tokens of prompt and completion together."""
     shares: bool
-    """Whether chunks of one call may lie on one another's paths."""
+    """Whether sequences can share nodes of a prefix tree."""
     token_bytes: int
     """Memory of the keys and values of one token."""
-    ends: frozenset[int]
-    """Tokens that end a completion."""
 
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
-        """Compute chunks and mark them filled; (keep, vocabulary) fp32 logits of each, in their order."""
+        """Compute chunks and mark them filled; return (keep, vocabulary) fp32 logits of each, in order.
+
+        A `TreeModel` that raises has marked nothing; any other model is given one chunk at a time.
+        """
         ...
 
 
 def load_model(package: Path, device: str, gpu_memory_gb: float | None) -> Model:
-    """The model on its device: fp32 on a CPU, in its own dtype on a GPU.
+    """Load a package: in fp32 on a CPU, in its own dtype on a GPU.
 
     Raises:
-        BadInput: no such package or device.
-        OutOfMemory: it does not fit.
+        BadInput: no such device.
+        OutOfMemory: the model does not fit.
     """
-    if not (package / "config.json").exists():
-        raise BadInput(package, "", None, "no config.json; give a folder made by `palio package`")
     if device not in ("auto", "cpu", "cuda"):
         raise BadInput("--device", "", device, "use auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
@@ -66,39 +67,42 @@ def load_model(package: Path, device: str, gpu_memory_gb: float | None) -> Model
         loaded.eval().to("cuda" if on_gpu else "cpu")
         return choose_model(loaded)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(f"{package} does not fit into memory: {error}") from None
+        raise OutOfMemory(f"{package} does not fit in memory: {error}") from None
 
 
 def choose_model(loaded: Any) -> Model:
-    """A `TreeModel` where its logits are the model's own, else a `PlainModel`."""
+    """Return a `TreeModel` if its logits equal the model's own, else a `PlainModel`."""
     plain = PlainModel(loaded)
-    own = loaded.config._attn_implementation
+    original = loaded.config._attn_implementation
     try:
-        reference = _probe_plain(plain)
+        expected = _probe_plain(plain)
         tree = TreeModel(loaded)
-        divergence = mean_divergence([reference], [_probe_tree(tree)])
-        if divergence <= AGREEMENT:
+        divergence = mean_divergence([expected], [_probe_tree(tree)])
+        if divergence <= MAX_DIVERGENCE:
             return tree
-        reason = f"its logits would be off by {divergence:.2g} nats"
+        reason = f"tree attention would be off by {divergence:.2g} nats"
     except (TypeError, KeyError, ValueError, AttributeError, NotImplementedError) as error:
         reason = f"{type(error).__name__}: {error}"
     print(f"served one sequence at a time, without shared prefixes: {reason}", file=sys.stderr)
-    loaded.set_attn_implementation(own)
+    loaded.set_attn_implementation(original)
     return plain
 
 
-PROBE = list(range(5, 53))
-"""Any text will do: token ids that every vocabulary has."""
+def check_model(model: Model) -> None:
+    """Compute a known text. Raises whatever the model does if it cannot compute anything any more."""
+    model.forward([Chunk(_new_leaf(PROBE), 0, len(PROBE), 1)])
+
+
+def _new_leaf(tokens: list[int]) -> Node:
+    return Node(Node(None, [], 0, 0), tokens, 0, len(tokens))
 
 
 def _probe_plain(model: Model) -> torch.Tensor:
-    leaf = Node(Node(None, [], 0, 0), PROBE, 0, len(PROBE))
-    return model.forward([Chunk(leaf, 0, len(PROBE), 16)])[0]
+    return model.forward([Chunk(_new_leaf(PROBE), 0, len(PROBE), 16)])[0]
 
 
 def _probe_tree(model: Model) -> torch.Tensor:
-    """The same logits by every way through the tree: a node and its child in one pass, part of a node,
-    one token."""
+    """Compute the same logits in every way: a node and its child in one pass, part of a node, one token."""
     (leaf,) = PrefixTree(len(PROBE)).acquire(PROBE[:32], 16) or []
     leaf.tokens = PROBE[32:]
     assert leaf.parent is not None
@@ -108,7 +112,7 @@ def _probe_tree(model: Model) -> torch.Tensor:
 
 
 def cache_tokens(model: Model, cache_gb: float | None, gpu_memory_gb: float | None) -> int:
-    """Tokens whose keys and values fit into `cache_gb`, or into what is usual on the device.
+    """Return how many tokens' keys and values fit in `cache_gb`, or in the device's default.
 
     Raises:
         OutOfMemory: not even one full context fits.
@@ -137,59 +141,53 @@ class TreeModel:
         if loaded.config._attn_implementation != attention.NAME:
             raise NotImplementedError("its attention cannot be replaced")
         self._model = loaded
-        self._device = loaded.device
-        self._picks_logits = "logits_to_keep" in inspect.signature(loaded.forward).parameters
-        node = Node(Node(None, [], 0, 0), [PROBE[0]], 0, 1)
-        plan = self._run([Chunk(node, 0, 1, 1)])[0]
-        self.context = int(min(context_of(loaded), plan.window))
-        self.token_bytes = sum(kv.nbytes for kv in node.memory.values())
-        self.ends = ends_of(loaded)
+        self._selects_logits = "logits_to_keep" in inspect.signature(loaded.forward).parameters
+        leaf = _new_leaf(PROBE[:1])
+        plan, _ = self._run([Chunk(leaf, 0, 1, 1)])
+        self.context = int(min(context_of(loaded.config), plan.window))
+        self.token_bytes = sum(kv.nbytes for kv in leaf.memory.values())
 
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
         plan, logits = self._run(chunks)
         for chunk in chunks:
             chunk.node.filled = chunk.stop
         parts = torch.split(logits, [chunk.keep for chunk in plan.chunks])
-        of_chunk = {id(chunk): part for chunk, part in zip(plan.chunks, parts, strict=True)}
-        return [of_chunk[id(chunk)] for chunk in chunks]
+        by_chunk = dict(zip(plan.chunks, parts, strict=True))
+        return [by_chunk[chunk] for chunk in chunks]
 
     @torch.inference_mode()
     def _run(self, chunks: Sequence[Chunk]) -> tuple[Plan, torch.Tensor]:
         plan = Plan(chunks)
-        ids = [token for chunk in plan.chunks for token in chunk.tokens]
-        positions = [
-            position
-            for chunk in plan.chunks
-            for position in range(chunk.node.begin + chunk.start, chunk.node.begin + chunk.stop)
-        ]
-        kept = [
-            row
-            for chunk, (_, last) in zip(plan.chunks, plan.rows, strict=True)
-            for row in range(last - chunk.keep, last)
-        ]
-        keep = torch.tensor(kept, dtype=torch.long, device=self._device)
+        ids: list[int] = []
+        positions: list[int] = []
+        kept: list[int] = []
+        for chunk, (_, last) in zip(plan.chunks, plan.rows, strict=True):
+            ids += chunk.tokens
+            positions += range(chunk.node.begin + chunk.start, chunk.node.begin + chunk.stop)
+            kept += range(last - chunk.keep, last)
+        device = self._model.device
+        keep = torch.tensor(kept, dtype=torch.long, device=device)
         output = self._model(
-            input_ids=torch.tensor([ids], device=self._device),
-            position_ids=torch.tensor([positions], device=self._device),
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
             use_cache=False,
             plan=plan,
-            **({"logits_to_keep": keep} if self._picks_logits else {}),
+            **({"logits_to_keep": keep} if self._selects_logits else {}),
         )
-        logits = output.logits[0] if self._picks_logits else output.logits[0, keep]
+        logits = output.logits[0] if self._selects_logits else output.logits[0, keep]
         return plan, logits.float()
 
 
 class PlainModel:
-    """Chunk after chunk, each sequence with a cache of its own: for any causal model of transformers."""
+    """One chunk after the other, each sequence with its own transformers cache: for any causal model."""
 
     shares = False
 
     def __init__(self, loaded: Any) -> None:
         self._model = loaded
-        self.context = context_of(loaded)
         config = loaded.config
+        self.context = context_of(config)
         self.token_bytes = 2 * config.num_hidden_layers * config.hidden_size * loaded.dtype.itemsize
-        self.ends = ends_of(loaded)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
@@ -204,10 +202,6 @@ class PlainModel:
         return logits
 
 
-def context_of(loaded: Any) -> int:
-    return int(getattr(loaded.config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
-
-
-def ends_of(loaded: Any) -> frozenset[int]:
-    ends = loaded.generation_config.eos_token_id
-    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+def context_of(config: Any) -> int:
+    """Return the tokens of prompt and completion together that a transformers config allows."""
+    return int(getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT)

@@ -1,8 +1,8 @@
-"""What the server has read so far, as a tree: prompts that begin alike share the nodes of their beginning.
+"""Prefix cache, a radix tree: prompts with a common prefix share its nodes.
 
-A node holds a run of tokens and the keys and values the model made of them, so what two prompts share is
-computed once and stored once. Nodes that no running request needs stay for later ones until their room
-is wanted; the least recently used go first, leaves before what they hang on.
+A node holds a run of tokens with their keys and values, so a common prefix is computed and stored once.
+Nodes that no running request uses are kept for later ones until their memory is needed, and evicted least
+recently used first, children before parents.
 """
 
 from __future__ import annotations
@@ -15,20 +15,7 @@ _serials = itertools.count()
 
 
 class Node:
-    """A run of tokens behind its parent's. `filled` of them are computed, in order."""
-
-    __slots__ = (
-        "begin",
-        "capacity",
-        "children",
-        "filled",
-        "memory",
-        "parent",
-        "serial",
-        "tokens",
-        "used",
-        "users",
-    )
+    """A run of tokens that follows its parent's; the first `filled` of them are computed."""
 
     def __init__(self, parent: Node | None, tokens: list[int], begin: int, capacity: int) -> None:
         self.parent = parent
@@ -36,19 +23,19 @@ class Node:
         self.begin = begin
         """Position of the first token in its sequence."""
         self.capacity = capacity
-        """Tokens there is room for."""
+        """Tokens that memory is reserved for."""
         self.filled = 0
         self.children: dict[int, Node] = {}
         """By first token."""
         self.memory: dict[int, Any] = {}
         """Layer -> (2, heads, capacity, size) tensor of keys and values."""
         self.users = 0
-        """Running sequences that end here."""
-        self.used = 0
+        """Running sequences whose shared prefix ends here."""
+        self.last_used = 0
         self.serial = next(_serials)
 
     def path(self) -> list[Node]:
-        """From the first node behind the root to this one."""
+        """Return the nodes from below the root to this one."""
         nodes: list[Node] = []
         node: Node | None = self
         while node is not None and node.parent is not None:
@@ -58,34 +45,23 @@ class Node:
 
 
 class PrefixTree:
-    """Nodes of at most `capacity` tokens in all, running sequences' own included."""
+    """Nodes with memory for at most `capacity` tokens in all, including running sequences' own."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.size = 0
-        """Tokens there is room for in all nodes now."""
+        """Tokens that memory is reserved for now."""
         self.peak = 0
         """The largest `size` so far."""
         self.evicted = 0
-        """Tokens forgotten so far."""
+        """Computed tokens evicted so far."""
         self.root = Node(None, [], 0, 0)
         self._clock = 0
 
-    def find(self, tokens: Sequence[int]) -> int:
-        """How many of the first tokens the tree has."""
-        node, at = self.root, 0
-        while at < len(tokens) and (child := node.children.get(tokens[at])):
-            same = _common(child.tokens, tokens, at)
-            at += same
-            if same < len(child.tokens):
-                break
-            node = child
-        return at
-
     def acquire(self, tokens: Sequence[int], own: int, copies: int = 1) -> list[Node] | None:
-        """Make the path of `tokens` and below it `copies` nodes with room for `own` tokens each.
+        """Add the path of `tokens`, and below it `copies` leaves with memory for `own` tokens each.
 
-        None if there is no room for it beside what running sequences hold.
+        Returns None if running sequences leave too little memory for that.
         """
         node = self._insert(tokens)
         node.users += copies
@@ -100,16 +76,11 @@ class PrefixTree:
         return [Node(node, [], begin, own) for _ in range(copies)]
 
     def release(self, leaf: Node) -> None:
-        """A sequence is over: its own tokens are forgotten, its prompt's stay while there is room."""
+        """Free a finished sequence's own tokens; its shared prefix stays cached."""
         self.size -= leaf.capacity
         leaf.memory.clear()
         assert leaf.parent is not None
         leaf.parent.users -= 1
-
-    def clear(self) -> None:
-        """Forget what no running sequence needs."""
-        for node in self._idle():
-            self._remove(node)
 
     def nodes(self) -> Iterator[Node]:
         stack = list(self.root.children.values())
@@ -119,29 +90,29 @@ class PrefixTree:
             stack.extend(node.children.values())
 
     def _insert(self, tokens: Sequence[int]) -> Node:
-        """The node at whose end `tokens` end; what is missing is added, uncomputed."""
+        """Return the node that ends where `tokens` end; missing nodes are added, uncomputed."""
         self._clock += 1
-        node, at = self.root, 0
-        while at < len(tokens):
-            child = node.children.get(tokens[at])
+        node, position = self.root, 0
+        while position < len(tokens):
+            child = node.children.get(tokens[position])
             if child is None:
-                child = Node(node, list(tokens[at:]), at, len(tokens) - at)
-                node.children[tokens[at]] = child
+                child = Node(node, list(tokens[position:]), position, len(tokens) - position)
+                node.children[tokens[position]] = child
                 self.size += child.capacity
-                at = len(tokens)
+                position = len(tokens)
             else:
-                same = _common(child.tokens, tokens, at)
-                at += same
-                if same < len(child.tokens):
-                    child = self._split(child, same)
-            child.used = self._clock
+                common = _common_length(child.tokens, tokens, position)
+                position += common
+                if common < len(child.tokens):
+                    child = self._split(child, common)
+            child.last_used = self._clock
             node = child
         return node
 
     def _split(self, node: Node, at: int) -> Node:
-        """Put the first `at` tokens of a node into one above it, which is returned.
+        """Move the first `at` tokens of a node into a new parent, and return that.
 
-        The node itself stays the lower one, so sequences that end at it still do.
+        The node itself keeps its end, so sequences that end at it still do.
         """
         assert node.parent is not None
         upper = Node(node.parent, node.tokens[:at], node.begin, at)
@@ -158,13 +129,13 @@ class PrefixTree:
         return upper
 
     def _idle(self) -> list[Node]:
-        """Nodes that no running sequence needs, the least recently used first, children before parents."""
+        """Return the nodes that no running sequence uses, in order of eviction."""
         needed = {above for node in self.nodes() if node.users for above in node.path()}
         idle = [node for node in self.nodes() if node not in needed]
-        return sorted(idle, key=lambda node: (node.used, -node.begin))
+        return sorted(idle, key=lambda node: (node.last_used, -node.begin))
 
     def _make_room(self, tokens: int) -> bool:
-        """Evict until `tokens` more fit; nothing if they cannot."""
+        """Evict until `tokens` more fit; evict nothing and return False if they cannot."""
         missing = self.size + tokens - self.capacity
         if missing <= 0:
             return True
@@ -185,10 +156,8 @@ class PrefixTree:
         node.memory.clear()
 
 
-def _common(run: Sequence[int], tokens: Sequence[int], at: int) -> int:
-    """How many tokens of `run` stand in `tokens` from `at` on."""
-    count = min(len(run), len(tokens) - at)
-    for i in range(count):
-        if run[i] != tokens[at + i]:
-            return i
-    return count
+def _common_length(run: Sequence[int], tokens: Sequence[int], start: int) -> int:
+    """Return how many first tokens of `run` equal those of `tokens` from `start` on."""
+    rest = tokens[start : start + len(run)]
+    pairs = zip(run, rest, strict=False)
+    return next((i for i, (token, other) in enumerate(pairs) if token != other), len(rest))

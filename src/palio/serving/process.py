@@ -1,8 +1,8 @@
-"""A model server as a process of its own: started, watched, and ended with all it started."""
+"""A model server as a child process: started, monitored, and stopped with everything it started."""
 
 from __future__ import annotations
 
-import ctypes
+import http.client
 import os
 import re
 import signal
@@ -13,25 +13,29 @@ from pathlib import Path
 from types import TracebackType
 
 from palio.errors import Crashed, OutOfMemory
+from palio.guard import end_with_parent
 from palio.text import last_lines
 
+READY = "palio serves on "
+"""What a server prints, followed by its address, once it takes requests."""
 READY_SECONDS = 1800.0
-"""Loading a large model from a slow disk."""
+"""Enough to load a large model from a slow disk."""
 STOP_SECONDS = 10.0
+HEALTH_SECONDS = 2.0
 POLL_SECONDS = 0.1
 OWNER = "PALIO_SERVER_OWNER"
-"""Environment variable: the process that a server ends with."""
+"""Environment variable: id of the process that a server ends with."""
 
 
 class ServerProcess:
-    """`palio serve PACKAGE` on loopback and a free port, while the context lasts.
+    """`palio serve PACKAGE` on loopback and a free port, as a context manager.
 
-    Enter it in a thread that outlives it: the server ends with that thread. Entering waits until it takes
-    requests. The server's output is appended to `log`, which never holds a prompt. Without `gpu_memory_gb`
-    it runs on the CPU, whatever the node has.
+    Entering waits until the server takes requests. Enter it in a thread that outlives the context: the server
+    ends with that thread. Its output is appended to `log`, which never contains a prompt. Without
+    `gpu_memory_gb` it runs on the CPU, even on a node with a GPU.
 
     Raises:
-        Crashed, OutOfMemory: it died or did not get ready; with the last lines of its log.
+        Crashed, OutOfMemory: the server ended or did not get ready; with the last lines of its log.
     """
 
     def __init__(
@@ -43,10 +47,8 @@ class ServerProcess:
         gpu_memory_gb: float | None = None,
         cache_gb: float | None = None,
         engine: str = "transformers",
-        ready_seconds: float = READY_SECONDS,
     ) -> None:
         self._log = log
-        self._ready_seconds = ready_seconds
         self._command = [
             *(sys.executable, "-m", "palio.cli", "serve", str(package), "--port", "0", "--engine", engine),
             *(["--threads", str(threads)] if threads else []),
@@ -67,7 +69,7 @@ class ServerProcess:
 
     def __enter__(self) -> ServerProcess:
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        begin = self._log.stat().st_size if self._log.exists() else 0
+        start = self._log.stat().st_size if self._log.exists() else 0
         with self._log.open("ab") as stream:
             self._process = subprocess.Popen(
                 self._command,
@@ -78,7 +80,7 @@ class ServerProcess:
                 start_new_session=True,
             )
         try:
-            self.base_url = self._wait(begin)
+            self.base_url = self._wait(start)
         except BaseException:
             self._stop()
             raise
@@ -95,37 +97,44 @@ class ServerProcess:
         return self._process.pid
 
     def alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        """Return whether the process runs and its /health does not say that it is broken."""
+        if self._process is None or self._process.poll() is not None:
+            return False
+        connection = http.client.HTTPConnection(self.base_url.removeprefix("http://"), timeout=HEALTH_SECONDS)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status != 503
+        except (OSError, http.client.HTTPException):  # busy, or about to end
+            return True
+        finally:
+            connection.close()
 
-    def _wait(self, begin: int) -> str:
-        """The address the server prints when it is ready."""
+    def _wait(self, start: int) -> str:
+        """Wait for the address that the server prints to its log, looking from byte `start` on."""
         assert self._process is not None
-        deadline = time.monotonic() + self._ready_seconds
+        deadline = time.monotonic() + READY_SECONDS
         while time.monotonic() < deadline:
-            text = self._said(begin)
-            if ready := re.search(r"^palio serves on (\S+)\n", text, re.M):
+            code = self._process.poll()
+            output = self._log.read_bytes()[start:].decode(errors="replace")
+            if ready := re.search(rf"^{READY}(\S+)\n", output, re.M):
                 return ready[1]
-            if (code := self._process.poll()) is not None:
-                raise self._death(code, self._said(begin))
+            if code is not None:
+                raise self._death(code, output)
             time.sleep(POLL_SECONDS)
         raise Crashed(
-            f"the model server was not ready after {self._ready_seconds:.0f} s; "
-            f"see {self._log}: {last_lines(self._said(begin))}"
+            f"the model server was not ready in {READY_SECONDS:.0f} s; see {self._log}: {last_lines(output)}"
         )
 
-    def _said(self, begin: int) -> str:
-        with self._log.open("rb") as stream:
-            stream.seek(begin)
-            return stream.read().decode(errors="replace")
-
-    def _death(self, code: int, text: str) -> Crashed | OutOfMemory:
-        what = f"the model server ended with code {code} before it was ready; {self._log}: {last_lines(text)}"
-        # SIGKILL that is not ours comes from the kernel's or the batch system's memory limit.
+    def _death(self, code: int, output: str) -> Crashed | OutOfMemory:
+        what = (
+            f"the model server ended with code {code} before it was ready; {self._log}: {last_lines(output)}"
+        )
+        # A SIGKILL that is not ours comes from the kernel's or the batch system's memory limit.
         killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
         return OutOfMemory(what) if killed or code == OutOfMemory.exit_code else Crashed(what)
 
     def _stop(self) -> None:
-        """SIGTERM, then SIGKILL, to the whole group: also to what outlived the server itself."""
+        """Send SIGTERM, then SIGKILL, to the whole group, including what outlived the server itself."""
         assert self._process is not None
         for signum in (signal.SIGTERM, signal.SIGKILL):
             try:
@@ -140,9 +149,6 @@ class ServerProcess:
 
 
 def end_with_owner() -> None:
-    """In a server: end when the process that started it does, also by SIGKILL. Does nothing elsewhere."""
-    if (owner := os.environ.get(OWNER)) and sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-        if os.getppid() != int(owner):  # it ended before
-            sys.exit(1)
+    """In a server that a `ServerProcess` started: end when that process ends, even by SIGKILL."""
+    if owner := os.environ.get(OWNER):
+        end_with_parent(int(owner), signal.SIGTERM)

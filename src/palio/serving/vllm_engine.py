@@ -1,8 +1,8 @@
 """vLLM behind the same contract: `palio serve --engine vllm`, for a GPU.
 
-vLLM pins its own torch and transformers, so it lives in an environment of its own and runs as a process of
-this one; all we need of it is the program `vllm` on PATH. Prompts go to it as token ids and come back as
-such: truncation, text, stop sequences and log-probabilities are those of the default engine.
+vLLM pins its own torch and transformers, so it is installed in its own environment and runs as a child
+process; all we need of it is the program `vllm` on PATH. It takes and returns token ids, so truncation, text
+and stop sequences are those of the default engine.
 """
 
 from __future__ import annotations
@@ -19,39 +19,35 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from palio.errors import BadInput, Crashed
 from palio.network import free_port
-from palio.serving.engine import GREEDY_BELOW, BadRequest, Completion, Request, Token, Unavailable
+from palio.serving.model import context_of
+from palio.serving.process import READY_SECONDS
+from palio.serving.request import GREEDY_BELOW, BadRequest, Completion, Request, Token, Unavailable
 from palio.serving.text import TextStream, Vocabulary, cut, find_stop
+from palio.tensors import gpu_memory_share
 
 PROGRAM = "vllm"
-READY_SECONDS = 1800.0
 REQUEST_SECONDS = 3600.0
-"""Above any deadline of the HTTP side, which cancels by itself."""
-DEFAULT_CONTEXT = 2048
+"""Above the deadline of the HTTP API, which cancels late requests."""
 
 
 class VllmEngine:
-    """See `Engine`. Queue and batches are vLLM's own."""
+    """See `Engine`. Queueing and batching are vLLM's own."""
 
     def __init__(self, package: Path, *, gpu_memory_gb: float | None = None) -> None:
-        if not (package / "config.json").exists():
-            raise BadInput(package, "", None, "no config.json; give a folder made by `palio package`")
+        self.vocabulary = Vocabulary.load(package)
         if shutil.which(PROGRAM) is None:
             fix = "no such program on PATH; install it in an environment of its own and add its bin folder"
             raise BadInput("--engine", "", PROGRAM, fix)
-        self._vocabulary = Vocabulary(AutoTokenizer.from_pretrained(package))
-        config = AutoConfig.from_pretrained(package)
-        self._context = int(getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
+        self._context = context_of(AutoConfig.from_pretrained(package))
         self._counts: Counter[str] = Counter()
         port = free_port()
-        share = []
-        if gpu_memory_gb:
-            from palio.tensors import gpu_memory_share
-
-            share = ["--gpu-memory-utilization", f"{gpu_memory_share(gpu_memory_gb):.4f}"]
+        share = (
+            ["--gpu-memory-utilization", f"{gpu_memory_share(gpu_memory_gb):.4f}"] if gpu_memory_gb else []
+        )
         self._process = subprocess.Popen(
             [
                 *(PROGRAM, "serve", str(package), "--served-model-name", "palio"),
@@ -72,17 +68,11 @@ class VllmEngine:
     def submit(self, request: Request) -> Future[list[Completion]]:
         if self.failure():
             raise Unavailable(self.failure())
-        prompt = self._vocabulary.prompt(request.prompt)[: max(1, self._context - request.max_new_tokens)]
+        prompt = self.vocabulary.prompt(request, self._context)
         self._counts["requests_total"] += 1
         self._counts["prompt_tokens_total"] += len(prompt)
-        # Cancelling the future closes the connection, and vLLM drops a request whose client left.
+        # Cancelling the future closes the connection, and vLLM drops a request whose client has left.
         return asyncio.run_coroutine_threadsafe(self._complete(request, prompt), self._loop)
-
-    def tokenize(self, text: str, max_length: int | None = None) -> list[int]:
-        return self._vocabulary.encode(text)[:max_length]
-
-    def decode(self, tokens: list[int]) -> str:
-        return self._vocabulary.decode(tokens)
 
     def metrics(self) -> dict[str, float]:
         return dict(self._counts)
@@ -138,27 +128,26 @@ class VllmEngine:
         self._counts["requests_answered_total"] += 1
         return [self._completion(request, prompt, choice["logprobs"]) for choice in reply.json()["choices"]]
 
-    def _completion(self, request: Request, prompt: list[int], found: Mapping[str, Any]) -> Completion:
-        """From `token_id:N` names, vLLM's log-probabilities and candidates, one per token."""
-        ids = [_token_id(name) for name in found["tokens"]]
+    def _completion(self, request: Request, prompt: list[int], logprobs: Mapping[str, Any]) -> Completion:
+        """Read vLLM's log-probabilities and candidates, one per token, whose names are `token_id:N`."""
         echoed = len(prompt) if request.echo_prompt else 0
-        streams = (TextStream(self._vocabulary, []), TextStream(self._vocabulary, prompt))
+        echo_stream, new_stream = TextStream(self.vocabulary, []), TextStream(self.vocabulary, prompt)
         tokens = [
             Token(
-                streams[at >= echoed].add(token),
+                (echo_stream if position < echoed else new_stream).add(_token_id(name)),
                 logprob if logprob is not None else 0.0,  # nothing predicts the first
-                {self._vocabulary.visible([_token_id(name)]): value for name, value in (top or {}).items()},
+                {self.vocabulary.visible([_token_id(name)]): value for name, value in (top or {}).items()},
             )
-            for at, (token, logprob, top) in enumerate(
-                zip(ids, found["token_logprobs"], found["top_logprobs"], strict=True)
+            for position, (name, logprob, top) in enumerate(
+                zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
             )
         ]
-        new = tokens[echoed:]
+        echo, new = tokens[:echoed], tokens[echoed:]
         self._counts["new_tokens_total"] += len(new)
         text = "".join(token.text for token in new)
         stop = find_stop(text, request.stop_sequences)
         new = list(cut(new, len(text) if stop is None else stop).tokens)
-        return Completion("".join(token.text for token in tokens[:echoed] + new), (*tokens[:echoed], *new))
+        return Completion("".join(token.text for token in echo + new), (*echo, *new))
 
 
 def _token_id(name: str) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from palio.evaluation.helm.folder import SUITE
+from palio.guard import guarded
 from palio.layout import HelmFolder
 
 POLL_SECONDS = 0.5
@@ -46,7 +47,7 @@ def run_helm(
     started = time.monotonic()
     with folder.log.open("ab") as log:
         process = subprocess.Popen(
-            _command(folder, threads, dry_run),
+            guarded(_command(folder, threads, dry_run)),
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
