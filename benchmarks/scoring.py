@@ -27,7 +27,7 @@ import pandas as pd
 from scipy import stats
 
 from palio.records import Cell, Column
-from palio.scoring.analysis import analyse
+from palio.scoring.analysis import analyze
 from palio.scoring.leaderboard import Candidate, score
 from palio.scoring.uncertainty import ScenarioAnswers, uncertainty
 
@@ -158,7 +158,7 @@ def main() -> int:
     columns, answers = made_up_answers(options.entries, options.instances)
     board = leaderboard(columns, answers)
     process = time.process_time()
-    wall = seconds(lambda: analyse(board, answers, replicates=options.replicates))
+    wall = seconds(lambda: analyze(board, answers, replicates=options.replicates))
     cpu = time.process_time() - process
     memory = peak_gb()
     print(

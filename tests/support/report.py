@@ -29,7 +29,7 @@ from palio.records import (
     StepFailure,
     TrainingFacts,
 )
-from palio.scoring.analysis import analyse_track
+from palio.scoring.analysis import analyze_track
 from palio.scoring.leaderboard import score_track
 from palio.scoring.tables import write_leaderboard
 from palio.training.telemetry import SCHEMA as TELEMETRY_SCHEMA
@@ -229,6 +229,6 @@ def score_competition(folder: Path, given: Competition, *, final: bool = True, r
     board = score_track(given, "laptop", Results(results), entries, final=final)
     out = results / ("leaderboard" if final else "standings")
     write_leaderboard(
-        board, Boards(out), analyse_track(given, board, Results(results), replicates=replicates)
+        board, Boards(out), analyze_track(given, board, Results(results), replicates=replicates)
     )
     return out

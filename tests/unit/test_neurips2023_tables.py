@@ -172,12 +172,12 @@ def test_the_number_of_instances_is_read_off_proportions() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no list of"),
+        ("{", "is not a list of"),
         ('[["a", {"X - WER": 1.0}]]', "unknown metric, so unknown direction"),
         ('[["a", {"MMLU - EM": 1.0}], ["a", {"MMLU - EM": 1.0}]]', "a: is duplicated"),
         ('[["a", {"MMLU - EM": NaN}]]', "a: MMLU - EM: has no value"),
         ('[["a", {"MMLU - EM": 1.0}], ["b", {}]]', "b: MMLU - EM: has no value"),
-        ("[]", "holds no entry"),
+        ("[]", "has no entries"),
     ],
 )
 def test_a_wrong_file_is_named_in_one_line(tmp_path: Path, content: str, message: str) -> None:

@@ -67,7 +67,7 @@ def test_an_entry_that_did_not_finish_is_shown_with_its_reason(page: str) -> Non
 
 def test_what_an_entry_does_not_have_is_shown_with_the_reason(page: str) -> None:
     told = article(page, "untuned")
-    why = "the base model as it is: no training data, no fine-tuning"
+    why = "the base model unchanged: no training data, no fine-tuning"
     assert f"No training data: {why}" in told
     assert f"No fine-tuning: {why}" in told
 
@@ -102,7 +102,7 @@ def test_contamination_is_counts_by_scenario_of_both_stages(page: str) -> None:
 
 def test_curated_and_raw_differ_in_their_operations_only(page: str) -> None:
     assert RECIPES["curated"][0] == RECIPES["raw"][0]
-    assert "None: the rows are as the sources have them." in article(page, "raw")
+    assert "None: the rows are unchanged from the sources." in article(page, "raw")
     assert "4 drop_exact_duplicates" in article(page, "curated")
 
 
@@ -134,9 +134,9 @@ def test_what_a_team_s_own_program_does_not_tell_is_left_out(tmp_path: Path) -> 
         out=tmp_path / "report",
     )
     page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
-    assert "the team's own program trained, and does not tell its steps" in article(page, "raw")
+    assert "the team's own program trained the model and does not report its steps" in article(page, "raw")
     assert "1 × more than 64 MB of output; the rest was dropped" in article(page, "raw")
-    assert "handed in the team's own server" in article(page, "untuned")
+    assert "submitted the team's own server" in article(page, "untuned")
     assert "3 × a reply of more than 4 MB" in article(page, "untuned")
 
 

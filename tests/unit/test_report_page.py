@@ -134,8 +134,8 @@ CONTRAST = """
   };
   const behind = (node) => {
     for (let at = node; at; at = at.parentElement) {
-      const colour = parse(getComputedStyle(at).backgroundColor);
-      if (colour[3] === 1) return colour;
+      const color = parse(getComputedStyle(at).backgroundColor);
+      if (color[3] === 1) return color;
     }
   };
   const bad = new Set();

@@ -19,7 +19,7 @@ from palio.errors import BadInput
 from palio.layout import Boards, Results
 from palio.provenance import file_sha256
 from palio.records import INSTANCES_SCHEMA, Analysis, Cell, Column, Contamination, Leaderboard
-from palio.scoring.analysis import analyse, analyse_track, read_answers
+from palio.scoring.analysis import analyze, analyze_track, read_answers
 from palio.scoring.leaderboard import Candidate, score, score_track
 from palio.scoring.overfitting import pearson, spearman
 from palio.scoring.tables import print_leaderboard, write_leaderboard
@@ -44,7 +44,7 @@ def scored(results: Path, **scoring: str) -> Leaderboard:
 
 
 def test_a_track_is_analysed_from_its_instances(results: Path) -> None:
-    found = analyse_track(competition(), scored(results), Results(results), replicates=200)
+    found = analyze_track(competition(), scored(results), Results(results), replicates=200)
     assert found.uncertainty is not None
     assert (found.uncertainty.method, found.uncertainty.instances) == ("bootstrap", 30)
     assert found.uncertainty.entries[0].entry == "good"
@@ -55,7 +55,7 @@ def test_a_track_is_analysed_from_its_instances(results: Path) -> None:
 
 
 def test_the_analysis_is_one_record_beside_the_leaderboard(results: Path, tmp_path: Path) -> None:
-    found = analyse_track(competition(), scored(results), Results(results), replicates=50)
+    found = analyze_track(competition(), scored(results), Results(results), replicates=50)
     write_leaderboard(scored(results), Boards(tmp_path / "leaderboard"), found)
     path = tmp_path / "leaderboard/t.analysis.json"
     assert Analysis.model_validate_json(path.read_text()) == found
@@ -69,7 +69,7 @@ def test_an_analysis_of_an_earlier_leaderboard_does_not_stay_beside_a_new_one(
     results: Path, tmp_path: Path
 ) -> None:
     board = scored(results)
-    write_leaderboard(board, Boards(tmp_path / "leaderboard"), analyse(board, replicates=20))
+    write_leaderboard(board, Boards(tmp_path / "leaderboard"), analyze(board, replicates=20))
     write_leaderboard(board, Boards(tmp_path / "leaderboard"))
     assert not list((tmp_path / "leaderboard").glob("*.analysis.*"))
 
@@ -79,7 +79,7 @@ def test_the_terminal_shows_intervals_groups_and_verdicts(
 ) -> None:
     board = scored(results)
     print_leaderboard(
-        board, analyse_track(competition(), board, Results(results), replicates=50), Console(width=200)
+        board, analyze_track(competition(), board, Results(results), replicates=50), Console(width=200)
     )
     shown = capsys.readouterr().out
     for words in ("95 % interval", "P(first)", "group", "1st place (good)", "Paired bootstrap"):
@@ -96,7 +96,7 @@ def test_contamination_stands_beside_the_scores(results: Path) -> None:
         instances={"open": {"mmlu": 20}, "closed": {"math": 10}},
         contaminated={"open": {"mmlu": 3}, "closed": {"math": 0}},
     ).write(results / "t/mid/contamination.json")
-    found = analyse_track(competition(), scored(results), Results(results), replicates=50).overfitting
+    found = analyze_track(competition(), scored(results), Results(results), replicates=50).overfitting
     assert found is not None
     mid = next(one for one in found.entries if one.entry == "mid")
     assert mid.contamination is not None
@@ -110,7 +110,7 @@ def test_a_table_that_was_not_scored_is_not_analysed(results: Path) -> None:
     rows = pq.read_table(table).to_pylist()
     pq.write_table(pa.Table.from_pylist(rows[:-1], schema=pq.read_schema(table)), table)
     with pytest.raises(BadInput, match="is not the table that was scored"):
-        analyse_track(competition(), board, Results(results))
+        analyze_track(competition(), board, Results(results))
 
 
 def test_answers_are_those_of_the_column_s_split_perturbation_and_runs(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_answers_are_those_of_the_column_s_split_perturbation_and_runs(tmp_path:
 
 def test_standings_without_a_finished_entry_have_an_empty_analysis(tmp_path: Path) -> None:
     board = score_track(competition(), "t", Results(tmp_path), {"late": entry("late")}, final=False)
-    found = analyse_track(competition(), board, Results(tmp_path))
+    found = analyze_track(competition(), board, Results(tmp_path))
     assert (found.uncertainty, found.robustness, found.overfitting) == (None, None, None)
 
 
@@ -196,11 +196,11 @@ def test_an_entry_that_falls_from_open_to_closed_has_a_rank_drop() -> None:
         ],
         stage_weights={"open": 1 / 3, "closed": 2 / 3},
     )
-    found = analyse(board, replicates=50).overfitting
+    found = analyze(board, replicates=50).overfitting
     assert found is not None
     fallen = next(one for one in found.entries if one.entry == "overfit")
     assert (fallen.open_rank, fallen.closed_rank, fallen.rank_drop) == (1, 4, 3)
-    assert "The largest fall is overfit's: rank 1 on open, 4 on closed." in found.text
+    assert "The largest drop is overfit's: rank 1 on open, 4 on closed." in found.text
 
 
 # --- versions -------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def test_a_changed_value_explains_the_moves_it_causes() -> None:
     after = {**ROWS, "c": [0.1, 0.5, 0.1]}
     found = difference(board_of(ROWS), board_of(after))
     (c,) = [move for move in found.moved if move.entry == "c"]
-    assert [step.why for step in c.steps] == ["math EM 0.6 -> 0.1"]
+    assert [step.why for step in c.steps] == ["closed/math/EM 0.6 -> 0.1"]
     assert c.steps[0].effect.endswith("most by its win rate in closed/math 1.000 -> 0.000")
     assert str(c).startswith("c: rank ")
     assert all(step.change == "values" for move in found.moved for step in move.steps)

@@ -128,10 +128,10 @@ def test_a_value_that_is_no_number_is_refused(value: float) -> None:
         board_of(candidate("a", value, 0.1, 0.5, 0.1))
 
 
-def test_an_entry_twice_and_a_column_twice_are_refused() -> None:
-    with pytest.raises(BadInput, match="entries is 'a': stands twice"):
+def test_a_duplicate_entry_and_a_duplicate_column_are_refused() -> None:
+    with pytest.raises(BadInput, match="entries is 'a': is duplicated"):
         board_of(candidate("a", 1, 1, 1, 1), candidate("a", 0, 0, 0, 0))
-    with pytest.raises(BadInput, match="stands twice"):
+    with pytest.raises(BadInput, match="is duplicated"):
         board_of(candidate("a", 1, 1), columns=[COLUMNS[0], COLUMNS[0]])
 
 
@@ -275,7 +275,7 @@ def test_a_column_with_an_unfinished_run_is_missing_not_a_mean_over_fewer(tmp_pa
     )
     cell = next(one for one in board.entries if one.entry == "slow").cells[0]
     assert (cell.value, cell.state, cell.win_rate) == (None, State.TIME_LIMIT, 0.0)
-    assert cell.reason == "1 of 2 runs done: the stage's limit ran out"
+    assert cell.reason == "1 of 2 runs finished: the stage's limit ran out"
 
 
 def test_standings_name_step_state_reason_and_log_of_the_unfinished(tmp_path: Path) -> None:
@@ -336,14 +336,14 @@ def test_standings_under_block_show_a_missing_value_as_not_finished(tmp_path: Pa
     assert "mmlu, EM is missing" in board.did_not_finish[0].reason
 
 
-def test_a_statistic_that_stands_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_statistic_is_refused(tmp_path: Path) -> None:
     folder = leave_results(tmp_path, "good", {"open": [0.8], "closed": [0.5]})
     table = folder / "helm/open/metrics.parquet"
     row = pq.read_table(table).to_pylist()[0]
     pq.write_table(pa.Table.from_pylist([row, row], schema=METRICS_SCHEMA), table)
     record = json.loads((folder / "open.json").read_text()) | {"metrics_sha256": file_sha256(table)}
     (folder / "open.json").write_text(json.dumps(record))
-    with pytest.raises(BadInput, match="exact_match of mmlu:0: stands twice"):
+    with pytest.raises(BadInput, match="exact_match of mmlu:0: is duplicated"):
         score_track(competition(), "t", Results(tmp_path), {"good": entry("good")}, final=True)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from palio.neurips2023.tables import published_leaderboards
 from palio.records import Cell, Column, Leaderboard, Robustness
-from palio.scoring.analysis import analyse
+from palio.scoring.analysis import analyze
 from palio.scoring.leaderboard import Candidate, score
 from palio.scoring.pool import formula_of, pool_of
 from palio.scoring.robustness import against_panel, bradley_terry, moves, robustness
@@ -59,7 +59,7 @@ def test_6_of_8_removals_reorder_the_rest_of_the_published_4090_final(final_2023
 
 
 def test_the_analysis_of_2023_reads_as_tables(final_2023: Leaderboard) -> None:
-    text = analysis_markdown(final_2023, analyse(final_2023, replicates=50))
+    text = analysis_markdown(final_2023, analyze(final_2023, replicates=50))
     assert "## Without one entry: 6 of 8 removals reorder the rest" in text
     assert "| entry | final2023/geometric |" in text
     assert "midrank/geometric" in text

@@ -52,7 +52,7 @@ def standings(competition: str, results: Path, out: Path) -> None:
 
 def _score(competition: Competition, tracks: list[str], results: Path, out: Path, *, final: bool) -> None:
     from palio.entries import Entries
-    from palio.scoring.analysis import analyse_track
+    from palio.scoring.analysis import analyze_track
     from palio.scoring.leaderboard import score_track
     from palio.scoring.tables import print_leaderboard, write_leaderboard
 
@@ -61,7 +61,7 @@ def _score(competition: Competition, tracks: list[str], results: Path, out: Path
     for track in tracks:
         board = score_track(competition, track, folders, entries[track], final=final)
         try:
-            analysis = analyse_track(competition, board, folders)
+            analysis = analyze_track(competition, board, folders)
         except BadInput as error:
             if final:
                 raise

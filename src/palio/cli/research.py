@@ -28,7 +28,7 @@ def rescore(
     leaderboard: Path, competition: str, results: Path, convention: str | None, missing: str | None
 ) -> None:
     """Score a leaderboard again by another convention or policy, from its stored HELM results."""
-    from palio.scoring.analysis import analyse_track
+    from palio.scoring.analysis import analyze_track
     from palio.scoring.tables import print_leaderboard
     from palio.scoring.versions import difference, read_leaderboard, write_version
     from palio.scoring.versions import rescore as scored_again
@@ -37,7 +37,7 @@ def rescore(
     folders = results_of(rules, results)
     before = read_leaderboard(leaderboard)
     board = scored_again(before, rules, folders, convention=convention, missing=missing)
-    analysis = analyse_track(rules, board, folders)
+    analysis = analyze_track(rules, board, folders)
     written = write_version(board, Boards(leaderboard.parent), analysis)
     print_leaderboard(board, analysis)
     print(difference(before, board))
@@ -64,7 +64,7 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
 @click.option("--convention", help="Score by this one; default: the one each file was made with.")
 @click.option("--out", type=ExistingPath, default=Results().published.path, show_default=True)
 def published(folder: Path, fetch: bool, convention: str | None, out: Path) -> None:
-    """Recompute the published tables of NeurIPS 2023 in FOLDER, then analyse and report them like our own.
+    """Recompute the published tables of NeurIPS 2023 in FOLDER, then analyze and report them like our own.
 
     Exits with 1 if a published win rate or score does not follow from the metric columns.
     """
@@ -73,7 +73,7 @@ def published(folder: Path, fetch: bool, convention: str | None, out: Path) -> N
     from palio.neurips2023.report import published_report
     from palio.neurips2023.tables import REMARK, published_leaderboards
     from palio.neurips2023.tables import published as recomputed
-    from palio.scoring.analysis import analyse
+    from palio.scoring.analysis import analyze
     from palio.scoring.tables import write_leaderboard
 
     if fetch:
@@ -89,7 +89,7 @@ def published(folder: Path, fetch: bool, convention: str | None, out: Path) -> N
     )
     boards = []
     for board in published_leaderboards(folder, convention):
-        analysis = analyse(board, remark=REMARK)
+        analysis = analyze(board, remark=REMARK)
         write_leaderboard(board, Boards(out), analysis)
         boards.append((board, analysis))
     print(published_report(boards, published_figures(folder), Boards(out).report))

@@ -2,11 +2,11 @@
 
 download     where the published tables are, and their hashes
 tables       the tables recomputed cell by cell, and read as Palio leaderboards
-figure_data  data of the paper's figures
+figure_data  the data of the paper's figures
 figures      the paper's figures, drawn
 report       one report on all rounds
 
-The win-rate conventions of 2023 are in `palio.scoring.conventions`: any leaderboard can be scored with them.
-They come from these tables: the open round follows `helm2023` (the alphabet breaks ties), the hidden round
-`hidden2023` and the final `final2023`; `tables` checks every cell of all three.
+The win-rate conventions of 2023 are in `palio.scoring.conventions`, so any leaderboard can be scored with
+them. They are derived from these tables: the open round follows `helm2023` (the alphabet breaks ties), the
+hidden round `hidden2023`, and the final `final2023`; `tables` checks every cell of all three.
 """

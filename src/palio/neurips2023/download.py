@@ -1,4 +1,4 @@
-"""Where the published tables of NeurIPS 2023 are: an analysis repository of its organizers, at one commit."""
+"""Download the published tables of NeurIPS 2023 from its organizers' analysis repository, at one commit."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from palio.errors import PalioError
 from palio.provenance import atomic_path, file_sha256
 
-ADDRESS = (
+URL = (
     "https://raw.githubusercontent.com/perlitz/llm_efficiency_challenge_nips_paper_analysis/"
     "18d5bbdb73fb53ae5054e5b90a053dc19e73c4d0/results_files/"
 )
@@ -23,16 +22,14 @@ SHA256 = {
     "A100_hidden_round_rank.json": "e869c8e654d0293ab6d0389228f69e1e6a97f56e21159a8c63b676038119997b",
     "A100_full_ranks_final_round.json": "bb89d2d75733e2e5d975bca80047f3d5ecf258c1a24898590ab133c400e220b2",
 }
-SECONDS = 60
+TIMEOUT_SECONDS = 60
 
 
-def fetch_published(
-    folder: Path, address: str = ADDRESS, files: Mapping[str, str] = MappingProxyType(SHA256)
-) -> None:
-    """Bring all `files` (name -> sha256) into `folder`; one that is there unchanged is not downloaded.
+def fetch_published(folder: Path, url: str = URL, files: Mapping[str, str] = SHA256) -> None:
+    """Download `files` (name -> sha256) into `folder`, except those that are already there.
 
     Raises:
-        PalioError: no network, or a file is not the published one.
+        PalioError: a file cannot be downloaded, or is not the published one.
     """
     for name, sha256 in files.items():
         path = folder / name
@@ -40,9 +37,9 @@ def fetch_published(
             continue
         with atomic_path(path) as temporary:
             try:
-                with urllib.request.urlopen(address + name, timeout=SECONDS) as reply:  # noqa: S310
-                    temporary.write_bytes(reply.read())
+                with urllib.request.urlopen(url + name, timeout=TIMEOUT_SECONDS) as response:  # noqa: S310
+                    temporary.write_bytes(response.read())
             except (urllib.error.URLError, TimeoutError) as error:
-                raise PalioError(f"{address}{name} cannot be downloaded: {error}") from None
-            if (found := file_sha256(temporary)) != sha256:
-                raise PalioError(f"{address}{name} has sha256 {found}, not {sha256}; it is not kept")
+                raise PalioError(f"{url}{name} cannot be downloaded: {error}") from None
+            if (digest := file_sha256(temporary)) != sha256:
+                raise PalioError(f"{url}{name} has sha256 {digest}, not {sha256}; it is not kept")

@@ -1,16 +1,16 @@
-"""What the figures of the competition's paper (arXiv 2503.13507) show, recomputed from the published tables.
+"""Data of the figures of the competition's paper (arXiv 2503.13507), recomputed from the published tables.
 
-The paper's "mean win rate" of an entry in a round is **not** a score of that round. As found by recomputing
-its published correlations (figure 7: -0.086 and 0.182), it is the mean over *all* cells of the entry's
-row, derived ones (mean win rates, scores) included, of the share of values it exceeds strictly in a
-pool of every row of every round and both tracks that has a column of that name; lower-is-better columns
-count as higher-is-better, and a missing value exceeds nothing. It is here to rebuild those figures; to ask
-whether open scores tell closed ones, use `Published.open_against_hidden`, or the analysis of a leaderboard.
+The paper's "mean win rate" of an entry in a round is **not** a score of that round. Its published
+correlations (figure 7: -0.086 and 0.182) are reproduced by the mean over *all* cells of the entry's row,
+derived ones (mean win rates, scores) included, of the share of values that the cell strictly exceeds, in a
+pool of every row of every round and both tracks that has a column of that name; lower-is-better columns count
+as higher-is-better, and a missing value exceeds nothing. It is here to rebuild those figures. To see whether
+open scores predict closed ones, use `Published.open_against_hidden`, or the analysis of a leaderboard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ PAIRS: tuple[tuple[RoundName, RoundName], ...] = (("open", "hidden"), ("hidden",
 
 
 class RoundPoint(Part):
-    """One entry in one round: a dot of the scatter plots."""
+    """One entry in one round: a dot in the scatter plots."""
 
     track: str
     round: RoundName
@@ -33,7 +33,7 @@ class RoundPoint(Part):
 
 
 class RoundPair(Part):
-    """How two rounds of a track agree, over the entries in both."""
+    """Agreement of two rounds of a track, over the entries in both."""
 
     track: str
     x: RoundName
@@ -42,7 +42,7 @@ class RoundPair(Part):
 
 
 class ColumnPoint(Part):
-    """One entry's value in one metric column: final round against the earlier round that has it."""
+    """One entry's value in one metric column, in the final round and in the earlier round that has it."""
 
     track: str
     entry: str
@@ -61,7 +61,7 @@ class FinalistPoint(Part):
 
 
 class PublishedFigures(Part):
-    """Data of the paper's figures. With only one track's files, pools are that track's, and values differ."""
+    """Data of the paper's figures. With one track's files only, the pools are smaller and values differ."""
 
     points: list[RoundPoint]
     pairs: list[RoundPair]
@@ -70,94 +70,81 @@ class PublishedFigures(Part):
 
 
 def published_figures(folder: Path) -> PublishedFigures:
-    """Return the data of the figures, from the tables in `folder`. Raises BadInput as `published` does."""
+    """Return the data of the figures from the tables in `folder`. Raises BadInput as `published` does."""
     tables = read_tables(folder)
-    rates = _pooled_win_rates(tables)
-    points = [
-        RoundPoint(
-            track=table.track,
-            round=table.round.name,
-            entry=entry,
-            mean_win_rate=float(np.mean([rates[number][published][name] for name in cells])),
-        )
-        for number, table in enumerate(tables)
-        for published, entry, cells in _rows(table)
-    ]
-    finalists = [
-        FinalistPoint(track=table.track, entry=entry, column=name, win_rate=rates[number][published][name])
-        for number, table in enumerate(tables)
-        if table.round.name == "final"
-        for published, entry, _ in _rows(table)
-        for name in table.names
-    ]
+    exceeded = _exceeded_shares(tables)
+    points, finalists = [], []
+    for table in tables:
+        for entry, cells in _rows(table).items():
+            rates = {name: exceeded[name][value] for name, value in cells.items()}
+            points.append(
+                RoundPoint(
+                    track=table.track,
+                    round=table.round.name,
+                    entry=entry,
+                    mean_win_rate=float(np.mean(list(rates.values()))),
+                )
+            )
+            if table.round.name == "final":
+                finalists += [
+                    FinalistPoint(track=table.track, entry=entry, column=name, win_rate=rates[name])
+                    for name in table.names
+                ]
     return PublishedFigures(
         points=points, pairs=_pairs(points), columns=_column_points(tables), finalists=finalists
     )
 
 
-def _rows(table: Table) -> list[tuple[str, str, dict[str, float | None]]]:
-    """(published name, stable id, all cells) of every row."""
+def _rows(table: Table) -> dict[str, dict[str, float | None]]:
+    """Return all cells of every row, by stable id."""
     ids = stable_ids(table.values)
-    return [(name, ids[name], cells) for name, cells in table.values.items()]
+    return {ids[name]: cells for name, cells in table.values.items()}
 
 
-def _pooled_win_rates(tables: Sequence[Table]) -> list[Mapping[str, Mapping[str, float]]]:
-    """By table, published name and column: the share of all tables' values that are strictly smaller."""
-    pools: dict[str, list[float]] = {}
+def _exceeded_shares(tables: Sequence[Table]) -> dict[str, dict[float | None, float]]:
+    """Return, by column and value, the share of all tables' other values that are strictly smaller."""
+    pools: dict[str, list[float | None]] = {}
     for table in tables:
         for cells in table.values.values():
             for name, value in cells.items():
-                pools.setdefault(name, []).append(np.nan if value is None else float(value))
-    exceeded: dict[str, dict[float, float]] = {}
+                pools.setdefault(name, []).append(value)
+    shares: dict[str, dict[float | None, float]] = {}
     for name, values in pools.items():
-        known = np.array([value for value in values if not np.isnan(value)])
-        smaller, _ = tie_groups(known)
-        rate = smaller / max(len(values) - 1, 1)
-        exceeded[name] = dict(zip(known.tolist(), rate.tolist(), strict=True))
-    return [
-        {
-            entry: {
-                name: 0.0 if value is None else exceeded[name][float(value)] for name, value in cells.items()
-            }
-            for entry, cells in table.values.items()
-        }
-        for table in tables
-    ]
+        known = [value for value in values if value is not None]
+        smaller, _ = tie_groups(np.array(known, dtype=float))
+        rates = smaller / max(len(values) - 1, 1)
+        shares[name] = {None: 0.0, **dict(zip(known, rates.tolist(), strict=True))}
+    return shares
 
 
 def _pairs(points: Sequence[RoundPoint]) -> list[RoundPair]:
-    found = []
+    rates: dict[tuple[str, RoundName], dict[str, float]] = {}
+    for point in points:
+        rates.setdefault((point.track, point.round), {})[point.entry] = point.mean_win_rate
+    pairs = []
     for track in sorted({point.track for point in points}):
         for x, y in PAIRS:
-            of = {
-                round_: {
-                    point.entry: point.mean_win_rate
-                    for point in points
-                    if (point.track, point.round) == (track, round_)
-                }
-                for round_ in (x, y)
-            }
-            both = sorted(of[x].keys() & of[y].keys())
+            in_x, in_y = rates.get((track, x), {}), rates.get((track, y), {})
+            both = sorted(in_x.keys() & in_y.keys())
             if both:
-                agreement = pearson([of[x][name] for name in both], [of[y][name] for name in both])
-                found.append(RoundPair(track=track, x=x, y=y, pearson=agreement))
-    return found
+                agreement = pearson([in_x[name] for name in both], [in_y[name] for name in both])
+                pairs.append(RoundPair(track=track, x=x, y=y, pearson=agreement))
+    return pairs
 
 
 def _column_points(tables: Sequence[Table]) -> list[ColumnPoint]:
-    found = []
+    points = []
     for final in (table for table in tables if table.round.name == "final"):
-        earlier: dict[str, dict[str, float | None]] = {}
+        earlier: dict[tuple[str, str], float | None] = {}
         for table in tables:
             if table.track == final.track and table.round.name != "final":
-                for _, entry, cells in _rows(table):
-                    for name in table.names:
-                        earlier.setdefault(name, {})[entry] = cells[name]
-        for _, entry, cells in _rows(final):
+                for entry, cells in _rows(table).items():
+                    earlier |= {(entry, name): cells[name] for name in table.names}
+        for entry, cells in _rows(final).items():
             for name in final.names:
-                before, after = earlier.get(name, {}).get(entry), cells[name]
+                before, after = earlier.get((entry, name)), cells[name]
                 if before is not None and after is not None:
-                    found.append(
+                    points.append(
                         ColumnPoint(track=final.track, entry=entry, column=name, earlier=before, final=after)
                     )
-    return found
+    return points

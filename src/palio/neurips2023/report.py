@@ -1,4 +1,4 @@
-"""The report on the published tables: every round as a leaderboard, and the paper's figures."""
+"""Report on the published tables: every round as a leaderboard, and the paper's figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROUND_TITLES = {
     "open": "open round",
     "rounds": "open and hidden rounds paired",
 }
-"""Rounds in the order of the page."""
+"""Title by round, in the order of the page."""
 
 
 def published_report(

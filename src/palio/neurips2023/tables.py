@@ -7,9 +7,8 @@ others are derived from them, and `recompute` derives them again from the metric
     <track>_hidden_round_rank.json        five scenarios                                 hidden2023
     <track>_full_ranks_final_round.json   five open and four hidden scenarios, 1/3, 2/3  final2023
 
-Names of one entry differ between the rounds; `stable_id` maps them to one id. The tables do not say
-how many instances stand behind a value; `implied_instances` reads it off the values where they are
-proportions.
+An entry's name differs between the rounds; `stable_id` maps its names to one id. The tables do not give the
+number of instances behind a value; `implied_instances` infers it from values that are proportions.
 """
 
 from __future__ import annotations
@@ -34,19 +33,19 @@ from palio.scoring.leaderboard import Candidate, score
 from palio.scoring.overfitting import pearson
 
 TOLERANCE = 1e-12
-REMARK = (
-    "The published tables do not say how many instances stand behind a value: the number is read off the "
-    "values where they are whole multiples of 1/n, and taken as 100 elsewhere."
-)
-"""For the explanation of these leaderboards' uncertainty."""
 ASSUMED_INSTANCES = 100
-"""Behind a published value that is no proportion (ROUGE, a mean over subjects): a guess, and said so."""
-MOST_INSTANCES = 1000
+"""Instances behind a published value that is not a proportion (ROUGE, a mean over subjects): a guess."""
+MAX_INSTANCES = 1000
+REMARK = (
+    "The published tables do not give the number of instances behind a value: it is inferred where the "
+    f"values are whole multiples of 1/n, and assumed to be {ASSUMED_INSTANCES} elsewhere."
+)
+"""Part of the explanation of these leaderboards' uncertainty."""
 OPEN_SCENARIOS = ("MMLU", "TruthfulQA", "BIG-bench", "GSM8K", "BBQ")
 LOWER_IS_BETTER = ("Stereotypes", "Representation")
 HIGHER_IS_BETTER = ("EM", "ROUGE-2", "Equivalent")
 WEIGHTS = {"open": 1 / 3, "closed": 2 / 3}
-# Names of one entry differ between the rounds' files: endings that come and go, and other spellings.
+# An entry's name differs between the rounds' files: optional endings, and other spellings.
 ENDINGS = ("_hidden", "_reproduce_eval", "_lit_gpt")
 ALIASES = {
     "tvergho_lm_neurips_train": "tvergho_llm_neurips_train",
@@ -59,16 +58,19 @@ ALIASES = {
 RoundName = Literal["open", "hidden", "final"]
 
 Values = dict[str, dict[str, float | None]]
-"""entry as published -> column -> value."""
+"""published name of an entry -> column -> value."""
 
 
 @dataclass(frozen=True)
 class Round:
+    """A round of the competition, and the form of its files."""
+
     name: RoundName
     suffix: str
+    """End of the files' names."""
     convention: str
     score_names: Mapping[str, str]
-    """Derived score column -> "final", or the stage it is the score of."""
+    """Derived score column -> the stage it scores, or "final"."""
 
 
 ROUNDS = (
@@ -84,7 +86,7 @@ ROUNDS = (
 
 
 class PublishedFile(Part):
-    """How one file compares with what its own metric columns give."""
+    """Comparison of one file's derived cells with those recomputed from its metric columns."""
 
     file: str
     track: str
@@ -94,7 +96,7 @@ class PublishedFile(Part):
     cells: int
     """Derived cells: mean win rates and scores."""
     mismatches: int
-    """Cells that differ by more than 1e-12, or are absent."""
+    """Cells that differ by more than 1e-12, or do not exist."""
     max_abs_error: float
 
     def __str__(self) -> str:
@@ -109,24 +111,24 @@ class Published(Part):
 
     files: list[PublishedFile]
     open_against_hidden: dict[str, Correlation]
-    """Pearson's correlation by track, between the open and hidden scores of the entries in both rounds."""
+    """Pearson correlation by track, between the open and hidden scores of the entries in both rounds."""
 
     @property
     def cells(self) -> int:
-        return sum(one.cells for one in self.files)
+        return sum(file.cells for file in self.files)
 
     @property
     def mismatches(self) -> int:
-        return sum(one.mismatches for one in self.files)
+        return sum(file.mismatches for file in self.files)
 
     @property
     def max_abs_error(self) -> float:
-        return max(one.max_abs_error for one in self.files)
+        return max(file.max_abs_error for file in self.files)
 
 
 @dataclass(frozen=True)
 class Table:
-    """One published file, read."""
+    """The content of one published file."""
 
     path: Path
     track: str
@@ -141,7 +143,7 @@ def published(folder: Path) -> Published:
     """Recompute every derived cell of every published file in `folder`.
 
     Raises:
-        BadInput: no published file there, or one that is not of this form.
+        BadInput: there is no published file, or one does not have this form.
     """
     tables = read_tables(folder)
     return Published(
@@ -150,31 +152,38 @@ def published(folder: Path) -> Published:
 
 
 def _open_against_hidden(tables: Sequence[Table]) -> dict[str, Correlation]:
-    """By track, over the published scores of the entries that stand in both rounds."""
-    score_of: dict[tuple[str, RoundName], dict[str, float]] = {}
-    for table in tables:
-        board = _leaderboard([table], table.round.name, table.round.convention)
-        score_of[table.track, table.round.name] = {one.entry: one.final_score for one in board.entries}
-    found = {}
-    for track, round_ in score_of:
-        if round_ == "open" and (track, "hidden") in score_of:
-            before, after = score_of[track, "open"], score_of[track, "hidden"]
-            both = sorted(before.keys() & after.keys())
-            found[track] = pearson([before[name] for name in both], [after[name] for name in both])
-    return found
+    """Return the correlation of the published scores, over the entries in both rounds, by track."""
+    correlations = {}
+    for pair in _open_and_hidden(tables):
+        before, after = (
+            {scored.entry: scored.final_score for scored in _round_leaderboard(table).entries}
+            for table in pair
+        )
+        both = sorted(before.keys() & after.keys())
+        track = pair[0].track
+        correlations[track] = pearson([before[name] for name in both], [after[name] for name in both])
+    return correlations
+
+
+def _open_and_hidden(tables: Sequence[Table]) -> list[tuple[Table, Table]]:
+    hidden = {table.track: table for table in tables if table.round.name == "hidden"}
+    opened = [table for table in tables if table.round.name == "open"]
+    return [(table, hidden[table.track]) for table in opened if table.track in hidden]
 
 
 def read_tables(folder: Path) -> list[Table]:
-    found = [
+    """Read the published files in `folder`. Raises BadInput if there is none."""
+    tables = [
         read_table(path, round_) for round_ in ROUNDS for path in sorted(folder.glob(f"*{round_.suffix}"))
     ]
-    if not found:
+    if not tables:
         forms = ", ".join(f"<track>{round_.suffix}" for round_ in ROUNDS)
         raise BadInput(folder, "", None, f"no published table here; it needs files named {forms}")
-    return found
+    return tables
 
 
 def read_table(path: Path, round_: Round) -> Table:
+    """Read one published file. Raises BadInput if it does not have this form."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         values: Values = {}
@@ -183,9 +192,9 @@ def read_table(path: Path, round_: Round) -> Table:
                 raise BadInput(path, str(name), None, "is duplicated; remove one")
             values[name] = dict(cells)
     except (ValueError, TypeError) as error:
-        raise BadInput(path, "", None, f"is no list of [entry, {{column: value}}]: {error}") from None
+        raise BadInput(path, "", None, f"is not a list of [entry, {{column: value}}]: {error}") from None
     if not values:
-        raise BadInput(path, "", None, "holds no entry")
+        raise BadInput(path, "", None, "has no entries")
     names = [name for name in next(iter(values.values())) if " - " in name]
     for entry, cells in values.items():
         for name in names:
@@ -201,65 +210,58 @@ def _column(name: str, round_: RoundName, path: Path) -> Column:
     kind = metric.split(" (")[0]
     if kind not in LOWER_IS_BETTER + HIGHER_IS_BETTER:
         known = ", ".join(HIGHER_IS_BETTER + LOWER_IS_BETTER)
-        raise BadInput(path, name, None, f"unknown metric, so unknown direction; known are {known}")
+        raise BadInput(
+            path, name, None, f"unknown metric, so unknown direction; the known metrics are {known}"
+        )
     group = "MATH" if scenario.startswith("MATH") else scenario
     stage = "open" if scenario in OPEN_SCENARIOS else "closed"
-    if scenario.startswith("ethics_"):  # one scenario of five subsets
+    if scenario.startswith("ethics_"):  # one scenario with five subsets
         group, metric = "ethics", f"{scenario.removeprefix('ethics_')} {metric}"
-    if round_ == "open":  # groups of metrics take the place of scenarios
+    if round_ == "open":  # groups of metrics instead of scenarios
         kind_of_metric = re.search(r"\((Robustness|Fairness)\)", metric)
         group, metric = (kind_of_metric[1] if kind_of_metric else "Accuracy"), scenario
     return Column(stage=stage, scenario=group, metric=metric, higher_is_better=kind not in LOWER_IS_BETTER)
 
 
 def recompute(table: Table) -> PublishedFile:
-    """Derive every mean win rate and score from the metric columns and hold it against the published one."""
+    """Derive every mean win rate and score from the metric columns, and compare it with the published one."""
     entries = sorted(table.values)
-    values = np.array(
-        [[_number(table.values[entry][name]) for name in table.names] for entry in entries], dtype=float
-    )
+    # dtype float turns None into NaN
+    values = np.array([[table.values[entry][name] for entry in entries] for name in table.names], dtype=float)
     formula = Formula(CONVENTIONS[table.round.convention], "worst", WEIGHTS)
-    result = scores(table.columns, values.T, formula)
+    result = scores(table.columns, values, formula)
     derived = {
-        f"{scenario} Mean Win Rate": rates
-        for of in result.scenarios.values()
-        for scenario, rates in of.items()
+        f"{scenario} Mean Win Rate": means
+        for scenarios in result.scenarios.values()
+        for scenario, means in scenarios.items()
     }
     for name, part in table.round.score_names.items():
         derived[name] = result.final if part == "final" else result.stages[part]
-    published_names = {name for cells in table.values.values() for name in cells} - set(table.names)
-    cells, mismatches, worst = 0, 0, 0.0
-    for name in sorted(published_names | set(derived)):
-        for place, entry in enumerate(entries):
-            cells += 1
-            told = table.values[entry].get(name)
-            if name not in derived or told is None:
-                mismatches += 1
-                continue
-            error = abs(told - float(derived[name][place]))
-            worst = max(worst, error)
-            mismatches += error > TOLERANCE
+    names = {name for cells in table.values.values() for name in cells} - set(table.names) | set(derived)
+    errors = []
+    for name in sorted(names):
+        for row, entry in enumerate(entries):
+            value = table.values[entry].get(name)
+            errors.append(
+                math.inf if value is None or name not in derived else abs(value - float(derived[name][row]))
+            )
     return PublishedFile(
         file=table.path.name,
         track=table.track,
         round=table.round.name,
         convention=table.round.convention,
         entries=len(entries),
-        cells=cells,
-        mismatches=mismatches,
-        max_abs_error=worst,
+        cells=len(errors),
+        mismatches=sum(error > TOLERANCE for error in errors),
+        max_abs_error=max(filter(math.isfinite, errors), default=0.0),
     )
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
 
 
 # --- as Palio leaderboards -----------------------------------------------------------------------------
 
 
 def stable_id(published_name: str) -> str:
-    """One id per entry, whatever the round: without the endings that come and go, aliases resolved."""
+    """Return the id of an entry whatever the round: without optional endings, aliases resolved."""
     name = published_name
     for ending in ENDINGS:
         name = name.removesuffix(ending)
@@ -267,69 +269,59 @@ def stable_id(published_name: str) -> str:
 
 
 def stable_ids(published_names: Collection[str]) -> dict[str, str]:
-    """Id by published name within one table; two names of one id keep their own (but for `_hidden`)."""
+    """Return the id by published name within one table; names that share an id only lose `_hidden`."""
     ids = {name: stable_id(name) for name in published_names}
     counts = Counter(ids.values())
-    return {name: one if counts[one] == 1 else name.removesuffix("_hidden") for name, one in ids.items()}
+    return {name: id_ if counts[id_] == 1 else name.removesuffix("_hidden") for name, id_ in ids.items()}
 
 
 def implied_instances(values: Sequence[float]) -> int | None:
-    """The smallest n for which every value is a whole number of n-ths; None if there is none up to 1000."""
-    for n in range(1, MOST_INSTANCES + 1):
-        if all(abs(value * n - round(value * n)) < 1e-7 for value in values):
-            return n
-    return None
+    """Return the smallest n up to 1000 for which every value is a multiple of 1/n, or None."""
+    candidates = range(1, MAX_INSTANCES + 1)
+    return next((n for n in candidates if all(abs(v * n - round(v * n)) < 1e-7 for v in values)), None)
 
 
 def published_leaderboards(folder: Path, convention: str | None = None) -> list[Leaderboard]:
-    """Every file as a leaderboard of its own, `<track>_<round>`, and open with hidden as `<track>_rounds`.
+    """Return every file as a leaderboard, `<track>_<round>`, and open with hidden as `<track>_rounds`.
 
-    The last one pairs the two rounds' tables of the entries that stand in both, weighted 1/3 and 2/3: on
-    it one sees what the open stage told about the hidden one.
+    The last one pairs the two rounds' tables over the entries in both, weighted 1/3 and 2/3: it shows how
+    well the open stage predicted the hidden one.
 
     Args:
-        convention: default: the one each file was made with; `<track>_rounds` has midrank then.
+        convention: default: the one with which each file was made, and midrank for `<track>_rounds`.
     """
     tables = read_tables(folder)
-    boards = [
-        _leaderboard([table], table.round.name, convention or table.round.convention) for table in tables
+    boards = [_round_leaderboard(table, convention) for table in tables]
+    return boards + [
+        _leaderboard(pair, "rounds", convention or "midrank") for pair in _open_and_hidden(tables)
     ]
-    for track in sorted({table.track for table in tables}):
-        rounds = {table.round.name: table for table in tables if table.track == track}
-        if "open" in rounds and "hidden" in rounds:
-            boards.append(_leaderboard([rounds["open"], rounds["hidden"]], "rounds", convention or "midrank"))
-    return boards
+
+
+def _round_leaderboard(table: Table, convention: str | None = None) -> Leaderboard:
+    return _leaderboard([table], table.round.name, convention or table.round.convention)
 
 
 def _leaderboard(tables: Sequence[Table], name: str, convention: str) -> Leaderboard:
-    rows = []
+    """Return the entries in all of `tables`, with the columns of all of them."""
+    columns = [column for table in tables for column in table.columns]
+    rows: list[dict[str, list[float | None]]] = []
+    counts: list[int] = []
     for table in tables:
         ids = stable_ids(table.values)
-        rows.append({ids[entry]: cells for entry, cells in table.values.items()})
-    shared = set(rows[0]).intersection(*rows[1:])
-    columns = [column for table in tables for column in table.columns]
-    counts = [
-        _instances(column, [cells[published_name] for cells in of.values()])
-        for table, of in zip(tables, rows, strict=True)
-        for published_name, column in zip(table.names, table.columns, strict=True)
-    ]
+        rows.append({ids[name]: [cells[key] for key in table.names] for name, cells in table.values.items()})
+        by_column = zip(*rows[-1].values(), strict=True)
+        counts += [_instances(*pair) for pair in zip(table.columns, by_column, strict=True)]
     candidates = []
-    for entry in sorted(shared):
-        values = [
-            of[entry][published_name]
-            for table, of in zip(tables, rows, strict=True)
-            for published_name in table.names
-        ]
-        cells = [_cell(*of_column) for of_column in zip(columns, values, counts, strict=True)]
-        candidates.append(Candidate(entry, entry.partition("_")[0], cells))
+    for entry in sorted(rows[0].keys() & rows[-1].keys()):
+        values = [value for table_rows in rows for value in table_rows[entry]]
+        candidates.append(Candidate(entry, entry.partition("_")[0], [*map(_cell, columns, values, counts)]))
     stages = {column.stage for column in columns}
-    weights = {stage: weight for stage, weight in WEIGHTS.items() if stage in stages}
     return score(
         competition="neurips2023",
         track=f"{tables[0].track}_{name}",
         columns=columns,
         candidates=candidates,
-        stage_weights=weights if len(weights) > 1 else dict.fromkeys(weights, 1.0),
+        stage_weights=WEIGHTS if stages == set(WEIGHTS) else dict.fromkeys(stages, 1.0),
         convention=convention,
         final=True,
         inputs={table.path.name: file_sha256(table.path) for table in tables},
@@ -345,6 +337,5 @@ def _instances(column: Column, values: Sequence[float | None]) -> int:
 def _cell(column: Column, value: float | None, instances: int) -> Cell:
     if value is not None:
         return Cell(value=value, n=instances)
-    if not column.higher_is_better:
-        return Cell(value=None, state=State.NO_MENTION, reason="no value was published")
-    return Cell(value=None, state=State.NOT_RUN, reason="no value was published")
+    state = State.NOT_RUN if column.higher_is_better else State.NO_MENTION
+    return Cell(value=None, state=state, reason="no value was published")

@@ -8,7 +8,7 @@ from palio.records.common import Part, TrackRecord
 
 
 class Interval(Part):
-    """Limits between which a quantity lies at the analysis' level (95 %)."""
+    """An interval at the analysis' confidence level (95 %)."""
 
     low: float
     """Lower limit."""
@@ -17,7 +17,7 @@ class Interval(Part):
 
 
 class EntryUncertainty(Part):
-    """How sure one entry's score and rank are."""
+    """Uncertainty of one entry's score and rank."""
 
     entry: str
     """Entry id."""
@@ -28,50 +28,50 @@ class EntryUncertainty(Part):
     rank: Interval
     """Interval of the rank: whole numbers, 1 is best."""
     p_first: float
-    """Share of the replicates in which the entry has rank 1, alone or shared."""
+    """Share of replicates in which the entry has rank 1, alone or shared."""
     p_top3: float
-    """Share of the replicates in which its rank is 3 or better."""
+    """Share of replicates in which its rank is 3 or better."""
     p_above_next: float | None
-    """Share of the replicates in which it scores higher than the next entry of the leaderboard (a tie
-    counts one half); None for the last."""
+    """Share of replicates in which it ranks above the next entry on the leaderboard (a tie counts one
+    half); None for the last entry."""
     group: int
     """Index of its group in `Uncertainty.groups`."""
 
 
 class Separation(Part):
-    """What it would take to tell the first two entries apart."""
+    """The difference between the first two entries, and what it would take to confirm it."""
 
     first: str
     """Entry id of the first."""
     second: str
     """Entry id of the second."""
     difference: Interval
-    """Interval of the difference of their final scores, first minus second, paired."""
+    """Paired interval of the difference between their final scores, first minus second."""
     separated: bool
     """Whether the interval of the difference excludes 0."""
     instances: int
     """Distinct evaluation instances behind the two scores now, over all columns."""
     instances_needed: int | None
-    """Instances that would separate them at the observed difference, if its interval shrinks with the square
-    root of their number: no fewer than now unless the two are separated. None if the difference is 0."""
+    """Instances that would separate them at the observed difference, assuming that the interval shrinks with
+    the square root of their number: more than now unless they are separated. None if they are tied."""
 
 
 class Uncertainty(Part):
-    """What another draw of evaluation instances would have changed."""
+    """How scores and ranks vary with the choice of evaluation instances."""
 
     method: Literal["bootstrap", "parametric", "mixed"]
-    """bootstrap: instances are resampled, the same for all entries. parametric: there are no instance values,
-    so each value is drawn around the observed one, independently by entry. mixed: both, by column."""
+    """bootstrap: instances are resampled, the same ones for all entries. parametric: without instance values,
+    each value is drawn around the observed one, independently by entry. mixed: some columns each way."""
     explanation: str
     """One paragraph for readers: method, assumptions, and what the intervals do not cover."""
     level: float
-    """Coverage of the intervals."""
+    """Confidence level of the intervals."""
     replicates: int
-    """Number of draws."""
+    """Number of replicates."""
     seed: int
-    """Seed of the draws."""
+    """Seed of the random draws."""
     instances: int
-    """Distinct evaluation instances drawn from (0 if parametric)."""
+    """Distinct evaluation instances that are resampled (0 if parametric)."""
     parametric_columns: list[str]
     """stage/scenario/metric of the columns without instance values."""
     entries: list[EntryUncertainty]
@@ -79,11 +79,11 @@ class Uncertainty(Part):
     groups: list[list[str]]
     """Entries that cannot be told apart from the best of their group, by rank."""
     separation: Separation | None
-    """The first two entries; None with fewer than two."""
+    """The first two entries; None with fewer than two entries."""
 
 
 class RankMove(Part):
-    """An entry's rank in two rankings, among the entries that both contain."""
+    """An entry's rank in two rankings, counted among the entries in both."""
 
     entry: str
     """Entry id."""
@@ -101,7 +101,7 @@ class Removal(Part):
     order: list[str]
     """The remaining entries by rank."""
     moved: list[RankMove]
-    """Entries whose rank **relative to the other remaining ones** changed; empty if the order is the same."""
+    """Entries whose rank **relative to the other remaining entries** changed; empty if none did."""
 
 
 class Scheme(Part):
@@ -110,9 +110,9 @@ class Scheme(Part):
     name: str
     """midrank/geometric and the like, or borda, bradley_terry, one_per_team, reference_panel."""
     description: str
-    """What the scheme does, in words."""
+    """The scheme in words."""
     ranks: dict[str, int]
-    """Rank by entry; entries outside the scheme's pool are absent."""
+    """Rank by entry, without entries outside the scheme's pool."""
     scores: dict[str, float]
     """Final score by entry, on the scheme's own scale."""
     moved: list[RankMove]
@@ -120,26 +120,26 @@ class Scheme(Part):
 
 
 class PrizeVerdict(Part):
-    """What one of the first ranks depends on."""
+    """What one of the prize ranks depends on."""
 
     rank: int
     """1, 2 or 3."""
     entry: str
-    """Entry id of its holder."""
+    """Entry id of the holder."""
     stable: bool
-    """Whether no removal and no scheme gives this rank to another entry."""
+    """True if no removal and no scheme gives this rank to another entry."""
     depends_on_entries: list[str]
     """Entries whose removal gives this rank to another entry."""
     depends_on_scenarios: list[str]
-    """stage/scenario whose removal does."""
+    """stage/scenario of the scenarios whose removal gives it to another entry."""
     depends_on_schemes: list[str]
-    """Names of the schemes that do."""
+    """Names of the schemes that give it to another entry."""
     text: str
     """The verdict in words."""
 
 
 class Robustness(Part):
-    """What the ranking depends on besides the entries' answers."""
+    """Sensitivity of the ranking to the pool, the scenarios, and the scoring rule."""
 
     without_entry: list[Removal]
     """One per entry, by rank."""
@@ -148,18 +148,18 @@ class Robustness(Part):
     schemes: list[Scheme]
     """The leaderboard's own first."""
     verdicts: list[PrizeVerdict]
-    """For ranks 1 to 3, as far as there are entries."""
+    """For the first three entries, or as many as there are."""
 
 
 class Correlation(Part):
-    """Correlation between open and closed scores over the entries of a track; None where it is undefined."""
+    """Correlation between open and closed scores over the entries of a track."""
 
     value: float | None
-    """The coefficient."""
+    """The coefficient; None if it is undefined."""
     low: float | None
     """Lower limit of its 95 % interval."""
     high: float | None
-    """Upper limit."""
+    """Upper limit of the interval."""
     n: int
     """Number of entries."""
     reason: str = ""
@@ -172,12 +172,12 @@ class Correlation(Part):
 
 
 class ContaminationCount(Part):
-    """Contamination of an entry's training data with one stage."""
+    """Contamination of an entry's training data with the instances of one stage."""
 
     instances: int
-    """Evaluation instances of the stage."""
+    """Number of the stage's evaluation instances."""
     contaminated: int
-    """Of these, found in the entry's training data."""
+    """How many of them are in the entry's training data."""
     by_scenario: dict[str, int]
     """Contaminated instances by scenario."""
 
@@ -192,30 +192,30 @@ class OverfittingEntry(Part):
     closed_score: float
     """Score of the closed stage."""
     open_interval: Interval | None
-    """Interval of the open score; None where no uncertainty was computed."""
+    """Interval of the open score; None if no uncertainty was computed."""
     closed_interval: Interval | None
-    """Interval of the closed score, likewise."""
+    """Interval of the closed score; None if no uncertainty was computed."""
     open_rank: int
     """Rank by open score."""
     closed_rank: int
     """Rank by closed score."""
     rank_drop: int
-    """closed_rank - open_rank: positive if the entry did worse on unseen questions."""
+    """closed_rank - open_rank: positive if the entry did worse on the closed stage."""
     contamination: dict[str, ContaminationCount] | None
-    """By stage; None if the entry has no report."""
+    """By stage; None if the entry has no contamination report."""
     contamination_reason: str
-    """Why there is no report: no training data, or not measured."""
+    """Why there is no report: no training data, or not measured yet."""
 
 
 class Overfitting(Part):
-    """How well the open stage predicted the closed one."""
+    """How well open scores predict closed scores."""
 
     entries: list[OverfittingEntry]
     """By rank."""
     pearson: Correlation
-    """Pearson's correlation between open and closed scores."""
+    """Pearson correlation between open and closed scores."""
     spearman: Correlation
-    """Spearman's."""
+    """Spearman correlation between open and closed scores."""
     text: str
     """One paragraph for readers."""
 
@@ -224,16 +224,21 @@ class Analysis(TrackRecord):
     """How far a leaderboard can be trusted."""
 
     final: bool
-    """As in the leaderboard."""
+    """The leaderboard's `final`."""
     convention: str
-    """As in the leaderboard."""
+    """The leaderboard's win-rate convention."""
     convention_version: str
-    """As in the leaderboard."""
+    """Version of the convention."""
     leaderboard_fingerprint: str
-    """Fingerprint of the leaderboard that was analyzed: fingerprint(leaderboard.model_dump(mode="json"))."""
+    """Fingerprint of the analyzed leaderboard: fingerprint(leaderboard.model_dump(mode="json"))."""
     uncertainty: Uncertainty | None
-    """What another draw of instances would have changed; None without scored entries."""
+    """How scores and ranks vary with the choice of instances; None without scored entries."""
     robustness: Robustness | None
     """What else the ranking depends on; None without scored entries."""
     overfitting: Overfitting | None
-    """Open against closed; None without scored entries, or where only one stage is scored."""
+    """Open against closed; None without scored entries, or if only one stage is scored."""
+
+    @property
+    def entry_uncertainty(self) -> dict[str, EntryUncertainty]:
+        """Uncertainty by entry id; empty without scored entries."""
+        return {entry.entry: entry for entry in self.uncertainty.entries} if self.uncertainty else {}

@@ -18,20 +18,28 @@ class Column(Part):
     higher_is_better: bool = True
     """Direction of the metric."""
 
+    @property
+    def scenario_key(self) -> tuple[str, str]:
+        """(stage, scenario)."""
+        return self.stage, self.scenario
+
+    def __str__(self) -> str:
+        return f"{self.stage}/{self.scenario}/{self.metric}"
+
 
 class Cell(Part):
     """One entry's value in one column, or the state that explains why there is none."""
 
     value: float | None
-    """Mean of the metric."""
+    """Mean of the metric; None if it is missing."""
     state: State = State.FINISHED
-    """Why there is no value."""
+    """Why the value is missing."""
     reason: str = ""
-    """The same in words."""
+    """Why the value is missing, in words."""
     n: int = 0
-    """Instances behind the value."""
+    """Number of instances behind the value."""
     win_rate: float | None = None
-    """None where the value is missing and the policy excludes it."""
+    """Win rate in the column; None if the value is missing and the policy excludes it."""
 
 
 class ScoredEntry(Part):
@@ -52,35 +60,35 @@ class ScoredEntry(Part):
     cells: list[Cell]
     """In the order of the leaderboard's columns."""
     notes: list[str] = []
-    """Footnotes: missing values and what they cost, a stage score of 0 and why."""
+    """Footnotes: missing values and their effect, and the cause of a stage score of 0."""
 
 
 class DidNotFinish(Part):
-    """One entry that has no score."""
+    """An entry without a score."""
 
     entry: str
     """Entry id."""
     team: str
     """Name of its team."""
     step: str
-    """The step that has no result."""
+    """The first step without a result; empty if the entry was withdrawn."""
     state: State
     """How that step ended."""
     reason: str
-    """The same in words."""
+    """Why there is no result, in words."""
     log: str | None = None
     """Path of the step's log."""
 
 
 class Leaderboard(TrackRecord):
-    """The ranking of a track, with everything it was computed from."""
+    """The ranking of a track, with everything that it was computed from."""
 
     final: bool
-    """False for standings: provisional, on whatever is finished."""
+    """False for standings: provisional, over the entries that have finished."""
     convention: str
     """Name of the win-rate convention."""
     convention_version: str
-    """Its version."""
+    """Version of the convention."""
     missing: str
     """Policy for missing values."""
     stage_weights: dict[str, float]
@@ -88,28 +96,33 @@ class Leaderboard(TrackRecord):
     columns: list[Column]
     """All scored columns."""
     entries: list[ScoredEntry]
-    """By rank; entries of equal score share the better rank, in the order of their ids."""
+    """By rank; entries with equal scores share the better rank, in the order of their ids."""
     did_not_finish: list[DidNotFinish]
     """By entry id."""
     inputs: dict[str, str]
-    """sha256 of each stage record and table that went in, by path."""
+    """sha256 of each stage record and table that was scored, by path."""
+
+    @property
+    def scenario_keys(self) -> list[tuple[str, str]]:
+        """(stage, scenario) of every scored scenario, in the order of the columns."""
+        return list(dict.fromkeys(column.scenario_key for column in self.columns))
 
 
 class PanelEntry(Part):
-    """One entry of the panel."""
+    """One member of the panel."""
 
     entry: str
     """Entry id."""
     values: list[float | None]
-    """In the order of the panel's columns; None where it has none."""
+    """In the order of the panel's columns; None where it is missing."""
     instances: list[int]
-    """Instances behind each value."""
+    """Number of instances behind each value."""
 
 
 class Panel(TrackRecord):
-    """The open values of some entries, published by the organizers for teams to compare with."""
+    """Open-stage values of some entries, published by the organizers for teams to compare with."""
 
     columns: list[Column]
     """Columns of the open stage."""
     entries: list[PanelEntry]
-    """The entries to compare with."""
+    """The members of the panel."""

@@ -14,7 +14,7 @@ _SCORE = [
 ]
 
 METRICS_SCHEMA = pa.schema([*_RUN, *_SCORE, pa.field("n", pa.int64(), nullable=False)])
-"""One row per HELM statistic: its mean over `n` instances; `value` is null where n is 0."""
+"""One row per HELM statistic: its mean over `n` instances; `value` is null if n is 0."""
 
 INSTANCES_SCHEMA = pa.schema([*_RUN, pa.field("instance", pa.string(), nullable=False), *_SCORE])
-"""One row per instance and metric; `instance` is HELM's id, never a text."""
+"""One row per instance and metric; `instance` is HELM's id and never text of the instance."""

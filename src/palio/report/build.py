@@ -1,9 +1,9 @@
-"""The report of a competition: one self-contained page, and its figures as SVG and PNG files.
+"""Build the report of a competition: one self-contained page, and its figures as SVG and PNG files.
 
-    <out>/index.html                      leaderboards, how sure they are, a page per entry
+    <out>/index.html                      leaderboards, their uncertainty, a page per entry
     <out>/figures/<track>-<name>.{svg,png}, and those of an appendix
 
-`build_report` reads a competition's results; `write_report` writes the tracks it is given, so that any
+`build_report` reads a competition's results; `write_report` takes tracks from any source, so that any
 leaderboard can have a report.
 """
 
@@ -24,69 +24,67 @@ from palio.report.figures import BudgetUse
 from palio.report.files import read_entry, seconds_used
 from palio.report.page import EntryReport, TrackReport, page
 
-ROWS_LISTED = 16_000
-"""Dropped rows named on the page, over all entries and operations: the demo's all, 20 each of 200 entries."""
+MAX_LISTED = 16_000
+"""Dropped rows listed on the page in all: every one of the demo, 20 per operation of 200 entries."""
 TYPICAL_OPERATIONS = 4
 
 
 def build_report(competition: Competition, *, results: Results, leaderboards: Boards, out: Path) -> Path:
-    """Report on leaderboards or standings; the page's path.
+    """Write a report on leaderboards or standings and return the page's path.
 
     Raises:
-        BadInput: a track has no leaderboard there.
+        BadInput: a track has no leaderboard in `leaderboards`.
     """
     entries = Entries(competition)
-    listed = max(5, ROWS_LISTED // (TYPICAL_OPERATIONS * max(len(entries), 1)))
+    listed = max(5, MAX_LISTED // (TYPICAL_OPERATIONS * max(len(entries), 1)))
     tracks = []
     for track, settings in competition.tracks.items():
         board, analysis = read_board(leaderboards, track)
         limits = {step.name: step.limit(competition, track).seconds for step in LIMITED if step.limit}
-        of = [
-            _with_files(one, entries.get(one.id), results.entry(track, one.id), limits, listed)
-            for one in entry_reports(board)
+        reports = [
+            _with_files(report, entries.get(report.id), results.entry(track, report.id), limits, listed)
+            for report in entry_reports(board)
         ]
-        tracks.append(TrackReport(track, settings.title, board, analysis, of))
+        tracks.append(TrackReport(track, settings.title, board, analysis, reports))
     return write_report(competition.title, tracks, out)
 
 
 def read_board(boards: Boards, track: str) -> tuple[Leaderboard, Analysis | None]:
-    """A leaderboard and the analysis beside it, if there is one of just this leaderboard."""
+    """Read a leaderboard, and the analysis beside it if it belongs to this leaderboard."""
     board = read_record(Leaderboard, boards.leaderboard(track))
-    beside = boards.analysis(track)
-    analysis = read_record(Analysis, beside) if beside.exists() else None
+    path = boards.analysis(track)
+    analysis = read_record(Analysis, path) if path.exists() else None
     if analysis and analysis.leaderboard_fingerprint != fingerprint(board.model_dump(mode="json")):
         analysis = None
     return board, analysis
 
 
 def entry_reports(board: Leaderboard) -> list[EntryReport]:
-    return [EntryReport(one.entry, one.team, score=one) for one in board.entries] + [
-        EntryReport(one.entry, one.team, stopped=one) for one in board.did_not_finish
+    """Return a report without files for every entry, those that did not finish last."""
+    return [EntryReport(scored.entry, scored.team, score=scored) for scored in board.entries] + [
+        EntryReport(stopped.entry, stopped.team, stopped=stopped) for stopped in board.did_not_finish
     ]
 
 
 def _with_files(
-    one: EntryReport, entry: AnyEntry | None, folder: EntryFolder, limits: Mapping[str, int], listed: int
+    report: EntryReport, entry: AnyEntry | None, folder: EntryFolder, limits: Mapping[str, int], listed: int
 ) -> EntryReport:
-    if not isinstance(entry, Entry):
-        entry = None
-    if one.stopped:
-        why = f"the entry stopped at {one.stopped.step}" if one.stopped.step else one.stopped.reason
-    elif entry and entry.server:
-        why = "the team's own server, made elsewhere"
-    elif entry and not entry.trained:
-        why = "the base model as it is: no training data, no fine-tuning"
+    valid = entry if isinstance(entry, Entry) else None
+    if report.stopped:
+        step = report.stopped.step
+        why_missing = f"the entry stopped at {step}" if step else report.stopped.reason
+    elif valid and valid.server:
+        why_missing = "the team's own server, built elsewhere"
+    elif valid and not valid.trained:
+        why_missing = "the base model unchanged: no training data, no fine-tuning"
     else:
-        why = "the step left no record"
-    files = read_entry(folder, why, listed)
-    used = {
-        step: (float(seconds), float(limit))
-        if (seconds := seconds_used(files.runs[step])) is not None
-        else None
-        for step, limit in limits.items()
-    }
-    title = entry.title if entry else ""
-    return replace(one, title=title, files=files, used=BudgetUse(one.id, used))
+        why_missing = "the step left no record"
+    files = read_entry(folder, why_missing, listed)
+    used: dict[str, tuple[float, float] | None] = {}
+    for step, limit in limits.items():
+        seconds = seconds_used(files.runs[step])
+        used[step] = None if seconds is None else (float(seconds), float(limit))
+    return replace(report, title=valid.title if valid else "", files=files, used=BudgetUse(report.id, used))
 
 
 # --- writing ---------------------------------------------------------------------------------------------
@@ -95,16 +93,16 @@ def _with_files(
 def write_report(
     title: str, tracks: Sequence[TrackReport], out: Path, appendix: Sequence[Plate] = ()
 ) -> Path:
-    """Write the figures, then the page. Figures of an earlier report that this one has not are removed."""
-    drawn = {plate.name: plate.drawing for plate in appendix}
+    """Write the figures, then the page. Figures of an earlier report that are not in this one are deleted."""
+    drawings = {plate.name: plate.drawing for plate in appendix}
     for track in tracks:
-        drawn |= {f"{track.id}-{name}": drawing for name, drawing in track.figures.items()}
-    for name, drawing in drawn.items():
+        drawings |= {f"{track.id}-{name}": drawing for name, drawing in track.figures.items()}
+    for name, drawing in drawings.items():
         write_text(out / "figures" / f"{name}.svg", drawing.svg_file)
         with atomic_path(out / "figures" / f"{name}.png") as temporary:
             temporary.write_bytes(drawing.png())
     for path in (out / "figures").glob("*"):
-        if path.stem not in drawn:
+        if path.stem not in drawings:
             path.unlink()
     file = out / "index.html"
     write_text(file, page(title, tracks, appendix))

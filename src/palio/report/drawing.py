@@ -1,15 +1,15 @@
 """Figures as lists of marks, written as SVG or PNG: one description, so that both agree.
 
-Coordinates are CSS pixels from the top left. Colours are names in `PALETTE`: an SVG refers to them as
-classes, so that the page (or the file's own style sheet) gives them a light and a dark value; a PNG is
-drawn in the light ones.
+Coordinates are CSS pixels from the top left. Colors are names in `PALETTE`: an SVG refers to them as
+classes, so that the style sheet of the page or the file gives each a light and a dark value; a PNG uses the
+light ones.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,7 +40,7 @@ PALETTE = {
     "source4": ("#b8574c", "#ec938a"),
     "source5": ("#6d6a75", "#a5a3ad"),
 }
-"""Light and dark value by name. Text colours reach a contrast of 4.5 on `paper` in both."""
+"""Light and dark value by name. Text colors have a contrast of at least 4.5 on `paper` in both."""
 
 HEAT = (
     ("#f7f3ec", "#20242b"),
@@ -55,23 +55,23 @@ HEAT = (
     ("#154e65", "#a2d5e7"),
     ("#0e4054", "#bce5f3"),
 )
-"""Win rates 0, 0.1, … 1: light and dark value. The jump after step 5 keeps every step's text legible."""
+"""Light and dark value for win rates 0, 0.1, … 1. The jump after step 5 keeps the text legible."""
 HEAT_INVERTED = 6
-"""First step whose text is in the paper's colour."""
+"""First step whose text has the paper's color."""
 
 LIGHT = {name: pair[0] for name, pair in PALETTE.items()} | {
     f"heat{step}": pair[0] for step, pair in enumerate(HEAT)
 }
-POINTS_PER_PIXEL = 0.75  # at 96 pixels an inch
+POINTS_PER_PIXEL = 0.75  # 72 points and 96 pixels per inch
 DEJAVU_SCALE = 0.9  # matplotlib's own font is wider than a browser's
 PNG_SCALE = 2
 
 SOURCES = 6
-"""Colours of sources; the seventh shares that of the first."""
+"""Number of colors for sources; the seventh source has the first color again."""
 
 
 def css() -> str:
-    """Style rules for every colour name, as fill (`.f-ink`) and stroke (`.s-ink`), light and dark."""
+    """Return style rules for every color name, as fill (`.f-ink`) and stroke (`.s-ink`), light and dark."""
     named = {**PALETTE, **{f"heat{step}": pair for step, pair in enumerate(HEAT)}}
 
     def rules(theme: int) -> str:
@@ -93,7 +93,7 @@ def _number(value: float) -> str:
 
 @dataclass(frozen=True)
 class Shape:
-    """A path of absolute commands: M and L with one point, C with three, Z with none."""
+    """A path of absolute SVG commands: M and L with one point, C with three, Z with none."""
 
     commands: tuple[tuple[str, tuple[Point, ...]], ...]
     fill: str | None = None
@@ -108,11 +108,11 @@ class Shape:
             letter + " ".join(f"{_number(x)} {_number(y)}" for x, y in points)
             for letter, points in self.commands
         )
-        named = f"f-{self.fill}" if self.fill else f"s-{self.stroke}"
+        css_class = f"f-{self.fill}" if self.fill else f"s-{self.stroke}"
         more = f' stroke-width="{_number(self.width)}"' if self.stroke and self.width != 1 else ""
         more += ' stroke-dasharray="3 3"' if self.dashed else ""
         more += f' opacity="{self.opacity:g}"' if self.opacity != 1 else ""
-        return _element("path", f'class="{named}" d="{data}"{more}', self.tip)
+        return _element("path", f'class="{css_class}" d="{data}"{more}', self.tip)
 
     def paint(self, figure: Figure) -> None:
         vertices: list[Point] = []
@@ -141,8 +141,8 @@ class Dot:
     tip: str = ""
 
     def svg(self) -> str:
-        place = f'cx="{_number(self.x)}" cy="{_number(self.y)}" r="{_number(self.radius)}"'
-        return _element("circle", f'class="f-{self.fill}" {place}', self.tip)
+        center = f'cx="{_number(self.x)}" cy="{_number(self.y)}" r="{_number(self.radius)}"'
+        return _element("circle", f'class="f-{self.fill}" {center}', self.tip)
 
     def paint(self, figure: Figure) -> None:
         circle = CirclePatch((self.x, self.y), self.radius, facecolor=LIGHT[self.fill], edgecolor="none")
@@ -153,22 +153,22 @@ class Dot:
 class Label:
     x: float
     y: float
-    """Of the baseline."""
+    """Position of the baseline."""
     text: str
     anchor: Anchor = "start"
     size: float = 12
     fill: str = "ink"
     bold: bool = False
     upright: bool = False
-    """Turned by 90 degrees, to be read from below."""
+    """Rotated by 90 degrees, to be read from bottom to top."""
 
     def svg(self) -> str:
         x, y = _number(self.x), _number(self.y)
         more = f' text-anchor="{self.anchor}"' if self.anchor != "start" else ""
         more += ' font-weight="600"' if self.bold else ""
         more += f' transform="rotate(-90 {x} {y})"' if self.upright else ""
-        place = f'class="f-{self.fill}" x="{x}" y="{y}" font-size="{_number(self.size)}"{more}'
-        return f"<text {place}>{escape(self.text)}</text>"
+        attributes = f'class="f-{self.fill}" x="{x}" y="{y}" font-size="{_number(self.size)}"{more}'
+        return f"<text {attributes}>{escape(self.text)}</text>"
 
     def paint(self, figure: Figure) -> None:
         figure.axes[0].text(
@@ -182,7 +182,7 @@ class Label:
             fontsize=self.size * POINTS_PER_PIXEL * DEJAVU_SCALE,
             fontweight="bold" if self.bold else "normal",
             color=LIGHT[self.fill],
-            parse_math=False,  # a team called $x^2$ keeps its name
+            parse_math=False,  # "$x^2$" is a name, not a formula
         )
 
 
@@ -204,7 +204,7 @@ def _element(name: str, attributes: str, tip: str) -> str:
 
 @dataclass
 class Drawing:
-    """A figure of `width` × `height` pixels. `title` is its text alternative."""
+    """A figure of `width` x `height` pixels with `title` as its text alternative."""
 
     width: float
     height: float
@@ -225,7 +225,7 @@ class Drawing:
     def ribbon(
         self, start: Point, end: Point, widths: Point, fill: str, *, opacity: float = 0.6, tip: str = ""
     ) -> None:
-        """A band that falls from `start` to `end` (their left ends), `widths` wide there."""
+        """Add a band from `start` down to `end`, its left corners, with `widths` at the two ends."""
         (x0, y0), (x1, y1) = start, end
         middle = (y0 + y1) / 2
         commands: tuple[tuple[str, tuple[Point, ...]], ...] = (
@@ -256,12 +256,12 @@ class Drawing:
 
     @property
     def svg(self) -> Markup:
-        """For a page that has the rules of `css()`."""
+        """The figure as an element of a page with the rules of `css()`."""
         return self._svg("")
 
     @property
     def svg_file(self) -> str:
-        """Stands alone: namespace, style sheet and background."""
+        """The figure as a file, with namespace, style sheet and background."""
         background = f'<rect class="f-paper" width="{_number(self.width)}" height="{_number(self.height)}"/>'
         return str(self._svg(f"<style>{css()}</style>{background}", ' xmlns="http://www.w3.org/2000/svg"'))
 
@@ -269,7 +269,7 @@ class Drawing:
         wide, high = _number(self.width), _number(self.height)
         attributes += f' width="{wide}" height="{high}" viewBox="0 0 {wide} {high}"'
         body = "".join(mark.svg() for mark in self.marks)
-        # Escaped piece by piece: every text goes through escape(), the rest is ours.
+        # Safe: all text went through escape(); the rest is from this module.
         return Markup(  # noqa: S704
             f'<svg{attributes} role="img" aria-label="{escape(self.title)}">{head}{body}</svg>'
         )
@@ -290,7 +290,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Plate:
-    """A figure with its file name and what it shows."""
+    """A figure with its file name and caption."""
 
     name: str
     drawing: Drawing
@@ -299,7 +299,7 @@ class Plate:
 
 @dataclass(frozen=True)
 class Axes:
-    """A plot inside a drawing: where the corner and the far ends of its scales are."""
+    """The area of a plot inside a drawing, and its scales."""
 
     drawing: Drawing
     left: float
@@ -308,35 +308,35 @@ class Axes:
     bottom: float
     x: Point
     y: Point
-    """Values at left and right, at bottom and top."""
+    """`x`: values at the left and right edge, `y`: at the bottom and top edge."""
 
     def at(self, x: float, y: float) -> Point:
+        """Return the position of a value in the drawing."""
         across = (x - self.x[0]) / (self.x[1] - self.x[0])
         up = (y - self.y[0]) / (self.y[1] - self.y[0])
         return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
 
     def grid(self, x: Sequence[float], y: Sequence[float], *, upright: bool = True) -> None:
-        """Lines and numbers at these values; `upright`: lines at x too."""
+        """Draw lines and numbers at these values, vertical lines only if `upright`."""
         for tick in x:
-            place, _ = self.at(tick, self.y[0])
+            across, _ = self.at(tick, self.y[0])
             if upright:
-                self.drawing.line([(place, self.top), (place, self.bottom)], "rule")
-            self.drawing.text(place, self.bottom + 16, f"{tick:g}", anchor="middle", size=11, fill="muted")
+                self.drawing.line([(across, self.top), (across, self.bottom)], "rule")
+            self.drawing.text(across, self.bottom + 16, f"{tick:g}", anchor="middle", size=11, fill="muted")
         for tick in y:
-            _, place = self.at(self.x[0], tick)
-            self.drawing.line([(self.left, place), (self.right, place)], "rule")
-            self.drawing.text(self.left - 6, place + 4, f"{tick:g}", anchor="end", size=11, fill="muted")
+            _, up = self.at(self.x[0], tick)
+            self.drawing.line([(self.left, up), (self.right, up)], "rule")
+            self.drawing.text(self.left - 6, up + 4, f"{tick:g}", anchor="end", size=11, fill="muted")
 
     def titles(self, x: str, y: str = "") -> None:
-        middle = (self.left + self.right) / 2
-        self.drawing.text(middle, self.bottom + 36, x, anchor="middle")
+        self.drawing.text((self.left + self.right) / 2, self.bottom + 36, x, anchor="middle")
         if y:
-            place = (self.top + self.bottom) / 2
-            self.drawing.text(self.left - 40, place, y, anchor="middle", upright=True)
+            middle = (self.top + self.bottom) / 2
+            self.drawing.text(self.left - 40, middle, y, anchor="middle", upright=True)
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from `low` to at least `high`."""
+    """Return round numbers from `low` to at least `high`."""
     raw = max(high - low, 1e-9) / about
     power = 10 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw)
@@ -344,23 +344,22 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def text_width(text: str, size: float) -> float:
-    """Estimated pixels of `text`: fonts differ, so this errs on the wide side."""
+    """Return the estimated width of `text` in pixels, on the wide side because fonts differ."""
     return len(text) * size * 0.63
 
 
 def place_labels(
-    points: Iterable[tuple[float, float, str]], size: float, box: tuple[float, float, float, float]
-) -> list[tuple[float, float, Anchor, str] | None]:
-    """Where each point's label can stand without touching a point or an earlier label, or None.
+    points: Sequence[tuple[float, float, str]], size: float, box: tuple[float, float, float, float]
+) -> list[tuple[float, float, Anchor] | None]:
+    """Return where each point's label can go without touching a point or an earlier label, or None.
 
-    `points` are (x, y, text), most important first; `box` is left, top, right, bottom.
+    `points` are (x, y, text), the most important first; `box` is (left, top, right, bottom).
     """
-    placed = list(points)
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in placed]
-    found: list[tuple[float, float, Anchor, str] | None] = []
-    for x, y, text in placed:
-        wide = text_width(text, size)
-        spots: tuple[tuple[float, float, Anchor], ...] = (
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in points]
+    placed: list[tuple[float, float, Anchor] | None] = []
+    for x, y, text in points:
+        width = text_width(text, size)
+        candidates: tuple[tuple[float, float, Anchor], ...] = (
             (x + 8, y + size / 3, "start"),
             (x - 8, y + size / 3, "end"),
             (x, y - 9, "middle"),
@@ -370,18 +369,17 @@ def place_labels(
             (x + 6, y + size + 3, "start"),
             (x - 6, y + size + 3, "end"),
         )
-        for at, baseline, anchor in spots:
-            left = at - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
-            area = (left, baseline - size * 0.8, left + wide, baseline + size * 0.2)
+        placed.append(None)
+        for at, baseline, anchor in candidates:
+            left = at - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
+            area = (left, baseline - size * 0.8, left + width, baseline + size * 0.2)
             inside = box[0] <= area[0] and box[1] <= area[1] and area[2] <= box[2] and area[3] <= box[3]
-            if inside and not any(_touch(area, other) for other in taken):
+            if inside and not any(_overlap(area, other) for other in taken):
                 taken.append(area)
-                found.append((at, baseline, anchor, text))
+                placed[-1] = (at, baseline, anchor)
                 break
-        else:
-            found.append(None)
-    return found
+    return placed
 
 
-def _touch(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -1,4 +1,4 @@
-"""An entry's figures, each a pure function of what its steps left."""
+"""An entry's figures, each a pure function of its records and tables."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from palio.report.files import Telemetry
 
 WIDTH = 420.0
 SMALL = 11.0
+MAX_POINTS = 400
+"""Points of a line: the figure is about as many pixels wide."""
 
 
 def training_curve(telemetry: Telemetry) -> Drawing:
-    """Training loss by step, and validation loss where rows were held out; of at least one step."""
+    """Draw training loss by step, and validation loss if rows were held out; there is at least one step."""
     drawing = Drawing(WIDTH, 240, f"Training loss over {telemetry.step[-1]} steps")
     validation = [
         (step, loss)
@@ -26,23 +28,22 @@ def training_curve(telemetry: Telemetry) -> Drawing:
     axes = Axes(drawing, 46, 12, WIDTH - 10, 196, (0, last), (0, scale[-1]))
     axes.grid([tick for tick in ticks(0, last) if tick <= last], scale, upright=False)
     axes.titles("optimizer step")
-    at, top, right = axes.at, axes.top, axes.right
-    points = [at(step, loss) for step, loss in zip(telemetry.step, telemetry.loss, strict=True)]
+    points = [axes.at(step, loss) for step, loss in zip(telemetry.step, telemetry.loss, strict=True)]
     drawing.line(_thinned(points), "open", width=1.5, tip="training loss")
+    baseline = axes.top + 10
     if validation:
-        drawing.line([at(*one) for one in validation], "closed", width=1.5, tip="validation loss")
+        drawing.line([axes.at(*point) for point in validation], "closed", width=1.5, tip="validation loss")
         for step, loss in validation:
-            drawing.dot(*at(step, loss), 3, "closed", tip=f"step {step}: validation loss {loss:.3f}")
-        drawing.text(right, top + 10, "validation loss", anchor="end", size=SMALL, fill="closed")
-    drawing.text(
-        right, top + (24 if validation else 10), "training loss", anchor="end", size=SMALL, fill="open"
-    )
+            drawing.dot(*axes.at(step, loss), 3, "closed", tip=f"step {step}: validation loss {loss:.3f}")
+        drawing.text(axes.right, baseline, "validation loss", anchor="end", size=SMALL, fill="closed")
+        baseline += 14
+    drawing.text(axes.right, baseline, "training loss", anchor="end", size=SMALL, fill="open")
     return drawing
 
 
-def _thinned(points: Sequence[Point], most: int = 400) -> list[Point]:
-    """At most so many points, each the mean of as many neighbours: a page holds no more pixels."""
-    size = math.ceil(len(points) / most)
+def _thinned(points: Sequence[Point]) -> list[Point]:
+    """Return at most `MAX_POINTS`, each the mean of as many neighbors."""
+    size = math.ceil(len(points) / MAX_POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [
         (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups
@@ -50,7 +51,7 @@ def _thinned(points: Sequence[Point], most: int = 400) -> list[Point]:
 
 
 def row_flow(manifest: DatasetManifest) -> Drawing | None:
-    """A Sankey diagram from the sources (top) through the operations to the dataset (bottom)."""
+    """Draw a Sankey diagram from the sources (top) through the operations to the dataset (bottom)."""
     total = sum(source.rows for source in manifest.sources)
     if total == 0:
         return None
@@ -61,10 +62,10 @@ def row_flow(manifest: DatasetManifest) -> Drawing | None:
         WIDTH, 40 + levels * (gap + band) - gap + 26, f"Rows of {manifest.entry} through the operations"
     )
     rows = {source.name: source.rows for source in manifest.sources}
-    colour = {name: f"source{place % SOURCES}" for place, name in enumerate(rows)}
+    color = {name: f"source{index % SOURCES}" for index, name in enumerate(rows)}
     y = 30.0
     drawing.text(left, 18, f"{total:,} rows read".replace(",", " "), size=SMALL, bold=True)
-    _bands(drawing, rows, colour, left, y, per_row, band)
+    _bands(drawing, rows, color, left, y, per_row, band)
     for number, operation in enumerate(manifest.operations, 1):
         after = {name: count - operation.dropped_by_source.get(name, 0) for name, count in rows.items()}
         lost = operation.rows_in - operation.rows_out
@@ -74,8 +75,8 @@ def row_flow(manifest: DatasetManifest) -> Drawing | None:
         for name, count in rows.items():
             kept, gone = after[name], count - after[name]
             tip = f"{name}: {kept} of {count} kept by {operation.op}"
-            wide = (kept * per_row, kept * per_row)
-            drawing.ribbon((x_before, start), (x_after, end), wide, colour[name], opacity=0.45, tip=tip)
+            widths = (kept * per_row, kept * per_row)
+            drawing.ribbon((x_before, start), (x_after, end), widths, color[name], opacity=0.45, tip=tip)
             if gone:
                 drawing.ribbon(
                     (x_before + kept * per_row, start),
@@ -88,16 +89,11 @@ def row_flow(manifest: DatasetManifest) -> Drawing | None:
             x_before, x_after = x_before + count * per_row, x_after + kept * per_row
         middle = (start + end) / 2
         drawing.text(right + 14, middle - 2, f"{number} {operation.op}", size=SMALL, bold=True)
-        told = (
-            f"−{lost} rows"
-            if lost
-            else f"{operation.changed} rewritten"
-            if operation.changed
-            else "nothing to do"
-        )
-        drawing.text(right + 14, middle + 13, told, size=SMALL, fill="muted")
+        rewritten = f"{operation.changed} rewritten" if operation.changed else "nothing to do"
+        effect = f"−{lost} rows" if lost else rewritten
+        drawing.text(right + 14, middle + 13, effect, size=SMALL, fill="muted")
         rows, y = after, end
-        _bands(drawing, rows, colour, left, y, per_row, band)
+        _bands(drawing, rows, color, left, y, per_row, band)
     kept = sum(rows.values())
     drawing.text(left, y + band + 18, f"{kept:,} rows to train on".replace(",", " "), size=SMALL, bold=True)
     return drawing
@@ -106,31 +102,31 @@ def row_flow(manifest: DatasetManifest) -> Drawing | None:
 def _bands(
     drawing: Drawing,
     rows: dict[str, int],
-    colour: dict[str, str],
+    color: dict[str, str],
     x: float,
     y: float,
     per_row: float,
     height: float,
 ) -> None:
     for name, count in rows.items():
-        drawing.rectangle(x, y, count * per_row, height, colour[name], tip=f"{name}: {count} rows")
+        drawing.rectangle(x, y, count * per_row, height, color[name], tip=f"{name}: {count} rows")
         x += count * per_row
 
 
 def length_histogram(manifest: DatasetManifest, part: str) -> Drawing | None:
-    """Rows by length of their prompt or completion, in bins of powers of two characters."""
+    """Draw a histogram of the lengths of prompts or completions, in bins of powers of two characters."""
     counts = manifest.characters.get(part, [])
-    first = next((place for place, count in enumerate(counts) if count), None)
+    first = next((index for index, count in enumerate(counts) if count), None)
     if first is None:
         return None
     shown = list(enumerate(counts))[first:]
     bar = min(40.0, 200.0 / len(shown))
     drawing = Drawing(max(150, bar * len(shown) + 10), 122, f"Lengths of {part}s of {manifest.entry}")
     drawing.text(0, 12, f"{part}, characters", size=SMALL, fill="muted")
-    for place, (power, count) in enumerate(shown):
-        high = 70 * count / max(counts)
+    for index, (power, count) in enumerate(shown):
+        height = 70 * count / max(counts)
         low, top = (0, 0) if power == 0 else (2 ** (power - 1), 2**power - 1)
         tip = f"{low} to {top} characters: {count} rows"
-        drawing.rectangle(place * bar, 96 - high, bar - 2, high, "open", tip=tip)
-        drawing.text(place * bar + bar / 2, 112, f"{low}", anchor="middle", size=9, fill="muted")
+        drawing.rectangle(index * bar, 96 - height, bar - 2, height, "open", tip=tip)
+        drawing.text(index * bar + bar / 2, 112, f"{low}", anchor="middle", size=9, fill="muted")
     return drawing

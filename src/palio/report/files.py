@@ -1,4 +1,4 @@
-"""What the workflow left of one entry. Whatever is not there is a `Missing` with the reason."""
+"""The results of one entry. What does not exist is `Missing`, with a reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from palio.records import (
     read_record,
 )
 
-LONGEST_TEXT = 240
+MAX_TEXT = 240
 """Characters shown of a row's prompt or completion."""
 
 
@@ -40,29 +40,29 @@ class Missing:
 
 @dataclass
 class Reason:
-    """Rows dropped for one reason. Of duplicates one cluster: the reason names the row that was kept."""
+    """Rows dropped for one reason. For duplicates that is one cluster: the reason names the row kept."""
 
     reason: str
     listed: int
-    """How many of them `ids` holds."""
+    """Number of rows in `ids` once they are read."""
     source: str = ""
     prompt: str = ""
     completion: str = ""
-    """Of the first of them, shortened."""
+    """Source and shortened texts of the first row."""
     ids: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """What one operation dropped."""
+    """Rows that one operation dropped."""
 
     rows: int
     reasons: list[Reason]
-    """Most frequent first; of a large dataset only those."""
+    """The most frequent ones, in that order; all of them in a small dataset."""
 
     @property
     def listed(self) -> int:
-        return sum(one.listed for one in self.reasons)
+        return sum(reason.listed for reason in self.reasons)
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,12 @@ class Telemetry:
 
 @dataclass(frozen=True)
 class EntryFiles:
+    """Records and tables of one entry."""
+
     check: Check | Missing
     dataset: DatasetManifest | Missing
     dropped: dict[str, Dropped]
-    """By operation ("2 drop_refusals")."""
+    """By operation, such as "2 drop_refusals"."""
     contamination: Contamination | Missing
     adapter: AdapterManifest | Missing
     telemetry: Telemetry | Missing
@@ -89,56 +91,48 @@ class EntryFiles:
     probe: ProbeReport | Missing
     stages: dict[str, StageRecord | Missing]
     runs: dict[str, RunFacts | Missing]
-    """The sidecars: what each step took."""
+    """The sidecars: time, memory and cost, by step."""
 
 
 def read_entry(folder: EntryFolder, why_missing: str, listed: int) -> EntryFiles:
     """Read an entry's folder.
 
     Args:
-        why_missing: the reason for what is not there.
-        listed: dropped rows to name, per operation.
+        why_missing: the reason for everything that does not exist.
+        listed: maximum number of dropped rows to list, per operation.
     """
-    found = _Reader(folder, why_missing)
-    return EntryFiles(
-        check=found.record(Check, folder.check),
-        dataset=found.record(DatasetManifest, folder.dataset.manifest),
-        dropped=dropped_rows(folder.dataset.dropped, listed),
-        contamination=found.record(Contamination, folder.contamination),
-        adapter=found.record(AdapterManifest, folder.adapter_manifest),
-        telemetry=found.telemetry(),
-        package=found.record(PackageManifest, folder.package_manifest),
-        probe=found.record(ProbeReport, folder.probe),
-        stages={stage: found.record(StageRecord, folder.stage_record(stage)) for stage in STAGES},
-        runs={
-            step.name: found.record(step.facts, folder.run_facts(step.name)) for step in STEPS if step.facts
-        },
-    )
 
-
-@dataclass(frozen=True)
-class _Reader:
-    folder: EntryFolder
-    why_missing: str
-
-    def record(self, model: type[AnyRecord], path: Path) -> AnyRecord | Missing:
+    def record(model: type[AnyRecord], path: Path) -> AnyRecord | Missing:
         if not path.exists():
-            return Missing(self.why_missing)
+            return Missing(why_missing)
         try:
             return read_record(model, path)
         except BadInput as error:
             return Missing(str(error))
 
-    def telemetry(self) -> Telemetry | Missing:
-        path = self.folder.telemetry
-        columns = list(Telemetry.__dataclass_fields__)
-        try:
-            table = pq.read_table(path, columns=columns)
-        except FileNotFoundError:
-            return Missing(self.why_missing)
-        except pa.ArrowInvalid as error:
-            return Missing(f"{path} is not readable: {error}")
-        return Telemetry(**{name: table[name].to_pylist() for name in columns})
+    return EntryFiles(
+        check=record(Check, folder.check),
+        dataset=record(DatasetManifest, folder.dataset.manifest),
+        dropped=dropped_rows(folder.dataset.dropped, listed),
+        contamination=record(Contamination, folder.contamination),
+        adapter=record(AdapterManifest, folder.adapter_manifest),
+        telemetry=_telemetry(folder.telemetry) or Missing(why_missing),
+        package=record(PackageManifest, folder.package_manifest),
+        probe=record(ProbeReport, folder.probe),
+        stages={stage: record(StageRecord, folder.stage_record(stage)) for stage in STAGES},
+        runs={step.name: record(step.facts, folder.run_facts(step.name)) for step in STEPS if step.facts},
+    )
+
+
+def _telemetry(path: Path) -> Telemetry | Missing | None:
+    columns = list(Telemetry.__dataclass_fields__)
+    try:
+        table = pq.read_table(path, columns=columns)
+    except FileNotFoundError:
+        return None
+    except pa.ArrowInvalid as error:
+        return Missing(f"{path} is not readable: {error}")
+    return Telemetry(**{name: table[name].to_pylist() for name in columns})
 
 
 def seconds_used(run: RunFacts | Missing) -> float | None:
@@ -149,9 +143,9 @@ def seconds_used(run: RunFacts | Missing) -> float | None:
 
 
 def dropped_rows(path: Path, listed: int) -> dict[str, Dropped]:
-    """Every operation's dropped rows by reason, most frequent first; beyond `listed` rows only counted.
+    """Return every operation's dropped rows by reason, most frequent first, at most `listed` with their ids.
 
-    In memory are the operations and reasons of all rows, and the texts of a batch.
+    Operations and reasons of all rows are held in memory, but the texts of one batch only.
     """
     if not path.exists():
         return {}
@@ -159,38 +153,37 @@ def dropped_rows(path: Path, listed: int) -> dict[str, Dropped]:
     # One thread keeps the order of the rows, and sorting is stable: equal files give equal pages.
     counts = reasons.group_by(["operation", "reason"], use_threads=False).aggregate([([], "count_all")])
     counts = counts.sort_by([("count_all", "descending")])
-    found = {}
+    dropped = {}
     for operation in pc.unique(reasons["operation"]).to_pylist():
-        of = counts.filter(pc.field("operation") == operation)
-        kept: list[Reason] = []
-        left = listed
-        for reason, count in zip(
-            of["reason"].to_pylist()[:listed], of["count_all"].to_pylist(), strict=False
-        ):
-            if left > 0:
-                kept.append(Reason(reason, min(count, left)))
-                left -= kept[-1].listed
-        found[operation] = Dropped(pc.sum(of["count_all"]).as_py(), kept)
-    _fill(path, {(operation, one.reason): one for operation, of in found.items() for one in of.reasons})
-    return found
+        of_operation = counts.filter(pc.field("operation") == operation)
+        frequent: list[Reason] = []
+        remaining = listed
+        for row in of_operation.slice(0, listed).to_pylist():
+            if remaining > 0:
+                frequent.append(Reason(row["reason"], min(row["count_all"], remaining)))
+                remaining -= frequent[-1].listed
+        dropped[operation] = Dropped(pc.sum(of_operation["count_all"]).as_py(), frequent)
+    _read_rows(path, {(name, reason.reason): reason for name, of in dropped.items() for reason in of.reasons})
+    return dropped
 
 
-def _fill(path: Path, wanted: dict[tuple[str, str], Reason]) -> None:
-    missing = sum(one.listed for one in wanted.values())
+def _read_rows(path: Path, reasons: dict[tuple[str, str], Reason]) -> None:
+    """Fill in ids and first texts, by (operation, reason)."""
+    missing = sum(reason.listed for reason in reasons.values())
     for batch in pq.ParquetFile(path).iter_batches():
         for row in batch.to_pylist():
-            one = wanted.get((row["operation"], row["reason"]))
-            if one is None or len(one.ids) == one.listed:
+            reason = reasons.get((row["operation"], row["reason"]))
+            if reason is None or len(reason.ids) == reason.listed:
                 continue
-            if not one.ids:
-                one.source = row["source"]
-                one.prompt = _shortened("\n".join([*row["history"], row["prompt"]]))
-                one.completion = _shortened(row["completion"])
-            one.ids.append(row["id"])
+            if not reason.ids:
+                reason.source = row["source"]
+                reason.prompt = _shortened("\n".join([*row["history"], row["prompt"]]))
+                reason.completion = _shortened(row["completion"])
+            reason.ids.append(row["id"])
             missing -= 1
         if missing == 0:
             return
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"

@@ -1,7 +1,7 @@
-"""The page: what stands on it, and its HTML from the templates in `templates/`.
+"""The page of the report: its content, and its HTML from the templates in `templates/`.
 
-It works without scripts: they sort and search. Its content policy admits nothing but its own style sheet
-and script, by hash.
+It works without scripts, which only sort and search. Its content policy allows nothing but its own style
+sheet and script, by hash.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class EntryReport:
     """None if it did not finish."""
     stopped: DidNotFinish | None = None
     files: EntryFiles | None = None
-    """None where there are only published values."""
+    """None if there are only published values."""
     used: BudgetUse | None = None
 
 
@@ -55,12 +55,12 @@ class TrackReport:
 
     @cached_property
     def figures(self) -> dict[str, Drawing]:
-        used = [one.used for one in self.entries if one.used]
+        used = [entry.used for entry in self.entries if entry.used]
         return figures.figures_of_track(self.board, self.analysis, used)
 
 
 def page(title: str, tracks: Sequence[TrackReport], appendix: Sequence[Plate] = ()) -> str:
-    """The whole page as HTML."""
+    """Return the page as HTML."""
     environment = Environment(
         loader=PackageLoader("palio.report", "templates"),
         autoescape=True,
@@ -77,8 +77,6 @@ def page(title: str, tracks: Sequence[TrackReport], appendix: Sequence[Plate] = 
     }
     environment.globals |= {
         "heat_step": figures.heat_step,
-        "stages_of": figures.stages_of,
-        "scenarios_of": figures.scenarios_of,
         "training_curve": entry_figures.training_curve,
         "row_flow": entry_figures.row_flow,
         "length_histogram": entry_figures.length_histogram,
@@ -91,7 +89,7 @@ def page(title: str, tracks: Sequence[TrackReport], appendix: Sequence[Plate] = 
         appendix=appendix,
         final=all(track.board.final for track in tracks),
         version=__version__,
-        # Ours alone, and in the policy by hash: whatever an entry smuggles into a text does not run.
+        # Our own files, allowed by hash: a script that an entry smuggles into a text does not run.
         style=Markup(style),  # noqa: S704
         script=Markup(script),  # noqa: S704
         style_hash=_hash(style),
@@ -112,7 +110,7 @@ def _bytes(size: float) -> str:
 
 
 def _breakable(text: str) -> Markup:
-    """A long id may wrap after each underscore and slash."""
+    """Let a long id wrap after each underscore and slash."""
     return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[_/])", text))
 
 

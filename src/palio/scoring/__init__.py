@@ -1,13 +1,13 @@
-"""From HELM's statistics to a leaderboard, and how sure it is. Pure functions; I/O stands at the edges.
+"""From HELM's statistics to a leaderboard and its uncertainty: pure functions with I/O at the edges.
 
 columns      config + tidy metrics of one entry and stage -> cells, each a value or a state
 conventions  a column of values -> win rates; named and versioned
 formula      win rates -> scenario means -> stage scores -> final scores -> ranks
-leaderboard  all entries of a track -> Leaderboard, and why some are not in it
-tables       a leaderboard as CSV, Parquet, Markdown, LaTeX and on the terminal
+leaderboard  all entries of a track -> Leaderboard, and why some are not on it
+tables       a leaderboard as CSV, Parquet, Markdown, LaTeX, and on the terminal
 pool         a leaderboard's entries as arrays
 uncertainty  intervals of scores and ranks, bootstrap or parametric
-robustness   what the ranking depends on besides the entries' quality
+robustness   sensitivity of the ranking to pool, scenarios, and scoring rule
 overfitting  open against closed, and contamination
 analysis     all of the above for one track -> Analysis
 versions     a new leaderboard from stored results, and why ranks differ between two

@@ -1,17 +1,17 @@
-"""How a column of values becomes win rates: named, versioned, each a pure function.
+"""Conventions that turn a column of values into win rates: named, versioned, each a pure function.
 
 All functions work on arrays of shape (..., n): any batch of columns, n entries in the order of their
 ids (A..Z), NaN where a value is missing. They return an array of the same shape, in [0, 1], NaN where
-the entry is left out. Notation: `worse` is the number of entries strictly worse, `k` the size of the
-entry's group of equal values (1 if it is alone), n the number of entries.
+the entry is left out. Notation: `worse` is the number of entries strictly worse, `k` the number of
+entries with the same value (1 without a tie), n the number of entries.
 
     midrank     (worse + (k-1)/2) / (n-1)            ties share; a column's win rates average 1/2
     helm2023    position after sorting by (value, id), over (n-1); the alphabet breaks ties
     hidden2023  (worse + (k-1)/k) / n
     final2023   (worse + (1/k if k > 1 else 0)) / n
 
-The last three are what the published tables of NeurIPS 2023 contain, bit by bit; they are here to
-reproduce those, not to be recommended: docs/scoring.md says why.
+The last three reproduce the published tables of NeurIPS 2023 to the last bit. They exist for that and are
+not recommended; docs/scoring.md explains why.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ Missing = Literal["worst", "exclude", "block"]
 
 @dataclass(frozen=True)
 class Convention:
-    """A named rule. `version` changes when any win rate it gives changes."""
+    """A named rule."""
 
     name: str
     version: str
+    """Changes when any win rate does."""
     formula: str
-    """For people: in a table's caption."""
+    """For table captions."""
     win_rates: Callable[[Array, bool], Array]
     """(values of shape (..., n) without NaN, higher_is_better) -> win rates of the same shape."""
     fills_missing: tuple[float, float] | None = None
-    """What a missing value counts as (where higher is better, where lower is better). None: the
+    """The value that replaces a missing one (if higher is better, if lower is better). None: the
     competition's policy decides."""
 
 
 def tie_groups(values: Array) -> tuple[Array, Array]:
-    """(number strictly smaller, size of the group of equal values), both of the shape of `values`."""
+    """Return (number of strictly smaller values, size of the tie), both in the shape of `values`."""
     n = values.shape[-1]
     order = np.argsort(values, axis=-1)
     ascending = np.take_along_axis(values, order, axis=-1)
@@ -68,7 +69,7 @@ def _worse_and_ties(values: Array, higher_is_better: bool) -> tuple[Array, Array
 def _midrank(values: Array, higher_is_better: bool) -> Array:
     n = values.shape[-1]
     if n == 1:
-        return np.full(values.shape, 0.5)  # beats nobody and loses to nobody: the average of any pool
+        return np.full(values.shape, 0.5)  # no rival: the average of any pool
     worse, ties = _worse_and_ties(values, higher_is_better)
     return np.asarray((worse + (ties - 1) / 2) / (n - 1))
 
@@ -76,8 +77,8 @@ def _midrank(values: Array, higher_is_better: bool) -> Array:
 def _helm2023(values: Array, higher_is_better: bool) -> Array:
     n = values.shape[-1]
     if n == 1:
-        return np.full(values.shape, 0.5)  # HELM leaves the cell empty; one entry has no rival
-    # HELM sorts (value, id) pairs, and reverses the whole order where lower is better.
+        return np.full(values.shape, 0.5)  # no rival; HELM leaves the cell empty
+    # HELM sorts (value, id) pairs, and reverses the whole order if lower is better.
     order = np.argsort(values, axis=-1, kind="stable")
     ascending = np.broadcast_to(np.arange(n, dtype=float), values.shape)
     positions = np.empty(values.shape)
@@ -109,31 +110,28 @@ CONVENTIONS = {
 def column_win_rates(
     values: Array, higher_is_better: bool, convention: Convention, missing: Missing = "worst"
 ) -> Array:
-    """Win rates of one column, or of a batch of shape (..., n), NaN where a value is missing.
+    """Return the win rates of one column, or of a batch of shape (..., n).
 
-    `missing` is asked only where the convention has no rule of its own: `worst` makes missing values
-    equal to each other and worse than any other; `exclude` compares only entries that have a value and
-    gives NaN to the rest. (`block` never comes here: there is no leaderboard then.)
+    `missing` applies only if the convention has no rule of its own: under `worst` missing values tie with
+    each other and lose to all others; under `exclude` only entries with a value are compared and the rest
+    get NaN. (Under `block` there is no leaderboard with missing values.)
     """
     absent = np.isnan(values)
     if not absent.any():
         return convention.win_rates(values, higher_is_better)
-    if convention.fills_missing is not None:
-        fill = convention.fills_missing[0 if higher_is_better else 1]
-        return convention.win_rates(np.where(absent, fill, values), higher_is_better)
-    if missing == "exclude":
+    if convention.fills_missing is None and missing == "exclude":
         return _win_rates_of_present(values, absent, higher_is_better, convention)
-    worst = -np.inf if higher_is_better else np.inf
-    return convention.win_rates(np.where(absent, worst, values), higher_is_better)
+    higher_fill, lower_fill = convention.fills_missing or (-np.inf, np.inf)
+    fill = higher_fill if higher_is_better else lower_fill
+    return convention.win_rates(np.where(absent, fill, values), higher_is_better)
 
 
 def _win_rates_of_present(
     values: Array, absent: NDArray[np.bool_], higher_is_better: bool, convention: Convention
 ) -> Array:
-    n = values.shape[-1]
-    rows, gone = values.reshape(-1, n), absent.reshape(-1, n)
-    rates = np.full(rows.shape, np.nan)
-    for row, lacks, rate in zip(rows, gone, rates, strict=True):
-        if not lacks.all():
-            rate[~lacks] = convention.win_rates(row[~lacks], higher_is_better)
-    return rates.reshape(values.shape)
+    rates = np.full(values.shape, np.nan)
+    for index in np.ndindex(values.shape[:-1]):
+        present = ~absent[index]
+        if present.any():
+            rates[index][present] = convention.win_rates(values[index][present], higher_is_better)
+    return rates

@@ -4,8 +4,8 @@
     stage    = geometric mean of its scenarios
     final    = weighted sum of the stages (1/3 open + 2/3 closed in 2023)
 
-Arrays have the shape (..., n): any batch (bootstrap replicates, for instance) of n entries. Columns
-are consumed one at a time, so memory does not grow with their number.
+Arrays have the shape (..., n): any batch of n entries, such as bootstrap replicates. Columns are consumed
+one at a time, so memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -19,38 +19,35 @@ from palio.records import Column
 from palio.scoring.conventions import Array, Convention, Missing, column_win_rates, tie_groups
 
 SCORE_DIGITS = 12
-"""Scores that agree to so many digits are equal: the rest is the order in which floats were added."""
+"""Scores that agree to this many digits are equal: the rest depends on the order of the additions."""
 
 Aggregate = Callable[[Array], Array]
-"""(scenarios, ..., n) with NaN where a scenario is left out -> (..., n)."""
+"""(scenarios, ..., n), NaN where a scenario is left out -> (..., n)."""
 
 
 def geometric_mean(scenarios: Array) -> Array:
-    """Over the first axis, ignoring NaN; 0 if any scenario is 0."""
+    """Return the geometric mean over the first axis, ignoring NaN; 0 if any scenario is 0."""
     with np.errstate(divide="ignore"):
-        return np.exp(_mean(np.log(scenarios)))
-
-
-def arithmetic_mean(scenarios: Array) -> Array:
-    return _mean(scenarios)
+        return np.exp(arithmetic_mean(np.log(scenarios)))
 
 
 def floored_geometric_mean(scenarios: Array) -> Array:
-    """Geometric mean with every scenario at least 1/(2n): half a win over nobody, so no zero collapses."""
+    """Return the geometric mean with every scenario at least 1/(2n), so that one zero does not decide all."""
     return geometric_mean(np.maximum(scenarios, 1 / (2 * scenarios.shape[-1])))
 
 
-def _mean(values: Array) -> Array:
-    present = ~np.isnan(values)
+def arithmetic_mean(scenarios: Array) -> Array:
+    """Return the mean over the first axis, ignoring NaN; NaN if there is nothing else."""
+    present = ~np.isnan(scenarios)
     counts = present.sum(axis=0)
-    total = np.where(present, values, 0.0).sum(axis=0)
+    total = np.where(present, scenarios, 0.0).sum(axis=0)
     with np.errstate(invalid="ignore"):
         return np.asarray(np.where(counts > 0, total / np.maximum(counts, 1), np.nan), dtype=float)
 
 
 @dataclass(frozen=True)
 class Formula:
-    """All that decides a score besides the values."""
+    """Everything besides the values that decides a score."""
 
     convention: Convention
     missing: Missing
@@ -60,7 +57,7 @@ class Formula:
 
 @dataclass(frozen=True)
 class Scores:
-    """Every array has the shape (..., n); NaN where an entry has no value at all."""
+    """Arrays of shape (..., n), NaN where an entry has no value at all."""
 
     scenarios: dict[str, dict[str, Array]]
     """stage -> scenario -> mean win rate."""
@@ -69,41 +66,39 @@ class Scores:
 
 
 def scores(columns: Sequence[Column], values: Iterable[Array], formula: Formula) -> Scores:
-    """Scores from one array of values of shape (..., n) per column, in the order of `columns`."""
+    """Return the scores from one array of values of shape (..., n) per column, in the order of `columns`."""
     rates = (
-        column_win_rates(of_column, column.higher_is_better, formula.convention, formula.missing)
-        for column, of_column in zip(columns, values, strict=True)
+        column_win_rates(column_values, column.higher_is_better, formula.convention, formula.missing)
+        for column, column_values in zip(columns, values, strict=True)
     )
     return scores_of_win_rates(columns, rates, formula)
 
 
 def scores_of_win_rates(columns: Sequence[Column], rates: Iterable[Array], formula: Formula) -> Scores:
+    """Return the scores from one array of win rates of shape (..., n) per column, NaN where left out."""
     total: dict[tuple[str, str], Array] = {}
     count: dict[tuple[str, str], Array] = {}
     for column, rate in zip(columns, rates, strict=True):
-        key = (column.stage, column.scenario)
-        absent = np.isnan(rate)
-        present = (~absent).astype(float)
-        known = np.where(absent, 0.0, rate) if absent.any() else rate
-        total[key] = total[key] + known if key in total else known
-        count[key] = count[key] + present if key in count else present
+        key = column.scenario_key
+        present = ~np.isnan(rate)
+        total[key] = total.get(key, 0.0) + np.where(present, rate, 0.0)
+        count[key] = count.get(key, 0.0) + present.astype(float)
     scenarios: dict[str, dict[str, Array]] = {}
     for (stage, scenario), summed in total.items():
-        with np.errstate(invalid="ignore"):
-            mean = summed / count[stage, scenario]
-        scenarios.setdefault(stage, {})[scenario] = mean
-    stages = {stage: formula.aggregate(np.stack(list(of.values()))) for stage, of in scenarios.items()}
+        with np.errstate(invalid="ignore"):  # 0/0 where every column is left out
+            scenarios.setdefault(stage, {})[scenario] = summed / count[stage, scenario]
+    stages = {stage: formula.aggregate(np.stack(list(means.values()))) for stage, means in scenarios.items()}
     weights = {stage: formula.stage_weights[stage] for stage in stages}
-    whole = sum(weights.values())  # 1, unless only one stage is looked at
+    total_weight = sum(weights.values())  # below 1 if only one stage is scored
     final = sum(
-        (weights[stage] / whole * score for stage, score in stages.items()),
+        (weights[stage] / total_weight * score for stage, score in stages.items()),
         start=np.zeros(np.shape(next(iter(stages.values())))),
     )
     return Scores(scenarios, stages, np.asarray(final))
 
 
 def ranks(final: Array) -> Array:
-    """Rank 1 is the highest score; equal scores share the better rank. Shape (..., n), NaN last."""
+    """Return the ranks of scores of shape (..., n): 1 for the highest, ties share the better, NaN last."""
     known: Array = np.where(np.isnan(final), -np.inf, final)
     rounded: Array = np.round(known, SCORE_DIGITS)
     better, _ = tie_groups(-rounded)

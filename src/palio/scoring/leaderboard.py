@@ -1,7 +1,7 @@
 """All entries of a track -> a Leaderboard.
 
-`score` is the pure function; `score_track` reads what the workflow left and says why an entry is not
-in it.
+`score` is the pure function; `score_track` reads the workflow's results and explains why an entry is not on
+the leaderboard.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -30,26 +31,19 @@ from palio.records import (
     read_record,
 )
 from palio.scoring.columns import columns_of, stage_cells
-from palio.scoring.conventions import CONVENTIONS, Array, Convention, Missing, column_win_rates
+from palio.scoring.conventions import CONVENTIONS, Convention, Missing, column_win_rates
 from palio.scoring.formula import Formula, Scores, ranks, scores_of_win_rates
+from palio.scoring.pool import values_of
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One finished entry, before it is compared."""
+    """A finished entry before it is compared with others."""
 
     entry: str
     team: str
     cells: Sequence[Cell]
     """In the order of the columns."""
-
-
-def values_of(candidates: Sequence[Candidate]) -> Array:
-    """Shape (entries, columns), NaN where a cell has no value."""
-    return np.array(
-        [[np.nan if cell.value is None else cell.value for cell in one.cells] for one in candidates],
-        dtype=float,
-    )
 
 
 # --- the pure function -------------------------------------------------------------------------------
@@ -68,39 +62,39 @@ def score(
     did_not_finish: Sequence[DidNotFinish] = (),
     inputs: Mapping[str, str] | None = None,
 ) -> Leaderboard:
-    """Rank the candidates. The order in which they are given changes nothing.
+    """Rank the candidates, in whatever order they are given.
 
     Raises:
-        BadInput: an entry or a column stands twice, a value is NaN or infinite, cells do not match the
+        BadInput: an entry or a column is duplicated, a value is NaN or infinite, cells do not match the
             columns, or a column's stage has no weight.
         PalioError: `missing` is `block` and a value is missing.
     """
-    pool = sorted(candidates, key=lambda one: one.entry)
+    pool = sorted(candidates, key=lambda candidate: candidate.entry)
     _validate(columns, pool, stage_weights)
     rule = CONVENTIONS[convention]
     if missing == "block":
-        _block(columns, pool)
+        _refuse_missing(columns, pool)
     unscored = list(did_not_finish)
     if missing == "exclude" and rule.fills_missing is None:
-        pool, without = _split_unscorable(columns, pool)
-        unscored += without
-    entries = _scored(columns, pool, Formula(rule, missing, stage_weights)) if pool else []
+        stopped = [reason for candidate in pool if (reason := _empty_stage(columns, candidate))]
+        pool = [candidate for candidate in pool if candidate.entry not in {one.entry for one in stopped}]
+        unscored += stopped
     return Leaderboard(
         competition=competition,
         track=track,
         final=final,
         convention=rule.name,
         convention_version=rule.version,
-        missing=missing if rule.fills_missing is None or missing == "block" else _own_rule(rule),
+        missing=missing if rule.fills_missing is None or missing == "block" else _fill_policy(rule),
         stage_weights=dict(stage_weights),
         columns=list(columns),
-        entries=entries,
-        did_not_finish=sorted(unscored, key=lambda one: one.entry),
+        entries=_scored(columns, pool, Formula(rule, missing, stage_weights)) if pool else [],
+        did_not_finish=sorted(unscored, key=lambda stopped: stopped.entry),
         inputs=dict(sorted((inputs or {}).items())),
     )
 
 
-def _own_rule(rule: Convention) -> str:
+def _fill_policy(rule: Convention) -> str:
     assert rule.fills_missing is not None
     higher, lower = rule.fills_missing
     return f"as in 2023: counts as {higher:g}" + (
@@ -109,70 +103,62 @@ def _own_rule(rule: Convention) -> str:
 
 
 def _validate(columns: Sequence[Column], pool: Sequence[Candidate], weights: Mapping[str, float]) -> None:
-    twice = [name for name, count in Counter(one.entry for one in pool).items() if count > 1]
-    if twice:
-        raise BadInput("leaderboard", "entries", twice[0], "stands twice; give each entry its own id")
-    names = Counter((column.stage, column.scenario, column.metric) for column in columns)
-    for name, count in names.items():
+    def refuse(key: str, value: object, problem: str) -> NoReturn:
+        raise BadInput("leaderboard", key, value, problem)
+
+    for name, count in Counter(candidate.entry for candidate in pool).items():
         if count > 1:
-            raise BadInput("leaderboard", "columns", "/".join(name), "stands twice; name each column once")
-        if name[0] not in weights:
-            raise BadInput(
-                "leaderboard", "stage_weights", None, f"stage {name[0]} has no weight; give it one"
-            )
+            refuse("entries", name, "is duplicated; give each entry its own id")
     if not columns:
-        raise BadInput("leaderboard", "columns", None, "there is none; give at least one")
-    for one in pool:
-        if len(one.cells) != len(columns):
-            raise BadInput(
-                "leaderboard", one.entry, None, f"has {len(one.cells)} cells for {len(columns)} columns"
-            )
-        for column, cell in zip(columns, one.cells, strict=True):
+        refuse("columns", None, "is empty; give at least one column")
+    for name, count in Counter(str(column) for column in columns).items():
+        if count > 1:
+            refuse("columns", name, "is duplicated; name each column once")
+    for column in columns:
+        if column.stage not in weights:
+            refuse("stage_weights", None, f"has no weight for stage {column.stage}; add one")
+    for candidate in pool:
+        if len(candidate.cells) != len(columns):
+            refuse(candidate.entry, None, f"has {len(candidate.cells)} cells for {len(columns)} columns")
+        for column, cell in zip(columns, candidate.cells, strict=True):
             if cell.value is not None and not np.isfinite(cell.value):
-                where = f"{one.entry}: {column.scenario}, {column.metric}"
-                raise BadInput("leaderboard", where, cell.value, "is no number; run the stage again")
+                where = f"{candidate.entry}: {column.scenario}, {column.metric}"
+                refuse(where, cell.value, "is not a finite number; run the stage again")
 
 
-def _block(columns: Sequence[Column], pool: Sequence[Candidate]) -> None:
-    for one in pool:
-        for column, cell in zip(columns, one.cells, strict=True):
-            if cell.value is None:
-                raise PalioError(
-                    f"{one.entry}: {column.scenario}, {column.metric} is missing ({_why(cell)}) and "
-                    "scoring.missing is block; finish it, withdraw the entry, or change the policy"
-                )
+def _first_missing(columns: Sequence[Column], cells: Sequence[Cell]) -> tuple[Column, Cell] | None:
+    pairs = zip(columns, cells, strict=True)
+    return next(((column, cell) for column, cell in pairs if cell.value is None), None)
 
 
-def _split_unscorable(
-    columns: Sequence[Column], pool: Sequence[Candidate]
-) -> tuple[list[Candidate], list[DidNotFinish]]:
-    """Under `exclude`, an entry without any value in a stage has no score there: it did not finish."""
-    kept, without = [], []
-    for one in pool:
-        empty = None
-        for stage in dict.fromkeys(column.stage for column in columns):
-            cells = [cell for column, cell in zip(columns, one.cells, strict=True) if column.stage == stage]
-            if empty is None and all(cell.value is None for cell in cells):
-                empty = DidNotFinish(
-                    entry=one.entry,
-                    team=one.team,
-                    step=stage,
-                    state=cells[0].state,
-                    reason=f"no column of the {stage} stage has a value: {_why(cells[0])}",
-                )
-        if empty is None:
-            kept.append(one)
-        else:
-            without.append(empty)
-    return kept, without
+def _refuse_missing(columns: Sequence[Column], pool: Sequence[Candidate]) -> None:
+    for candidate in pool:
+        if missing := _first_missing(columns, candidate.cells):
+            column, cell = missing
+            raise PalioError(
+                f"{candidate.entry}: {column.scenario}, {column.metric} is missing ({_why(cell)}) and "
+                "scoring.missing is block; finish it, withdraw the entry, or change the policy"
+            )
+
+
+def _empty_stage(columns: Sequence[Column], candidate: Candidate) -> DidNotFinish | None:
+    """Return the first stage without any value: under `exclude` the entry has no score there."""
+    for stage in dict.fromkeys(column.stage for column in columns):
+        cells = [cell for column, cell in zip(columns, candidate.cells, strict=True) if column.stage == stage]
+        if all(cell.value is None for cell in cells):
+            reason = f"no column of the {stage} stage has a value: {_why(cells[0])}"
+            return DidNotFinish(
+                entry=candidate.entry, team=candidate.team, step=stage, state=cells[0].state, reason=reason
+            )
+    return None
 
 
 def _scored(columns: Sequence[Column], pool: Sequence[Candidate], formula: Formula) -> list[ScoredEntry]:
-    values = values_of(pool)
+    values = values_of([candidate.cells for candidate in pool])
     rates = np.stack(
         [
-            column_win_rates(values[:, place], column.higher_is_better, formula.convention, formula.missing)
-            for place, column in enumerate(columns)
+            column_win_rates(values[:, index], column.higher_is_better, formula.convention, formula.missing)
+            for index, column in enumerate(columns)
         ],
         axis=1,
     )
@@ -180,24 +166,26 @@ def _scored(columns: Sequence[Column], pool: Sequence[Candidate], formula: Formu
     rank = ranks(result.final)
     entries = [
         ScoredEntry(
-            entry=one.entry,
-            team=one.team,
-            rank=int(rank[place]),
-            final_score=float(result.final[place]),
-            stage_scores={stage: float(of[place]) for stage, of in result.stages.items()},
+            entry=candidate.entry,
+            team=candidate.team,
+            rank=int(rank[row]),
+            final_score=float(result.final[row]),
+            stage_scores={stage: float(scores[row]) for stage, scores in result.stages.items()},
             scenario_win_rates={
-                stage: {name: float(of[place]) for name, of in scenarios.items() if not np.isnan(of[place])}
+                stage: {
+                    name: float(means[row]) for name, means in scenarios.items() if not np.isnan(means[row])
+                }
                 for stage, scenarios in result.scenarios.items()
             },
             cells=[
                 cell.model_copy(update={"win_rate": None if np.isnan(rate) else float(rate)})
-                for cell, rate in zip(one.cells, rates[place], strict=True)
+                for cell, rate in zip(candidate.cells, rates[row], strict=True)
             ],
-            notes=_notes(columns, one, result, place, len(pool), formula),
+            notes=_notes(columns, candidate, result, row, len(pool), formula),
         )
-        for place, one in enumerate(pool)
+        for row, candidate in enumerate(pool)
     ]
-    return sorted(entries, key=lambda one: (one.rank, one.entry))
+    return sorted(entries, key=lambda scored: (scored.rank, scored.entry))
 
 
 # --- footnotes ---------------------------------------------------------------------------------------
@@ -208,7 +196,8 @@ def _why(cell: Cell) -> str:
     return f"{state}: {cell.reason}" if cell.reason else state
 
 
-def _cost(formula: Formula, column: Column) -> str:
+def _treatment(formula: Formula, column: Column) -> str:
+    """Say how a missing value counts."""
     fills = formula.convention.fills_missing
     if fills is not None:
         fill = fills[0 if column.higher_is_better else 1]
@@ -219,40 +208,53 @@ def _cost(formula: Formula, column: Column) -> str:
 
 
 def _notes(
-    columns: Sequence[Column], one: Candidate, result: Scores, place: int, n: int, formula: Formula
+    columns: Sequence[Column], candidate: Candidate, result: Scores, row: int, n: int, formula: Formula
 ) -> list[str]:
     notes = []
     if n == 1:
         notes.append("The only entry: it has no rival, so every win rate is 1/2 by definition.")
-    for column, cell in zip(columns, one.cells, strict=True):
+    for column, cell in zip(columns, candidate.cells, strict=True):
         if cell.value is None:
             notes.append(
                 f"{column.stage}, {column.scenario}: {column.metric} is missing ({_why(cell)}); "
-                f"{_cost(formula, column)}."
+                f"{_treatment(formula, column)}."
             )
-    for stage, of in result.stages.items():
-        if of[place] == 0:
+    for stage, scores in result.stages.items():
+        if scores[row] == 0:
             notes += [
-                _zero(columns, one, stage, name)
-                for name, rate in result.scenarios[stage].items()
-                if rate[place] == 0
+                _zero_note(columns, candidate, stage, scenario)
+                for scenario, means in result.scenarios[stage].items()
+                if means[row] == 0
             ]
     return notes
 
 
-def _zero(columns: Sequence[Column], one: Candidate, stage: str, scenario: str) -> str:
-    shown = [
+def _zero_note(columns: Sequence[Column], candidate: Candidate, stage: str, scenario: str) -> str:
+    values = [
         f"{column.metric} {'missing' if cell.value is None else format(cell.value, '.4g')}"
-        for column, cell in zip(columns, one.cells, strict=True)
-        if (column.stage, column.scenario) == (stage, scenario)
+        for column, cell in zip(columns, candidate.cells, strict=True)
+        if column.scenario_key == (stage, scenario)
     ]
     return (
-        f"The {stage} score is 0 because the entry beats nobody in {scenario} ({', '.join(shown)}), "
-        "and a geometric mean with one 0 is 0 whatever the other scenarios are."
+        f"The {stage} score is 0 because the entry beats nobody in {scenario} ({', '.join(values)}): "
+        "a geometric mean with a 0 in it is 0, whatever the other scenarios are."
     )
 
 
 # --- from results on disk ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FinishedEntry:
+    """Records and cells of an entry with results in both stages."""
+
+    records: Mapping[Stage, StageRecord]
+    cells: Mapping[Stage, list[Cell]]
+    inputs: dict[str, str]
+    """sha256 by path relative to the results folder."""
+
+    def candidate(self, entry: str, team: str) -> Candidate:
+        return Candidate(entry, team, [cell for stage in STAGES for cell in self.cells[stage]])
 
 
 def score_track(
@@ -265,168 +267,155 @@ def score_track(
 ) -> Leaderboard:
     """Score the results of a track's entries.
 
-    Standings (`final=False`) score whatever is finished; a final leaderboard needs every entry finished
-    or withdrawn.
+    Standings (`final=False`) score the entries that have finished; a final leaderboard needs every entry
+    finished or withdrawn.
 
     Raises:
         PalioError: `final`, and an entry is neither finished nor withdrawn, or its tables do not match
             its records, or entries answered different instances.
     """
-    found: dict[str, FinishedEntry] = {}
-    missing: list[DidNotFinish] = []
+    finished: dict[str, FinishedEntry] = {}
+    stopped: list[DidNotFinish] = []
     for name, entry in entries.items():
-        if name in competition.withdrawn:
-            reason = competition.withdrawn[name]
-            missing.append(
-                DidNotFinish(entry=name, team=entry.team, step="", state=State.WITHDRAWN, reason=reason)
-            )
-            continue
-        folder = results.entry(track, name)
-        try:
-            stopped = unfinished_step(entry, folder)
-            if stopped is not None:
-                missing.append(stopped)
-                continue
-            found[name] = read_finished(competition, folder)
-        except (PalioError, FileNotFoundError) as error:
-            # A table can vanish while it is read: a job beside the standings replaces it.
-            if final:
-                raise
-            missing.append(_unreadable(name, entry.team, error))
-    for name, reason in _other_instances(found).items():
-        team = entries[name].team
-        missing.append(DidNotFinish(entry=name, team=team, step="open", state=State.NOT_RUN, reason=reason))
-        del found[name]
-    unfinished = [one for one in missing if one.state is not State.WITHDRAWN]
-    policy: Missing = competition.scoring.missing
-    if not final and policy == "block":
-        unfinished += (blocked := _blocked(competition, found, entries))
-        missing += blocked
-        for one in blocked:
-            del found[one.entry]
+        outcome = _outcome(competition, results.entry(track, name), entry, final=final)
+        if isinstance(outcome, FinishedEntry):
+            finished[name] = outcome
+        else:
+            stopped.append(outcome)
+
+    def set_aside(excluded: list[DidNotFinish]) -> None:
+        stopped.extend(excluded)
+        for one in excluded:
+            del finished[one.entry]
+
+    set_aside(_on_other_instances(finished, entries))
+    if competition.scoring.missing == "block" and not final:
+        set_aside(_with_missing_values(competition, finished, entries))
+    unfinished = [one for one in stopped if one.state is not State.WITHDRAWN]
     if final and unfinished:
         listed = "; ".join(f"{one.entry} ({one.step}: {one.reason})" for one in unfinished)
         raise PalioError(
             f"{len(unfinished)} of {len(entries)} entries of {track} are neither finished nor withdrawn: "
-            f"{listed}. Finish them, or name them under withdrawn in the config; "
-            "`palio standings` shows what there is"
+            f"{listed}. Finish them, or list them under withdrawn in the config; "
+            "`palio standings` scores the entries that have finished"
         )
     return score(
         competition=competition.competition,
         track=track,
         columns=columns_of(competition),
-        candidates=[
-            Candidate(name, entries[name].team, [*of.cells["open"], *of.cells["closed"]])
-            for name, of in found.items()
-        ],
+        candidates=[entry.candidate(name, entries[name].team) for name, entry in finished.items()],
         stage_weights={stage: competition.stage(stage).weight for stage in STAGES},
         convention=competition.scoring.convention,
-        missing=policy,
+        missing=competition.scoring.missing,
         final=final,
-        did_not_finish=missing,
-        inputs={path: digest for of in found.values() for path, digest in of.inputs.items()},
+        did_not_finish=stopped,
+        inputs={path: digest for entry in finished.values() for path, digest in entry.inputs.items()},
     )
 
 
-@dataclass(frozen=True)
-class FinishedEntry:
-    """What both stages left of one entry."""
+def _outcome(
+    competition: Competition, folder: EntryFolder, entry: AnyEntry, *, final: bool
+) -> FinishedEntry | DidNotFinish:
+    """Read an entry's results, or say why it has none."""
+    withdrawn = competition.withdrawn.get(folder.entry_id)
+    if withdrawn is not None:
+        return _did_not_finish(folder, entry, "", State.WITHDRAWN, withdrawn)
+    try:
+        return _unfinished_step(folder, entry) or read_finished(competition, folder)
+    except (PalioError, FileNotFoundError) as error:
+        if final:
+            raise
+        # A job beside the standings may replace a table while it is read.
+        return _did_not_finish(folder, entry, "open", State.CRASHED, str(error))
 
-    records: Mapping[Stage, StageRecord]
-    cells: Mapping[Stage, list[Cell]]
-    inputs: dict[str, str]
-    """sha256 by path relative to the results folder."""
+
+def _did_not_finish(
+    folder: EntryFolder, entry: AnyEntry, step: str, state: State, reason: str, log: str | None = None
+) -> DidNotFinish:
+    return DidNotFinish(
+        entry=folder.entry_id, team=entry.team, step=step, state=state, reason=reason, log=log
+    )
 
 
-def unfinished_step(entry: AnyEntry, folder: EntryFolder) -> DidNotFinish | None:
-    """The first step without a result, and why; None if the entry is finished."""
+def _unfinished_step(folder: EntryFolder, entry: AnyEntry) -> DidNotFinish | None:
+    """Return the first step without a result, and why; None if the entry has finished."""
     for step in (step for step in steps_of(entry) if step.ranked):
-        state, reason, log = State.NOT_RUN, "not run yet", None
-        if (failure := folder.failure(step.name)).exists():
-            why = read_record(StepFailure, failure)
-            state, reason, log = why.state, why.reason, why.log
-        elif isinstance(entry, BrokenEntry):
-            reason = "the entry file is not valid; `palio check` says why"
-        elif step.record(folder).exists():
-            continue
-        return DidNotFinish(
-            entry=folder.entry_id, team=entry.team, step=step.name, state=state, reason=reason, log=log
-        )
+        if (path := folder.failure(step.name)).exists():
+            failure = read_record(StepFailure, path)
+            return _did_not_finish(folder, entry, step.name, failure.state, failure.reason, failure.log)
+        if isinstance(entry, BrokenEntry):
+            reason = "the entry file is not valid; run `palio check` to see why"
+            return _did_not_finish(folder, entry, step.name, State.NOT_RUN, reason)
+        if not step.record(folder).exists():
+            return _did_not_finish(folder, entry, step.name, State.NOT_RUN, "not run yet")
     return None
 
 
 def read_finished(competition: Competition, folder: EntryFolder) -> FinishedEntry:
-    """Read both stages of one entry and hold its tables against its records.
+    """Read both stages of one entry and check its tables against its records.
 
     Raises:
-        BadInput: a file is absent, differs from its record, or belongs to another entry.
+        BadInput: a file does not exist, differs from its record, or belongs to another entry.
     """
     records, cells, inputs = {}, {}, {}
     for stage in STAGES:
         path, tables = folder.stage_record(stage), folder.tables(stage)
+        again = f"run helm_{stage} again"
         record = read_record(StageRecord, path)
-        told = (record.competition, record.track, record.entry, record.stage)
-        if told != (competition.competition, folder.track_id, folder.entry_id, stage):
-            raise BadInput(path, "", None, f"is the record of {'/'.join(told)}; run helm_{stage} again")
-        wanted = {
-            tables.metrics: record.metrics_sha256,
-            tables.instances: record.instances_table_sha256,
-        }
-        for table, digest in wanted.items():
+        owner = (record.competition, record.track, record.entry, record.stage)
+        if owner != (competition.competition, folder.track_id, folder.entry_id, stage):
+            raise BadInput(path, "", None, f"is the record of {'/'.join(owner)}; {again}")
+        digests = {tables.metrics: record.metrics_sha256, tables.instances: record.instances_table_sha256}
+        for table, digest in digests.items():
             if not table.exists():
-                raise BadInput(table, "", None, f"no such table; run helm_{stage} again")
+                raise BadInput(table, "", None, f"no such table; {again}")
             if file_sha256(table) != digest:
-                raise BadInput(table, "", None, f"differs from {path.name}; run helm_{stage} again")
-            inputs[table.relative_to(folder.results).as_posix()] = digest
-        inputs[path.relative_to(folder.results).as_posix()] = file_sha256(path)
-        table = pq.read_table(tables.metrics)
+                raise BadInput(table, "", None, f"differs from {path.name}; {again}")
+        for file, digest in {**digests, path: file_sha256(path)}.items():
+            inputs[file.relative_to(folder.results).as_posix()] = digest
         records[stage] = record
-        cells[stage] = stage_cells(competition, stage, record.runs, table, str(tables.metrics))
+        metrics = pq.read_table(tables.metrics)
+        cells[stage] = stage_cells(competition, stage, record.runs, metrics, str(tables.metrics))
     return FinishedEntry(records, cells, inputs)
 
 
-def _unreadable(name: str, team: str, error: Exception) -> DidNotFinish:
-    return DidNotFinish(entry=name, team=team, step="open", state=State.CRASHED, reason=str(error))
-
-
-def _other_instances(found: Mapping[str, FinishedEntry]) -> dict[str, str]:
-    """Entries whose answers are to other questions, or by another HELM, than most entries' are."""
-    other: dict[str, str] = {}
-    for stage in STAGES:
-        asked = {
-            name: (of.records[stage].instances_sha256, of.records[stage].helm_version)
-            for name, of in found.items()
-        }
-        counts = Counter(asked.values())
-        if len(counts) > 1:
-            usual = max(sorted(counts), key=lambda key: counts[key])
-            reason = (
-                f"its {stage} stage was run on other instances or by another HELM than the others' was; "
-                f"run helm_{stage} again"
-            )
-            other |= {name: reason for name, key in asked.items() if key != usual}
-    return other
-
-
-def _blocked(
-    competition: Competition, found: Mapping[str, FinishedEntry], entries: Mapping[str, AnyEntry]
+def _on_other_instances(
+    finished: Mapping[str, FinishedEntry], entries: Mapping[str, AnyEntry]
 ) -> list[DidNotFinish]:
-    """Under `block`, standings show an entry with a missing value as not finished."""
-    blocked = []
-    for name, of in found.items():
-        for stage in STAGES:
-            gaps = [
-                (column, cell)
-                for column, cell in zip(columns_of(competition, stage), of.cells[stage], strict=True)
-                if cell.value is None
-            ]
-            if gaps:
-                column, cell = gaps[0]
-                reason = f"{column.scenario}, {column.metric} is missing: {cell.reason}"
-                blocked.append(
-                    DidNotFinish(
-                        entry=name, team=entries[name].team, step=stage, state=cell.state, reason=reason
-                    )
+    """Return the entries that were evaluated on other instances, or by another HELM, than most."""
+    stopped: dict[str, DidNotFinish] = {}
+    for stage in STAGES:
+        basis = {
+            name: (entry.records[stage].instances_sha256, entry.records[stage].helm_version)
+            for name, entry in finished.items()
+        }
+        counts = Counter(basis.values())
+        usual = max(sorted(counts), key=lambda key: counts[key], default=None)
+        reason = (
+            f"its {stage} stage was run on other instances, or by another HELM version, than most entries'; "
+            f"run helm_{stage} again"
+        )
+        for name, key in basis.items():
+            if key != usual:
+                stopped[name] = DidNotFinish(
+                    entry=name, team=entries[name].team, step=stage, state=State.NOT_RUN, reason=reason
                 )
-                break
-    return blocked
+    return list(stopped.values())
+
+
+def _with_missing_values(
+    competition: Competition, finished: Mapping[str, FinishedEntry], entries: Mapping[str, AnyEntry]
+) -> list[DidNotFinish]:
+    """Return the entries with a missing value: under `block`, standings show them as not finished."""
+    stopped = []
+    for name, entry in finished.items():
+        candidate = entry.candidate(name, entries[name].team)
+        if missing := _first_missing(columns_of(competition), candidate.cells):
+            column, cell = missing
+            reason = f"{column.scenario}, {column.metric} is missing: {cell.reason}"
+            stopped.append(
+                DidNotFinish(
+                    entry=name, team=candidate.team, step=column.stage, state=cell.state, reason=reason
+                )
+            )
+    return stopped

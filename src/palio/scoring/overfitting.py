@@ -1,4 +1,4 @@
-"""Whether the open stage told who would do well on the closed one, and who had seen the questions."""
+"""Open against closed: did open scores predict closed ones, and who trained on evaluation instances."""
 
 from __future__ import annotations
 
@@ -20,56 +20,50 @@ from palio.records import (
 from palio.scoring.robustness import rank_by_entry
 from palio.scoring.uncertainty import LEVEL
 
-FEWEST = 4
-"""Fewer entries have no interval: its standard error divides by the root of n - 3."""
+MIN_ENTRIES = 4
+"""Fewer have no interval: its standard error divides by the root of n - 3."""
 
 
 def overfitting(
     board: Leaderboard,
-    sureness: Uncertainty | None,
+    uncertainty: Uncertainty | None,
     contamination: Mapping[str, Contamination | str],
 ) -> Overfitting | None:
-    """Open against closed, per entry and over the track; None without entries or with one stage only.
+    """Compare open with closed, per entry and over the track; None without entries or with one stage only.
 
     Args:
-        contamination: by entry its report, or why there is none.
+        contamination: by entry id its report, or why there is none.
     """
     if not board.entries or not {"open", "closed"} <= set(board.stage_weights):
         return None
-    score = {
-        stage: {one.entry: one.stage_scores[stage] for one in board.entries} for stage in ("open", "closed")
-    }
-    rank = {stage: rank_by_entry(of) for stage, of in score.items()}
-    intervals = {one.entry: one.stage_scores for one in sureness.entries} if sureness else {}
+    open_scores = {scored.entry: scored.stage_scores["open"] for scored in board.entries}
+    closed_scores = {scored.entry: scored.stage_scores["closed"] for scored in board.entries}
+    open_ranks, closed_ranks = rank_by_entry(open_scores), rank_by_entry(closed_scores)
+    intervals = {entry.entry: entry.stage_scores for entry in uncertainty.entries} if uncertainty else {}
     entries = []
-    for one in board.entries:
-        report = contamination.get(one.entry, "no contamination report")
+    for name, open_score in open_scores.items():
+        report = contamination.get(name, "no contamination report")
         entries.append(
             OverfittingEntry(
-                entry=one.entry,
-                open_score=score["open"][one.entry],
-                closed_score=score["closed"][one.entry],
-                open_interval=intervals[one.entry]["open"] if intervals else None,
-                closed_interval=intervals[one.entry]["closed"] if intervals else None,
-                open_rank=rank["open"][one.entry],
-                closed_rank=rank["closed"][one.entry],
-                rank_drop=rank["closed"][one.entry] - rank["open"][one.entry],
-                contamination=None if isinstance(report, str) else contamination_counts(report),
+                entry=name,
+                open_score=open_score,
+                closed_score=closed_scores[name],
+                open_interval=intervals[name]["open"] if intervals else None,
+                closed_interval=intervals[name]["closed"] if intervals else None,
+                open_rank=open_ranks[name],
+                closed_rank=closed_ranks[name],
+                rank_drop=closed_ranks[name] - open_ranks[name],
+                contamination=None if isinstance(report, str) else _contamination_counts(report),
                 contamination_reason=report if isinstance(report, str) else "",
             )
         )
-    open_scores = [one.open_score for one in entries]
-    closed_scores = [one.closed_score for one in entries]
-    pearson_found, spearman_found = pearson(open_scores, closed_scores), spearman(open_scores, closed_scores)
-    return Overfitting(
-        entries=entries,
-        pearson=pearson_found,
-        spearman=spearman_found,
-        text=_text(entries, spearman_found),
-    )
+    x, y = list(open_scores.values()), list(closed_scores.values())
+    rank_correlation = spearman(x, y)
+    text = _text(entries, rank_correlation)
+    return Overfitting(entries=entries, pearson=pearson(x, y), spearman=rank_correlation, text=text)
 
 
-def contamination_counts(report: Contamination) -> dict[str, ContaminationCount]:
+def _contamination_counts(report: Contamination) -> dict[str, ContaminationCount]:
     return {
         stage: ContaminationCount(
             instances=sum(instances.values()),
@@ -81,12 +75,15 @@ def contamination_counts(report: Contamination) -> dict[str, ContaminationCount]
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> Correlation:
-    """With the interval of Fisher's z, standard error 1/sqrt(n - 3)."""
+    """Return Pearson's correlation with the interval of Fisher's z, standard error 1/sqrt(n - 3)."""
     return _correlation(x, y, lambda value, n: 1 / math.sqrt(n - 3))
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> Correlation:
-    """Pearson's of the mid-ranks, with Bonett and Wright's standard error sqrt((1 + r^2/2)/(n - 3))."""
+    """Return Pearson's correlation of the mid-ranks.
+
+    Interval by Fisher's z with the standard error of Bonett and Wright (2000), sqrt((1 + r^2/2)/(n - 3)).
+    """
     return _correlation(
         stats.rankdata(x), stats.rankdata(y), lambda value, n: math.sqrt((1 + value**2 / 2) / (n - 3))
     )
@@ -96,45 +93,42 @@ def _correlation(
     x: Sequence[float], y: Sequence[float], standard_error: Callable[[float, int], float]
 ) -> Correlation:
     n = len(x)
-    if n < FEWEST:
-        reason = f"{n} entries; a correlation with an interval needs at least {FEWEST}"
-        return Correlation(value=None, low=None, high=None, n=n, reason=reason)
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
+    reason = ""
+    if n < MIN_ENTRIES:
+        reason = f"{n} entries; a correlation with an interval needs at least {MIN_ENTRIES}"
+    elif np.ptp(x) == 0 or np.ptp(y) == 0:
         reason = "all entries have the same score in one of the stages"
+    if reason:
         return Correlation(value=None, low=None, high=None, n=n, reason=reason)
     value = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
     if abs(value) == 1:
         return Correlation(value=value, low=value, high=value, n=n)
-    z, spread = math.atanh(value), float(stats.norm.ppf((1 + LEVEL) / 2)) * standard_error(value, n)
-    return Correlation(value=value, low=math.tanh(z - spread), high=math.tanh(z + spread), n=n)
+    z, margin = math.atanh(value), float(stats.norm.ppf((1 + LEVEL) / 2)) * standard_error(value, n)
+    return Correlation(value=value, low=math.tanh(z - margin), high=math.tanh(z + margin), n=n)
 
 
 def _text(entries: Sequence[OverfittingEntry], correlation: Correlation) -> str:
-    if correlation.value is None or correlation.low is None or correlation.high is None:
-        first = f"Whether open and closed scores agree cannot be said: {correlation.reason}."
+    if correlation.low is None or correlation.high is None:
+        text = f"Open and closed scores cannot be compared: {correlation.reason}."
+    elif correlation.low <= 0 <= correlation.high:
+        text = f"Open scores do not predict closed scores (Spearman {correlation})."
     else:
-        figures = f"Spearman {correlation}"
-        if correlation.low > 0:
-            first = (
-                f"Entries that did well on the open stage tended to do well on the closed one ({figures})."
-            )
-        elif correlation.high < 0:
-            first = (
-                f"Entries that did well on the open stage tended to do badly on the closed one ({figures})."
-            )
-        else:
-            first = f"The open stage does not tell who does well on the closed one ({figures})."
-    fallen = max(entries, key=lambda one: one.rank_drop)
-    if fallen.rank_drop > 0:
-        first += (
-            f" The largest fall is {fallen.entry}'s: rank {fallen.open_rank} on open, "
-            f"{fallen.closed_rank} on closed."
+        tendency = "well" if correlation.low > 0 else "badly"
+        text = (
+            f"Entries that did well on the open stage tended to do {tendency} on the closed one "
+            f"(Spearman {correlation})."
         )
-    seen = [
-        one.entry
-        for one in entries
-        if one.contamination and any(of.contaminated for of in one.contamination.values())
+    largest = max(entries, key=lambda entry: entry.rank_drop)
+    if largest.rank_drop > 0:
+        text += (
+            f" The largest drop is {largest.entry}'s: rank {largest.open_rank} on open, "
+            f"{largest.closed_rank} on closed."
+        )
+    contaminated = [
+        entry.entry
+        for entry in entries
+        if entry.contamination and any(count.contaminated for count in entry.contamination.values())
     ]
-    if seen:
-        first += f" Training data of {', '.join(seen)} contains evaluation instances."
-    return first
+    if contaminated:
+        text += f" Training data of {', '.join(contaminated)} contains evaluation instances."
+    return text

@@ -1,4 +1,4 @@
-"""The organizer's reference panel: entries' open values, published so that a team can place itself.
+"""The organizers' reference panel: open values of some entries, published for teams to compare with.
 
 palio panel results/leaderboard/laptop.json     → config/panel/<competition>/<track>.json
 """
@@ -13,32 +13,32 @@ from palio.errors import BadInput
 from palio.records import Cell, Column, Leaderboard, Panel, PanelEntry
 from palio.scoring.conventions import CONVENTIONS
 from palio.scoring.formula import Formula
-from palio.scoring.pool import Pool
+from palio.scoring.pool import Pool, values_of
 from palio.scoring.robustness import against_panel, reference_panel
 
 STAGE = "open"
 
 
 def panel_of(board: Leaderboard, members: Sequence[str] = ()) -> Panel:
-    """The open columns of `members` (default: entries at evenly spaced ranks). Nothing of the closed stage.
+    """Return the open values of `members` (default: entries at evenly spaced ranks), no closed ones.
 
     Raises:
-        BadInput: a member is not in the leaderboard.
+        BadInput: a member is not on the leaderboard.
     """
-    by_id = {one.entry: one for one in board.entries}
+    by_id = {scored.entry: scored for scored in board.entries}
     unknown = [name for name in members if name not in by_id]
     if unknown:
-        raise BadInput("scoring", "reference_panel", unknown[0], "is not in the leaderboard; correct it")
-    places = [place for place, column in enumerate(board.columns) if column.stage == STAGE]
+        raise BadInput("scoring", "reference_panel", unknown[0], "is not on the leaderboard; correct it")
+    keep = [index for index, column in enumerate(board.columns) if column.stage == STAGE]
     return Panel(
         competition=board.competition,
         track=board.track,
-        columns=[board.columns[place] for place in places],
+        columns=[board.columns[index] for index in keep],
         entries=[
             PanelEntry(
                 entry=name,
-                values=[by_id[name].cells[place].value for place in places],
-                instances=[by_id[name].cells[place].n for place in places],
+                values=[by_id[name].cells[index].value for index in keep],
+                instances=[by_id[name].cells[index].n for index in keep],
             )
             for name in (members or reference_panel(board))
         ],
@@ -46,26 +46,21 @@ def panel_of(board: Leaderboard, members: Sequence[str] = ()) -> Panel:
 
 
 def placed(panel: Panel, columns: Sequence[Column], cells: Sequence[Cell], name: str) -> dict[str, float]:
-    """Open score against the panel, of `name` and of each member against the others; best first.
+    """Return the open score of `name`, and of each panel member, against the panel; best first.
 
     Raises:
         BadInput: the columns are not the panel's.
     """
     if list(columns) != panel.columns:
-        fix = "was made for other columns than the competition's; get the organizers' newer one"
-        raise BadInput("panel", panel.track, None, fix)
-    names = (*(one.entry for one in panel.entries), name)
-    rows = [*((one.values, one.instances) for one in panel.entries)]
-    rows.append(([cell.value for cell in cells], [cell.n for cell in cells]))
-    pool = Pool(
-        names,
-        names,
-        tuple(columns),
-        np.array(
-            [[np.nan if value is None else value for value in values] for values, _ in rows], dtype=float
-        ),
-        np.array([counts for _, counts in rows], dtype=np.int64),
-    )
-    formula = Formula(CONVENTIONS["midrank"], "worst", {STAGE: 1.0})
-    scores = against_panel(pool, formula, [one.entry for one in panel.entries])
+        problem = "was made for other columns than the competition's; get the organizers' current one"
+        raise BadInput("panel", panel.track, None, problem)
+    members = [entry.entry for entry in panel.entries]
+    rows = [
+        [Cell(value=value, n=n) for value, n in zip(entry.values, entry.instances, strict=True)]
+        for entry in panel.entries
+    ]
+    rows.append(list(cells))
+    counts = np.array([[cell.n for cell in row] for row in rows], dtype=np.int64)
+    pool = Pool((*members, name), tuple(columns), values_of(rows), counts)
+    scores = against_panel(pool, Formula(CONVENTIONS["midrank"], "worst", {STAGE: 1.0}), members)
     return dict(sorted(scores.items(), key=lambda item: -item[1]))

@@ -1,9 +1,8 @@
-"""What a ranking depends on besides the entries' answers: the pool, the scenarios, the scoring rule.
+"""Sensitivity of a ranking to the pool, the scenarios, and the scoring rule.
 
-Win rates compare an entry with all others, so who else takes part moves everybody's score. Here every
-entry and every scenario is left out once, the same values are ranked by every convention and aggregate
-and by rules that do not use win rates of the pool, and each of the first three places gets a verdict in
-plain words.
+Win rates compare an entry with all others, so everybody's score depends on who else takes part. Here every
+entry and every scenario is left out once, and the same values are ranked by every convention and aggregate
+and by rules that do not use win rates in the pool. Each of the first three places gets a verdict in words.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from palio.records import Leaderboard, PrizeVerdict, RankMove, Removal, Robustness, Scheme
-from palio.scoring.conventions import CONVENTIONS, Array, Missing, column_win_rates
+from palio.scoring.conventions import CONVENTIONS, Array, column_win_rates
 from palio.scoring.formula import (
     Aggregate,
     Formula,
@@ -33,16 +32,18 @@ AGGREGATES: dict[str, tuple[Aggregate, str]] = {
     "floored": (floored_geometric_mean, "geometric mean over scenarios, each at least 1/(2n)"),
     "arithmetic": (arithmetic_mean, "arithmetic mean over scenarios"),
 }
-NAMED = 3
-"""Names a sentence of a verdict lists before it says how many more there are."""
+MAX_NAMED = 3
+"""Names that a sentence of a verdict lists before it only counts."""
 ORDINALS = {1: "1st", 2: "2nd", 3: "3rd"}
+VIRTUAL_TIE = 0.01
+MAX_STEPS, CONVERGED = 1000, 1e-10
+"""Of the iteration for Bradley-Terry strengths: its length, and the change of a log-strength that ends it."""
 
-Scored = Mapping[str, float]
-"""Score by entry."""
+ScoreByEntry = Mapping[str, float]
 
 
 def robustness(board: Leaderboard, panel: Sequence[str] = ()) -> Robustness | None:
-    """Leave-one-out, schemes side by side, verdicts; None without entries.
+    """Compare the ranking with leave-one-out rankings and other schemes; None without entries.
 
     Args:
         panel: entry ids of the reference panel; default: entries at evenly spaced ranks.
@@ -50,37 +51,32 @@ def robustness(board: Leaderboard, panel: Sequence[str] = ()) -> Robustness | No
     if not board.entries:
         return None
     pool, formula = pool_of(board), formula_of(board)
-    ranking = {one.entry: one.final_score for one in board.entries}
-    without_entry = (
-        [
-            _removal(one.entry, ranking, final_scores(pool.without(one.entry), formula))
-            for one in board.entries
-        ]
-        if len(board.entries) > 1
-        else []
-    )
-    scenarios = list(dict.fromkeys((column.stage, column.scenario) for column in board.columns))
+    ranking = {scored.entry: scored.final_score for scored in board.entries}
+    # One entry or one scenario alone leaves nothing to rank.
+    without_entry = [
+        _removal(name, ranking, final_scores(pool.without(name), formula))
+        for name in (ranking if len(ranking) > 1 else ())
+    ]
+    keys = board.scenario_keys
     without_scenario = [
-        _removal(f"{stage}/{name}", ranking, final_scores(pool.without_scenario(stage, name), formula))
-        for stage, name in (scenarios if len(scenarios) > 1 else [])
+        _removal("/".join(key), ranking, final_scores(pool.without_scenario(key), formula))
+        for key in (keys if len(keys) > 1 else ())
     ]
     schemes = _schemes(board, pool, formula, ranking, panel)
-    verdicts = [
-        _verdict(place, board, without_entry, without_scenario, schemes)
-        for place in range(min(PRIZES, len(board.entries)))
-    ]
     return Robustness(
         without_entry=without_entry,
         without_scenario=without_scenario,
         schemes=schemes,
-        verdicts=verdicts,
+        verdicts=[
+            _verdict(index, board, without_entry, without_scenario, schemes)
+            for index in range(min(PRIZES, len(board.entries)))
+        ],
     )
 
 
 def final_scores(pool: Pool, formula: Formula) -> dict[str, float]:
-    """Final score by entry; entries without any value (policy `exclude`) are absent."""
-    result = scores(pool.columns, pool.values.T, formula)
-    return _by_entry(pool, result.final)
+    """Return the final score by entry, without entries that have no value (policy `exclude`)."""
+    return _by_entry(pool, scores(pool.columns, pool.values.T, formula).final)
 
 
 def _by_entry(pool: Pool, final: Array) -> dict[str, float]:
@@ -92,60 +88,56 @@ def _by_entry(pool: Pool, final: Array) -> dict[str, float]:
 # --- comparing rankings --------------------------------------------------------------------------------
 
 
-def rank_by_entry(scored: Scored) -> dict[str, int]:
+def rank_by_entry(scored: ScoreByEntry) -> dict[str, int]:
+    """Return the rank by entry, in the order of the ids."""
     names = sorted(scored)
-    of = ranks(np.array([scored[name] for name in names], dtype=float))
-    return {name: int(rank) for name, rank in zip(names, of, strict=True)}
+    rank = ranks(np.array([scored[name] for name in names], dtype=float))
+    return {name: int(value) for name, value in zip(names, rank, strict=True)}
 
 
-def moves(before: Scored, after: Scored) -> list[RankMove]:
-    """Entries whose rank among the entries of both rankings differs, by their rank before."""
+def moves(before: ScoreByEntry, after: ScoreByEntry) -> list[RankMove]:
+    """Return the entries whose rank among the entries in both rankings differs, by their rank before."""
     both = before.keys() & after.keys()
     old = rank_by_entry({name: before[name] for name in both})
     new = rank_by_entry({name: after[name] for name in both})
     return [
         RankMove(entry=name, before=old[name], after=new[name])
-        for name in sorted(both, key=lambda one: (old[one], one))
+        for name in _order(old)
         if old[name] != new[name]
     ]
 
 
-def _order(scored: Scored) -> list[str]:
-    of = rank_by_entry(scored)
-    return sorted(of, key=lambda name: (of[name], name))
+def _order(rank: Mapping[str, int]) -> list[str]:
+    return sorted(rank, key=lambda name: (rank[name], name))
 
 
-def _removal(removed: str, ranking: Scored, left: Scored) -> Removal:
-    return Removal(removed=removed, order=_order(left), moved=moves(ranking, left))
+def _removal(removed: str, ranking: ScoreByEntry, remaining: ScoreByEntry) -> Removal:
+    return Removal(removed=removed, order=_order(rank_by_entry(remaining)), moved=moves(ranking, remaining))
 
 
 # --- schemes -------------------------------------------------------------------------------------------
 
 
 def _schemes(
-    board: Leaderboard, pool: Pool, formula: Formula, ranking: Scored, panel: Sequence[str]
+    board: Leaderboard, pool: Pool, formula: Formula, ranking: ScoreByEntry, panel: Sequence[str]
 ) -> list[Scheme]:
-    found: list[Scheme] = []
+    """Return every scheme's ranking, the leaderboard's own first."""
+    schemes: list[Scheme] = []
 
-    def add(name: str, description: str, scored: Scored) -> None:
-        found.append(
-            Scheme(
-                name=name,
-                description=description,
-                ranks=rank_by_entry(scored),
-                scores=dict(scored),
-                moved=moves(ranking, scored),
-            )
+    def add(name: str, description: str, scored: ScoreByEntry) -> None:
+        moved = moves(ranking, scored)
+        rank = rank_by_entry(scored)
+        schemes.append(
+            Scheme(name=name, description=description, ranks=rank, scores=dict(scored), moved=moved)
         )
 
-    missing: Missing = formula.missing
     own = (board.convention, "geometric")
     rules = [(convention, aggregate) for convention in CONVENTIONS for aggregate in AGGREGATES]
     for convention, aggregate in sorted(rules, key=lambda rule: rule != own):
         function, words = AGGREGATES[aggregate]
-        other = Formula(CONVENTIONS[convention], missing, formula.stage_weights, function)
-        described = f"win rates {CONVENTIONS[convention].formula}; {words}"
-        add(f"{convention}/{aggregate}", described, final_scores(pool, other))
+        rule = Formula(CONVENTIONS[convention], formula.missing, formula.stage_weights, function)
+        description = f"win rates {CONVENTIONS[convention].formula}; {words}"
+        add(f"{convention}/{aggregate}", description, final_scores(pool, rule))
     add(
         "borda",
         "each scenario ranks the entries; points for every entry beaten, half for ties",
@@ -156,11 +148,13 @@ def _schemes(
         "strengths that explain the pairwise wins of all columns, each weighted as in the final score",
         bradley_terry(pool, formula),
     )
-    best = _best_of_teams(board)
+    best_of_team: dict[str, str] = {}
+    for scored in board.entries:
+        best_of_team.setdefault(scored.team, scored.entry)
     add(
         "one_per_team",
         "only the best entry of each team is in the pool",
-        final_scores(pool.only(best), formula),
+        final_scores(pool.only(best_of_team.values()), formula),
     )
     references = list(panel) or reference_panel(board)
     add(
@@ -168,51 +162,50 @@ def _schemes(
         f"win rates against these entries only: {', '.join(references)}; scenarios at least 1/(2 x panel)",
         against_panel(pool, formula, references),
     )
-    return found
+    return schemes
 
 
 def _borda(pool: Pool, formula: Formula) -> dict[str, float]:
-    """Every scenario is a voter that ranks entries by their mean midrank win rate; voters weigh as in the
-    final score if its means were arithmetic."""
+    """Return the points by entry; each scenario votes by mean midrank win rate, with its column weights."""
     midrank = CONVENTIONS["midrank"]
     result = scores(pool.columns, pool.values.T, Formula(midrank, formula.missing, formula.stage_weights))
-    weights = {stage: formula.stage_weights[stage] for stage in result.scenarios}
-    whole = sum(weights.values())
-    total = np.zeros(len(pool.entries))
+    total_weight = sum(formula.stage_weights[stage] for stage in result.scenarios)
+    points = np.zeros(len(pool.entries))
     for stage, scenarios in result.scenarios.items():
         votes = [
             np.nan_to_num(column_win_rates(np.round(rates, 12), True, midrank))
             for rates in scenarios.values()
         ]
-        total += weights[stage] / whole * np.mean(votes, axis=0)
-    return _by_entry(pool, total)
+        points += formula.stage_weights[stage] / total_weight * np.mean(votes, axis=0)
+    return _by_entry(pool, points)
 
 
 def column_weights(pool: Pool, formula: Formula) -> Array:
-    """Share of each column in the final score if all means were arithmetic; adds up to 1."""
-    keys = [(column.stage, column.scenario) for column in pool.columns]
-    whole = sum(formula.stage_weights[stage] for stage in {stage for stage, _ in keys})
+    """Return each column's share of the final score if all means were arithmetic; they add up to 1."""
+    keys = [column.scenario_key for column in pool.columns]
+    scenarios = set(keys)
+    total_weight = sum(formula.stage_weights[stage] for stage in {stage for stage, _ in keys})
     return np.array(
         [
-            formula.stage_weights[stage]
-            / whole
-            / len({scenario for of, scenario in keys if of == stage})
-            / keys.count((stage, scenario))
-            for stage, scenario in keys
+            formula.stage_weights[key[0]]
+            / total_weight
+            / sum(stage == key[0] for stage, _ in scenarios)
+            / keys.count(key)
+            for key in keys
         ]
     )
 
 
-def bradley_terry(pool: Pool, formula: Formula, steps: int = 1000) -> dict[str, float]:
-    """Log-strengths by Hunter's MM algorithm, mean 0.
+def bradley_terry(pool: Pool, formula: Formula) -> dict[str, float]:
+    """Return log-strengths with mean 0, by the MM algorithm of Hunter (2004).
 
     A pair meets in every column in which both have a value; a missing value loses under `worst`. Every
-    pair also shares a virtual tie of weight 1/100, so an entry that never wins has a finite strength.
+    pair also shares a virtual tie, so that an entry that never wins has a finite strength.
     """
     n = len(pool.entries)
     if n == 1:
         return {pool.entries[0]: 0.0}
-    wins = np.zeros((n, n))
+    wins = np.full((n, n), VIRTUAL_TIE / 2)
     for weight, column, values in zip(
         column_weights(pool, formula), pool.columns, pool.values.T, strict=True
     ):
@@ -220,142 +213,122 @@ def bradley_terry(pool: Pool, formula: Formula, steps: int = 1000) -> dict[str, 
         if formula.missing != "exclude":
             signed = np.where(np.isnan(signed), -np.inf, signed)
         wins += weight * ((signed[:, None] > signed[None, :]) + 0.5 * (signed[:, None] == signed[None, :]))
-    wins += 0.005
     np.fill_diagonal(wins, 0)
     meetings = wins + wins.T
     won = wins.sum(axis=1)
-    strength = np.ones(n)
-    for _ in range(steps):
+    strength: Array = np.ones(n)
+    for _ in range(MAX_STEPS):
         updated = won / (meetings / (strength[:, None] + strength[None, :])).sum(axis=1)
         updated /= np.exp(np.mean(np.log(updated)))
         change = np.abs(np.log(updated / strength)).max()
         strength = updated
-        if change < 1e-10:
+        if change < CONVERGED:
             break
-    # Converged to 1e-10: what differs by less is equal.
-    return {
-        entry: round(float(value), 8) for entry, value in zip(pool.entries, np.log(strength), strict=True)
-    }
-
-
-def _best_of_teams(board: Leaderboard) -> list[str]:
-    best: dict[str, str] = {}
-    for one in board.entries:
-        best.setdefault(one.team, one.entry)
-    return list(best.values())
+    # Smaller differences than the iteration resolves are ties.
+    return {name: round(float(value), 8) for name, value in zip(pool.entries, np.log(strength), strict=True)}
 
 
 def reference_panel(board: Leaderboard) -> list[str]:
-    """Entries at evenly spaced ranks, first and last among them."""
-    places = np.linspace(0, len(board.entries) - 1, min(PANEL_SIZE, len(board.entries)))
-    return [board.entries[round(place)].entry for place in places]
+    """Return entries at evenly spaced ranks, first and last among them."""
+    indexes = np.linspace(0, len(board.entries) - 1, min(PANEL_SIZE, len(board.entries)))
+    return [board.entries[round(index)].entry for index in indexes]
 
 
 def against_panel(pool: Pool, formula: Formula, panel: Sequence[str]) -> dict[str, float]:
-    """Win rate of a column = share of the panel beaten, half for ties; nobody meets itself.
+    """Return final scores from win rates against the panel: the share beaten, half for ties.
 
-    Entries outside the panel do not touch each other's scores: who else takes part changes nothing.
+    Nobody meets itself. Entries outside the panel do not affect each other's scores.
     """
     members = np.array([pool.entries.index(name) for name in panel])
-    itself = np.arange(len(pool.entries))[:, None] == members[None, :]
+    others = np.arange(len(pool.entries))[:, None] != members[None, :]
     rates: list[Array] = []
     for column, values in zip(pool.columns, pool.values.T, strict=True):
         signed = values if column.higher_is_better else -values
         absent = np.isnan(signed)
         signed = np.where(absent, -np.inf, signed)
         own, other = signed[:, None], signed[members][None, :]
-        met = ~itself
+        met = others
         if formula.missing == "exclude":
             met = met & ~absent[:, None] & ~absent[members][None, :]
         won = ((own > other) + 0.5 * (own == other)) * met
-        with np.errstate(invalid="ignore"):
-            rate = won.sum(axis=1) / met.sum(axis=1)
-        rates.append(np.asarray(rate, dtype=float))
+        with np.errstate(invalid="ignore"):  # 0/0: the entry meets nobody
+            rates.append(np.asarray(won.sum(axis=1) / met.sum(axis=1), dtype=float))
 
     def floored(scenarios: Array) -> Array:
         return geometric_mean(np.maximum(scenarios, 1 / (2 * len(members))))
 
-    rule: Aggregate = floored
-    result = scores_of_win_rates(
-        pool.columns,
-        rates,
-        Formula(formula.convention, formula.missing, formula.stage_weights, rule),
-    )
-    return _by_entry(pool, result.final)
+    rule = Formula(formula.convention, formula.missing, formula.stage_weights, floored)
+    return _by_entry(pool, scores_of_win_rates(pool.columns, rates, rule).final)
 
 
 # --- verdicts ------------------------------------------------------------------------------------------
 
 
 def _verdict(
-    place: int,
+    index: int,
     board: Leaderboard,
     without_entry: Sequence[Removal],
     without_scenario: Sequence[Removal],
     schemes: Sequence[Scheme],
 ) -> PrizeVerdict:
-    holder = board.entries[place].entry
-    rank = board.entries[place].rank
-
-    def loses_place(moved: Sequence[RankMove]) -> bool:
-        return any(move.entry == holder for move in moved)
-
-    entries = [one for one in without_entry if loses_place(one.moved)]
-    scenarios = [one for one in without_scenario if loses_place(one.moved)]
-    other = [scheme for scheme in schemes if loses_place(scheme.moved)]
-    shared = [one.entry for one in board.entries if one.rank == rank and one.entry != holder]
+    holder, rank = board.entries[index].entry, board.entries[index].rank
+    entries = [removal for removal in without_entry if _move_of(removal.moved, holder)]
+    scenarios = [removal for removal in without_scenario if _move_of(removal.moved, holder)]
+    other = [scheme for scheme in schemes if _move_of(scheme.moved, holder)]
+    shared = [scored.entry for scored in board.entries if scored.rank == rank and scored.entry != holder]
     who = f"{holder}, shared with {', '.join(shared)}" if shared else holder
     subject = f"{ORDINALS[rank]} place ({who})"
-    told = [
-        f"{subject} depends on {_what_else('entry', holder, entries)}."
+    sentences = [
+        f"{subject} depends on {_dependence('entry', holder, entries)}."
         if entries
         else f"{subject} is the same whichever other entry is left out of the pool.",
-        f"It depends on {_what_else('scenario', holder, scenarios)}."
+        f"It depends on {_dependence('scenario', holder, scenarios)}."
         if scenarios
         else "No single scenario decides it.",
-        f"Scored otherwise {holder} has {_other_ranks(holder, other)}."
+        f"Under other scoring rules {holder} has {_other_ranks(holder, other)}."
         if other
-        else f"All {len(schemes)} ways of scoring compared here agree on it.",
+        else f"All {len(schemes)} scoring rules compared here agree on it.",
     ]
     return PrizeVerdict(
         rank=rank,
         entry=holder,
         stable=not (entries or scenarios or other),
-        depends_on_entries=[one.removed for one in entries],
-        depends_on_scenarios=[one.removed for one in scenarios],
+        depends_on_entries=[removal.removed for removal in entries],
+        depends_on_scenarios=[removal.removed for removal in scenarios],
         depends_on_schemes=[scheme.name for scheme in other],
-        text=" ".join(told),
+        text=" ".join(sentences),
     )
 
 
-def _move_of(moved: Sequence[RankMove], entry: str) -> RankMove:
-    return next(move for move in moved if move.entry == entry)
+def _move_of(moved: Sequence[RankMove], entry: str) -> RankMove | None:
+    return next((move for move in moved if move.entry == entry), None)
 
 
-KINDS = {
+DEPENDENCES = {
     "entry": ("entry {} being in the pool", "which entries are in the pool"),
     "scenario": ("scenario {} being scored", "which scenarios are scored"),
 }
 
 
-def _what_else(kind: str, holder: str, removals: Sequence[Removal]) -> str:
-    """What a place depends on and who has it in the first few of the other rankings."""
-    one, several = KINDS[kind]
+def _dependence(kind: str, holder: str, removals: Sequence[Removal]) -> str:
+    """Say what a place depends on, and who has it in the first few of the other rankings."""
+    single, several = DEPENDENCES[kind]
     if len(removals) == 1:
-        return f"{one.format(removals[0].removed)}: without it {_taker(holder, removals[0])}"
-    told = [f"without {removal.removed} {_taker(holder, removal)}" for removal in removals[:NAMED]]
-    more = f"; {len(removals) - NAMED} more change it too" if len(removals) > NAMED else ""
-    return f"{several}: {'; '.join(told)}{more}"
+        return f"{single.format(removals[0].removed)}: without it {_successor(holder, removals[0])}"
+    cases = [f"without {removal.removed} {_successor(holder, removal)}" for removal in removals[:MAX_NAMED]]
+    more = f"; {len(removals) - MAX_NAMED} more change it too" if len(removals) > MAX_NAMED else ""
+    return f"{several}: {'; '.join(cases)}{more}"
 
 
-def _taker(holder: str, removal: Removal) -> str:
+def _successor(holder: str, removal: Removal) -> str:
     move = _move_of(removal.moved, holder)
-    taker = removal.order[move.before - 1]
-    return f"it has rank {move.after}" if taker == holder else f"{taker} has the place"
+    assert move is not None
+    successor = removal.order[move.before - 1]
+    return f"it has rank {move.after}" if successor == holder else f"{successor} has the place"
 
 
 def _other_ranks(holder: str, schemes: Sequence[Scheme]) -> str:
     by_rank: dict[int, list[str]] = {}
     for scheme in schemes:
-        by_rank.setdefault(_move_of(scheme.moved, holder).after, []).append(scheme.name)
+        by_rank.setdefault(scheme.ranks[holder], []).append(scheme.name)
     return ", ".join(f"rank {rank} ({', '.join(names)})" for rank, names in sorted(by_rank.items()))

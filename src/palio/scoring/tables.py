@@ -1,6 +1,6 @@
 """A leaderboard as files and on the terminal: JSON (the record), CSV, Parquet, Markdown, LaTeX.
 
-With an analysis beside it, the tables also say how sure scores and ranks are.
+With an analysis, the tables also show how certain scores and ranks are.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from palio.errors import State
@@ -21,11 +22,12 @@ from palio.provenance import atomic_path, write_text
 from palio.records import (
     Analysis,
     DidNotFinish,
-    EntryUncertainty,
     Interval,
     Leaderboard,
+    Overfitting,
     OverfittingEntry,
-    Removal,
+    Robustness,
+    Uncertainty,
 )
 from palio.text import markdown_table
 
@@ -35,7 +37,7 @@ def write_leaderboard(
 ) -> None:
     """Write <name>.{csv,parquet,md,tex} and .analysis.{md,json}, then the record <name>.json.
 
-    Default name: the track's.
+    The default name is the track's.
     """
     name = name or board.track
     rows = leaderboard_rows(board, analysis)
@@ -53,54 +55,39 @@ def write_leaderboard(
     board.write(boards.leaderboard(name))
 
 
-def _sureness(analysis: Analysis | None) -> dict[str, EntryUncertainty]:
-    return (
-        {one.entry: one for one in analysis.uncertainty.entries} if analysis and analysis.uncertainty else {}
-    )
-
-
 # --- one row per entry: CSV and Parquet ------------------------------------------------------------------
 
 
 def leaderboard_rows(board: Leaderboard, analysis: Analysis | None = None) -> list[dict[str, Any]]:
-    """One flat row per entry, those that did not finish last; the same keys in every row."""
-    names = _schema(board, analysis).names
-    sureness = _sureness(analysis)
-    rows = []
-    for one in board.entries:
+    """Return one flat row per entry, those that did not finish last; every row has the same keys."""
+    uncertainty = analysis.entry_uncertainty if analysis else {}
+    rows: list[dict[str, Any]] = []
+    for scored in board.entries:
         row: dict[str, Any] = {
-            "rank": one.rank,
-            "entry": one.entry,
-            "team": one.team,
+            "rank": scored.rank,
+            "entry": scored.entry,
+            "team": scored.team,
             "state": State.FINISHED.value,
-            "final_score": one.final_score,
-            **{f"{stage}_score": value for stage, value in one.stage_scores.items()},
+            "final_score": scored.final_score,
+            **{f"{stage}_score": value for stage, value in scored.stage_scores.items()},
         }
-        if one.entry in sureness:
-            of = sureness[one.entry]
+        if limits := uncertainty.get(scored.entry):
             row |= {
-                "final_score_low": of.final_score.low,
-                "final_score_high": of.final_score.high,
-                "rank_low": int(of.rank.low),
-                "rank_high": int(of.rank.high),
-                "p_first": of.p_first,
-                "p_top3": of.p_top3,
-                "group": of.group + 1,
+                "final_score_low": limits.final_score.low,
+                "final_score_high": limits.final_score.high,
+                "rank_low": int(limits.rank.low),
+                "rank_high": int(limits.rank.high),
+                "p_first": limits.p_first,
+                "p_top3": limits.p_top3,
+                "group": limits.group + 1,
             }
-        for column, cell in zip(board.columns, one.cells, strict=True):
-            name = f"{column.stage}/{column.scenario}/{column.metric}"
-            row |= {name: cell.value, f"{name}/win_rate": cell.win_rate, f"{name}/state": cell.state.value}
+        for column, cell in zip(board.columns, scored.cells, strict=True):
+            row |= {f"{column}": cell.value, f"{column}/win_rate": cell.win_rate}
+            row[f"{column}/state"] = cell.state.value
         rows.append(row)
-    rows += [
-        {
-            "entry": one.entry,
-            "team": one.team,
-            "state": one.state.value,
-            "step": one.step,
-            "reason": one.reason,
-        }
-        for one in board.did_not_finish
-    ]
+    for stopped in board.did_not_finish:
+        rows.append(stopped.model_dump(mode="json", include={"entry", "team", "state", "step", "reason"}))
+    names = _schema(board, analysis).names
     return [{name: row.get(name) for name in names} for row in rows]
 
 
@@ -113,8 +100,7 @@ def _schema(board: Leaderboard, analysis: Analysis | None) -> pa.Schema:
         fields += [("final_score_low", number), ("final_score_high", number), ("rank_low", whole)]
         fields += [("rank_high", whole), ("p_first", number), ("p_top3", number), ("group", whole)]
     for column in board.columns:
-        name = f"{column.stage}/{column.scenario}/{column.metric}"
-        fields += [(name, number), (f"{name}/win_rate", number), (f"{name}/state", text)]
+        fields += [(f"{column}", number), (f"{column}/win_rate", number), (f"{column}/state", text)]
     return pa.schema(fields)
 
 
@@ -130,150 +116,175 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 # --- the short table: Markdown, LaTeX, terminal ----------------------------------------------------------
 
-SURENESS = ("95 % interval", "rank 95 %", "P(first)", "P(top 3)", "group")
-WORDS = {"entry", "team", "state", "reason", "log", "did not finish"} | {
-    "without entry",
-    "without scenario",
-    "who moves",
-}
-"""Columns that hold words, not numbers: aligned left."""
+TEXT_COLUMNS = frozenset(
+    {"entry", "team", "state", "reason", "log", "did not finish"}
+    | {"without entry", "without scenario", "who moves"}
+)
+"""Columns of text, aligned left; all others are numbers."""
 
 
-def _table(board: Leaderboard, analysis: Analysis | None) -> tuple[list[str], list[list[str]], list[str]]:
-    """(head, rows, footnotes)."""
-    sureness = _sureness(analysis)
-    stages = list(board.stage_weights)
-    head = ["rank", "entry", "team", "final score", *stages]
-    if sureness:
-        head += SURENESS
+@dataclass(frozen=True)
+class _Table:
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def beside(self, other: _Table) -> _Table:
+        rows = [[*left, *right] for left, right in zip(self.rows, other.rows, strict=True)]
+        return _Table([*self.head, *other.head], rows)
+
+
+def _scores(board: Leaderboard) -> tuple[_Table, list[str]]:
+    """Return scores by entry, and the footnotes they refer to."""
     footnotes: list[str] = []
-    body = []
-    for one in board.entries:
-        marks = []
-        for note in one.notes:
-            footnotes.append(f"{one.entry}: {note}")
-            marks.append(str(len(footnotes)))
-        name = one.entry + (f" [{','.join(marks)}]" if marks else "")
-        row = [str(one.rank), name, one.team, f"{one.final_score:.4f}"]
-        row += [f"{one.stage_scores[stage]:.4f}" for stage in stages]
-        if sureness:
-            of = sureness[one.entry]
-            row += [f"{of.final_score.low:.3f} to {of.final_score.high:.3f}"]
-            row += [f"{of.rank.low:.0f} to {of.rank.high:.0f}", f"{of.p_first:.2f}", f"{of.p_top3:.2f}"]
-            row += [str(of.group + 1)]
-        body.append(row)
-    return head, body, footnotes
+    rows = []
+    for scored in board.entries:
+        numbers = [str(len(footnotes) + number) for number in range(1, len(scored.notes) + 1)]
+        footnotes += [f"{scored.entry}: {note}" for note in scored.notes]
+        name = f"{scored.entry} [{','.join(numbers)}]" if numbers else scored.entry
+        stages = [f"{scored.stage_scores[stage]:.4f}" for stage in board.stage_weights]
+        rows.append([str(scored.rank), name, scored.team, f"{scored.final_score:.4f}", *stages])
+    return _Table(["rank", "entry", "team", "final score", *board.stage_weights], rows), footnotes
+
+
+def _uncertainty(uncertainty: Uncertainty) -> _Table:
+    rows = [
+        [
+            f"{entry.final_score.low:.3f} to {entry.final_score.high:.3f}",
+            f"{entry.rank.low:.0f} to {entry.rank.high:.0f}",
+            f"{entry.p_first:.2f}",
+            f"{entry.p_top3:.2f}",
+            f"{entry.group + 1}",
+        ]
+        for entry in uncertainty.entries
+    ]
+    return _Table(["95 % interval", "rank 95 %", "P(first)", "P(top 3)", "group"], rows)
+
+
+def _scores_and_uncertainty(board: Leaderboard, analysis: Analysis | None) -> tuple[_Table, list[str]]:
+    table, footnotes = _scores(board)
+    if analysis and analysis.uncertainty:
+        table = table.beside(_uncertainty(analysis.uncertainty))
+    return table, footnotes
 
 
 def _caption(board: Leaderboard) -> str:
     kind = "Leaderboard" if board.final else "Standings (provisional)"
-    weights = " + ".join(f"{weight:.4g} {stage}" for stage, weight in board.stage_weights.items())
     return (
-        f"{kind} of {board.competition}, track {board.track}: {weights}; win rates by {board.convention} "
-        f"(version {board.convention_version}); missing values: {board.missing}; "
+        f"{kind} of {board.competition}, track {board.track}: {weights_text(board)}; win rates by "
+        f"{board.convention} (version {board.convention_version}); missing values: {board.missing}; "
         f"{len(board.entries)} entries in the pool"
     )
 
 
+def weights_text(board: Leaderboard) -> str:
+    """Return the stage weights as a sum, such as "0.3333 open + 0.6667 closed"."""
+    return " + ".join(f"{weight:.4g} {stage}" for stage, weight in board.stage_weights.items())
+
+
 def _remarks(analysis: Analysis | None) -> list[str]:
-    """What the analysis says in words."""
+    """Return the findings of the analysis that are in words."""
     remarks = []
     if analysis and analysis.robustness:
         remarks += [verdict.text for verdict in analysis.robustness.verdicts]
     if analysis and analysis.overfitting:
         remarks.append(analysis.overfitting.text)
     if analysis and analysis.uncertainty:
-        remarks.append(f"Entries of one group cannot be told apart. {analysis.uncertainty.explanation}")
+        remarks.append(f"Entries in one group cannot be told apart. {analysis.uncertainty.explanation}")
     return remarks
 
 
-def _stopped(one: DidNotFinish) -> str:
-    return f"{one.state.value.replace('_', ' ')}{' at ' + one.step if one.step else ''}"
+def _outcome(stopped: DidNotFinish) -> str:
+    return f"{stopped.state.value.replace('_', ' ')}{' at ' + stopped.step if stopped.step else ''}"
+
+
+# --- Markdown ----------------------------------------------------------------------------------------------
+
+
+def _markdown_table(table: _Table) -> str:
+    return markdown_table(table.head, table.rows, TEXT_COLUMNS)
 
 
 def markdown(board: Leaderboard, analysis: Analysis | None = None) -> str:
-    head, body, footnotes = _table(board, analysis)
-    lines = [f"{_caption(board)}.", "", markdown_table(head, body, WORDS)]
+    """Return the leaderboard with footnotes, the entries that did not finish, and the analysis' findings."""
+    table, footnotes = _scores_and_uncertainty(board, analysis)
+    lines = [f"{_caption(board)}.", "", _markdown_table(table)]
     if footnotes:
         lines += ["", *(f"{number}. {note}" for number, note in enumerate(footnotes, 1))]
     if board.did_not_finish:
         rows = [
-            [one.entry, one.team, _stopped(one), one.reason, one.log or ""] for one in board.did_not_finish
+            [stopped.entry, stopped.team, _outcome(stopped), stopped.reason, stopped.log or ""]
+            for stopped in board.did_not_finish
         ]
-        lines += ["", markdown_table(["did not finish", "team", "state", "reason", "log"], rows, WORDS)]
+        lines += ["", _markdown_table(_Table(["did not finish", "team", "state", "reason", "log"], rows))]
     for remark in _remarks(analysis):
         lines += ["", remark]
     return "\n".join(lines) + "\n"
 
 
 def analysis_markdown(board: Leaderboard, analysis: Analysis) -> str:
-    """The analysis' tables: leave-one-out, every way of scoring side by side, open against closed."""
+    """Return the tables of the analysis: leave-one-out, schemes side by side, open against closed."""
     lines = [f"# How far this leaderboard can be trusted: {board.competition}, {board.track}", ""]
     lines += [f"- {remark}" for remark in _remarks(analysis)]
     if analysis.robustness:
-        for what, removals in (
-            ("entry", analysis.robustness.without_entry),
-            ("scenario", analysis.robustness.without_scenario),
-        ):
-            changed = sum(bool(one.moved) for one in removals)
-            lines += [
-                "",
-                f"## Without one {what}: {changed} of {len(removals)} removals reorder the rest",
-                "",
-            ]
-            lines.append(markdown_table([f"without {what}", "who moves"], map(_removed, removals), WORDS))
-        schemes = analysis.robustness.schemes
-        lines += ["", "## Every way of scoring: ranks", ""]
-        rows = [
-            [one.entry, *(str(scheme.ranks.get(one.entry, "")) for scheme in schemes)]
-            for one in board.entries
-        ]
-        lines.append(markdown_table(["entry", *(scheme.name for scheme in schemes)], rows, WORDS))
-        lines += ["", *(f"- `{scheme.name}`: {scheme.description}" for scheme in schemes)]
+        lines += _robustness_markdown(board, analysis.robustness)
     if analysis.overfitting:
-        lines += ["", "## Open against closed", ""]
-        head = [
-            "entry",
-            "open",
-            "closed",
-            "open rank",
-            "closed rank",
-            "rank drop",
-            "seen open",
-            "seen closed",
-        ]
-        rows = [
-            [
-                one.entry,
-                _with_interval(one.open_score, one.open_interval),
-                _with_interval(one.closed_score, one.closed_interval),
-                str(one.open_rank),
-                str(one.closed_rank),
-                f"{one.rank_drop:+d}",
-                *(_seen(one, stage) for stage in ("open", "closed")),
-            ]
-            for one in analysis.overfitting.entries
-        ]
-        lines.append(markdown_table(head, rows, WORDS))
-        lines += ["", "*seen*: evaluation instances found in the entry's training data, of all."]
+        lines += _overfitting_markdown(analysis.overfitting)
     return "\n".join(lines) + "\n"
 
 
-def _removed(removal: Removal) -> list[str]:
-    moves = ", ".join(f"{move.entry} {move.before} → {move.after}" for move in removal.moved)
-    return [removal.removed, moves or "nobody"]
+def _robustness_markdown(board: Leaderboard, robustness: Robustness) -> list[str]:
+    lines: list[str] = []
+    for kind, removals in (("entry", robustness.without_entry), ("scenario", robustness.without_scenario)):
+        changed = sum(bool(removal.moved) for removal in removals)
+        rows = [
+            [
+                removal.removed,
+                ", ".join(f"{m.entry} {m.before} → {m.after}" for m in removal.moved) or "nobody",
+            ]
+            for removal in removals
+        ]
+        lines += ["", f"## Without one {kind}: {changed} of {len(removals)} removals reorder the rest", ""]
+        lines.append(_markdown_table(_Table([f"without {kind}", "who moves"], rows)))
+    schemes = robustness.schemes
+    rows = [
+        [scored.entry, *(str(scheme.ranks.get(scored.entry, "")) for scheme in schemes)]
+        for scored in board.entries
+    ]
+    lines += ["", "## Ranks under every scoring rule", ""]
+    lines.append(_markdown_table(_Table(["entry", *(scheme.name for scheme in schemes)], rows)))
+    return [*lines, "", *(f"- `{scheme.name}`: {scheme.description}" for scheme in schemes)]
+
+
+def _overfitting_markdown(overfitting: Overfitting) -> list[str]:
+    head = ["entry", "open", "closed", "open rank", "closed rank", "rank drop", "seen open", "seen closed"]
+    rows = [
+        [
+            entry.entry,
+            _with_interval(entry.open_score, entry.open_interval),
+            _with_interval(entry.closed_score, entry.closed_interval),
+            str(entry.open_rank),
+            str(entry.closed_rank),
+            f"{entry.rank_drop:+d}",
+            *(_seen(entry, stage) for stage in ("open", "closed")),
+        ]
+        for entry in overfitting.entries
+    ]
+    legend = "*seen*: evaluation instances in the entry's training data, of all."
+    return ["", "## Open against closed", "", _markdown_table(_Table(head, rows)), "", legend]
 
 
 def _with_interval(score: float, interval: Interval | None) -> str:
     return f"{score:.3f}" + (f" ({interval.low:.3f} to {interval.high:.3f})" if interval else "")
 
 
-def _seen(one: OverfittingEntry, stage: str) -> str:
-    if one.contamination is None:
-        return one.contamination_reason
-    counts = one.contamination[stage]
-    return f"{counts.contaminated} of {counts.instances}"
+def _seen(entry: OverfittingEntry, stage: str) -> str:
+    if entry.contamination is None:
+        return entry.contamination_reason
+    count = entry.contamination[stage]
+    return f"{count.contaminated} of {count.instances}"
 
+
+# --- LaTeX -------------------------------------------------------------------------------------------------
 
 _TEX = {
     "\\": r"\textbackslash{}",
@@ -284,19 +295,19 @@ _TEX = {
 
 
 def latex(board: Leaderboard, analysis: Analysis | None = None) -> str:
-    """A `tabular` with the rules of booktabs, footnotes below it as plain paragraphs."""
+    """Return a `tabular` with the rules of booktabs, and its footnotes as plain paragraphs."""
 
     def line(cells: Sequence[str]) -> str:
         return " & ".join(_tex(cell) for cell in cells) + r" \\"
 
-    head, body, footnotes = _table(board, analysis)
+    table, footnotes = _scores_and_uncertainty(board, analysis)
     lines = [
         f"% {_caption(board)}",
-        r"\begin{tabular}{" + "".join("l" if name in WORDS else "r" for name in head) + "}",
+        r"\begin{tabular}{" + "".join("l" if name in TEXT_COLUMNS else "r" for name in table.head) + "}",
         r"\toprule",
-        line(head),
+        line(table.head),
         r"\midrule",
-        *(line(row) for row in body),
+        *(line(row) for row in table.rows),
         r"\bottomrule",
         r"\end{tabular}",
     ]
@@ -308,33 +319,38 @@ def _tex(text: str) -> str:
     return "".join(_TEX.get(sign, sign) for sign in text)
 
 
+# --- terminal ----------------------------------------------------------------------------------------------
+
+
 def print_leaderboard(
     board: Leaderboard, analysis: Analysis | None = None, console: Console | None = None
 ) -> None:
-    """Scores, footnotes, how sure they are, who did not finish and what the analysis says."""
+    """Print scores, footnotes, their uncertainty, who did not finish, and the analysis' findings."""
     out = console or Console()
-    head, body, footnotes = _table(board, None)
-    out.print(_shown(_caption(board), head, body))
+    table, footnotes = _scores(board)
+    out.print(_rich_table(_caption(board), table))
     for number, note in enumerate(footnotes, 1):
         out.print(f"{number}. {note}", markup=False, highlight=False)
-    if _sureness(analysis):
+    if analysis and analysis.uncertainty:
         # A table of its own: both side by side are too wide for a terminal of 80 columns.
-        head, body, _ = _table(board, analysis)
-        keep = [0, 1, *range(len(head) - len(SURENESS), len(head))]
-        names = [one.entry for one in board.entries]
-        rows = [[row[0], name, *row[-len(SURENESS) :]] for row, name in zip(body, names, strict=True)]
-        out.print(_shown("How sure", [head[place] for place in keep], rows))
+        names = [[str(scored.rank), scored.entry] for scored in board.entries]
+        table = _Table(["rank", "entry"], names).beside(_uncertainty(analysis.uncertainty))
+        out.print(_rich_table("Uncertainty", table))
     if board.did_not_finish:
-        rows = [[one.entry, one.team, _stopped(one), one.reason] for one in board.did_not_finish]
-        out.print(_shown("Did not finish", ["entry", "team", "state", "reason"], rows))
+        rows = [
+            [stopped.entry, stopped.team, _outcome(stopped), stopped.reason]
+            for stopped in board.did_not_finish
+        ]
+        out.print(_rich_table("Did not finish", _Table(["entry", "team", "state", "reason"], rows)))
     for remark in _remarks(analysis):
         out.print(remark, markup=False, highlight=False)
 
 
-def _shown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in head:
-        table.add_column(name, justify="left" if name in WORDS else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
-    return table
+def _rich_table(title: str, table: _Table) -> Table:
+    rich_table = Table(title=title, title_justify="left")
+    for name in table.head:
+        justify: JustifyMethod = "left" if name in TEXT_COLUMNS else "right"
+        rich_table.add_column(name, justify=justify, overflow="fold")
+    for row in table.rows:
+        rich_table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    return rich_table

@@ -1,18 +1,18 @@
-"""How sure scores and ranks are: what another draw of evaluation instances would have changed.
+"""Uncertainty of scores and ranks: how they vary with the choice of evaluation instances.
 
-Paired bootstrap. A replicate draws the questions of every scenario again, the same ones for all entries
-and for all columns of the scenario, recomputes every column's value, and from there on everything as
-the leaderboard does: win rates, scenario means, stages, final score, rank.
+Paired bootstrap (Efron, 1979). A replicate draws the questions of every scenario again, the same ones for
+all entries and for all columns of the scenario, recomputes every column's value, and from there everything
+as the leaderboard does: win rates, scenario means, stages, final score, rank.
 
-What is drawn: HELM runs are the clusters (an MMLU subject, a BIG-bench task: their instances share a
-source). A scenario whose columns are means over at least `ENOUGH_RUNS` runs is drawn by whole runs, the
-usual cluster bootstrap; with fewer, the runs stay and each run's instances are drawn, because a handful
-of clusters says nothing about others.
+HELM runs are the clusters (an MMLU subject, a BIG-bench task: their instances share a source). A scenario
+whose columns are means over at least `MIN_CLUSTERS` runs is drawn by whole runs, the usual cluster
+bootstrap; with fewer, the runs are kept and each run's instances are drawn, because a handful of clusters
+says nothing about others.
 
-A column without usable instance values (only aggregates exist, or HELM's aggregate is no mean over
-instances, as for worst-case and bias metrics) is drawn parametrically: Binomial(n, value)/n, alone for
-every entry and column. That ignores that all entries answer the same questions and makes differences
-look less sure than they are; the result says which columns were drawn so.
+A column without usable instance values (only aggregates exist, or HELM's aggregate is not a mean over
+instances, as for worst-case and bias metrics) is drawn parametrically: Binomial(n, value)/n, independently
+for every entry and column. That ignores that all entries answer the same questions, and so understates how
+clearly entries differ; the result lists these columns.
 
 Cost: entries x instances x replicates multiplications per column, done as matrix products, and a sort of
 entries x replicates values per column. Memory does not grow with the number of columns.
@@ -21,34 +21,28 @@ entries x replicates values per column. Memory does not grow with the number of 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from palio.records import (
-    Column,
-    EntryUncertainty,
-    Interval,
-    Leaderboard,
-    Separation,
-    Uncertainty,
-)
+from palio.records import EntryUncertainty, Interval, Leaderboard, Separation, Uncertainty
 from palio.scoring.conventions import Array, column_win_rates
 from palio.scoring.formula import Formula, Scores, ranks, scores_of_win_rates
 from palio.scoring.pool import Pool, formula_of, pool_of
 
 LEVEL = 0.95
 REPLICATES = 1000
-ENOUGH_RUNS = 10
-"""From so many HELM runs on, a scenario is drawn by whole runs."""
+MIN_CLUSTERS = 10
+"""A scenario with at least this many HELM runs is drawn by whole runs."""
 BLOCK = 128
-"""Replicates at a time: what a column needs then stays in the processor's cache."""
+"""Replicates per block: a column's intermediate arrays then fit in the processor's cache."""
 VALUE_DIGITS = 6
-"""Values drawn that agree to so many digits are a tie; float32 sums differ beyond it."""
+"""Resampled values that agree to this many decimals tie; float32 sums differ beyond it."""
 AGREEMENT = 1e-4
-"""A column's mean over instances may differ from the leaderboard's value by so much."""
+"""Largest difference between a column's mean over instances and the leaderboard's value."""
 
 Answers = NDArray[np.float32]
 
@@ -58,10 +52,10 @@ class ScenarioAnswers:
     """Every entry's value on every question of one scenario."""
 
     runs: NDArray[np.int64]
-    """Shape (questions,): number of the HELM run a question belongs to, from 0, ascending."""
+    """Shape (questions,): number of each question's HELM run, from 0, ascending."""
     columns: Sequence[Answers | None]
-    """One array of shape (entries, questions) per column of the scenario, entries by id, NaN where there
-    is no value; None for a column without instance values."""
+    """One array of shape (entries, questions) per column of the scenario, entries by id, NaN where a value
+    is missing; None for a column without instance values."""
 
 
 AnswersByScenario = Mapping[tuple[str, str], ScenarioAnswers]
@@ -76,11 +70,11 @@ def uncertainty(
     seed: int = 0,
     remark: str = "",
 ) -> Uncertainty | None:
-    """Intervals of scores and ranks, groups, and what would separate the first two; None without entries.
+    """Return intervals of scores and ranks, groups, and what separates the first two; None without entries.
 
     Args:
-        answers: may be empty: every column is drawn parametrically then.
-        remark: a sentence for the explanation, on where the numbers of instances come from for example.
+        answers: may be empty: every column is then drawn parametrically.
+        remark: a sentence to add to the explanation.
     """
     if not board.entries:
         return None
@@ -88,96 +82,97 @@ def uncertainty(
     usable = usable_answers(pool, answers)
     drawn = draw_scores(pool, usable, formula_of(board), replicates, seed)
     # From here on in the order of the leaderboard.
-    order = [pool.entries.index(one.entry) for one in board.entries]
+    order = [pool.entries.index(scored.entry) for scored in board.entries]
     final, rank = drawn.final[:, order], ranks(drawn.final)[:, order]
-    stages = {stage: of[:, order] for stage, of in drawn.stages.items()}
+    stages = {stage: scores[:, order] for stage, scores in drawn.stages.items()}
     groups = _groups(final)
-    number = {place: group for group, places in enumerate(groups) for place in places}
+    group_of = {index: number for number, group in enumerate(groups) for index in group}
     entries = [
         EntryUncertainty(
-            entry=one.entry,
-            final_score=_score_interval(final[:, place], one.final_score),
+            entry=scored.entry,
+            final_score=_score_interval(final[:, index], scored.final_score),
             stage_scores={
-                stage: _score_interval(of[:, place], one.stage_scores[stage]) for stage, of in stages.items()
+                stage: _score_interval(scores[:, index], scored.stage_scores[stage])
+                for stage, scores in stages.items()
             },
-            rank=_rank_interval(rank[:, place], one.rank),
-            p_first=float(np.mean(rank[:, place] == 1)),
-            p_top3=float(np.mean(rank[:, place] <= 3)),
-            p_above_next=_p_above(final, place) if place + 1 < len(order) else None,
-            group=number[place],
+            rank=_rank_interval(rank[:, index], scored.rank),
+            p_first=float(np.mean(rank[:, index] == 1)),
+            p_top3=float(np.mean(rank[:, index] <= 3)),
+            p_above_next=_p_above(final, index) if index + 1 < len(order) else None,
+            group=group_of[index],
         )
-        for place, one in enumerate(board.entries)
+        for index, scored in enumerate(board.entries)
     ]
     parametric = [
-        "/".join((column.stage, column.scenario, column.metric))
-        for column, of in zip(pool.columns, usable.columns, strict=True)
-        if of is None
+        str(column) for column, answers_ in zip(pool.columns, usable.columns, strict=True) if answers_ is None
     ]
     sampled = len(pool.columns) - len(parametric)
-    instances = sum(len(usable.scenarios[key].runs) for key in usable.sampled)
     return Uncertainty(
         method="bootstrap" if not parametric else "mixed" if sampled else "parametric",
         explanation=_explanation(len(parametric), sampled, replicates, remark),
         level=LEVEL,
         replicates=replicates,
         seed=seed,
-        instances=instances,
+        instances=sum(len(usable.scenarios[key].runs) for key in usable.sampled),
         parametric_columns=parametric,
         entries=entries,
-        groups=[[board.entries[place].entry for place in places] for places in groups],
-        separation=_separation(board, final, pool, usable),
+        groups=[[board.entries[index].entry for index in group] for group in groups],
+        separation=_separation(board, final, pool, usable) if len(board.entries) > 1 else None,
     )
 
 
-# --- what is drawn from --------------------------------------------------------------------------------
+# --- the values to draw from ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class UsableAnswers:
+    """Instance values, by column of the pool."""
+
     scenarios: AnswersByScenario
     columns: Sequence[Answers | None]
-    """Per column of the pool; None: parametric."""
+    """None: the column is drawn parametrically."""
     sampled: Sequence[tuple[str, str]]
-    """Scenarios with at least one column of instance values."""
+    """(stage, scenario) of the scenarios with at least one column of instance values."""
 
 
 def usable_answers(pool: Pool, answers: AnswersByScenario) -> UsableAnswers:
-    """Instance values whose mean is the leaderboard's value, for every entry that has one."""
-    place: dict[tuple[str, str], int] = {}
+    """Keep the columns whose mean over instances is the leaderboard's value, for every entry that has one."""
     columns: list[Answers | None] = []
-    sampled: dict[tuple[str, str], None] = {}
-    for number, column in enumerate(pool.columns):
-        key = (column.stage, column.scenario)
-        position = place.get(key, 0)
-        place[key] = position + 1
-        of = answers[key].columns[position] if key in answers else None
-        if of is not None:
-            told = pool.values[:, number]
-            means = _run_means(of, answers[key].runs).mean(axis=1)
-            known = ~np.isnan(told)
-            if not (np.abs(means[known] - told[known]) <= AGREEMENT).all():  # NaN does not agree either
-                of = None
-        if of is not None:
-            sampled[key] = None
-        columns.append(of)
-    return UsableAnswers(answers, columns, list(sampled))
+    sampled: list[tuple[str, str]] = []
+    rank_in_scenario: Counter[tuple[str, str]] = Counter()
+    for index, column in enumerate(pool.columns):
+        key = column.scenario_key
+        candidate = answers[key].columns[rank_in_scenario[key]] if key in answers else None
+        rank_in_scenario[key] += 1
+        if candidate is not None and _agrees(candidate, answers[key].runs, pool.values[:, index]):
+            columns.append(candidate)
+            sampled.append(key)
+        else:
+            columns.append(None)
+    return UsableAnswers(answers, columns, list(dict.fromkeys(sampled)))
+
+
+def _agrees(answers: Answers, runs: NDArray[np.int64], values: Array) -> bool:
+    means = _run_means(answers, runs).mean(axis=1)
+    known = ~np.isnan(values)
+    return bool((np.abs(means[known] - values[known]) <= AGREEMENT).all())  # a NaN does not agree
 
 
 def _runs_of_column(answers: Answers, runs: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Positions of the questions of each run in which the column has any value."""
+    """Yield, for each run in which the column has any value, the positions of its questions."""
     has_value = ~np.isnan(answers).all(axis=0)
     for run in np.unique(runs[has_value]):
         yield np.flatnonzero((runs == run) & has_value)
 
 
 def _run_means(answers: Answers, runs: NDArray[np.int64]) -> Array:
-    """Shape (entries, runs of the column): mean over a run's instances, NaN where an entry has none."""
+    """Return means over each run's instances, shape (entries, runs of the column), NaN without a value."""
     means = []
     for positions in _runs_of_column(answers, runs):
-        of_run = answers[:, positions]
-        present = ~np.isnan(of_run)
+        values = answers[:, positions]
+        present = ~np.isnan(values)
         with np.errstate(invalid="ignore"):
-            means.append(np.where(present, of_run, 0).sum(axis=1, dtype=float) / present.sum(axis=1))
+            means.append(np.where(present, values, 0).sum(axis=1, dtype=float) / present.sum(axis=1))
     return np.stack(means, axis=1) if means else np.full((len(answers), 1), np.nan)
 
 
@@ -185,26 +180,25 @@ def _run_means(answers: Answers, runs: NDArray[np.int64]) -> Array:
 
 
 def draw_scores(pool: Pool, usable: UsableAnswers, formula: Formula, replicates: int, seed: int) -> Scores:
-    """Scores of every replicate: arrays of shape (replicates, entries), entries by id.
+    """Return the scores of every replicate, shape (replicates, entries), entries by id.
 
-    Depends on the seed, the questions and the values, not on the order of entries or on their number
-    in a block.
+    They depend on the seed, the questions and the values, but not on the order of the entries or on `BLOCK`.
     """
-    keys = list(dict.fromkeys((column.stage, column.scenario) for column in pool.columns))
+    keys = list(dict.fromkeys(column.scenario_key for column in pool.columns))
     streams = dict(zip(keys, np.random.SeedSequence(seed).spawn(len(keys)), strict=True))
     draws = {key: draw_questions(usable.scenarios[key], replicates, streams[key]) for key in usable.sampled}
 
     def win_rates() -> Iterator[Array]:
-        for number, (column, answers) in enumerate(zip(pool.columns, usable.columns, strict=True)):
-            key = (column.stage, column.scenario)
+        for index, (column, answers) in enumerate(zip(pool.columns, usable.columns, strict=True)):
+            key = column.scenario_key
             if answers is None:
-                stream = np.random.SeedSequence(seed, spawn_key=(len(keys), number))
-                values = _parametric(pool, number, replicates, stream)
+                stream = np.random.SeedSequence(seed, spawn_key=(len(keys), index))
+                values = _parametric(pool, index, replicates, stream)
             else:
                 values = resampled_values(answers, usable.scenarios[key].runs, draws[key])
-            # A draw without a value of an entry says nothing: what was observed stands. And a value that
-            # the leaderboard does not have is not drawn either.
-            observed = pool.values[:, number]
+            # A draw without any value of an entry is uninformative: the observed value is kept. A value
+            # that is missing on the leaderboard stays missing.
+            observed = pool.values[:, index]
             values = np.where(np.isnan(values) | np.isnan(observed), observed, values)
             rates = np.empty(values.shape)
             for start in range(0, replicates, BLOCK):
@@ -219,19 +213,20 @@ def draw_scores(pool: Pool, usable: UsableAnswers, formula: Formula, replicates:
 
 @dataclass(frozen=True)
 class Draw:
-    """What each replicate draws of one scenario."""
+    """The draws of all replicates from one scenario."""
 
     counts: NDArray[np.float32]
-    """How often: shape (replicates, runs) if whole runs are drawn, else (replicates, questions)."""
+    """Times drawn: shape (replicates, runs) if whole runs are drawn, else (replicates, questions)."""
     whole_runs: bool
 
 
 def draw_questions(scenario: ScenarioAnswers, replicates: int, stream: np.random.SeedSequence) -> Draw:
-    """Whole runs if every column of the scenario is a mean over enough of them, else instances."""
+    """Draw whole runs if every column of the scenario is a mean over enough of them, else instances."""
     generator = np.random.default_rng(stream)
     sizes = np.bincount(scenario.runs)
-    over = [len(list(_runs_of_column(of, scenario.runs))) for of in scenario.columns if of is not None]
-    if min(over, default=0) >= ENOUGH_RUNS:
+    columns = [answers for answers in scenario.columns if answers is not None]
+    clusters = [len(list(_runs_of_column(answers, scenario.runs))) for answers in columns]
+    if min(clusters, default=0) >= MIN_CLUSTERS:
         n = len(sizes)
         drawn = generator.multinomial(n, np.full(n, 1 / n), size=replicates)
         return Draw(drawn.astype(np.float32), whole_runs=True)
@@ -243,34 +238,31 @@ def draw_questions(scenario: ScenarioAnswers, replicates: int, stream: np.random
 
 
 def resampled_values(answers: Answers, runs: NDArray[np.int64], draw: Draw) -> Array:
-    """Values of one column, shape (replicates, entries); NaN where a draw holds no value of an entry."""
+    """Return one column's values, shape (replicates, entries); NaN where a draw has no value of an entry."""
     with np.errstate(invalid="ignore", divide="ignore"):  # 0/0 is that NaN
         if draw.whole_runs:
-            of_column = [int(runs[positions[0]]) for positions in _runs_of_column(answers, runs)]
-            counts = draw.counts[:, of_column].astype(float)
-            drawn = (counts @ _run_means(answers, runs).T) / counts.sum(axis=1, keepdims=True)
-            return np.asarray(np.round(drawn, VALUE_DIGITS))
+            clusters = [int(runs[positions[0]]) for positions in _runs_of_column(answers, runs)]
+            counts = draw.counts[:, clusters].astype(float)
+            means = (counts @ _run_means(answers, runs).T) / counts.sum(axis=1, keepdims=True)
+            return np.asarray(np.round(means, VALUE_DIGITS))
         total = np.zeros((len(draw.counts), len(answers)))
-        number = 0
+        n_runs = 0
         for positions in _runs_of_column(answers, runs):
-            of_run, times = answers[:, positions], draw.counts[:, positions]
-            gaps = np.isnan(of_run)
-            if gaps.any():
-                present = np.ascontiguousarray((~gaps).astype(np.float32).T)
-                counts = times @ present
+            values, times = answers[:, positions], draw.counts[:, positions]
+            absent = np.isnan(values)
+            if absent.any():
+                counts = times @ np.ascontiguousarray((~absent).astype(np.float32).T)
             else:
                 counts = times.sum(axis=1, keepdims=True)
-            known = np.ascontiguousarray(np.where(gaps, np.float32(0), of_run).T)
-            total += (times @ known) / counts
-            number += 1
-        return np.asarray(np.round(total / number, VALUE_DIGITS))
+            total += (times @ np.ascontiguousarray(np.where(absent, np.float32(0), values).T)) / counts
+            n_runs += 1
+        return np.asarray(np.round(total / n_runs, VALUE_DIGITS))
 
 
-def _parametric(pool: Pool, number: int, replicates: int, stream: np.random.SeedSequence) -> Array:
-    """Binomial draws around the values; a value outside [0, 1] or without instances is not varied."""
+def _parametric(pool: Pool, index: int, replicates: int, stream: np.random.SeedSequence) -> Array:
+    """Draw binomially around the values of a column; one outside [0, 1] or without instances is constant."""
     generator = np.random.default_rng(stream)
-    values = pool.values[:, number]
-    instances = pool.instances[:, number]
+    values, instances = pool.values[:, index], pool.instances[:, index]
     varied = (values >= 0) & (values <= 1) & (instances > 0)
     drawn = np.broadcast_to(values, (replicates, len(values))).copy()
     n = instances[varied]
@@ -278,30 +270,29 @@ def _parametric(pool: Pool, number: int, replicates: int, stream: np.random.Seed
     return drawn
 
 
-# --- what the draws say --------------------------------------------------------------------------------
+# --- from draws to intervals and groups ----------------------------------------------------------------
 
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 
 def _interval(draws: Array, observed: float) -> Interval:
-    """Percentiles of the draws, together with the same percentiles moved by twice the draws' pull.
+    """Return the percentiles of the draws, widened to include the same percentiles corrected for bias.
 
-    Noise pulls win rates towards 1/2: the observed score once, against an endless test, and every draw
-    once more, against the observed score. How much shows in the mean of the draws. Percentiles alone
-    hold the true score in only 85 to 89 % of simulated pools, moved ones in 74 to 90 %, both together in
-    91 to 96 % (docs/scoring.md).
+    Noise pulls win rates towards 1/2: the observed score once, relative to an infinite test, and every draw
+    once more, relative to the observed score. The second pull is the mean draw minus the observed score; the
+    correction moves the percentiles back by twice that. In simulated pools, plain percentiles cover the true
+    score in only 85 to 89 % of cases, corrected ones in 74 to 90 %, both together in 91 to 96 %
+    (docs/scoring.md).
     """
-    low, high = np.quantile(draws, TAILS)
-    pull = 2 * (observed - float(np.mean(draws)))
-    return Interval(
-        low=min(float(low), float(low) + pull, observed), high=max(float(high), float(high) + pull, observed)
-    )
+    low, high = (float(limit) for limit in np.quantile(draws, TAILS))
+    shift = 2 * (observed - float(np.mean(draws)))
+    return Interval(low=min(low, low + shift, observed), high=max(high, high + shift, observed))
 
 
 def _score_interval(draws: Array, observed: float) -> Interval:
-    """As `_interval`, of a score: it lies between 0 and 1."""
-    wide = _interval(draws, observed)
-    return Interval(low=max(0.0, wide.low), high=min(1.0, wide.high))
+    """Return the interval of a score, which lies in [0, 1]."""
+    interval = _interval(draws, observed)
+    return Interval(low=max(0.0, interval.low), high=min(1.0, interval.high))
 
 
 def _rank_interval(draws: Array, observed: int) -> Interval:
@@ -309,35 +300,33 @@ def _rank_interval(draws: Array, observed: int) -> Interval:
     return Interval(low=min(float(low), observed), high=max(float(high), observed))
 
 
-def _p_above(final: Array, place: int) -> float:
-    own, other = final[:, place], final[:, place + 1]
-    return float(np.mean(own > other) + np.mean(own == other) / 2)
+def _p_above(final: Array, index: int) -> float:
+    own, following = final[:, index], final[:, index + 1]
+    return float(np.mean(own > following) + np.mean(own == following) / 2)
 
 
 def _groups(final: Array) -> list[list[int]]:
-    """Places in the leaderboard's order, cut where the difference to the group's best leaves out 0."""
+    """Return indexes by group; a new one begins where the difference to the group's best excludes 0."""
     groups: list[list[int]] = []
-    for place in range(final.shape[1]):
-        if groups:
-            difference = final[:, groups[-1][0]] - final[:, place]
-            if np.quantile(difference, TAILS[0]) <= 0:
-                groups[-1].append(place)
-                continue
-        groups.append([place])
+    for index in range(final.shape[1]):
+        if groups and np.quantile(final[:, groups[-1][0]] - final[:, index], TAILS[0]) <= 0:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
     return groups
 
 
-def _separation(board: Leaderboard, final: Array, pool: Pool, usable: UsableAnswers) -> Separation | None:
-    if len(board.entries) < 2:
-        return None
+def _separation(board: Leaderboard, final: Array, pool: Pool, usable: UsableAnswers) -> Separation:
     first, second = board.entries[:2]
     observed = first.final_score - second.final_score
-    draws = final[:, 0] - final[:, 1]
-    interval = _interval(draws, observed)
-    instances = sum(
-        len(usable.scenarios[key].runs) if key in usable.sampled else _instances(pool, key)
-        for key in dict.fromkeys((column.stage, column.scenario) for column in pool.columns)
-    )
+    interval = _interval(final[:, 0] - final[:, 1], observed)
+    instances = 0
+    for key in board.scenario_keys:
+        if key in usable.sampled:
+            instances += len(usable.scenarios[key].runs)
+        else:  # those of its largest column
+            indexes = [index for index, column in enumerate(pool.columns) if column.scenario_key == key]
+            instances += int(pool.instances[:, indexes].max())
     needed = None
     if observed > 0:
         needed = max(1, math.ceil(instances * ((observed - interval.low) / observed) ** 2))
@@ -351,36 +340,26 @@ def _separation(board: Leaderboard, final: Array, pool: Pool, usable: UsableAnsw
     )
 
 
-def _instances(pool: Pool, key: tuple[str, str]) -> int:
-    """Questions of a scenario without instance values: those of its largest column."""
-    places = [number for number, column in enumerate(pool.columns) if _key(column) == key]
-    return int(pool.instances[:, places].max())
-
-
-def _key(column: Column) -> tuple[str, str]:
-    return column.stage, column.scenario
-
-
 def _explanation(parametric: int, sampled: int, replicates: int, remark: str) -> str:
-    parts = []
+    sentences = []
     if sampled:
-        parts.append(
+        sentences.append(
             f"Paired bootstrap, {replicates} replicates: each draws the evaluation instances again, the "
-            f"same for all entries, by whole HELM runs where a scenario has at least {ENOUGH_RUNS} of them, "
-            "within each run otherwise, and computes every score and rank from them."
+            f"same for all entries, by whole HELM runs if a scenario has at least {MIN_CLUSTERS} of them, "
+            "within each run otherwise, and recomputes every score and rank."
         )
     if parametric:
         which = f"{parametric} of {parametric + sampled} columns" if sampled else "All columns"
-        parts.append(
-            f"{which} are parametric, for want of usable instance values: they are drawn from a binomial "
-            f"distribution around the observed one ({replicates} replicates), independently for every entry "
-            "and column. This ignores that entries answer the same questions, so differences between "
-            "entries are shown less sure than they are."
+        sentences.append(
+            f"{which} are parametric because usable instance values are missing: they are drawn from a "
+            f"binomial distribution around the observed value ({replicates} replicates), independently for "
+            "every entry and column. This ignores that entries answer the same questions, and so understates "
+            "how clearly entries differ."
         )
     if remark:
-        parts.append(remark)
-    parts.append(
+        sentences.append(remark)
+    sentences.append(
         "The intervals cover the choice of questions only: not another training run, another seed, another "
         "pool of entries or another choice of scenarios."
     )
-    return " ".join(parts)
+    return " ".join(sentences)

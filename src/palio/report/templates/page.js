@@ -1,10 +1,10 @@
 "use strict";
-// Sorting: every column of a table with class "sortable", missing values last either way.
+// Sort any column of a table with class "sortable", missing values last in both directions.
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
   const body = table.tBodies[0];
   const original = [...body.rows];
-  heads.forEach((head, place) => {
+  heads.forEach((head, index) => {
     const button = document.createElement("button");
     button.type = "button";
     button.append(...head.childNodes);
@@ -16,7 +16,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const next = now === first ? second : now === second ? null : first;
       heads.forEach((other) => other.removeAttribute("aria-sort"));
       if (next) head.setAttribute("aria-sort", next);
-      const key = (row) => row.cells[place].dataset.value ?? row.cells[place].textContent.trim();
+      const key = (row) => row.cells[index].dataset.value ?? row.cells[index].textContent.trim();
       const sign = next === "descending" ? -1 : 1;
       const sorted = next === null ? original : [...original].sort((a, b) => {
         const [x, y] = [key(a), key(b)];
@@ -27,7 +27,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
-// Searching: hides the rows of every table with class "searched" that do not hold all the words.
+// Search: hide the rows of every table with class "searched" that do not contain all the words.
 const search = document.querySelector("#search");
 if (search) {
   search.closest("[hidden]").hidden = false;
