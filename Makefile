@@ -34,11 +34,12 @@ check: env
 env: $(VENV)/installed
 
 # The lock is complete, so pip resolves nothing: --no-deps. pip finds torch in a local wheel folder if
-# its own configuration (find-links, PIP_FIND_LINKS) names one. Downloads wait in $(VENV) and no cache keeps them:
-# a /tmp in memory is too small for them, and the disk space that preflight.py asks for is all there is to it.
+# its own configuration (find-links, PIP_FIND_LINKS) names one. Downloads go to $(VENV), because a /tmp in memory is
+# too small for them, and to no cache, so preflight.py knows all the disk space it takes. Five packages, all pure
+# Python, come as sources; --use-pep517 builds them alike under every version of pip.
 $(VENV)/installed: envs/lock.txt pyproject.toml
 	test -x $(VENV)/bin/pip || { $(PYTHON) envs/preflight.py $(VENV) && $(PYTHON) -m venv $(VENV); }
-	TMPDIR=$(CURDIR)/$(VENV) $(VENV)/bin/python -m pip install --quiet --no-cache-dir --no-deps --requirement envs/lock.txt
+	TMPDIR=$(CURDIR)/$(VENV) $(VENV)/bin/python -m pip install --quiet --no-cache-dir --use-pep517 --no-deps --requirement envs/lock.txt
 	$(VENV)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 

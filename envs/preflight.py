@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 OLDEST, NEWEST = (3, 11), (3, 13)
-DOWNLOAD_GB = 3.4
-INSTALLED_GB = 7.2
+DOWNLOAD_GB = 3.6
+INSTALLED_GB = 7.8
 
 
 def problem(version: tuple[int, int], has_ensurepip: bool, free_gb: float) -> str | None:

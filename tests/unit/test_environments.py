@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
+import runpy
+import subprocess
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
+import zstandard
+from helm.common.general import ensure_file_downloaded
 
 from tests.support.folder import ROOT
 
 ENVS = ROOT / "envs"
+PREFLIGHT = runpy.run_path(str(ENVS / "preflight.py"))
+problem = PREFLIGHT["problem"]
 INSTALLS = re.compile(r"pip install .*--requirement\s+(?:\S*/)?envs/lock\.txt")
 
 
@@ -22,6 +29,7 @@ def test_all_of_them_have_the_python_that_the_package_asks_for() -> None:
     asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
     minor = re.search(r"3\.\d+", asked)
     assert minor
+    assert minor[0] == "{}.{}".format(*PREFLIGHT["OLDEST"])
     assert f"python={minor[0]}" in yaml.safe_load((ENVS / "palio.yaml").read_text())["dependencies"]
     assert f"From: python:{minor[0]}-" in (ENVS / "palio.def").read_text()
 
@@ -42,3 +50,63 @@ def test_every_file_of_the_container_is_there() -> None:
     for source, target in files:
         assert (ROOT / source).exists(), source
         assert Path(target) == Path("/opt/palio") / source
+
+
+def test_the_lock_has_the_versions_that_override_what_pip_resolves() -> None:
+    lock = (ENVS / "lock.txt").read_text().splitlines()
+    overrides = [
+        line for line in (ENVS / "overrides.txt").read_text().splitlines() if not line.startswith("#")
+    ]
+    assert overrides
+    assert set(overrides) <= set(lock)
+
+
+def test_helm_unpacks_a_zstandard_download_with_the_version_of_the_lock(tmp_path: Path) -> None:
+    assert f"zstandard=={zstandard.__version__}" in (ENVS / "lock.txt").read_text().splitlines()
+    text = b'{"text": "a document of The Pile"}\n' * 10_000
+    archive = tmp_path / "test.jsonl.zst"
+    archive.write_bytes(zstandard.ZstdCompressor().compress(text))
+    ensure_file_downloaded(archive.as_uri(), str(tmp_path / "test.jsonl"))
+    assert (tmp_path / "test.jsonl").read_bytes() == text
+
+
+@pytest.mark.parametrize("version", [(3, 11), (3, 12), (3, 13)])
+def test_a_supported_python_with_room_on_the_disk_may_install(version: tuple[int, int]) -> None:
+    assert problem(version, has_ensurepip=True, free_gb=50) is None
+
+
+@pytest.mark.parametrize("version", [(3, 10), (3, 14)])
+def test_another_python_is_refused_with_the_supported_versions(version: tuple[int, int]) -> None:
+    message = problem(version, has_ensurepip=True, free_gb=50)
+    assert message.startswith(f"Python 3.{version[1]}:")
+    assert "Python 3.11 to 3.13" in message
+
+
+def test_a_python_without_venv_names_the_package_to_install() -> None:
+    assert "apt-get install python3.12-venv" in problem((3, 12), has_ensurepip=False, free_gb=50)
+
+
+def test_a_full_disk_is_told_with_what_is_free_and_what_is_needed() -> None:
+    message = problem((3, 11), has_ensurepip=True, free_gb=4.06)
+    assert "4.1 GB of disk free" in message
+    assert f"{PREFLIGHT['DOWNLOAD_GB'] + PREFLIGHT['INSTALLED_GB']:.1f} GB needed" in message
+
+
+def test_make_env_on_a_small_disk_ends_with_one_line_before_it_creates_anything(tmp_path: Path) -> None:
+    small_disk = ["bwrap", "--dev-bind", "/", "/", "--size", "1000000", "--tmpfs", str(tmp_path)]
+    clone = (
+        f"cd {tmp_path} && ln -s {ENVS} {ROOT}/pyproject.toml . && make --silent --file {ROOT}/Makefile env"
+    )
+    make = subprocess.run(
+        [*small_disk, "sh", "-c", f"{clone}; ls -A"], capture_output=True, text=True, timeout=60, check=False
+    )
+    error, _ = make.stderr.splitlines()  # the second is make's own
+    assert error.startswith(f"error: {tmp_path}/.venv: 0.0 GB of disk free, ")
+    assert ".venv" not in make.stdout.split()
+
+
+def test_the_readme_states_the_sizes_and_pythons_that_are_checked() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"downloads {PREFLIGHT['DOWNLOAD_GB']} GB" in readme
+    assert f"`.venv` takes {PREFLIGHT['INSTALLED_GB']} GB" in readme
+    assert "Python {}.{} to {}.{}".format(*PREFLIGHT["OLDEST"], *PREFLIGHT["NEWEST"]) in readme
