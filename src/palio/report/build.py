@@ -25,7 +25,7 @@ from palio.report.files import read_entry, seconds_used
 from palio.report.page import EntryReport, TrackReport, page
 
 MAX_LISTED = 16_000
-"""Dropped rows listed on the page, over all entries and operations: all of the demo's, 20 per operation of 200
+"""Dropped rows listed on the page, over all entries and operations: all of the demo's, 20 each of 200
 entries."""
 TYPICAL_OPERATIONS = 4
 

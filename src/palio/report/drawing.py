@@ -223,16 +223,16 @@ class Drawing:
         self.marks.append(Shape(commands, fill=fill, tip=tip))
 
     def ribbon(
-        self, start: Point, end: Point, widths: Point, fill: str, *, opacity: float = 0.6, tip: str = ""
+        self, start: Point, end: Point, width: float, fill: str, *, opacity: float = 0.6, tip: str = ""
     ) -> None:
-        """Add a band from `start` down to `end`, its left corners, with `widths` at the two ends."""
+        """Add a band of constant width from `start` down to `end`, its left corners."""
         (x0, y0), (x1, y1) = start, end
         middle = (y0 + y1) / 2
         commands: tuple[tuple[str, tuple[Point, ...]], ...] = (
-            ("M", ((x0, y0),)),
-            ("C", ((x0, middle), (x1, middle), (x1, y1))),
-            ("L", ((x1 + widths[1], y1),)),
-            ("C", ((x1 + widths[1], middle), (x0 + widths[0], middle), (x0 + widths[0], y0))),
+            ("M", (start,)),
+            ("C", ((x0, middle), (x1, middle), end)),
+            ("L", ((x1 + width, y1),)),
+            ("C", ((x1 + width, middle), (x0 + width, middle), (x0 + width, y0))),
             ("Z", ()),
         )
         self.marks.append(Shape(commands, fill=fill, opacity=opacity, tip=tip))

@@ -53,13 +53,13 @@ def rescore(
     candidates: list[Candidate] = []
     inputs: dict[str, str] = {}
     for scored in board.entries:
-        finished = read_finished(competition, results.entry(board.track, scored.entry))
+        finished = read_finished(competition, results.entry(board.track, scored.entry), scored.team)
         for path, digest in finished.inputs.items():
             if board.inputs.get(path) != digest:
                 problem = "changed since the leaderboard was made; run `palio score` instead"
                 raise BadInput(results.root / path, "", None, problem)
         inputs |= finished.inputs
-        candidates.append(finished.candidate(scored.entry, scored.team))
+        candidates.append(finished.candidate)
     return score(
         competition=board.competition,
         track=board.track,
