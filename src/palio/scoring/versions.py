@@ -21,7 +21,7 @@ from palio.errors import BadInput
 from palio.layout import STAGES, Boards, Results
 from palio.records import Analysis, Column, Leaderboard, Part, read_record
 from palio.scoring.columns import columns_of
-from palio.scoring.conventions import CONVENTIONS, Missing
+from palio.scoring.conventions import CONVENTIONS, TIE, Missing
 from palio.scoring.formula import Formula, Scores, scores
 from palio.scoring.leaderboard import Candidate, read_finished, score
 from palio.scoring.pool import formula_of
@@ -293,7 +293,7 @@ def _changed_values(
     for entry in entries:
         for column in map(str, columns):
             old, new = before[entry, column], after.get((entry, column))
-            if new is not None and not np.array_equal(old, new, equal_nan=True):
+            if new is not None and not np.isclose(old, new, rtol=TIE, atol=0, equal_nan=True):
                 changed.setdefault(entry, {})[column] = f"{column} {_value_text(old)} -> {_value_text(new)}"
     return changed
 
