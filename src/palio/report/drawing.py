@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle as CirclePatch
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as MatplotlibPath
+
+from palio.markup import html, terminal
 
 Point = tuple[float, float]
 Anchor = Literal["start", "middle", "end"]
@@ -168,13 +170,13 @@ class Label:
         more += ' font-weight="600"' if self.bold else ""
         more += f' transform="rotate(-90 {x} {y})"' if self.upright else ""
         attributes = f'class="f-{self.fill}" x="{x}" y="{y}" font-size="{_number(self.size)}"{more}'
-        return f"<text {attributes}>{escape(self.text)}</text>"
+        return f"<text {attributes}>{html(self.text)}</text>"
 
     def paint(self, figure: Figure) -> None:
         figure.axes[0].text(
             self.x,
             self.y,
-            self.text,
+            terminal(self.text),
             ha={"start": "left", "middle": "center", "end": "right"}[self.anchor],
             va="baseline",
             rotation=90 if self.upright else 0,
@@ -199,7 +201,7 @@ _CODES = {
 def _element(name: str, attributes: str, tip: str) -> str:
     if not tip:
         return f"<{name} {attributes}/>"
-    return f"<{name} {attributes}><title>{escape(tip)}</title></{name}>"
+    return f"<{name} {attributes}><title>{html(tip)}</title></{name}>"
 
 
 @dataclass
@@ -269,9 +271,9 @@ class Drawing:
         wide, high = _number(self.width), _number(self.height)
         attributes += f' width="{wide}" height="{high}" viewBox="0 0 {wide} {high}"'
         body = "".join(mark.svg() for mark in self.marks)
-        # Safe: all text went through escape(); the rest is from this module.
+        # Safe: all text went through html(); the rest is from this module.
         return Markup(  # noqa: S704
-            f'<svg{attributes} role="img" aria-label="{escape(self.title)}">{head}{body}</svg>'
+            f'<svg{attributes} role="img" aria-label="{html(self.title)}">{head}{body}</svg>'
         )
 
     def png(self) -> bytes:
@@ -284,7 +286,7 @@ class Drawing:
         for mark in self.marks:
             mark.paint(figure)
         stream = io.BytesIO()
-        figure.savefig(stream, format="png", metadata={"Title": self.title, "Software": None})
+        figure.savefig(stream, format="png", metadata={"Title": terminal(self.title), "Software": None})
         return stream.getvalue()
 
 
