@@ -222,13 +222,11 @@ def leave_stage(at: Path, where: dict[str, str], right: list[int]) -> None:
     run.write(at / f"{stage}.run.json")
 
 
-def score_competition(folder: Path, given: Competition, *, final: bool = True, replicates: int = 100) -> Path:
+def score_competition(folder: Path, given: Competition, *, final: bool = True) -> Path:
     """Leaderboard and analysis of the track, by the project's own functions; the folder they are in."""
     entries = {path.stem: load_entry(path) for path in sorted((folder / "entries").glob("*.yaml"))}
     results = folder / "results"
     board = score_track(given, "laptop", Results(results), entries, final=final)
     out = results / ("leaderboard" if final else "standings")
-    write_leaderboard(
-        board, Boards(out), analyze_track(given, board, Results(results), replicates=replicates)
-    )
+    write_leaderboard(board, Boards(out), analyze_track(given, board, Results(results)))
     return out

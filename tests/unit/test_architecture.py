@@ -118,7 +118,7 @@ def test_a_second_list_of_steps_is_found() -> None:
 # --- imports ---------------------------------------------------------------------------------------------
 
 LEVELS = (
-    {"errors", "layout"},
+    {"errors", "layout", "markup"},
     {"provenance", "incoming", "files", "guard", "network", "text"},
     {"config"},
     {"records", "entries"},

@@ -44,7 +44,7 @@ def scored(results: Path, **scoring: str) -> Leaderboard:
 
 
 def test_a_track_is_analysed_from_its_instances(results: Path) -> None:
-    found = analyze_track(competition(), scored(results), Results(results), replicates=200)
+    found = analyze_track(competition(), scored(results), Results(results))
     assert found.uncertainty is not None
     assert (found.uncertainty.method, found.uncertainty.instances) == ("bootstrap", 30)
     assert found.uncertainty.entries[0].entry == "good"
@@ -55,7 +55,7 @@ def test_a_track_is_analysed_from_its_instances(results: Path) -> None:
 
 
 def test_the_analysis_is_one_record_beside_the_leaderboard(results: Path, tmp_path: Path) -> None:
-    found = analyze_track(competition(), scored(results), Results(results), replicates=50)
+    found = analyze_track(competition(), scored(results), Results(results))
     write_leaderboard(scored(results), Boards(tmp_path / "leaderboard"), found)
     path = tmp_path / "leaderboard/t.analysis.json"
     assert Analysis.model_validate_json(path.read_text()) == found
@@ -78,9 +78,7 @@ def test_the_terminal_shows_intervals_groups_and_verdicts(
     results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     board = scored(results)
-    print_leaderboard(
-        board, analyze_track(competition(), board, Results(results), replicates=50), Console(width=200)
-    )
+    print_leaderboard(board, analyze_track(competition(), board, Results(results)), Console(width=200))
     shown = capsys.readouterr().out
     for words in ("95 % interval", "P(first)", "group", "1st place (good)", "Paired bootstrap"):
         assert words in shown
@@ -96,7 +94,7 @@ def test_contamination_stands_beside_the_scores(results: Path) -> None:
         instances={"open": {"mmlu": 20}, "closed": {"math": 10}},
         contaminated={"open": {"mmlu": 3}, "closed": {"math": 0}},
     ).write(results / "t/mid/contamination.json")
-    found = analyze_track(competition(), scored(results), Results(results), replicates=50).overfitting
+    found = analyze_track(competition(), scored(results), Results(results)).overfitting
     assert found is not None
     mid = next(one for one in found.entries if one.entry == "mid")
     assert mid.contamination is not None

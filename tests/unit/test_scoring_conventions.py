@@ -70,6 +70,11 @@ def test_one_entry_has_a_win_rate_of_one_half() -> None:
     assert win_rates([0.7], "midrank") == [0.5]
 
 
+def test_midrank_ties_values_that_differ_only_by_the_order_of_additions() -> None:
+    assert win_rates([(0.1 + 0.2) / 2, 0.15, 0.1], "midrank") == [0.75, 0.75, 0]
+    assert win_rates([0.0, 1e-300, 1.0], "midrank") == [0, 0.5, 1]
+
+
 def test_all_tied_is_one_half_for_everybody() -> None:
     assert win_rates([3.0] * 7, "midrank") == [0.5] * 7
 

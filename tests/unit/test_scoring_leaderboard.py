@@ -358,7 +358,7 @@ def test_every_file_of_the_leaderboard_tells_the_same(tmp_path: Path) -> None:
     assert rows == leaderboard_rows(board)
     assert rows[0]["closed/math/toxicity"] in (0.1, 0.2)
     assert (tmp_path / "t.csv").read_text().splitlines()[0].startswith("rank,entry,team,state")
-    assert "| a [1,2] |" in markdown(board)
+    assert r"| a \[1,2\] |" in markdown(board)
     assert r"b\_1" in latex(board)
 
 

@@ -111,7 +111,7 @@ def _exceeded_shares(tables: Sequence[Table]) -> dict[str, dict[float | None, fl
     shares: dict[str, dict[float | None, float]] = {}
     for name, values in pools.items():
         known = [value for value in values if value is not None]
-        smaller, _ = tie_groups(np.array(known, dtype=float))
+        smaller, _ = tie_groups(np.array(known, dtype=float), tolerance=0)
         rates = smaller / max(len(values) - 1, 1)
         shares[name] = {None: 0.0, **dict(zip(known, rates.tolist(), strict=True))}
     return shares

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle as CirclePatch
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as MatplotlibPath
+
+from palio.markup import html, terminal
 
 Point = tuple[float, float]
 Anchor = Literal["start", "middle", "end"]
@@ -168,13 +170,13 @@ class Label:
         more += ' font-weight="600"' if self.bold else ""
         more += f' transform="rotate(-90 {x} {y})"' if self.upright else ""
         attributes = f'class="f-{self.fill}" x="{x}" y="{y}" font-size="{_number(self.size)}"{more}'
-        return f"<text {attributes}>{escape(self.text)}</text>"
+        return f"<text {attributes}>{html(self.text)}</text>"
 
     def paint(self, figure: Figure) -> None:
         figure.axes[0].text(
             self.x,
             self.y,
-            self.text,
+            terminal(self.text),
             ha={"start": "left", "middle": "center", "end": "right"}[self.anchor],
             va="baseline",
             rotation=90 if self.upright else 0,
@@ -199,7 +201,7 @@ _CODES = {
 def _element(name: str, attributes: str, tip: str) -> str:
     if not tip:
         return f"<{name} {attributes}/>"
-    return f"<{name} {attributes}><title>{escape(tip)}</title></{name}>"
+    return f"<{name} {attributes}><title>{html(tip)}</title></{name}>"
 
 
 @dataclass
@@ -223,16 +225,16 @@ class Drawing:
         self.marks.append(Shape(commands, fill=fill, tip=tip))
 
     def ribbon(
-        self, start: Point, end: Point, widths: Point, fill: str, *, opacity: float = 0.6, tip: str = ""
+        self, start: Point, end: Point, width: float, fill: str, *, opacity: float = 0.6, tip: str = ""
     ) -> None:
-        """Add a band from `start` down to `end`, its left corners, with `widths` at the two ends."""
+        """Add a band of constant width from `start` down to `end`, its left corners."""
         (x0, y0), (x1, y1) = start, end
         middle = (y0 + y1) / 2
         commands: tuple[tuple[str, tuple[Point, ...]], ...] = (
-            ("M", ((x0, y0),)),
-            ("C", ((x0, middle), (x1, middle), (x1, y1))),
-            ("L", ((x1 + widths[1], y1),)),
-            ("C", ((x1 + widths[1], middle), (x0 + widths[0], middle), (x0 + widths[0], y0))),
+            ("M", (start,)),
+            ("C", ((x0, middle), (x1, middle), end)),
+            ("L", ((x1 + width, y1),)),
+            ("C", ((x1 + width, middle), (x0 + width, middle), (x0 + width, y0))),
             ("Z", ()),
         )
         self.marks.append(Shape(commands, fill=fill, opacity=opacity, tip=tip))
@@ -269,9 +271,9 @@ class Drawing:
         wide, high = _number(self.width), _number(self.height)
         attributes += f' width="{wide}" height="{high}" viewBox="0 0 {wide} {high}"'
         body = "".join(mark.svg() for mark in self.marks)
-        # Safe: all text went through escape(); the rest is from this module.
+        # Safe: all text went through html(); the rest is from this module.
         return Markup(  # noqa: S704
-            f'<svg{attributes} role="img" aria-label="{escape(self.title)}">{head}{body}</svg>'
+            f'<svg{attributes} role="img" aria-label="{html(self.title)}">{head}{body}</svg>'
         )
 
     def png(self) -> bytes:
@@ -284,7 +286,7 @@ class Drawing:
         for mark in self.marks:
             mark.paint(figure)
         stream = io.BytesIO()
-        figure.savefig(stream, format="png", metadata={"Title": self.title, "Software": None})
+        figure.savefig(stream, format="png", metadata={"Title": terminal(self.title), "Software": None})
         return stream.getvalue()
 
 

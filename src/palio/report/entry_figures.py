@@ -57,60 +57,47 @@ def row_flow(manifest: DatasetManifest) -> Drawing | None:
         return None
     left, right, gap, band = 4.0, 250.0, 46.0, 10.0
     per_row = (right - left) / total
-    levels = len(manifest.operations) + 1
-    drawing = Drawing(
-        WIDTH, 40 + levels * (gap + band) - gap + 26, f"Rows of {manifest.entry} through the operations"
-    )
+    height = 66 + band + len(manifest.operations) * (gap + band)
+    drawing = Drawing(WIDTH, height, f"Rows of {manifest.entry} through the operations")
     rows = {source.name: source.rows for source in manifest.sources}
     color = {name: f"source{index % SOURCES}" for index, name in enumerate(rows)}
+
+    def draw_bands(y: float) -> None:
+        x = left
+        for name, count in rows.items():
+            drawing.rectangle(x, y, count * per_row, band, color[name], tip=f"{name}: {count} rows")
+            x += count * per_row
+
     y = 30.0
     drawing.text(left, 18, f"{total:,} rows read".replace(",", " "), size=SMALL, bold=True)
-    _bands(drawing, rows, color, left, y, per_row, band)
+    draw_bands(y)
     for number, operation in enumerate(manifest.operations, 1):
-        after = {name: count - operation.dropped_by_source.get(name, 0) for name, count in rows.items()}
         lost = operation.rows_in - operation.rows_out
-        x_before = x_after = left
         start, end = y + band, y + band + gap
-        x_lost = left + operation.rows_out * per_row
+        x_before = x_after = left
+        x_lost = left + operation.rows_out * per_row + 6
         for name, count in rows.items():
-            kept, gone = after[name], count - after[name]
+            gone = operation.dropped_by_source.get(name, 0)
+            kept, width = count - gone, (count - gone) * per_row
             tip = f"{name}: {kept} of {count} kept by {operation.op}"
-            widths = (kept * per_row, kept * per_row)
-            drawing.ribbon((x_before, start), (x_after, end), widths, color[name], opacity=0.45, tip=tip)
+            drawing.ribbon((x_before, start), (x_after, end), width, color[name], opacity=0.45, tip=tip)
             if gone:
-                drawing.ribbon(
-                    (x_before + kept * per_row, start),
-                    (x_lost + 6, end - 8),
-                    (gone * per_row, gone * per_row),
-                    "dropped",
-                    tip=f"{name}: {gone} dropped by {operation.op}",
-                )
+                tip = f"{name}: {gone} dropped by {operation.op}"
+                origin = (x_before + width, start)
+                drawing.ribbon(origin, (x_lost, end - 8), gone * per_row, "dropped", tip=tip)
                 x_lost += gone * per_row
-            x_before, x_after = x_before + count * per_row, x_after + kept * per_row
+            rows[name] = kept
+            x_before, x_after = x_before + count * per_row, x_after + width
         middle = (start + end) / 2
         drawing.text(right + 14, middle - 2, f"{number} {operation.op}", size=SMALL, bold=True)
-        rewritten = f"{operation.changed} rewritten" if operation.changed else "nothing to do"
+        rewritten = f"{operation.changed} rewritten" if operation.changed else "no effect"
         effect = f"−{lost} rows" if lost else rewritten
         drawing.text(right + 14, middle + 13, effect, size=SMALL, fill="muted")
-        rows, y = after, end
-        _bands(drawing, rows, color, left, y, per_row, band)
-    kept = sum(rows.values())
-    drawing.text(left, y + band + 18, f"{kept:,} rows to train on".replace(",", " "), size=SMALL, bold=True)
+        y = end
+        draw_bands(y)
+    text = f"{sum(rows.values()):,} rows to train on".replace(",", " ")
+    drawing.text(left, y + band + 18, text, size=SMALL, bold=True)
     return drawing
-
-
-def _bands(
-    drawing: Drawing,
-    rows: dict[str, int],
-    color: dict[str, str],
-    x: float,
-    y: float,
-    per_row: float,
-    height: float,
-) -> None:
-    for name, count in rows.items():
-        drawing.rectangle(x, y, count * per_row, height, color[name], tip=f"{name}: {count} rows")
-        x += count * per_row
 
 
 def length_histogram(manifest: DatasetManifest, part: str) -> Drawing | None:

@@ -16,9 +16,10 @@ from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from palio import __version__
+from palio.markup import html, visible
 from palio.records import Analysis, DidNotFinish, Leaderboard, ScoredEntry
 from palio.report import entry_figures, figures
 from palio.report.drawing import Drawing, Plate, css
@@ -64,6 +65,7 @@ def page(title: str, tracks: Sequence[TrackReport], appendix: Sequence[Plate] = 
     environment = Environment(
         loader=PackageLoader("palio.report", "templates"),
         autoescape=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -111,7 +113,7 @@ def _bytes(size: float) -> str:
 
 def _breakable(text: str) -> Markup:
     """Let a long id wrap after each underscore and slash."""
-    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[_/])", text))
+    return Markup("<wbr>").join(html(part) for part in re.split(r"(?<=[_/])", text))
 
 
 def _count(number: Any) -> str:

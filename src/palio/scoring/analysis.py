@@ -35,12 +35,11 @@ def analyze(
     contamination: Mapping[str, Contamination | str] | None = None,
     *,
     replicates: int = REPLICATES,
-    seed: int = 0,
     panel: Sequence[str] = (),
     remark: str = "",
 ) -> Analysis:
     """Analyze a leaderboard; for the arguments see `uncertainty`, `robustness` and `overfitting`."""
-    intervals = uncertainty(board, answers or {}, replicates=replicates, seed=seed, remark=remark)
+    intervals = uncertainty(board, answers or {}, replicates=replicates, remark=remark)
     return Analysis(
         competition=board.competition,
         track=board.track,
@@ -54,14 +53,7 @@ def analyze(
     )
 
 
-def analyze_track(
-    competition: Competition,
-    board: Leaderboard,
-    results: Results,
-    *,
-    replicates: int = REPLICATES,
-    seed: int = 0,
-) -> Analysis:
+def analyze_track(competition: Competition, board: Leaderboard, results: Results) -> Analysis:
     """Analyze a leaderboard that `score_track` made from the same results folder.
 
     Raises:
@@ -72,8 +64,6 @@ def analyze_track(
         board,
         read_answers(competition, board, results),
         {name: _contamination(results.entry(board.track, name)) for name in scored},
-        replicates=replicates,
-        seed=seed,
         panel=[name for name in competition.scoring.reference_panel if name in scored],
     )
 

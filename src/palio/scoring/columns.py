@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import pyarrow as pa
 
@@ -17,6 +18,7 @@ from palio.config import Competition, Metric
 from palio.errors import BadInput, State
 from palio.layout import STAGES
 from palio.records import Cell, Column, HelmRun
+from palio.scoring.conventions import TIE
 
 Statistics = dict[tuple[str, str, str, str | None], tuple[float | None, int]]
 """(run, metric, split, perturbation) -> (mean, number of instances)."""
@@ -82,15 +84,31 @@ def _cell(metric: Metric, runs: Sequence[HelmRun], statistics: Statistics) -> Ce
         why = missing[0].reason or state.value.replace("_", " ")
         finished = len(runs) - len(missing)
         return Cell(value=None, state=state, reason=f"{finished} of {len(runs)} runs finished: {why}")
-    values: list[float] = []
-    n = 0
+    means: list[tuple[float, int]] = []
     for run in runs:
         value, count = statistics.get((run.run, metric.metric, metric.split, metric.perturbation), (None, -1))
         if value is None:
             return _no_statistic(metric, run, recorded=count >= 0)
-        values.append(value)
-        n += count or run.answered  # HELM keeps no instance values of worst cases
-    return Cell(value=math.fsum(values) / len(values), n=n)
+        means.append((value, count or run.answered))  # HELM keeps no instance values of worst cases
+    return Cell(value=mean_of_runs(means), n=sum(n for _, n in means))
+
+
+def mean_of_runs(means: Sequence[tuple[float, int]]) -> float:
+    """Return the mean of (mean, number of instances) of the runs, such that equal results are equal floats.
+
+    A run's mean that is a count over its instances is used as that fraction, so the result is exact. If one
+    is not, as with ROUGE, the result is rounded to 12 significant digits: the others depend on the order of
+    HELM's additions.
+    """
+    total, exact = Fraction(0), True
+    for mean, n in means:
+        count = round(mean * n)
+        if n and math.isclose(mean * n, count, rel_tol=TIE):
+            total += Fraction(count, n)
+        else:
+            total, exact = total + Fraction(mean), False
+    value = float(total / len(means))
+    return value if exact else float(f"{value:.12g}")
 
 
 def _no_statistic(metric: Metric, run: HelmRun, *, recorded: bool) -> Cell:

@@ -10,8 +10,13 @@ entries with the same value (1 without a tie), n the number of entries.
     hidden2023  (worse + (k-1)/k) / n
     final2023   (worse + (1/k if k > 1 else 0)) / n
 
-The last three reproduce the published tables of NeurIPS 2023 to the last bit. They exist for that and are
-not recommended; docs/scoring.md explains why.
+The last three reproduce the published tables of NeurIPS 2023. They exist for that and are not recommended;
+docs/scoring.md explains why.
+
+Equal results are ties. In floating point the mean of 0.1 and 0.2 is 0.15000000000000002 and that of 0 and 0.3
+is 0.15, so `palio.scoring.columns` makes the values of equal results equal, for every convention. `midrank`
+also ignores differences up to `TIE` in values from elsewhere. The conventions of 2023 do not, because the
+published tables do not.
 """
 
 from __future__ import annotations
@@ -25,6 +30,10 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Missing = Literal["worst", "exclude", "block"]
+
+
+TIE = 1e-12
+"""Largest relative difference between equal results: what the order of floating-point additions can cause."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +52,19 @@ class Convention:
     competition's policy decides."""
 
 
-def tie_groups(values: Array) -> tuple[Array, Array]:
-    """Return (number of strictly smaller values, size of the tie), both in the shape of `values`."""
+def tie_groups(values: Array, tolerance: float = TIE) -> tuple[Array, Array]:
+    """Return (number of strictly smaller values, size of the tie), both in the shape of `values`.
+
+    Neighbors in ascending order tie if they differ by at most `tolerance`, relative to the smaller one.
+    Unlike rounding, this cannot separate equal results on either side of a rounding boundary.
+    """
     n = values.shape[-1]
     order = np.argsort(values, axis=-1)
     ascending = np.take_along_axis(values, order, axis=-1)
+    lower, upper = ascending[..., :-1], ascending[..., 1:]
     starts = np.ones(values.shape, dtype=bool)
-    np.not_equal(ascending[..., 1:], ascending[..., :-1], out=starts[..., 1:])
+    with np.errstate(invalid="ignore"):  # inf - inf is NaN, and so a tie
+        np.greater(upper - lower, tolerance * np.minimum(np.abs(lower), np.abs(upper)), out=starts[..., 1:])
     position = np.arange(n)
     first = np.maximum.accumulate(np.where(starts, position, 0), axis=-1)
     ends = np.ones(values.shape, dtype=bool)
@@ -62,15 +77,11 @@ def tie_groups(values: Array) -> tuple[Array, Array]:
     return smaller, size
 
 
-def _worse_and_ties(values: Array, higher_is_better: bool) -> tuple[Array, Array]:
-    return tie_groups(values if higher_is_better else -values)
-
-
 def _midrank(values: Array, higher_is_better: bool) -> Array:
     n = values.shape[-1]
     if n == 1:
         return np.full(values.shape, 0.5)  # no rival: the average of any pool
-    worse, ties = _worse_and_ties(values, higher_is_better)
+    worse, ties = tie_groups(values if higher_is_better else -values)
     return np.asarray((worse + (ties - 1) / 2) / (n - 1))
 
 
@@ -87,19 +98,19 @@ def _helm2023(values: Array, higher_is_better: bool) -> Array:
 
 
 def _hidden2023(values: Array, higher_is_better: bool) -> Array:
-    worse, ties = _worse_and_ties(values, higher_is_better)
+    worse, ties = tie_groups(values if higher_is_better else -values, tolerance=0)
     return np.asarray((worse + (ties - 1) / ties) / values.shape[-1])
 
 
 def _final2023(values: Array, higher_is_better: bool) -> Array:
-    worse, ties = _worse_and_ties(values, higher_is_better)
+    worse, ties = tie_groups(values if higher_is_better else -values, tolerance=0)
     return np.asarray((worse + np.where(ties > 1, 1 / ties, 0.0)) / values.shape[-1])
 
 
 CONVENTIONS = {
     convention.name: convention
     for convention in (
-        Convention("midrank", "1", "(strictly worse + (ties - 1)/2) / (n - 1)", _midrank),
+        Convention("midrank", "2", "(strictly worse + (ties - 1)/2) / (n - 1)", _midrank),
         Convention("helm2023", "1", "position by (value, id) / (n - 1)", _helm2023, (0.0, 0.0)),
         Convention("hidden2023", "1", "(strictly worse + (k - 1)/k) / n", _hidden2023, (0.0, 1.0)),
         Convention("final2023", "1", "(strictly worse + 1/k if k > 1) / n", _final2023, (0.0, 1.0)),

@@ -18,9 +18,6 @@ import numpy as np
 from palio.records import Column
 from palio.scoring.conventions import Array, Convention, Missing, column_win_rates, tie_groups
 
-SCORE_DIGITS = 12
-"""Scores that agree to this many digits are equal: the rest depends on the order of the additions."""
-
 Aggregate = Callable[[Array], Array]
 """(scenarios, ..., n), NaN where a scenario is left out -> (..., n)."""
 
@@ -100,6 +97,5 @@ def scores_of_win_rates(columns: Sequence[Column], rates: Iterable[Array], formu
 def ranks(final: Array) -> Array:
     """Return the ranks of scores of shape (..., n): 1 for the highest, ties share the better, NaN last."""
     known: Array = np.where(np.isnan(final), -np.inf, final)
-    rounded: Array = np.round(known, SCORE_DIGITS)
-    better, _ = tie_groups(-rounded)
+    better, _ = tie_groups(-known)
     return np.asarray(better + 1.0)

@@ -45,6 +45,9 @@ class Candidate:
     cells: Sequence[Cell]
     """In the order of the columns."""
 
+    def unscored(self, step: str, state: State, reason: str) -> DidNotFinish:
+        return DidNotFinish(entry=self.entry, team=self.team, step=step, state=state, reason=reason)
+
 
 # --- the pure function -------------------------------------------------------------------------------
 
@@ -76,9 +79,8 @@ def score(
         _refuse_missing(columns, pool)
     unscored = list(did_not_finish)
     if missing == "exclude" and rule.fills_missing is None:
-        stopped = [reason for candidate in pool if (reason := _empty_stage(columns, candidate))]
-        pool = [candidate for candidate in pool if candidate.entry not in {one.entry for one in stopped}]
-        unscored += stopped
+        unscored += [stopped for candidate in pool if (stopped := _empty_stage(columns, candidate))]
+        pool = [candidate for candidate in pool if not _empty_stage(columns, candidate)]
     return Leaderboard(
         competition=competition,
         track=track,
@@ -147,9 +149,7 @@ def _empty_stage(columns: Sequence[Column], candidate: Candidate) -> DidNotFinis
         cells = [cell for column, cell in zip(columns, candidate.cells, strict=True) if column.stage == stage]
         if all(cell.value is None for cell in cells):
             reason = f"no column of the {stage} stage has a value: {_why(cells[0])}"
-            return DidNotFinish(
-                entry=candidate.entry, team=candidate.team, step=stage, state=cells[0].state, reason=reason
-            )
+            return candidate.unscored(stage, cells[0].state, reason)
     return None
 
 
@@ -246,15 +246,12 @@ def _zero_note(columns: Sequence[Column], candidate: Candidate, stage: str, scen
 
 @dataclass(frozen=True)
 class FinishedEntry:
-    """Records and cells of an entry with results in both stages."""
+    """An entry with results in both stages."""
 
+    candidate: Candidate
     records: Mapping[Stage, StageRecord]
-    cells: Mapping[Stage, list[Cell]]
-    inputs: dict[str, str]
+    inputs: Mapping[str, str]
     """sha256 by path relative to the results folder."""
-
-    def candidate(self, entry: str, team: str) -> Candidate:
-        return Candidate(entry, team, [cell for stage in STAGES for cell in self.cells[stage]])
 
 
 def score_track(
@@ -274,23 +271,16 @@ def score_track(
         PalioError: `final`, and an entry is neither finished nor withdrawn, or its tables do not match
             its records, or entries answered different instances.
     """
-    finished: dict[str, FinishedEntry] = {}
-    stopped: list[DidNotFinish] = []
-    for name, entry in entries.items():
-        outcome = _outcome(competition, results.entry(track, name), entry, final=final)
-        if isinstance(outcome, FinishedEntry):
-            finished[name] = outcome
-        else:
-            stopped.append(outcome)
-
-    def set_aside(excluded: list[DidNotFinish]) -> None:
-        stopped.extend(excluded)
-        for one in excluded:
-            del finished[one.entry]
-
-    set_aside(_on_other_instances(finished, entries))
+    outcomes = [
+        _outcome(competition, results.entry(track, name), entry, final=final)
+        for name, entry in entries.items()
+    ]
+    finished = [outcome for outcome in outcomes if isinstance(outcome, FinishedEntry)]
+    columns = columns_of(competition)
+    excluded = _on_other_instances(finished)
     if competition.scoring.missing == "block" and not final:
-        set_aside(_with_missing_values(competition, finished, entries))
+        excluded = _with_missing_values(columns, finished) | excluded
+    stopped = [outcome for outcome in outcomes if isinstance(outcome, DidNotFinish)] + [*excluded.values()]
     unfinished = [one for one in stopped if one.state is not State.WITHDRAWN]
     if final and unfinished:
         listed = "; ".join(f"{one.entry} ({one.step}: {one.reason})" for one in unfinished)
@@ -299,17 +289,18 @@ def score_track(
             f"{listed}. Finish them, or list them under withdrawn in the config; "
             "`palio standings` scores the entries that have finished"
         )
+    scored = [entry for entry in finished if entry.candidate.entry not in excluded]
     return score(
         competition=competition.competition,
         track=track,
-        columns=columns_of(competition),
-        candidates=[entry.candidate(name, entries[name].team) for name, entry in finished.items()],
+        columns=columns,
+        candidates=[entry.candidate for entry in scored],
         stage_weights={stage: competition.stage(stage).weight for stage in STAGES},
         convention=competition.scoring.convention,
         missing=competition.scoring.missing,
         final=final,
         did_not_finish=stopped,
-        inputs={path: digest for entry in finished.values() for path, digest in entry.inputs.items()},
+        inputs={path: digest for entry in scored for path, digest in entry.inputs.items()},
     )
 
 
@@ -317,47 +308,43 @@ def _outcome(
     competition: Competition, folder: EntryFolder, entry: AnyEntry, *, final: bool
 ) -> FinishedEntry | DidNotFinish:
     """Read an entry's results, or say why it has none."""
-    withdrawn = competition.withdrawn.get(folder.entry_id)
-    if withdrawn is not None:
-        return _did_not_finish(folder, entry, "", State.WITHDRAWN, withdrawn)
+    name = folder.entry_id
+    if name in competition.withdrawn:
+        return Candidate(name, entry.team, ()).unscored("", State.WITHDRAWN, competition.withdrawn[name])
     try:
-        return _unfinished_step(folder, entry) or read_finished(competition, folder)
+        return _unfinished_step(folder, entry) or read_finished(competition, folder, entry.team)
     except (PalioError, FileNotFoundError) as error:
         if final:
             raise
         # A job beside the standings may replace a table while it is read.
-        return _did_not_finish(folder, entry, "open", State.CRASHED, str(error))
-
-
-def _did_not_finish(
-    folder: EntryFolder, entry: AnyEntry, step: str, state: State, reason: str, log: str | None = None
-) -> DidNotFinish:
-    return DidNotFinish(
-        entry=folder.entry_id, team=entry.team, step=step, state=state, reason=reason, log=log
-    )
+        return Candidate(name, entry.team, ()).unscored("open", State.CRASHED, str(error))
 
 
 def _unfinished_step(folder: EntryFolder, entry: AnyEntry) -> DidNotFinish | None:
     """Return the first step without a result, and why; None if the entry has finished."""
     for step in (step for step in steps_of(entry) if step.ranked):
+        state, reason, log = State.NOT_RUN, "not run yet", None
         if (path := folder.failure(step.name)).exists():
             failure = read_record(StepFailure, path)
-            return _did_not_finish(folder, entry, step.name, failure.state, failure.reason, failure.log)
-        if isinstance(entry, BrokenEntry):
+            state, reason, log = failure.state, failure.reason, failure.log
+        elif isinstance(entry, BrokenEntry):
             reason = "the entry file is not valid; run `palio check` to see why"
-            return _did_not_finish(folder, entry, step.name, State.NOT_RUN, reason)
-        if not step.record(folder).exists():
-            return _did_not_finish(folder, entry, step.name, State.NOT_RUN, "not run yet")
+        elif step.record(folder).exists():
+            continue
+        return DidNotFinish(
+            entry=folder.entry_id, team=entry.team, step=step.name, state=state, reason=reason, log=log
+        )
     return None
 
 
-def read_finished(competition: Competition, folder: EntryFolder) -> FinishedEntry:
+def read_finished(competition: Competition, folder: EntryFolder, team: str) -> FinishedEntry:
     """Read both stages of one entry and check its tables against its records.
 
     Raises:
         BadInput: a file does not exist, differs from its record, or belongs to another entry.
     """
-    records, cells, inputs = {}, {}, {}
+    cells: list[Cell] = []
+    records, inputs = {}, {}
     for stage in STAGES:
         path, tables = folder.stage_record(stage), folder.tables(stage)
         again = f"run helm_{stage} again"
@@ -375,47 +362,36 @@ def read_finished(competition: Competition, folder: EntryFolder) -> FinishedEntr
             inputs[file.relative_to(folder.results).as_posix()] = digest
         records[stage] = record
         metrics = pq.read_table(tables.metrics)
-        cells[stage] = stage_cells(competition, stage, record.runs, metrics, str(tables.metrics))
-    return FinishedEntry(records, cells, inputs)
+        cells += stage_cells(competition, stage, record.runs, metrics, str(tables.metrics))
+    return FinishedEntry(Candidate(folder.entry_id, team, cells), records, inputs)
 
 
-def _on_other_instances(
-    finished: Mapping[str, FinishedEntry], entries: Mapping[str, AnyEntry]
-) -> list[DidNotFinish]:
+def _on_other_instances(finished: Sequence[FinishedEntry]) -> dict[str, DidNotFinish]:
     """Return the entries that were evaluated on other instances, or by another HELM, than most."""
     stopped: dict[str, DidNotFinish] = {}
     for stage in STAGES:
-        basis = {
-            name: (entry.records[stage].instances_sha256, entry.records[stage].helm_version)
-            for name, entry in finished.items()
-        }
-        counts = Counter(basis.values())
+        records = [entry.records[stage] for entry in finished]
+        basis = [(record.instances_sha256, record.helm_version) for record in records]
+        counts = Counter(basis)
         usual = max(sorted(counts), key=lambda key: counts[key], default=None)
         reason = (
             f"its {stage} stage was run on other instances, or by another HELM version, than most entries'; "
             f"run helm_{stage} again"
         )
-        for name, key in basis.items():
+        for entry, key in zip(finished, basis, strict=True):
             if key != usual:
-                stopped[name] = DidNotFinish(
-                    entry=name, team=entries[name].team, step=stage, state=State.NOT_RUN, reason=reason
-                )
-    return list(stopped.values())
+                stopped[entry.candidate.entry] = entry.candidate.unscored(stage, State.NOT_RUN, reason)
+    return stopped
 
 
 def _with_missing_values(
-    competition: Competition, finished: Mapping[str, FinishedEntry], entries: Mapping[str, AnyEntry]
-) -> list[DidNotFinish]:
+    columns: Sequence[Column], finished: Sequence[FinishedEntry]
+) -> dict[str, DidNotFinish]:
     """Return the entries with a missing value: under `block`, standings show them as not finished."""
-    stopped = []
-    for name, entry in finished.items():
-        candidate = entry.candidate(name, entries[name].team)
-        if missing := _first_missing(columns_of(competition), candidate.cells):
+    stopped = {}
+    for candidate in (entry.candidate for entry in finished):
+        if missing := _first_missing(columns, candidate.cells):
             column, cell = missing
             reason = f"{column.scenario}, {column.metric} is missing: {cell.reason}"
-            stopped.append(
-                DidNotFinish(
-                    entry=name, team=candidate.team, step=column.stage, state=cell.state, reason=reason
-                )
-            )
+            stopped[candidate.entry] = candidate.unscored(column.stage, cell.state, reason)
     return stopped

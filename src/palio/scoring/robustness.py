@@ -7,12 +7,13 @@ and by rules that do not use win rates in the pool. Each of the first three plac
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from palio.records import Leaderboard, PrizeVerdict, RankMove, Removal, Robustness, Scheme
-from palio.scoring.conventions import CONVENTIONS, Array, column_win_rates
+from palio.scoring.conventions import CONVENTIONS, Array, column_win_rates, tie_groups
 from palio.scoring.formula import (
     Aggregate,
     Formula,
@@ -172,10 +173,7 @@ def _borda(pool: Pool, formula: Formula) -> dict[str, float]:
     total_weight = sum(formula.stage_weights[stage] for stage in result.scenarios)
     points = np.zeros(len(pool.entries))
     for stage, scenarios in result.scenarios.items():
-        votes = [
-            np.nan_to_num(column_win_rates(np.round(rates, 12), True, midrank))
-            for rates in scenarios.values()
-        ]
+        votes = [np.nan_to_num(column_win_rates(rates, True, midrank)) for rates in scenarios.values()]
         points += formula.stage_weights[stage] / total_weight * np.mean(votes, axis=0)
     return _by_entry(pool, points)
 
@@ -196,29 +194,37 @@ def column_weights(pool: Pool, formula: Formula) -> Array:
     )
 
 
+def _pairwise_wins(pool: Pool, formula: Formula) -> Iterator[tuple[Array, NDArray[np.bool_]]]:
+    """Yield, for each column, who beats whom (1/2 for a tie) and who meets whom, shape (entries, entries).
+
+    Nobody meets itself; a missing value loses to all others, or meets nobody under `exclude`.
+    """
+    for column, values in zip(pool.columns, pool.values.T, strict=True):
+        absent = np.isnan(values)
+        worse, _ = tie_groups(np.where(absent, -np.inf, values if column.higher_is_better else -values))
+        met = ~np.eye(len(values), dtype=bool)
+        if formula.missing == "exclude":
+            met &= ~(absent[:, None] | absent)
+        yield ((worse[:, None] > worse) + 0.5 * (worse[:, None] == worse)) * met, met
+
+
 def bradley_terry(pool: Pool, formula: Formula) -> dict[str, float]:
     """Return log-strengths with mean 0, by the MM algorithm of Hunter (2004).
 
-    A pair meets in every column in which both have a value; a missing value loses under `worst`. Every
-    pair also shares a virtual tie, so that an entry that never wins has a finite strength.
+    Every pair also shares a virtual tie, so that an entry that never wins has a finite strength.
     """
     n = len(pool.entries)
     if n == 1:
         return {pool.entries[0]: 0.0}
     wins = np.full((n, n), VIRTUAL_TIE / 2)
-    for weight, column, values in zip(
-        column_weights(pool, formula), pool.columns, pool.values.T, strict=True
-    ):
-        signed = values if column.higher_is_better else -values
-        if formula.missing != "exclude":
-            signed = np.where(np.isnan(signed), -np.inf, signed)
-        wins += weight * ((signed[:, None] > signed[None, :]) + 0.5 * (signed[:, None] == signed[None, :]))
+    for weight, (won, _) in zip(column_weights(pool, formula), _pairwise_wins(pool, formula), strict=True):
+        wins += weight * won
     np.fill_diagonal(wins, 0)
     meetings = wins + wins.T
-    won = wins.sum(axis=1)
+    total_wins = wins.sum(axis=1)
     strength: Array = np.ones(n)
     for _ in range(MAX_STEPS):
-        updated = won / (meetings / (strength[:, None] + strength[None, :])).sum(axis=1)
+        updated = total_wins / (meetings / (strength[:, None] + strength[None, :])).sum(axis=1)
         updated /= np.exp(np.mean(np.log(updated)))
         change = np.abs(np.log(updated / strength)).max()
         strength = updated
@@ -237,22 +243,14 @@ def reference_panel(board: Leaderboard) -> list[str]:
 def against_panel(pool: Pool, formula: Formula, panel: Sequence[str]) -> dict[str, float]:
     """Return final scores from win rates against the panel: the share beaten, half for ties.
 
-    Nobody meets itself. Entries outside the panel do not affect each other's scores.
+    Entries outside the panel do not affect each other's scores.
     """
-    members = np.array([pool.entries.index(name) for name in panel])
-    others = np.arange(len(pool.entries))[:, None] != members[None, :]
-    rates: list[Array] = []
-    for column, values in zip(pool.columns, pool.values.T, strict=True):
-        signed = values if column.higher_is_better else -values
-        absent = np.isnan(signed)
-        signed = np.where(absent, -np.inf, signed)
-        own, other = signed[:, None], signed[members][None, :]
-        met = others
-        if formula.missing == "exclude":
-            met = met & ~absent[:, None] & ~absent[members][None, :]
-        won = ((own > other) + 0.5 * (own == other)) * met
-        with np.errstate(invalid="ignore"):  # 0/0: the entry meets nobody
-            rates.append(np.asarray(won.sum(axis=1) / met.sum(axis=1), dtype=float))
+    members = [pool.entries.index(name) for name in panel]
+    with np.errstate(invalid="ignore"):  # 0/0: the entry meets nobody
+        rates = [
+            won[:, members].sum(axis=1) / met[:, members].sum(axis=1)
+            for won, met in _pairwise_wins(pool, formula)
+        ]
 
     def floored(scenarios: Array) -> Array:
         return geometric_mean(np.maximum(scenarios, 1 / (2 * len(members))))

@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console, JustifyMethod
 from rich.table import Table
+from rich.text import Text
 
+from palio import markup
 from palio.errors import State
 from palio.layout import Boards
 from palio.provenance import atomic_path, write_text
@@ -29,7 +31,6 @@ from palio.records import (
     Robustness,
     Uncertainty,
 )
-from palio.text import markdown_table
 
 
 def write_leaderboard(
@@ -110,7 +111,11 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        safe = {
+            key: markup.csv_cell(value) if isinstance(value, str) else value for key, value in row.items()
+        }
+        writer.writerow(safe)
     return text.getvalue()
 
 
@@ -201,15 +206,17 @@ def _outcome(stopped: DidNotFinish) -> str:
 
 
 def _markdown_table(table: _Table) -> str:
-    return markdown_table(table.head, table.rows, TEXT_COLUMNS)
+    rule = "|".join(" --- " if name in TEXT_COLUMNS else " ---: " for name in table.head)
+    head, *rows = ("| " + " | ".join(map(markup.markdown, row)) + " |" for row in (table.head, *table.rows))
+    return "\n".join([head, f"|{rule}|", *rows])
 
 
 def markdown(board: Leaderboard, analysis: Analysis | None = None) -> str:
     """Return the leaderboard with footnotes, the entries that did not finish, and the analysis' findings."""
     table, footnotes = _scores_and_uncertainty(board, analysis)
-    lines = [f"{_caption(board)}.", "", _markdown_table(table)]
+    lines = [f"{markup.markdown(_caption(board))}.", "", _markdown_table(table)]
     if footnotes:
-        lines += ["", *(f"{number}. {note}" for number, note in enumerate(footnotes, 1))]
+        lines += ["", *(f"{number}. {markup.markdown(note)}" for number, note in enumerate(footnotes, 1))]
     if board.did_not_finish:
         rows = [
             [stopped.entry, stopped.team, _outcome(stopped), stopped.reason, stopped.log or ""]
@@ -217,14 +224,15 @@ def markdown(board: Leaderboard, analysis: Analysis | None = None) -> str:
         ]
         lines += ["", _markdown_table(_Table(["did not finish", "team", "state", "reason", "log"], rows))]
     for remark in _remarks(analysis):
-        lines += ["", remark]
+        lines += ["", markup.markdown(remark)]
     return "\n".join(lines) + "\n"
 
 
 def analysis_markdown(board: Leaderboard, analysis: Analysis) -> str:
     """Return the tables of the analysis: leave-one-out, schemes side by side, open against closed."""
-    lines = [f"# How far this leaderboard can be trusted: {board.competition}, {board.track}", ""]
-    lines += [f"- {remark}" for remark in _remarks(analysis)]
+    name = markup.markdown(f"{board.competition}, {board.track}")
+    lines = [f"# How far this leaderboard can be trusted: {name}", ""]
+    lines += [f"- {markup.markdown(remark)}" for remark in _remarks(analysis)]
     if analysis.robustness:
         lines += _robustness_markdown(board, analysis.robustness)
     if analysis.overfitting:
@@ -252,7 +260,7 @@ def _robustness_markdown(board: Leaderboard, robustness: Robustness) -> list[str
     ]
     lines += ["", "## Ranks under every scoring rule", ""]
     lines.append(_markdown_table(_Table(["entry", *(scheme.name for scheme in schemes)], rows)))
-    return [*lines, "", *(f"- `{scheme.name}`: {scheme.description}" for scheme in schemes)]
+    return [*lines, "", *(f"- `{scheme.name}`: {markup.markdown(scheme.description)}" for scheme in schemes)]
 
 
 def _overfitting_markdown(overfitting: Overfitting) -> list[str]:
@@ -286,23 +294,16 @@ def _seen(entry: OverfittingEntry, stage: str) -> str:
 
 # --- LaTeX -------------------------------------------------------------------------------------------------
 
-_TEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-}
-
 
 def latex(board: Leaderboard, analysis: Analysis | None = None) -> str:
     """Return a `tabular` with the rules of booktabs, and its footnotes as plain paragraphs."""
 
     def line(cells: Sequence[str]) -> str:
-        return " & ".join(_tex(cell) for cell in cells) + r" \\"
+        return " & ".join(map(markup.latex, cells)) + r" \\"
 
     table, footnotes = _scores_and_uncertainty(board, analysis)
     lines = [
-        f"% {_caption(board)}",
+        f"% {markup.latex(_caption(board))}",
         r"\begin{tabular}{" + "".join("l" if name in TEXT_COLUMNS else "r" for name in table.head) + "}",
         r"\toprule",
         line(table.head),
@@ -311,12 +312,8 @@ def latex(board: Leaderboard, analysis: Analysis | None = None) -> str:
         r"\bottomrule",
         r"\end{tabular}",
     ]
-    lines += [rf"\par\noindent {number}. {_tex(note)}" for number, note in enumerate(footnotes, 1)]
+    lines += [rf"\par\noindent {number}. {markup.latex(note)}" for number, note in enumerate(footnotes, 1)]
     return "\n".join(lines) + "\n"
-
-
-def _tex(text: str) -> str:
-    return "".join(_TEX.get(sign, sign) for sign in text)
 
 
 # --- terminal ----------------------------------------------------------------------------------------------
@@ -330,7 +327,7 @@ def print_leaderboard(
     table, footnotes = _scores(board)
     out.print(_rich_table(_caption(board), table))
     for number, note in enumerate(footnotes, 1):
-        out.print(f"{number}. {note}", markup=False, highlight=False)
+        out.print(_text(f"{number}. {note}"))
     if analysis and analysis.uncertainty:
         # A table of its own: both side by side are too wide for a terminal of 80 columns.
         names = [[str(scored.rank), scored.entry] for scored in board.entries]
@@ -343,14 +340,18 @@ def print_leaderboard(
         ]
         out.print(_rich_table("Did not finish", _Table(["entry", "team", "state", "reason"], rows)))
     for remark in _remarks(analysis):
-        out.print(remark, markup=False, highlight=False)
+        out.print(_text(remark))
 
 
 def _rich_table(title: str, table: _Table) -> Table:
-    rich_table = Table(title=title, title_justify="left")
+    rich_table = Table(title=_text(title), title_justify="left")
     for name in table.head:
         justify: JustifyMethod = "left" if name in TEXT_COLUMNS else "right"
         rich_table.add_column(name, justify=justify, overflow="fold")
     for row in table.rows:
-        rich_table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        rich_table.add_row(*map(_text, row))
     return rich_table
+
+
+def _text(text: str) -> Text:
+    return Text(markup.terminal(text))

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from palio.records import EntryUncertainty, Interval, Leaderboard, Separation, Uncertainty
-from palio.scoring.conventions import Array, column_win_rates
+from palio.scoring.conventions import TIE, Array, column_win_rates
 from palio.scoring.formula import Formula, Scores, ranks, scores_of_win_rates
 from palio.scoring.pool import Pool, formula_of, pool_of
 
@@ -98,7 +98,7 @@ def uncertainty(
             rank=_rank_interval(rank[:, index], scored.rank),
             p_first=float(np.mean(rank[:, index] == 1)),
             p_top3=float(np.mean(rank[:, index] <= 3)),
-            p_above_next=_p_above(final, index) if index + 1 < len(order) else None,
+            p_above_next=_p_above_next(rank, index) if index + 1 < len(order) else None,
             group=group_of[index],
         )
         for index, scored in enumerate(board.entries)
@@ -300,16 +300,16 @@ def _rank_interval(draws: Array, observed: int) -> Interval:
     return Interval(low=min(float(low), observed), high=max(float(high), observed))
 
 
-def _p_above(final: Array, index: int) -> float:
-    own, following = final[:, index], final[:, index + 1]
-    return float(np.mean(own > following) + np.mean(own == following) / 2)
+def _p_above_next(rank: Array, index: int) -> float:
+    own, following = rank[:, index], rank[:, index + 1]
+    return float(np.mean(own < following) + np.mean(own == following) / 2)
 
 
 def _groups(final: Array) -> list[list[int]]:
     """Return indexes by group; a new one begins where the difference to the group's best excludes 0."""
     groups: list[list[int]] = []
     for index in range(final.shape[1]):
-        if groups and np.quantile(final[:, groups[-1][0]] - final[:, index], TAILS[0]) <= 0:
+        if groups and np.quantile(final[:, groups[-1][0]] - final[:, index], TAILS[0]) <= TIE:
             groups[-1].append(index)
         else:
             groups.append([index])
@@ -328,13 +328,13 @@ def _separation(board: Leaderboard, final: Array, pool: Pool, usable: UsableAnsw
             indexes = [index for index, column in enumerate(pool.columns) if column.scenario_key == key]
             instances += int(pool.instances[:, indexes].max())
     needed = None
-    if observed > 0:
+    if first.rank < second.rank:
         needed = max(1, math.ceil(instances * ((observed - interval.low) / observed) ** 2))
     return Separation(
         first=first.entry,
         second=second.entry,
         difference=interval,
-        separated=interval.low > 0,
+        separated=interval.low > TIE,
         instances=instances,
         instances_needed=needed,
     )

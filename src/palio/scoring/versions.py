@@ -21,7 +21,7 @@ from palio.errors import BadInput
 from palio.layout import STAGES, Boards, Results
 from palio.records import Analysis, Column, Leaderboard, Part, read_record
 from palio.scoring.columns import columns_of
-from palio.scoring.conventions import CONVENTIONS, Missing
+from palio.scoring.conventions import CONVENTIONS, TIE, Missing
 from palio.scoring.formula import Formula, Scores, scores
 from palio.scoring.leaderboard import Candidate, read_finished, score
 from palio.scoring.pool import formula_of
@@ -53,13 +53,13 @@ def rescore(
     candidates: list[Candidate] = []
     inputs: dict[str, str] = {}
     for scored in board.entries:
-        finished = read_finished(competition, results.entry(board.track, scored.entry))
+        finished = read_finished(competition, results.entry(board.track, scored.entry), scored.team)
         for path, digest in finished.inputs.items():
             if board.inputs.get(path) != digest:
                 problem = "changed since the leaderboard was made; run `palio score` instead"
                 raise BadInput(results.path / path, "", None, problem)
         inputs |= finished.inputs
-        candidates.append(finished.candidate(scored.entry, scored.team))
+        candidates.append(finished.candidate)
     return score(
         competition=board.competition,
         track=board.track,
@@ -293,7 +293,7 @@ def _changed_values(
     for entry in entries:
         for column in map(str, columns):
             old, new = before[entry, column], after.get((entry, column))
-            if new is not None and not np.array_equal(old, new, equal_nan=True):
+            if new is not None and not np.isclose(old, new, rtol=TIE, atol=0, equal_nan=True):
                 changed.setdefault(entry, {})[column] = f"{column} {_value_text(old)} -> {_value_text(new)}"
     return changed
 
