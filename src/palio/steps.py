@@ -179,4 +179,14 @@ def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOption
             work=folder.work,
         )
 
-    run_stage(folder, settings, RESOURCES.stage_record(settings.runs.stage), start_server)
+    engine = _engine(settings.limits.engine) if handed_in.kind == "model" else ""
+    run_stage(folder, settings, RESOURCES.stage_record(settings.runs.stage), start_server, engine)
+
+
+def _engine(name: str) -> str:
+    """Return the name and version of an engine. Raises BadInput if it cannot be used here."""
+    from importlib.metadata import version
+
+    from palio.vllm import PROGRAM, vllm_version
+
+    return f"{name} {vllm_version() if name == PROGRAM else version(name)}"

@@ -109,9 +109,14 @@ def check(files: tuple[Path, ...], competition: str, as_json: bool) -> None:
     A violation names rule, key, why and fix. A notice is for the organizers and stops nothing.
     """
     from palio.eligibility.entry_file import check_file
+    from palio.operating.doctor import engine_findings
     from palio.settings import CheckedAgainst
 
-    against = CheckedAgainst.of(competition_of(competition))
+    planned_competition = competition_of(competition)
+    for finding in engine_findings(planned_competition):
+        if not finding.ok:
+            print(f"notice: {finding}", file=sys.stderr)
+    against = CheckedAgainst.of(planned_competition)
     clean = True
     for file in (
         path for given in files for path in (sorted(given.glob("*.y*ml")) if given.is_dir() else [given])
