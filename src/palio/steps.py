@@ -146,6 +146,7 @@ def package(folder: EntryFolder, settings: PackageSettings, options: RunOptions)
 def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOptions) -> None:
     from palio.evaluation.evaluate import Server
     from palio.evaluation.evaluate import evaluate as run_stage
+    from palio.evaluation.helm.folder import CONTEXT_TOKENS
     from palio.records import PackageManifest, read_record
     from palio.sandbox.room import Limits
     from palio.sandbox.server import ConfinedServer
@@ -162,6 +163,7 @@ def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOption
                 log=log,
                 threads=options.threads,
                 gpu_memory_gb=settings.track.gpu_memory_gb,
+                max_context=CONTEXT_TOKENS,
                 engine=settings.limits.engine,
             )
         if settings.base_model_id is None or settings.isolation is None:
@@ -177,4 +179,14 @@ def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOption
             work=folder.work,
         )
 
-    run_stage(folder, settings, RESOURCES.stage_record(settings.runs.stage), start_server)
+    engine = _engine(settings.limits.engine) if handed_in.kind == "model" else ""
+    run_stage(folder, settings, RESOURCES.stage_record(settings.runs.stage), start_server, engine)
+
+
+def _engine(name: str) -> str:
+    """Return the name and version of an engine. Raises BadInput if it cannot be used here."""
+    from importlib.metadata import version
+
+    from palio.vllm import PROGRAM, vllm_version
+
+    return f"{name} {vllm_version() if name == PROGRAM else version(name)}"

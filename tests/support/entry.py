@@ -67,7 +67,9 @@ def starts(*toys: Toy) -> StartServer:
     return start
 
 
-def run_stage(stage: StageRuns, record: Path, entry_dir: Path, *toys: Toy, **limits: object) -> StageRecord:
+def run_stage(
+    stage: StageRuns, record: Path, entry_dir: Path, *toys: Toy, engine: str = "", **limits: object
+) -> StageRecord:
     """`evaluate` with a toy server, or with several that replace each other; see `starts`.
 
     `record` is what `prepare_stage` wrote.
@@ -78,4 +80,4 @@ def run_stage(stage: StageRuns, record: Path, entry_dir: Path, *toys: Toy, **lim
         limits=StageLimits.model_validate({"time_limit": 600, "threads": 8} | limits),
         track=Track(title="t", ram_gb=4, training_budget="600s"),
     )
-    return evaluate(EntryFolder.at(entry_dir, stage.closed), settings, record, starts(*toys))
+    return evaluate(EntryFolder.at(entry_dir, stage.closed), settings, record, starts(*toys), engine)

@@ -53,8 +53,8 @@ def helm_seconds(home: Path, stage: StageRuns) -> float:
     return time.monotonic() - started
 
 
-def run(stage: StageRuns, entry_dir: Path, *toys: Toy, **limits: object) -> StageRecord:
-    return run_stage(stage, Path("stage.json"), entry_dir, *toys, **limits)
+def run(stage: StageRuns, entry_dir: Path, *toys: Toy, engine: str = "", **limits: object) -> StageRecord:
+    return run_stage(stage, Path("stage.json"), entry_dir, *toys, engine=engine, **limits)
 
 
 def test_the_limit_stops_the_asking_and_a_rerun_asks_only_the_rest(
@@ -100,6 +100,15 @@ def test_a_package_evaluated_twice_gives_the_same_records_and_tables(
         run(stage, entry_dir, Toy())
     for file in ("open.json", "helm/open/metrics.parquet", "helm/open/instances.parquet"):
         assert (first / file).read_bytes() == (second / file).read_bytes()
+
+
+def test_another_engine_is_asked_everything_again(stage: StageRuns, tmp_path: Path) -> None:
+    entry_dir = packaged_entry(tmp_path)
+    first, same, other = Toy(), Toy(), Toy()
+    run(stage, entry_dir, first, engine="transformers 5.1.0")
+    assert run(stage, entry_dir, same, engine="transformers 5.1.0").engine == "transformers 5.1.0"
+    assert run(stage, entry_dir, other, engine="vllm 0.33.0").engine == "vllm 0.33.0"
+    assert (first.served, same.served, other.served) == (SMALL + LARGE, 0, SMALL + LARGE)
 
 
 def test_a_server_that_ignores_stop_sequences_is_cut_and_counted(stage: StageRuns, tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from palio.cli import palio
 from palio.config import load_competition
 from palio.errors import BadInput, Crashed, Interrupted, NotRetried, PalioError, State
 from palio.heartbeat import HeartbeatWriter
-from palio.layout import EntryFolder, Results
+from palio.layout import CONFIG, EntryFolder, Results
 from palio.operating import controller
 from palio.operating.attempt import RUN_VARIABLE, Attempt, attempt, read_attempts, refusal, set_aside
 from palio.operating.controller import Watch
+from palio.operating.doctor import engine_findings
 from palio.operating.status import EntryStatus, StepStatus, competition_status
 from palio.operating.status_view import html_page
 from palio.records import StepFailure, read_record
@@ -272,3 +273,21 @@ def test_a_wrong_decision_is_refused_and_nothing_is_written(
     with pytest.raises(BadInput, match=line):
         cli(*arguments)
     assert not (folder.path / "config/overrides").exists()
+
+
+# --- engines
+
+
+def test_a_stage_that_vllm_serves_needs_it_on_path(
+    folder: WorkingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    competition = load_competition(folder.path / CONFIG)
+    assert list(engine_findings(competition)) == []
+    stages = competition.stages
+    open_stage = stages.open.model_copy(update={"engine": "vllm"})
+    with_vllm = competition.model_copy(update={"stages": stages.model_copy(update={"open": open_stage})})
+    monkeypatch.setenv("PATH", "/nowhere")
+    (finding,) = engine_findings(with_vllm)
+    assert str(finding).startswith(
+        "FIX  vllm serves the packages: engine is 'vllm': there is no such program"
+    )

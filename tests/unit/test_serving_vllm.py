@@ -1,10 +1,12 @@
-"""The vLLM engine, against a program `vllm` that answers as vLLM 0.33 does but counts instead of thinking.
+"""The vLLM engine, against a program `vllm` that counts instead of thinking.
 
-vLLM itself needs a GPU and an environment of its own.
+It accepts the flags and refuses the requests that vLLM 0.33 does, and runs as several processes. vLLM itself
+needs an environment of its own.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -14,27 +16,41 @@ from pathlib import Path
 import psutil
 import pytest
 
-from palio.errors import BadInput, Crashed
-from palio.serving.request import BadRequest, Request
+from palio.errors import BadInput, Crashed, ServerBroken
+from palio.serving.process import ServerProcess
+from palio.serving.request import BadRequest, QueueFull, Request, RequestFailed, Unavailable
 from palio.serving.vllm_engine import VllmEngine
+from palio.vllm import vllm_version
 from tests.support.training import tiny_base_model
 
 PROGRAM = '''#!{python}
-"""Continues a prompt with its own first tokens; refuses a temperature of 99, hangs at 98, dies of `die`."""
-import argparse, asyncio, sys
+"""Continues a prompt with its own first tokens; hangs at temperature 1.98, fails at 1.99, dies of `die`."""
+import argparse, asyncio, os, signal, sys, time
+
+if sys.argv[1:] == ["--version"]:
+    sys.exit(print("{version}"))
+parser = argparse.ArgumentParser(allow_abbrev=False)
+parser.add_argument("verb", choices=["serve"])
+parser.add_argument("package")
+for name in ("served-model-name", "host", "generation-config"):
+    parser.add_argument(f"--{{name}}")
+for name in ("port", "max-logprobs", "max-model-len", "kv-cache-memory-bytes"):
+    parser.add_argument(f"--{{name}}", type=int)
+parser.add_argument("--gpu-memory-utilization", type=float)
+parser.add_argument("--dtype", choices=["auto", "half", "float16", "bfloat16", "float", "float32"])
+parser.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
+given = parser.parse_args()
+assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
+if "die" in given.package:
+    sys.exit(3)
+if os.fork() == 0:  # the engine's core, and its worker
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.fork()
+    time.sleep(600)
+
 import uvicorn
 from fastapi import FastAPI, Response
 
-parser = argparse.ArgumentParser()
-parser.add_argument("verb")
-parser.add_argument("package")
-for name in ("served-model-name", "host", "port", "max-logprobs", "gpu-memory-utilization"):
-    parser.add_argument(f"--{{name}}")
-for name in ("enable-prefix-caching", "disable-log-requests"):
-    parser.add_argument(f"--{{name}}", action="store_true")
-given = parser.parse_args()
-if "die" in given.package:
-    sys.exit(3)
 app = FastAPI()
 
 @app.get("/health")
@@ -43,32 +59,51 @@ def health(): ...
 @app.post("/v1/completions")
 async def complete(body: dict):
     assert body["model"] == given.served_model_name and body["return_tokens_as_token_ids"]
-    if body["temperature"] == 99:
-        return Response("no", 400)
-    if body["temperature"] == 98:
+    prompt, count = body["prompt"], body["logprobs"]
+    refused = {{
+        "temperature must be in [0, 2]": body["temperature"] > 2,
+        "n must be 1 when using greedy sampling": body["temperature"] == 0 and body["n"] > 1,
+        "at most 4 stop sequences": len(body["stop"]) > 4,
+        "seed does not fit into int64": not -(2**63) <= body["seed"] < 2**63,
+        "too many logprobs": count > given.max_logprobs,
+        "longer than the context": len(prompt) + body["max_tokens"] > given.max_model_len,
+    }}
+    if why := [why for why, wrong in refused.items() if wrong]:
+        return Response(why[0], 400)
+    if body["temperature"] == 1.98:
         await asyncio.sleep(1000)
-    new = (body["prompt"] * 10)[: body["max_tokens"]]
-    tokens = (body["prompt"] if body["echo"] else []) + new
+    if body["temperature"] == 1.99:
+        return Response("engine step failed", 500)
+    new = (prompt * 10)[: body["max_tokens"]]
+    ends = [at for at, token in enumerate(new) if token in body["stop_token_ids"]]
+    new = new[: ends[0] + 1] if ends else new
+    tokens = (prompt if body["echo"] else []) + new
     logprobs = [-0.5] * len(tokens)
     if body["echo"]:
         logprobs[0] = None
     names = [f"token_id:{{token}}" for token in tokens]
-    top = [None if value is None else {{name: value}} for name, value in zip(names, logprobs)]
+    # the chosen token comes on top of the candidates asked for
+    others = {{f"token_id:{{100 + n}}": -0.1 * n for n in range(count)}}
+    top = [None if value is None else others | {{name: value}} for name, value in zip(names, logprobs)]
     choice = {{"text": "", "logprobs": {{"tokens": names, "token_logprobs": logprobs, "top_logprobs": top}}}}
     return {{"choices": [choice] * body["n"]}}
 
-uvicorn.run(app, host=given.host, port=int(given.port), log_level="error")
+uvicorn.run(app, host=given.host, port=given.port, log_level="error")
 '''
+
+
+def install(folder: Path, version: str = "0.33.1") -> str:
+    """Put the program into a folder; return a PATH that starts with it."""
+    program = folder / "vllm"
+    program.write_text(PROGRAM.format(python=sys.executable, version=version))
+    program.chmod(0o755)
+    return f"{folder}:/usr/bin:/bin"
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.MonkeyPatch]:
-    folder = tmp_path_factory.mktemp("bin")
-    program = folder / "vllm"
-    program.write_text(PROGRAM.format(python=sys.executable))
-    program.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+        patch.setenv("PATH", install(tmp_path_factory.mktemp("bin")))
         yield patch
 
 
@@ -79,7 +114,7 @@ def package(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(package: Path, path: pytest.MonkeyPatch) -> Iterator[VllmEngine]:
-    engine = VllmEngine(package)
+    engine = VllmEngine(package, device="cpu", threads=1, max_context=1024)
     yield engine
     engine.close()
 
@@ -104,41 +139,152 @@ def test_a_completion_is_cut_at_a_stop_sequence(engine: VllmEngine) -> None:
 
 
 def test_a_long_prompt_is_cut_to_the_context(engine: VllmEngine) -> None:
-    (answer,) = engine.submit(Request("word " * 3000, max_new_tokens=5, echo_prompt=True)).result(30)
-    assert len(answer.tokens) == 2048
+    (answer,) = engine.submit(Request("word " * 1500, max_new_tokens=5, echo_prompt=True)).result(30)
+    assert len(answer.tokens) == 1024
 
 
-def test_several_sequences_are_asked_for_at_once(engine: VllmEngine) -> None:
-    assert len(engine.submit(Request("a", max_new_tokens=1, num_return_sequences=3)).result(30)) == 3
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_several_sequences_are_answered(engine: VllmEngine, temperature: float) -> None:
+    request = Request("a", max_new_tokens=1, num_return_sequences=3, temperature=temperature)
+    assert len(engine.submit(request).result(30)) == 3
 
 
-def test_what_vllm_refuses_is_a_bad_request(engine: VllmEngine) -> None:
-    with pytest.raises(BadRequest):
-        engine.submit(Request("a", temperature=99)).result(30)
+def test_more_stop_sequences_than_vllm_takes_are_all_looked_for(engine: VllmEngine) -> None:
+    request = Request("One two three", max_new_tokens=3, stop_sequences=("1", "2", "3", "4", " thr"))
+    (answer,) = engine.submit(request).result(30)
+    assert answer.text == "One two"
+
+
+def test_a_completion_ends_before_the_end_token(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = engine.vocabulary.encode("One two three")[1]
+    monkeypatch.setattr(engine.vocabulary, "ends", frozenset([end]))
+    (answer,) = engine.submit(Request("One two three", max_new_tokens=3)).result(30)
+    assert answer.text == "One"
+
+
+def test_as_many_candidates_as_asked_for_are_reported(engine: VllmEngine) -> None:
+    (answer,) = engine.submit(Request("One two", max_new_tokens=2, top_k_per_token=3)).result(30)
+    assert [len(token.top_logprob) for token in answer.tokens] == [3, 3]
+
+
+def test_a_huge_seed_is_a_seed(engine: VllmEngine) -> None:
+    assert engine.submit(Request("a", max_new_tokens=1, seed=10**30)).result(30)
+
+
+def test_a_temperature_that_vllm_refuses_is_a_bad_request(engine: VllmEngine) -> None:
+    with pytest.raises(BadRequest, match="at most 2"):
+        engine.submit(Request("a", temperature=99))
+
+
+def test_a_request_that_fails_in_vllm_fails_alone(engine: VllmEngine) -> None:
+    with pytest.raises(RequestFailed, match="HTTP 500"):
+        engine.submit(Request("a", temperature=1.99)).result(30)
+    assert not engine.failure()
 
 
 def test_a_request_can_be_cancelled(engine: VllmEngine) -> None:
-    future = engine.submit(Request("a", temperature=98))
+    future = engine.submit(Request("a", temperature=1.98))
     time.sleep(0.2)
     assert future.cancel()
     with pytest.raises(CancelledError):
         future.result(30)
 
 
+def test_over_a_hundred_requests_are_in_flight_and_a_full_queue_sends_clients_away(
+    engine: VllmEngine,
+) -> None:
+    stuck = [engine.submit(Request("a", temperature=1.98)) for _ in range(319)]
+    assert engine.submit(Request("a", max_new_tokens=1)).result(60)
+    stuck.append(engine.submit(Request("a", temperature=1.98)))
+    with pytest.raises(QueueFull):
+        engine.submit(Request("a"))
+    for future in stuck:
+        future.cancel()
+    deadline = time.monotonic() + 30
+    while engine._in_flight and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert engine.metrics()["requests_cancelled_total"] >= 320
+
+
 def test_a_vllm_that_ends_at_once_is_named(package: Path, path: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "die").symlink_to(package)
     with pytest.raises(Crashed, match="vllm ended with code 3"):
-        VllmEngine(tmp_path / "die")
+        VllmEngine(tmp_path / "die", device="cpu")
 
 
-def test_nothing_of_it_is_left_behind(package: Path, path: pytest.MonkeyPatch) -> None:
-    engine = VllmEngine(package)
-    process = psutil.Process(engine._process.pid)
+def test_a_vllm_that_dies_is_a_failure(package: Path, path: pytest.MonkeyPatch) -> None:
+    engine = VllmEngine(package, device="cpu")
+    pending = engine.submit(Request("a", temperature=1.98))
+    tree = psutil.Process(engine._process.pid).children(recursive=True)
+    tree[0].kill()
+    with pytest.raises(Unavailable, match="vllm ended with code 137"):
+        pending.result(30)
+    assert engine.failure()
+    assert psutil.wait_procs(tree, timeout=5)[1] == []
     engine.close()
-    assert not process.is_running()
+
+
+def test_an_engine_that_is_closed_leaves_no_process(package: Path, path: pytest.MonkeyPatch) -> None:
+    engine = VllmEngine(package, device="cpu")
+    guard = psutil.Process(engine._process.pid)
+    tree = [guard, *guard.children(recursive=True)]
+    assert len(tree) == 4
+    engine.close()
+    assert psutil.wait_procs(tree, timeout=5)[1] == []
+
+
+@pytest.mark.parametrize("victim", ["the server, by SIGTERM", "the server", "the guard", "vllm"])
+def test_whatever_is_killed_no_process_of_the_server_is_left(
+    package: Path, path: pytest.MonkeyPatch, tmp_path: Path, victim: str
+) -> None:
+    with ServerProcess(package, log=tmp_path / "server.log", engine="vllm") as server:
+        process = psutil.Process(server.pid)
+        tree = [process, *process.children(recursive=True)]
+        assert len(tree) == 5
+        if victim == "the server, by SIGTERM":
+            process.terminate()
+        else:
+            tree[["the server", "the guard", "vllm"].index(victim)].kill()
+        assert psutil.wait_procs(tree[1:], timeout=5)[1] == []
+        code = process.wait(30)
+        assert code == ServerBroken.exit_code or victim.startswith("the server")
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from palio.serving.process import ServerProcess
+with ServerProcess(Path(sys.argv[1]), log=Path(sys.argv[2]), engine="vllm") as server:
+    print(server.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_step_leaves_no_process_of_its_server(
+    package: Path, path: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", OWNER, str(package), str(tmp_path / "server.log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        server = psutil.Process(int(owner.stdout.readline()))
+        tree = [server, *server.children(recursive=True)]
+        assert len(tree) == 5
+        owner.kill()
+    assert psutil.wait_procs(tree[1:], timeout=5)[1] == []
+    server.wait(30)
 
 
 def test_no_vllm_on_path_is_a_users_mistake(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(BadInput, match="no such program on PATH"):
         VllmEngine(package)
+
+
+def test_the_version_on_path_is_told_and_an_old_one_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", install(tmp_path))
+    assert vllm_version() == "0.33.1"
+    monkeypatch.setenv("PATH", install(tmp_path, "0.16.0"))
+    with pytest.raises(BadInput, match=r"0\.16\.0.*too old; upgrade to 0\.17"):
+        vllm_version()

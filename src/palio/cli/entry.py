@@ -6,6 +6,7 @@ import json
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -108,9 +109,14 @@ def check(files: tuple[Path, ...], competition: str, as_json: bool) -> None:
     A violation names rule, key, why and fix. A notice is for the organizers and stops nothing.
     """
     from palio.eligibility.entry_file import check_file
+    from palio.operating.doctor import engine_findings
     from palio.settings import CheckedAgainst
 
-    against = CheckedAgainst.of(competition_of(competition))
+    planned_competition = competition_of(competition)
+    for finding in engine_findings(planned_competition):
+        if not finding.ok:
+            print(f"notice: {finding}", file=sys.stderr)
+    against = CheckedAgainst.of(planned_competition)
     clean = True
     for file in (
         path for given in files for path in (sorted(given.glob("*.y*ml")) if given.is_dir() else [given])
@@ -251,32 +257,15 @@ def probe(url: str, competition: str, stage: Stage, as_json: bool) -> None:
 @click.option("--threads", type=int, help="CPU threads; default: torch's choice.")
 @click.option("--gpu-memory-gb", type=float, help="Cap on GPU memory.")
 @click.option("--cache-gb", type=float, help="Memory for keys and values; default: 2 on a CPU, all of a GPU.")
+@click.option("--max-context", type=int, help="Tokens of prompt and completion; default: the model's limit.")
 @click.option(
     "--engine", type=click.Choice(["transformers", "vllm"]), default="transformers", show_default=True
 )
-def serve(
-    package: Path,
-    host: str,
-    port: int,
-    device: str,
-    threads: int | None,
-    gpu_memory_gb: float | None,
-    cache_gb: float | None,
-    engine: str,
-) -> None:
+def serve(package: Path, **settings: Any) -> None:
     """Serve a package behind HELM's HTTP contract: /process, /tokenize, /decode, /health."""
     from palio.serving.app import serve as run
 
-    run(
-        package,
-        host=host,
-        port=port,
-        device=device,
-        threads=threads,
-        gpu_memory_gb=gpu_memory_gb,
-        cache_gb=cache_gb,
-        engine=engine,
-    )
+    run(package, **settings)
 
 
 @palio.command(cls=Verb, example="palio verify results/laptop/curated/package")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,13 +244,14 @@ def retry(competition: str, entry: str, steps: tuple[str, ...], results: Path) -
 )
 @click.option("--profile", type=ExistingPath, default=SLURM_PROFILE, show_default=True)
 def doctor(competition: str, slurm: bool, profile: Path) -> None:
-    """Check, before the first run, that this machine can confine what teams hand in, or that a SLURM site and
-    a profile fit the competition; print the lines to fix."""
-    from palio.operating.doctor import examine
+    """Check, before the first run, that this machine can confine what teams hand in and serve packages, or
+    that a SLURM site and a profile fit the competition; print the lines to fix."""
+    from palio.operating.doctor import engine_findings, examine
     from palio.sandbox.doctor import examine_confinement
 
-    wrong = 0
-    for finding in examine(competition_of(competition), profile) if slurm else examine_confinement():
+    wrong, given = 0, competition_of(competition)
+    here = chain(examine_confinement(), engine_findings(given))
+    for finding in examine(given, profile) if slurm else here:
         wrong += not finding.ok
         print(finding, flush=True)
     if wrong:

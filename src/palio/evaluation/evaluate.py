@@ -67,11 +67,16 @@ StartServer = Callable[[Path], AbstractContextManager[Server]]
 
 
 def evaluate(
-    folder: EntryFolder, settings: EvaluateSettings, instances: Path, start_server: StartServer
+    folder: EntryFolder,
+    settings: EvaluateSettings,
+    instances: Path,
+    start_server: StartServer,
+    engine: str = "",
 ) -> StageRecord:
     """Run the stage on the entry's package, write its tables and its record.
 
-    `instances` is the stage's record written by `prepare_stage`. A stage whose limit ran out is a
+    `instances` is the stage's record written by `prepare_stage`, `engine` the name and version of what serves
+    a model; answers of another engine are not taken over. A stage whose limit ran out is a
     finished step with the state `time_limit`. The open stage writes the probe's record first.
 
     Raises:
@@ -83,8 +88,8 @@ def evaluate(
     package = read_record(PackageManifest, folder.package_manifest)
     prepared = read_record(StageInstances, instances)
     plan = StagePlan(runs.store)
-    identity = [package.fingerprint, prepared.sha256, prepared.helm_version, limits.cut_at_stop_sequences]
-    work = folder.helm(stage, fingerprint(identity)[:16])
+    asked = [prepared.sha256, prepared.helm_version, limits.cut_at_stop_sequences]
+    work = folder.helm(stage, fingerprint([package.fingerprint, engine, *asked])[:16])
     work.path.mkdir(parents=True, exist_ok=True)
     _forget_unanswered(work)
 
@@ -114,7 +119,7 @@ def evaluate(
     incidents = Contained.beside(work.server_log)
     if any(outcome.run.state is State.CRASHED for outcome in outcomes):
         raise _failure(work, stage, outcomes, ending, incidents)
-    return _write_results(folder, settings, work, package, prepared, outcomes, incidents)
+    return _write_results(folder, settings, work, package, prepared, engine, outcomes, incidents)
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,7 @@ def _write_results(
     work: HelmFolder,
     package: PackageManifest,
     prepared: StageInstances,
+    engine: str,
     outcomes: list[Outcome],
     incidents: Contained,
 ) -> StageRecord:
@@ -228,6 +234,7 @@ def _write_results(
         package_fingerprint=package.fingerprint,
         instances_sha256=prepared.sha256,
         helm_version=prepared.helm_version,
+        engine=engine,
         state=State.TIME_LIMIT if any(outcome.limited for outcome in outcomes) else State.FINISHED,
         reason=f"{missing} of {planned} instances unanswered" if missing else "",
         unanswered=limits.unanswered,

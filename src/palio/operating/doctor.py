@@ -20,9 +20,11 @@ from typing import Any
 from palio import __version__
 from palio.config import Competition, Track, expand, read_yaml
 from palio.errors import BadInput, PalioError
+from palio.layout import STAGES
 from palio.operating import slurm
 from palio.pipeline import STEPS
 from palio.sandbox.doctor import Finding
+from palio.vllm import PROGRAM, vllm_version
 
 COMMANDS = ("sbatch", "squeue", "scancel", "sinfo", "scontrol", "srun")
 NODE_SECONDS = 60
@@ -197,6 +199,7 @@ def _on_a_node(competition: Competition, file: Path, partition: str, options: li
         f"test -f {shlex.quote(str(probe.absolute()))} && echo folder",
         f"mkdir -p {shlex.quote(str(store))} && test -w {shlex.quote(str(store))} && echo store",
         f'[ "$(palio --version)" = "palio, version {__version__}" ] && echo palio',
+        "command -v vllm > /dev/null && echo vllm",
     ]
     here = f"a node of {partition}"
     try:
@@ -220,6 +223,23 @@ def _on_a_node(competition: Competition, file: Path, partition: str, options: li
     yield Finding("store" in seen, f"{here} can write the closed store", closed)
     path = f"put {Path(sys.executable).parent} first on PATH before you start, on a path that nodes see"
     yield Finding("palio" in seen, f"{here} runs Palio {__version__}", path)
+    if uses_vllm(competition) and any(option.startswith("--gpus") for option in options):
+        yield Finding(
+            "vllm" in seen, f"{here} has vllm on PATH", "put its bin folder on PATH; docs/serving.md"
+        )
+
+
+def uses_vllm(competition: Competition) -> bool:
+    return any(competition.stage(stage).engine == PROGRAM for stage in STAGES)
+
+
+def engine_findings(competition: Competition) -> Iterator[Finding]:
+    """Check that vllm, if a stage serves with it, can be used on this machine."""
+    if uses_vllm(competition):
+        try:
+            yield Finding(True, f"vllm {vllm_version()}")
+        except BadInput as error:
+            yield Finding(False, "vllm serves the packages", str(error))
 
 
 def _gpus(need: Need) -> str:

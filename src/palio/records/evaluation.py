@@ -91,6 +91,8 @@ class StageRecord(EntryRecord):
     """Identity of the stage's instances."""
     helm_version: str
     """Version of HELM."""
+    engine: str = ""
+    """Name and version of what served the model, e.g. `vllm 0.33.0`; empty for a team's own server."""
     state: State
     """finished: every instance is answered; time_limit: some are not, the stage's limit ran out."""
     reason: str = ""

@@ -202,18 +202,10 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter) or time.monotonic() >= self._end
 
 
-def serve(
-    package: Path,
-    *,
-    host: str,
-    port: int,
-    device: str = "auto",
-    threads: int | None = None,
-    gpu_memory_gb: float | None = None,
-    cache_gb: float | None = None,
-    engine: str = "transformers",
-) -> None:
+def serve(package: Path, *, host: str, port: int, engine: str = "transformers", **settings: Any) -> None:
     """Load the package and serve it until SIGINT or SIGTERM. Port 0 takes any free port.
+
+    `settings` are those of both engines: device, threads, gpu_memory_gb, cache_gb, max_context.
 
     Raises:
         BadInput: no such package or device, the port is taken, or vllm is not installed.
@@ -232,13 +224,11 @@ def serve(
     if engine == "vllm":
         from palio.serving.vllm_engine import VllmEngine
 
-        loaded = VllmEngine(package, gpu_memory_gb=gpu_memory_gb)
+        loaded = VllmEngine(package, **settings)
     else:
         from palio.serving.transformers_engine import TransformersEngine
 
-        loaded = TransformersEngine(
-            package, device=device, threads=threads, gpu_memory_gb=gpu_memory_gb, cache_gb=cache_gb
-        )
+        loaded = TransformersEngine(package, **settings)
     try:
         listener.listen(2048)
         print(f"{READY}http://{host}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)

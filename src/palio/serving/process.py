@@ -46,6 +46,7 @@ class ServerProcess:
         threads: int | None = None,
         gpu_memory_gb: float | None = None,
         cache_gb: float | None = None,
+        max_context: int | None = None,
         engine: str = "transformers",
     ) -> None:
         self._log = log
@@ -55,6 +56,7 @@ class ServerProcess:
             *("--device", "cuda" if gpu_memory_gb else "cpu"),
             *(["--gpu-memory-gb", str(gpu_memory_gb)] if gpu_memory_gb else []),
             *(["--cache-gb", str(cache_gb)] if cache_gb else []),
+            *(["--max-context", str(max_context)] if max_context else []),
         ]
         self._environment = os.environ | {
             "HF_HUB_OFFLINE": "1",

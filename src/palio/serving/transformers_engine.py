@@ -89,11 +89,13 @@ class TransformersEngine:
         threads: int | None = None,
         gpu_memory_gb: float | None = None,
         cache_gb: float | None = None,
+        max_context: int | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self.vocabulary = Vocabulary.load(package)
         self._model: Model = load_model(package, device, gpu_memory_gb)
+        self._model.context = min(self._model.context, max_context or self._model.context)
         self._tree = PrefixTree(cache_tokens(self._model, cache_gb, gpu_memory_gb))
         self._waiting: deque[Job] = deque()
         self._running: list[Generation] = []

@@ -8,55 +8,114 @@ and stop sequences are those of the default engine.
 from __future__ import annotations
 
 import asyncio
-import shutil
+import os
+import signal
 import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 from transformers import AutoConfig
 
-from palio.errors import BadInput, Crashed
+from palio.errors import Crashed
+from palio.guard import guarded
 from palio.network import free_port
-from palio.serving.model import context_of
+from palio.serving.model import CPU_CACHE_GB, context_of
 from palio.serving.process import READY_SECONDS
-from palio.serving.request import GREEDY_BELOW, BadRequest, Completion, Request, Token, Unavailable
+from palio.serving.request import (
+    GREEDY_BELOW,
+    BadRequest,
+    Completion,
+    QueueFull,
+    Request,
+    RequestFailed,
+    Token,
+    Unavailable,
+)
 from palio.serving.text import TextStream, Vocabulary, cut, find_stop
 from palio.tensors import gpu_memory_share
+from palio.vllm import PROGRAM, vllm_version
 
-PROGRAM = "vllm"
 REQUEST_SECONDS = 3600.0
 """Above the deadline of the HTTP API, which cancels late requests."""
+STOP_SECONDS = 5.0
+SETTLE_SECONDS = 2.0
+"""From a broken connection to the end of the guard, if it broke because vllm died."""
+MAX_REQUESTS = 320
+"""Requests in vLLM, running or waiting: as many as the default engine takes."""
+MAX_LOGPROBS = 100
+MAX_STOP_SEQUENCES = 4
+"""Limits of vLLM's API. All stop sequences are looked for here again."""
+MAX_TEMPERATURE = 2.0
 
 
 class VllmEngine:
-    """See `Engine`. Queueing and batching are vLLM's own."""
+    """See `Engine`. Queueing and batching are vLLM's own.
 
-    def __init__(self, package: Path, *, gpu_memory_gb: float | None = None) -> None:
+    Raises:
+        BadInput: no package, or no usable vllm on PATH.
+        Crashed: vllm ended or did not get ready.
+    """
+
+    def __init__(
+        self,
+        package: Path,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        gpu_memory_gb: float | None = None,
+        cache_gb: float | None = None,
+        max_context: int | None = None,
+    ) -> None:
         self.vocabulary = Vocabulary.load(package)
-        if shutil.which(PROGRAM) is None:
-            fix = "no such program on PATH; install it in an environment of its own and add its bin folder"
-            raise BadInput("--engine", "", PROGRAM, fix)
-        self._context = context_of(AutoConfig.from_pretrained(package))
+        vllm_version()
+        config = AutoConfig.from_pretrained(package)
+        self._context = min(context_of(config), max_context or context_of(config))
         self._counts: Counter[str] = Counter()
+        self._in_flight = 0
         port = free_port()
-        share = (
-            ["--gpu-memory-utilization", f"{gpu_memory_share(gpu_memory_gb):.4f}"] if gpu_memory_gb else []
-        )
+        on_cpu = device == "cpu"
+        options = {
+            "host": "127.0.0.1",
+            "port": port,
+            "served-model-name": "palio",
+            "dtype": "float32" if on_cpu else str(config.dtype or "auto").removeprefix("torch."),
+            "generation-config": "vllm",  # not the package's, whose sampling settings would become defaults
+            "max-model-len": self._context,
+            "max-logprobs": MAX_LOGPROBS,
+        }
+        if gpu_memory_gb:
+            options["gpu-memory-utilization"] = f"{gpu_memory_share(gpu_memory_gb):.4f}"
+        if cache_gb and not on_cpu:
+            options["kv-cache-memory-bytes"] = int(cache_gb * 1e9)
+        environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+        if on_cpu:
+            environment |= {
+                "CUDA_VISIBLE_DEVICES": "",
+                "VLLM_CPU_KVCACHE_SPACE": str(max(1, round((cache_gb or CPU_CACHE_GB) * 1e9 / 2**30))),
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # servers side by side would share the first cores
+            }
+        if threads:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         self._process = subprocess.Popen(
-            [
-                *(PROGRAM, "serve", str(package), "--served-model-name", "palio"),
-                *("--host", "127.0.0.1", "--port", str(port), "--max-logprobs", "100"),
-                *("--enable-prefix-caching", "--disable-log-requests", *share),
-            ],
+            guarded([PROGRAM, "serve", str(package), "--enable-prefix-caching", *arguments]),
+            env=environment,
             stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
-        self._client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=REQUEST_SECONDS)
+        self._client = httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}",
+            timeout=REQUEST_SECONDS,
+            limits=httpx.Limits(max_connections=None),
+            trust_env=False,
+        )
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
         try:
@@ -68,11 +127,31 @@ class VllmEngine:
     def submit(self, request: Request) -> Future[list[Completion]]:
         if self.failure():
             raise Unavailable(self.failure())
+        if request.temperature > MAX_TEMPERATURE:
+            raise BadRequest(f"vllm samples at temperatures of at most {MAX_TEMPERATURE:g}; lower it")
         prompt = self.vocabulary.prompt(request, self._context)
+        if self._in_flight >= MAX_REQUESTS:
+            self._counts["requests_rejected_total"] += 1
+            raise QueueFull(f"{MAX_REQUESTS} requests are in vllm; try again later")
         self._counts["requests_total"] += 1
         self._counts["prompt_tokens_total"] += len(prompt)
+        self._in_flight += 1
         # Cancelling the future closes the connection, and vLLM drops a request whose client has left.
-        return asyncio.run_coroutine_threadsafe(self._complete(request, prompt), self._loop)
+        return asyncio.run_coroutine_threadsafe(self._count(self._complete(request, prompt)), self._loop)
+
+    async def _count(self, answer: Coroutine[Any, Any, list[Completion]]) -> list[Completion]:
+        """Wait for an answer, and count how it ended."""
+        ending = "failed"
+        try:
+            completions = await answer
+            ending = "answered"
+            return completions
+        except asyncio.CancelledError:
+            ending = "cancelled"
+            raise
+        finally:
+            self._in_flight -= 1
+            self._counts[f"requests_{ending}_total"] += 1
 
     def metrics(self) -> dict[str, float]:
         return dict(self._counts)
@@ -83,11 +162,11 @@ class VllmEngine:
 
     def close(self) -> None:
         self._process.terminate()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_SECONDS)
+        with suppress(ProcessLookupError):  # also what a killed guard left
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _wait(self, health: str) -> None:
@@ -107,41 +186,58 @@ class VllmEngine:
         limit = min(request.max_new_tokens, self._context - len(prompt))
         if limit == 0 and not request.echo_prompt:
             return [Completion("", ())] * request.num_return_sequences
+        greedy = request.temperature < GREEDY_BELOW  # of which vLLM makes one only
         body = {
             "model": "palio",
             "prompt": prompt,
             "max_tokens": limit,
-            "temperature": 0.0 if request.temperature < GREEDY_BELOW else request.temperature,
+            "temperature": 0.0 if greedy else request.temperature,
             "top_p": request.top_p,
-            "n": request.num_return_sequences,
-            "seed": request.seed,
+            "n": 1 if greedy else request.num_return_sequences,
+            "seed": request.seed % 2**63,
             "echo": request.echo_prompt,
             "logprobs": request.top_k_per_token,
-            "stop": list(request.stop_sequences),
+            "stop": list(request.stop_sequences[:MAX_STOP_SEQUENCES]),
+            "stop_token_ids": sorted(self.vocabulary.ends),
             "add_special_tokens": False,
             "return_tokens_as_token_ids": True,
         }
-        reply = await self._client.post("/v1/completions", json=body)
+        try:
+            reply = await self._client.post("/v1/completions", json=body)
+        except httpx.HTTPError as error:
+            await asyncio.sleep(SETTLE_SECONDS)
+            if failure := self.failure():
+                raise Unavailable(failure) from None
+            raise RequestFailed(f"vllm did not answer: {type(error).__name__}") from None
         if reply.status_code in (400, 422):
             raise BadRequest(f"vllm refused it: {reply.text[:200]}")
-        reply.raise_for_status()
-        self._counts["requests_answered_total"] += 1
-        return [self._completion(request, prompt, choice["logprobs"]) for choice in reply.json()["choices"]]
+        if reply.status_code != 200:
+            raise RequestFailed(f"vllm answered HTTP {reply.status_code}")
+        completions = [
+            self._completion(request, prompt, choice["logprobs"]) for choice in reply.json()["choices"]
+        ]
+        return completions * (request.num_return_sequences if greedy else 1)
 
     def _completion(self, request: Request, prompt: list[int], logprobs: Mapping[str, Any]) -> Completion:
         """Read vLLM's log-probabilities and candidates, one per token, whose names are `token_id:N`."""
         echoed = len(prompt) if request.echo_prompt else 0
         echo_stream, new_stream = TextStream(self.vocabulary, []), TextStream(self.vocabulary, prompt)
-        tokens = [
-            Token(
-                (echo_stream if position < echoed else new_stream).add(_token_id(name)),
-                logprob if logprob is not None else 0.0,  # nothing predicts the first
-                {self.vocabulary.visible([_token_id(name)]): value for name, value in (top or {}).items()},
+        tokens: list[Token] = []
+        for name, logprob, top in zip(
+            logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+        ):
+            token = _token_id(name)
+            if len(tokens) >= echoed and token in self.vocabulary.ends:
+                break
+            # vLLM adds the chosen token where it is not among the candidates asked for.
+            best = sorted((top or {}).items(), key=lambda item: -item[1])[: request.top_k_per_token]
+            tokens.append(
+                Token(
+                    (echo_stream if len(tokens) < echoed else new_stream).add(token),
+                    logprob if logprob is not None else 0.0,  # nothing predicts the first
+                    {self.vocabulary.visible([_token_id(name)]): value for name, value in reversed(best)},
+                )
             )
-            for position, (name, logprob, top) in enumerate(
-                zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
-            )
-        ]
         echo, new = tokens[:echoed], tokens[echoed:]
         self._counts["new_tokens_total"] += len(new)
         text = "".join(token.text for token in new)
