@@ -29,7 +29,7 @@ from statistics import mean
 
 from palio.layout import EntryFolder
 from palio.operating.attempt import Attempt, read_attempts
-from palio.operating.status import STEPS
+from palio.pipeline import BY_NAME, STEPS
 
 PARTS = ("queued", "starting", "step", "ending", "unseen")
 
@@ -101,14 +101,14 @@ def main() -> None:
     ]
     for one in attempts:
         if one.ended and one.job in jobs and one.job in noticed:
-            by_rule[STEPS[one.step].rule].append(parts(one, jobs[one.job], noticed[one.job]))
+            by_rule[BY_NAME[one.step].rule].append(parts(one, jobs[one.job], noticed[one.job]))
     if not by_rule:
         print("SLURM knows no finished job of this folder any more: nothing to measure")
         return
     print(f"| rule | jobs | {' | '.join(PARTS)} | all but queue and step |")
     print("|---|---|---|---|---|---|---|---|")
     total = 0.0
-    for rule in (step.rule for step in STEPS.values() if step.rule in by_rule):
+    for rule in (step.rule for step in STEPS if step.rule in by_rule):
         means = {part: mean(one[part] for one in by_rule[rule]) for part in PARTS}
         overhead = means["starting"] + means["ending"] + means["unseen"]
         total += overhead
