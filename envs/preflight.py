@@ -11,7 +11,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-OLDEST, NEWEST = (3, 11), (3, 13)
+OLDEST, NEWEST = (3, 11), (3, 13)  # fasttext-predict has no wheel for 3.14
 DOWNLOAD_GB = 3.6
 INSTALLED_GB = 7.8
 
