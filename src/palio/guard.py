@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -21,6 +23,8 @@ import psutil
 
 GRACE_SECONDS = 2.0
 """Between SIGTERM and SIGKILL."""
+CONTROLLER_VARIABLE = "PALIO_CONTROLLER"
+"""Environment variable: process id of the local Snakemake that a step ends with."""
 SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36
 """Operations of Linux's prctl."""
 
@@ -35,6 +39,22 @@ def end_with_parent(parent: int, signum: int) -> None:
     _prctl(SET_PDEATHSIG, signum)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def end_with(ancestor: int) -> None:
+    """Get SIGTERM when a process ends that is not the parent, e.g. the Snakemake above a job."""
+    if sys.platform != "linux":
+        return
+    try:
+        descriptor = os.pidfd_open(ancestor)
+    except ProcessLookupError:
+        sys.exit(f"process {ancestor}, which started this step, has ended")
+
+    def wait() -> None:
+        select.select([descriptor], [], [])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _prctl(operation: int, value: int) -> None:

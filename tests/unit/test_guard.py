@@ -90,3 +90,25 @@ def test_a_guard_whose_owner_is_gone_starts_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "palio.guard", str(os.getpid() + 1), "touch", str(tmp_path / "started")]
     assert subprocess.run(command, check=False, timeout=60).returncode == 1
     assert not (tmp_path / "started").exists()
+
+
+STEP = (
+    "import sys, time; from palio.guard import end_with; end_with(int(sys.argv[1])); print(); time.sleep(600)"
+)
+
+
+def test_a_step_ends_with_the_snakemake_above_it() -> None:
+    with subprocess.Popen(["sleep", "600"]) as controller:
+        command = [sys.executable, "-c", STEP, str(controller.pid)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as step:
+            assert step.stdout is not None
+            step.stdout.readline()
+            controller.kill()
+            assert step.wait(5) == -signal.SIGTERM
+
+
+def test_a_step_whose_snakemake_is_gone_does_not_start() -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    step = subprocess.run([sys.executable, "-c", STEP, str(gone.pid)], check=False, timeout=60)
+    assert step.returncode == 1

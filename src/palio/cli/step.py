@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,10 @@ class Steps(click.Group):
 @palio.group(cls=Steps, hidden=True)
 def step() -> None:
     """One step of the workflow, as its rules call it."""
+    from palio.guard import CONTROLLER_VARIABLE, end_with
+
+    if controller := os.environ.get(CONTROLLER_VARIABLE):
+        end_with(int(controller))
 
 
 def _command(name: str) -> click.Command:

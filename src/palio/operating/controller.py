@@ -22,6 +22,7 @@ from typing import IO
 
 from palio.config import Competition
 from palio.errors import PalioError
+from palio.guard import CONTROLLER_VARIABLE
 from palio.layout import LOCK, Results
 from palio.operating import slurm
 from palio.operating.attempt import RUN_VARIABLE
@@ -55,6 +56,8 @@ def take_over(*, on_slurm: bool) -> None:
     os.environ[RUN_VARIABLE] = run
     if on_slurm:
         cancel_orphans()
+    else:
+        os.environ[CONTROLLER_VARIABLE] = str(os.getpid())
 
 
 def running() -> str | None:
