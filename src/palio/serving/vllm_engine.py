@@ -81,7 +81,7 @@ class VllmEngine:
         self._in_flight = 0
         port = free_port()
         on_cpu = device == "cpu"
-        options = {
+        options: dict[str, object] = {
             "host": "127.0.0.1",
             "port": port,
             "served-model-name": "palio",
@@ -92,21 +92,12 @@ class VllmEngine:
         }
         if gpu_memory_gb:
             options["gpu-memory-utilization"] = f"{gpu_memory_share(gpu_memory_gb):.4f}"
-        if cache_gb and not on_cpu:
-            options["kv-cache-memory-bytes"] = int(cache_gb * 1e9)
-        environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
-        if on_cpu:
-            environment |= {
-                "CUDA_VISIBLE_DEVICES": "",
-                "VLLM_CPU_KVCACHE_SPACE": str(max(1, round((cache_gb or CPU_CACHE_GB) * 1e9 / 2**30))),
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # servers side by side would share the first cores
-            }
-        if threads:
-            environment["OMP_NUM_THREADS"] = str(threads)
+        if cache_gb or on_cpu:
+            options["kv-cache-memory-bytes"] = int((cache_gb or CPU_CACHE_GB) * 1e9)
         arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         self._process = subprocess.Popen(
             guarded([PROGRAM, "serve", str(package), "--enable-prefix-caching", *arguments]),
-            env=environment,
+            env=os.environ | _environment(on_cpu, threads),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
@@ -244,6 +235,17 @@ class VllmEngine:
         stop = find_stop(text, request.stop_sequences)
         new = list(cut(new, len(text) if stop is None else stop).tokens)
         return Completion("".join(token.text for token in echo + new), (*echo, *new))
+
+
+def _environment(on_cpu: bool, threads: int | None) -> dict[str, str]:
+    """Return vLLM's environment variables."""
+    variables = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    if on_cpu:
+        # Servers side by side would all be bound to the first cores.
+        variables |= {"CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    if threads:
+        variables["OMP_NUM_THREADS"] = str(threads)
+    return variables
 
 
 def _token_id(name: str) -> int:
