@@ -1,4 +1,4 @@
-"""How fast a large competition is analysed: `python benchmarks/scoring.py`.
+"""How fast a large competition is analyzed: `python benchmarks/scoring.py`.
 
 500 entries x 50 columns, 1000 bootstrap replicates of 5000 instances; the goal is 20 s and 2 GB on two
 cores. The 50 columns are 10 scenarios of 5 metrics, 500 instances each, in HELM runs of 50 (drawn by

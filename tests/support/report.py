@@ -1,4 +1,4 @@
-"""A finished competition in small, without models: data, records and telemetry as the steps leave them."""
+"""A finished competition at reduced scale, without models: data, records and telemetry as in `results/`."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def test_a_panel_holds_open_values_and_nothing_of_the_closed_stage() -> None:
     assert {one.entry: one.values for one in panel.entries} == {"a": [0.1], "b": [0.5], "c": [0.9]}
     assert "secret" not in panel.model_dump_json()
     assert [one.entry for one in panel_of(board(), ["b"]).entries] == ["b"]
-    with pytest.raises(BadInput, match="'z': is not in the leaderboard"):
+    with pytest.raises(BadInput, match="'z': is not on the leaderboard"):
         panel_of(board(), ["z"])
 
 

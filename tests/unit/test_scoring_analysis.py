@@ -43,7 +43,7 @@ def scored(results: Path, **scoring: str) -> Leaderboard:
     )
 
 
-def test_a_track_is_analysed_from_its_instances(results: Path) -> None:
+def test_a_track_is_analyzed_from_its_instances(results: Path) -> None:
     found = analyze_track(competition(), scored(results), Results(results))
     assert found.uncertainty is not None
     assert (found.uncertainty.method, found.uncertainty.instances) == ("bootstrap", 30)
@@ -102,7 +102,7 @@ def test_contamination_stands_beside_the_scores(results: Path) -> None:
     assert "Training data of mid contains evaluation instances." in found.text
 
 
-def test_a_table_that_was_not_scored_is_not_analysed(results: Path) -> None:
+def test_a_table_that_was_not_scored_is_not_analyzed(results: Path) -> None:
     board = scored(results)
     table = results / "t/mid/helm/open/instances.parquet"
     rows = pq.read_table(table).to_pylist()

@@ -1,4 +1,4 @@
-"""benchmarks/scoring.py runs, in small."""
+"""benchmarks/scoring.py runs at reduced scale."""
 
 from __future__ import annotations
 
