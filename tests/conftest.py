@@ -15,6 +15,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from palio.base_model import fetch_base_model
 from palio.config import BaseModelSource
+from tests.support.training import Entry, tiny_base_model
 
 settings.register_profile("palio", deadline=None)  # a busy machine is no fault of the code
 settings.load_profile("palio")
@@ -52,3 +53,15 @@ def base_model() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         fetch_base_model(DEMO_MODEL, out)
     return out / "model"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
+    """A fetched base model of random weights that a second trains and serves."""
+    return tiny_base_model(tmp_path_factory.mktemp("base"), base_model)
+
+
+@pytest.fixture
+def entry(tiny: Path, tmp_path: Path) -> Entry:
+    """The folder of an entry that starts from `tiny`."""
+    return Entry.create(tmp_path / "entry", tiny)

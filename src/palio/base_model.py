@@ -57,7 +57,7 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
     elif source.path:
         given = expand(source.path)
         if not given.is_dir():
-            raise BadInput("base_model", "path", source.path, "no such folder; correct the path")
+            raise BadInput("base_model", "path", source.path, why="no such folder", fix="correct the path")
         _take_files(given, building, "path", source.path)
     shutil.rmtree(model, ignore_errors=True)
     building.rename(model)
@@ -97,13 +97,19 @@ def _take_files(folder: Path, target: Path, key: str, value: str) -> None:
     name shows in the hash.
     """
     if not (folder / "config.json").is_file():
-        raise BadInput("base_model", key, value, "has no config.json; give a model in Hugging Face format")
+        raise BadInput(
+            "base_model", key, value, why="has no config.json", fix="give a model in Hugging Face format"
+        )
     weights = weight_files(folder)
     if not weights:
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
         held = f" (it has {pickled[0]}: pickled weights are refused)" if pickled else ""
         raise BadInput(
-            "base_model", key, value, f"has no complete safetensors weights{held}; give a safetensors model"
+            "base_model",
+            key,
+            value,
+            why=f"has no complete safetensors weights{held}",
+            fix="give a safetensors model",
         )
     for path in sorted(folder.iterdir()):
         wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in WANTED)
@@ -134,13 +140,14 @@ def _hub_snapshot(address: str, offline: bool) -> Path:
             return cached
     except (errors.LocalEntryNotFoundError, FileNotFoundError):
         if offline:
-            fix = "is not in the local hub cache; fetch it once with a network, or give `path`"
-            raise BadInput("base_model", "hub", address, fix) from None
+            why, fix = "is not in the local hub cache", "fetch it once with a network, or give `path`"
+            raise BadInput("base_model", "hub", address, why=why, fix=fix) from None
     try:
         return Path(huggingface_hub.snapshot_download(repo, **request))
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-        fix = "the hub has no such model or revision, or it asks for a login; correct it or set HF_TOKEN"
-        raise BadInput("base_model", "hub", address, fix) from None
+        why = "the hub has no such model or revision, or it asks for a login"
+        fix = "correct it or set HF_TOKEN"
+        raise BadInput("base_model", "hub", address, why=why, fix=fix) from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         cause = str(error).strip().partition("\n")[0]
         raise Crashed(f"base model {address}: the download failed ({cause}); try again") from None
@@ -158,12 +165,12 @@ def _convert_gguf(address: str, target: Path) -> None:
     package, _, name = address.partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        fix = f"the Python package {package} is not installed; install it"
-        raise BadInput("base_model", "gguf", address, fix)
+        why, fix = f"the Python package {package} is not installed", "install it"
+        raise BadInput("base_model", "gguf", address, why=why, fix=fix)
     folder = Path(spec.origin).parent
     if not (folder / name).is_file():
         held = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "no GGUF file"
-        raise BadInput("base_model", "gguf", address, f"no such file; {package} has {held}")
+        raise BadInput("base_model", "gguf", address, why="no such file", fix=f"{package} has {held}")
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     settings: dict[str, Any] = read.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):

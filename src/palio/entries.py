@@ -73,10 +73,11 @@ class Entries(Mapping[str, AnyEntry]):
         for key in ("withdrawn", "shards"):
             for entry_id in getattr(competition, key):
                 if entry_id not in self.files:
-                    fix = "no entry has this id; correct or remove it"
-                    raise BadInput(file, f"{key}.{entry_id}", None, fix)
+                    raise BadInput(
+                        file, f"{key}.{entry_id}", why="no entry has this id", fix="correct or remove it"
+                    )
         if not self.files:
-            raise BadInput(file, "entries", None, "no entry file in these folders; add <id>.yaml")
+            raise BadInput(file, "entries", why="no entry file in these folders", fix="add <id>.yaml")
 
     def __getitem__(self, entry_id: str) -> AnyEntry:
         if entry_id not in self._read:
@@ -91,8 +92,11 @@ class Entries(Mapping[str, AnyEntry]):
         except BadInput as fault:
             return BrokenEntry(first, fault)
         if entry.track not in self._track_ids:
-            fix = f"use one of {', '.join(self._track_ids)}"
-            return BrokenEntry(first, BadInput(path, "track", entry.track, fix), entry.team)
+            return BrokenEntry(
+                first,
+                BadInput(path, "track", entry.track, fix=f"use one of {', '.join(self._track_ids)}"),
+                entry.team,
+            )
         return entry
 
     def __iter__(self) -> Iterator[str]:

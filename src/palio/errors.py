@@ -56,7 +56,7 @@ class BadInput(PalioError):
     state = State.RULE_VIOLATION
 
     def __init__(
-        self, file: str | Path, key: str = "", value: object = None, fix: str = "", *, why: str = ""
+        self, file: str | Path, key: str = "", value: object = None, *, why: str = "", fix: str = ""
     ) -> None:
         self.file, self.key, self.value, self.why, self.fix = file, key, value, why, fix
         where = f"{file}: {key}" if key else f"{file}"

@@ -45,8 +45,8 @@ class Gpu:
 def require_one_gpu(track: Track, count: int, visible: str | None) -> None:
     """Raise BadInput unless exactly one of `count` GPUs is visible on a track with a GPU."""
     if count == 0:
-        fix = "no CUDA GPU is visible; run on a node with one"
-        raise BadInput("track", "gpu_memory_gb", track.gpu_memory_gb, fix)
+        why, fix = "no CUDA GPU is visible", "run on a node with one"
+        raise BadInput("track", "gpu_memory_gb", track.gpu_memory_gb, why=why, fix=fix)
     if count > 1:
-        fix = f"{count} GPUs are visible and the rules allow one; set it to one GPU"
-        raise BadInput("environment", "CUDA_VISIBLE_DEVICES", visible, fix)
+        why, fix = f"{count} GPUs are visible and the rules allow one", "set it to one GPU"
+        raise BadInput("environment", "CUDA_VISIBLE_DEVICES", visible, why=why, fix=fix)

@@ -79,9 +79,8 @@ class Folder:
 class StageStore(Folder):
     """A prepared stage. The closed stage's shows prompts and lies in the closed store."""
 
-    instances = At(
-        "instances.parquet"
-    )  # scenario, run, instance, text, reference of every evaluation instance
+    # scenario, run, instance, text, reference of every evaluation instance
+    instances = At("instances.parquet")
     runs = At("runs.json")  # HELM's run entries and planned runs: ids and counts only
     data = At("data")  # downloads in the layout of HELM's caches: scenarios/ and perturbations/
     data_digests = At("data.json")  # sha256 of every file in data/

@@ -1,6 +1,6 @@
 """Settings of the steps: the slice of a competition and an entry that decides a step's result.
 
-`settings_of` is the only place that makes them. A rule passes them on as canonical JSON, its only parameter:
+Their `of` is the only place that makes them. A rule passes them on as canonical JSON, its only parameter:
 a step re-runs when its settings change and at no other time. How a step runs here (`RunOptions`) is not among
 them.
 """
@@ -49,7 +49,7 @@ def read_slice(model: type[Model], text: str, option: str) -> Model:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise BadInput(option, "", None, f"is not JSON ({error}); copy it from the rule") from None
+        raise BadInput(option, why=f"is not JSON ({error})", fix="copy it from the rule") from None
     return parse(model, content, option)
 
 
@@ -334,4 +334,4 @@ class RunOptions(Strict):
 
     @classmethod
     def read(cls, text: str, **given: Any) -> RunOptions:
-        return parse(cls, json.loads(text) | given, "--options")
+        return read_slice(cls, text, "--options").model_copy(update=given)

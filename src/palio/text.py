@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 
 def duration(seconds: float) -> str:
@@ -12,15 +13,21 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def _cell(content: object) -> str:
+    """Return a cell's own Markdown on one line."""
+    return str(content).replace("|", "\\|").replace("\n", " ")
+
+
 def markdown_table(
-    head: Sequence[str], rows: Iterable[Sequence[object]], left: Collection[str] | None = None
+    head: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    left: Collection[str] | None = None,
+    cell: Callable[[Any], str] = _cell,
 ) -> str:
     """Return a Markdown table; columns other than those in `left`, if given, are aligned right."""
     align = ["---" if left is None or name in left else "---:" for name in head]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
-        for line in (head, align, *rows)
-    )
+    first, *others = ([cell(content) for content in line] for line in (head, *rows))
+    return "\n".join(f"| {' | '.join(line)} |" for line in (first, align, *others))
 
 
 def last_lines(log: str, count: int = 5) -> str:

@@ -26,24 +26,10 @@ from palio.settings import CheckedAgainst
 from tests.support.curation import curate, pairs_of, recipe, write_jsonl
 from tests.support.folder import ROOT
 from tests.support.programs import HANDS_IN, program_of, run_command
-from tests.support.training import Entry, tiny_base_model
+from tests.support.training import Entry
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-0000{}-of-00002.safetensors"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
-    return tiny_base_model(tmp_path_factory.mktemp("base"), base_model)
-
-
-@pytest.fixture
-def entry(tiny: Path, tmp_path: Path) -> Entry:
-    return Entry.create(tmp_path / "entry", tiny)
-
-
-def package(entry: Entry, *, adapter: bool = True) -> PackageManifest:
-    return entry.package(adapter=adapter)
 
 
 # --- what a training program leaves ----------------------------------------------------------------------
@@ -137,7 +123,7 @@ if index:
 """
     )
     run_command(entry, program_of(tmp_path / "files", code))
-    manifest = package(entry)
+    manifest = entry.package()
     folder = entry.folder / "package"
     weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
     for shard in (SHARD.format(1), SHARD.format(2)):
@@ -169,7 +155,7 @@ def test_a_result_larger_than_the_programs_disk_is_not_copied(tmp_path: Path) ->
 
 
 def test_a_package_whose_index_leaves_it_is_refused_and_not_loaded(entry: Entry) -> None:
-    package(entry, adapter=False)
+    entry.package(adapter=False)
     folder = entry.folder / "package"
     (folder / "model.safetensors").rename(entry.folder / "model.safetensors")
     weight_map = dict.fromkeys(load_file(entry.folder / "model.safetensors"), "../model.safetensors")

@@ -24,12 +24,7 @@ from palio.errors import Crashed, Interrupted, PalioError, TimeLimit
 from palio.records import AdapterManifest, BaseModelManifest, StepFailure, read_record
 from palio.training.ledger import charged, read_ledger
 from palio.training.trainer import StepReport, Trainer
-from tests.support.training import Entry, tiny_base_model, wait_for_step
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
-    return tiny_base_model(tmp_path_factory.mktemp("base"), base_model)
+from tests.support.training import Entry, wait_for_step
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from palio.records import Contained, PackageManifest, read_record
 from palio.sandbox.room import Limits
 from palio.sandbox.server import ConfinedServer
 from palio.settings import PackageSettings
-from tests.support.training import tiny_base_model
 
 ROOT = Path(__file__).parents[2]
 MB = 1 << 20
@@ -41,11 +40,6 @@ ThreadingHTTPServer(("127.0.0.1", int(os.environ["PORT"])), Handler).serve_forev
 """
 
 Serve = Callable[..., AbstractContextManager[ConfinedServer]]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
-    return tiny_base_model(tmp_path_factory.mktemp("base"), base_model)
 
 
 @pytest.fixture

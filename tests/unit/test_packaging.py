@@ -38,11 +38,6 @@ from palio.tensors import mean_divergence
 from tests.support.training import Entry, tiny_base_model
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
-    return tiny_base_model(tmp_path_factory.mktemp("base"), base_model)
-
-
 def package(entry: Entry, *, adapter: bool = True) -> PackageManifest:
     return entry.package(adapter=adapter)
 

@@ -284,7 +284,7 @@ def test_standings_name_step_state_reason_and_log_of_the_unfinished(tmp_path: Pa
     broken = tmp_path / "t/broken/work/failures/check.json"
     StepFailure(step="check", state=State.RULE_VIOLATION, reason="not approved", log="x.log").write(broken)
     entries: dict[str, AnyEntry] = {name: entry(name) for name in ("good", "half", "gone")}
-    entries["broken"] = BrokenEntry("t", BadInput("broken.yaml", "", None, "is wrong"))
+    entries["broken"] = BrokenEntry("t", BadInput("broken.yaml", why="is wrong"))
     board = score_track(competition(), "t", Results(tmp_path), entries, final=False)
     assert [one.entry for one in board.entries] == ["good"]
     assert [(one.entry, one.step, one.state.value, one.reason, one.log) for one in board.did_not_finish] == [

@@ -17,19 +17,9 @@ from palio.records import AdapterManifest, read_record
 from palio.training import command
 from palio.training.ledger import charged, read_ledger
 from tests.support.programs import HANDS_IN, program_of, run_command, start_command
-from tests.support.training import Entry, tiny_base_model
+from tests.support.training import Entry
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
-    return tiny_base_model(tmp_path_factory.mktemp("base"), base_model)
-
-
-@pytest.fixture
-def entry(tiny: Path, tmp_path: Path) -> Entry:
-    return Entry.create(tmp_path / "entry", tiny)
 
 
 def work_of(entry: Entry) -> Path:

@@ -25,17 +25,7 @@ from palio.training.ledger import read_ledger
 from palio.training.model import load_model
 from palio.training.rows import Row, split
 from palio.training.telemetry import SCHEMA
-from tests.support.training import Entry, tiny_base_model
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
-    return tiny_base_model(tmp_path_factory.mktemp("base"), base_model)
-
-
-@pytest.fixture
-def entry(tiny: Path, tmp_path: Path) -> Entry:
-    return Entry.create(tmp_path / "entry", tiny)
+from tests.support.training import Entry
 
 
 def test_training_leaves_adapter_telemetry_and_manifest_that_agree(entry: Entry) -> None:

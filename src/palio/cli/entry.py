@@ -158,7 +158,7 @@ def curate(file: Path, out: Path, base_model: Path | None, limit: int | None, wo
 
     entry = load_entry(file)
     if entry.dataset is None:
-        raise BadInput(file, "dataset", None, "the entry has none; there is nothing to curate")
+        raise BadInput(file, "dataset", why="the entry has none", fix="there is nothing to curate")
     model = base_model or Resources().base_model(entry.base_model.id).path
     with progress_bar() as progress:
         manifest = curate_dataset(

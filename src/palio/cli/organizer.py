@@ -37,7 +37,7 @@ def score(competition: str, track: str, results: Path, out: Path) -> None:
     """The final leaderboard of a track. Every entry must be finished or withdrawn."""
     settings = competition_of(competition)
     if track not in settings.tracks:
-        raise BadInput("palio score", "--track", track, f"use one of {', '.join(settings.tracks)}")
+        raise BadInput("palio score", "--track", track, fix=f"use one of {', '.join(settings.tracks)}")
     _score(settings, [track], results, out, final=True)
 
 
@@ -232,7 +232,7 @@ def retry(competition: str, entry: str, steps: tuple[str, ...], results: Path) -
         mine = [one for one in entries if one.entry == entry]
         steps = tuple(step.step for one in mine for step in one.steps if step.state == "failed")
         if mine and not steps:
-            raise BadInput("--step", "", None, f"no step of {entry} has failed; name the one to run again")
+            raise BadInput("--step", why=f"no step of {entry} has failed", fix="name the one to run again")
     overrides.retry(found, entry, list(steps))
     print(f"{entry}: {', '.join(steps)} will start afresh with the next run of the workflow")
 

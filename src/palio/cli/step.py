@@ -93,7 +93,9 @@ def _planned(
 
         workflow = Workflow(competition_content(competition), competition)
         if entry_dir.name not in workflow.entries:
-            raise BadInput(competition, "entries", entry_dir.name, "no entry has this id; correct the folder")
+            raise BadInput(
+                competition, "entries", entry_dir.name, why="no entry has this id", fix="correct the folder"
+            )
         planned = model.of(workflow.planned(entry_dir.name), name)
     else:
         planned = model.read(settings)

@@ -78,7 +78,7 @@ def contaminated_pairs(dataset: Path, instances: Path, ngram: int = NGRAM) -> It
 def _table(dataset: Path) -> Path:
     path = DatasetFolder(dataset).rows if dataset.is_dir() else dataset
     if not path.is_file():
-        raise BadInput(path, "", None, "no such dataset; curate it first")
+        raise BadInput(path, why="no such dataset", fix="curate it first")
     return path
 
 
@@ -87,7 +87,7 @@ def _rows_that_hold(table: Path, index: InstanceIndex) -> Iterator[tuple[tuple[s
     columns, file = ["prompt", "completion", "history", "source", "id"], pq.ParquetFile(table)
     for name in columns:
         if name not in file.schema_arrow.names:
-            raise BadInput(table, name, None, "has no such column; curate the dataset again")
+            raise BadInput(table, name, why="has no such column", fix="curate the dataset again")
     for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
         for place, numbers in enumerate(index.found_in(batch)):
             if numbers:

@@ -167,20 +167,20 @@ def _digest(op: str, given: Input, context: OperationContext) -> str:
         files = sorted(context.base_model.glob("token*"))
         if not files:
             raise BadInput(
-                context.base_model, "", None, f"has no tokenizer for {op}; fetch the base model first"
+                context.base_model, why=f"has no tokenizer for {op}", fix="fetch the base model first"
             )
         return fingerprint({path.name: file_sha256(path) for path in files})
     path = Path(given.path)
     if given.kind == "open_stage":
         if not path.is_file():
-            raise BadInput(path, "", None, "no such table of instances; prepare the open stage first")
+            raise BadInput(path, why="no such table of instances", fix="prepare the open stage first")
         return file_sha256(path)
     model = Incoming.locate(path, context.team_folders)
     folder = model.root / model.name
     # Given an adapter, transformers would load the base model from wherever its config says.
     if (folder / "adapter_config.json").exists() or not weight_files(folder):
-        fix = "no model with safetensors weights in this folder; give one in Hugging Face format"
-        raise BadInput("dataset", f"{op}.{given.key}", given.path, fix)
+        why, fix = "no model with safetensors weights in this folder", "give one in Hugging Face format"
+        raise BadInput("dataset", f"{op}.{given.key}", given.path, why=why, fix=fix)
     return model.sha256()
 
 
@@ -196,8 +196,10 @@ def _carry_out(
         processes.each(step.apply, step.without_outcome(sources.batches), tick)
         report = step.report(sources.batches)
         if report.rows_out == 0:
-            fix = f"dropped the last of {report.rows_in} rows; loosen it or add sources"
-            raise BadInput(f"entry {entry}", f"dataset.operations.{step.index}", step.operation.op, fix)
+            why, fix = f"dropped the last of {report.rows_in} rows", "loosen it or add sources"
+            raise BadInput(
+                f"entry {entry}", f"dataset.operations.{step.index}", step.operation.op, why=why, fix=fix
+            )
         reports.append(report)
         rows = report.rows_out
     return reports

@@ -33,7 +33,7 @@ def lines_of(
     folder = DatasetFolder(dataset)
     path = folder.dropped if dropped else folder.rows
     if not path.is_file():
-        raise BadInput(path, "", None, "no such file; give the folder of a curated dataset")
+        raise BadInput(path, why="no such file", fix="give the folder of a curated dataset")
     shown = 0
     for batch in pq.ParquetFile(path).iter_batches(batch_size=BATCH_ROWS):
         for row in batch.to_pylist():

@@ -52,9 +52,9 @@ def read_instances(path: Path) -> list[Instance]:
     try:
         table = pq.read_table(path, columns=columns)
     except FileNotFoundError:
-        raise BadInput(path, "", None, "no such table of instances; prepare the stage first") from None
+        raise BadInput(path, why="no such table of instances", fix="prepare the stage first") from None
     except (pa.ArrowException, KeyError) as error:
-        raise BadInput(path, "", None, f"is not a table of instances: {error}") from None
+        raise BadInput(path, why=f"is not a table of instances: {error}") from None
     unique = {(row["scenario"], row["text"]): row for row in table.select(columns).to_pylist()}
     return [
         Instance(row["scenario"], row["instance"], row["text"], row["reference"]) for row in unique.values()

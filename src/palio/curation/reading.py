@@ -67,8 +67,9 @@ def read_sources(
         write_json(folder / "sources.json", record)
     sources = _sources(folder)
     if not sources.batches:
-        fix = "the sources hold no row; add rows or other sources"
-        raise BadInput(recipe.sources[0].address, "", None, fix)
+        raise BadInput(
+            recipe.sources[0].address, why="the sources hold no row", fix="add rows or other sources"
+        )
     return sources
 
 
@@ -144,8 +145,8 @@ class _Reading:
                 first = next(line for line in self.quarantine if line["source"] == source.label)
                 share = f"{quarantined} of {rows + quarantined} lines are malformed"
                 limit = f"more than max_quarantined = {most:g}"
-                fix = f"{first['reason']}; {share}, {limit}: correct the file or its format"
-                raise BadInput(source.address, f"line {first['line']}", None, fix)
+                why, fix = first["reason"], f"{share}, {limit}: correct the file or its format"
+                raise BadInput(source.address, f"line {first['line']}", why=why, fix=fix)
             self.reports.append(
                 SourceReport(
                     name=source.label,

@@ -64,8 +64,9 @@ def source_digest(source: DataSource, team_folders: Sequence[Path]) -> str:
     try:
         return Incoming.locate(Path(source.path), team_folders).sha256()
     except (FileNotFoundError, NotADirectoryError):
-        fix = "no such file; correct dataset.sources, or fetch it again"
-        raise BadInput(source.path, "", None, fix) from None
+        raise BadInput(
+            source.path, why="no such file", fix="correct dataset.sources, or fetch it again"
+        ) from None
 
 
 def read_source(source: DataSource, team_folders: Sequence[Path]) -> Iterator[SourceRow | Quarantined]:
@@ -145,15 +146,16 @@ def _hub(source: DataSource) -> Iterator[tuple[int, Record | Malformed]]:
         yield from enumerate(found, start=1)
     except (OSError, ValueError, RuntimeError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
-        fix = f"could not be read ({first}); check id, config and split, or fetch it on a node with network"
-        raise BadInput(f"hub:{source.hub}", "", None, fix) from None
+        why = f"could not be read ({first})"
+        fix = "check id, config and split, or fetch it on a node with network"
+        raise BadInput(f"hub:{source.hub}", why=why, fix=fix) from None
 
 
 def _cached(newest: Any, source: DataSource) -> Any:
     """The pinned revision; offline, `datasets` takes the newest that the cache has of any."""
     if not Path(newest.cache_dir).with_name(str(source.revision)).is_dir():
-        fix = f"is not in the cache, which has {newest.hash} of it; fetch it on a node with network"
-        raise BadInput(f"hub:{source.hub}", "", None, fix)
+        why, fix = f"is not in the cache, which has {newest.hash} of it", "fetch it on a node with network"
+        raise BadInput(f"hub:{source.hub}", why=why, fix=fix)
     return type(newest)(
         repo_id=newest.repo_id,
         dataset_name=newest.dataset_name,
@@ -167,7 +169,7 @@ def _saved(folder: Incoming) -> Iterator[tuple[int, Record | Malformed]]:
     """Records of a folder that `datasets` saved. Read without that library, which opens whatever file a
     record, or the state beside the tables, names."""
     if "dataset_dict.json" in folder.names():
-        raise BadInput(str(folder), "", None, f"has several splits; give one, as {folder}/train")
+        raise BadInput(str(folder), why="has several splits", fix=f"give one, as {folder}/train")
     line = 0
     try:
         for table in saved_tables(folder):
@@ -179,7 +181,7 @@ def _saved(folder: Incoming) -> Iterator[tuple[int, Record | Malformed]]:
                     line += 1
                     yield line, record
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise BadInput(str(folder), "", None, f"is not a saved dataset ({error}); save it again") from None
+        raise BadInput(str(folder), why=f"is not a saved dataset ({error})", fix="save it again") from None
 
 
 def _records(source: Incoming) -> Iterator[tuple[int, Record | Malformed]]:
@@ -195,11 +197,12 @@ def _records(source: Incoming) -> Iterator[tuple[int, Record | Malformed]]:
             stream = _decompressed(file, name)
             name = name.removesuffix(".gz").removesuffix(".zst")
             if not name.endswith((".jsonl", ".csv")):
-                fix = "is none of .jsonl, .jsonl.gz, .jsonl.zst, .csv, .parquet; convert it"
-                raise BadInput(shown, "", None, fix)
+                raise BadInput(
+                    shown, why="is none of .jsonl, .jsonl.gz, .jsonl.zst, .csv, .parquet", fix="convert it"
+                )
             yield from _csv(shown, stream) if name.endswith(".csv") else _jsonl(stream)
     except (EOFError, OSError, zlib.error) as error:
-        raise BadInput(shown, "", None, f"is broken or cut short ({error}); fetch it again") from None
+        raise BadInput(shown, why=f"is broken or cut short ({error})", fix="fetch it again") from None
 
 
 def _decompressed(file: BinaryIO, name: str) -> IO[bytes]:
@@ -243,10 +246,10 @@ def _csv(path: str, stream: IO[bytes]) -> Iterator[tuple[int, Record | Malformed
             )
     except UnicodeDecodeError:
         raise BadInput(
-            path, f"line {reader.line_num}", None, "is not UTF-8; save the file as UTF-8"
+            path, f"line {reader.line_num}", why="is not UTF-8", fix="save the file as UTF-8"
         ) from None
     except csv.Error as error:
-        raise BadInput(path, f"line {reader.line_num}", None, f"is not CSV: {error}") from None
+        raise BadInput(path, f"line {reader.line_num}", why=f"is not CSV: {error}") from None
 
 
 def _parquet(path: str, file: BinaryIO) -> Iterator[tuple[int, Record | Malformed]]:
@@ -257,7 +260,7 @@ def _parquet(path: str, file: BinaryIO) -> Iterator[tuple[int, Record | Malforme
                 line += 1
                 yield line, record
     except pa.ArrowException as error:
-        raise BadInput(path, "", None, f"is not a whole Parquet file ({error}); fetch it again") from None
+        raise BadInput(path, why=f"is not a whole Parquet file ({error})", fix="fetch it again") from None
 
 
 # --- shapes of records ----------------------------------------------------------------------------
@@ -395,7 +398,7 @@ def _shape(source: DataSource) -> Shape:
         prompt = environment.from_string(source.template.prompt)
         completion = environment.from_string(source.template.completion)
     except jinja2.TemplateSyntaxError as error:
-        raise BadInput(source.address, "template", None, f"is not a Jinja template: {error}") from None
+        raise BadInput(source.address, "template", why=f"is not a Jinja template: {error}") from None
 
     def rendered(record: Record) -> Turns:
         try:

@@ -101,11 +101,13 @@ def make_store(runs: StageRuns) -> None:
         private.parent.mkdir(parents=True, exist_ok=True)
         private.mkdir(mode=0o700, exist_ok=True)
         if (mode := private.stat().st_mode & 0o777) & 0o077:
-            raise BadInput(private, "mode", f"{mode:o}", "others can read the closed store; chmod 700 it")
+            raise BadInput(
+                private, "mode", f"{mode:o}", why="others can read the closed store", fix="chmod 700 it"
+            )
         for scenario in runs.scenarios.values():
             path = expand(scenario.run_entries).resolve()
             if not path.is_relative_to(Path.cwd()) and _others_can_read(path):
-                raise BadInput(path, "", None, "others can read this closed run file; chmod 700 its folder")
+                raise BadInput(path, why="others can read this closed run file", fix="chmod 700 its folder")
     runs.store.path.mkdir(parents=True, exist_ok=True)
 
 
@@ -153,8 +155,9 @@ def _verify_data(store: StageStore) -> None:
     now = _data_digests(store.data)
     changed = [name for name in sorted(fetched) if now.get(name) != fetched[name]]
     if changed:
-        fix = "changed since it was fetched; run `palio fetch-data` again"
-        raise BadInput(store.data / changed[0], "", None, fix)
+        raise BadInput(
+            store.data / changed[0], why="changed since it was fetched", fix="run `palio fetch-data` again"
+        )
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def read_tables(folder: Path) -> list[Table]:
     ]
     if not tables:
         forms = ", ".join(f"<track>{round_.suffix}" for round_ in ROUNDS)
-        raise BadInput(folder, "", None, f"no published table here; it needs files named {forms}")
+        raise BadInput(folder, why="no published table here", fix=f"it needs files named {forms}")
     return tables
 
 
@@ -189,18 +189,18 @@ def read_table(path: Path, round_: Round) -> Table:
         values: Values = {}
         for name, cells in rows:
             if name in values:
-                raise BadInput(path, str(name), None, "is duplicated; remove one")
+                raise BadInput(path, str(name), why="is duplicated", fix="remove one")
             values[name] = dict(cells)
     except (ValueError, TypeError) as error:
-        raise BadInput(path, "", None, f"is not a list of [entry, {{column: value}}]: {error}") from None
+        raise BadInput(path, why=f"is not a list of [entry, {{column: value}}]: {error}") from None
     if not values:
-        raise BadInput(path, "", None, "has no entries")
+        raise BadInput(path, why="has no entries")
     names = [name for name in next(iter(values.values())) if " - " in name]
     for entry, cells in values.items():
         for name in names:
             value = cells.get(name, math.nan)
             if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-                raise BadInput(path, f"{entry}: {name}", None, "has no value; write a number or null")
+                raise BadInput(path, f"{entry}: {name}", why="has no value", fix="write a number or null")
     columns = tuple(_column(name, round_.name, path) for name in names)
     return Table(path, path.name.removesuffix(round_.suffix), round_, values, columns, tuple(names))
 
@@ -211,7 +211,7 @@ def _column(name: str, round_: RoundName, path: Path) -> Column:
     if kind not in LOWER_IS_BETTER + HIGHER_IS_BETTER:
         known = ", ".join(HIGHER_IS_BETTER + LOWER_IS_BETTER)
         raise BadInput(
-            path, name, None, f"unknown metric, so unknown direction; the known metrics are {known}"
+            path, name, why="unknown metric, so unknown direction", fix=f"the known metrics are {known}"
         )
     group = "MATH" if scenario.startswith("MATH") else scenario
     stage = "open" if scenario in OPEN_SCENARIOS else "closed"

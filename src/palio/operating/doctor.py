@@ -260,7 +260,7 @@ def examine(competition: Competition, file: Path) -> Iterator[Finding]:
         return
     content = read_yaml(file)
     if not isinstance(content, dict):
-        raise BadInput(file, "", None, "is not a profile; give the profile's config.yaml")
+        raise BadInput(file, why="is not a profile", fix="give the profile's config.yaml")
     site = read_site()
     yield Finding(True, f"slurmctld responds; partitions {', '.join(site.partitions)}")
     sound = True

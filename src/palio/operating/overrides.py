@@ -30,8 +30,8 @@ def retry(competition: Competition, entry: str, steps: list[str]) -> None:
     _known(competition, entry)
     for step in steps:
         if step not in (limited := [one.name for one in LIMITED]):
-            fix = f"runs again on its own in the next run; only {', '.join(limited)} need a grant"
-            raise BadInput("--step", "", step, fix)
+            why, fix = "runs again on its own in the next run", f"only {', '.join(limited)} need a grant"
+            raise BadInput("--step", "", step, why=why, fix=fix)
     overrides = load_overrides(competition.competition)
     granted = dict(overrides.retries.get(entry, {}))
     for step in steps:
@@ -42,7 +42,7 @@ def retry(competition: Competition, entry: str, steps: list[str]) -> None:
 def _known(competition: Competition, entry: str) -> None:
     known = Entries(competition)
     if entry not in known:
-        raise BadInput("ENTRY", "", entry, f"no entry has this id; use one of {', '.join(known)}")
+        raise BadInput("ENTRY", "", entry, why="no entry has this id", fix=f"use one of {', '.join(known)}")
 
 
 def _write(competition: Competition, overrides: Overrides, change: dict[str, object]) -> None:

@@ -99,12 +99,12 @@ def reproduce(
     trained = read_record(AdapterManifest, first.adapter_manifest)
     track = competition.tracks.get(trained.track)
     if track is None:
-        fix = "is not a track in this competition; give the entry's competition"
-        raise BadInput(first.adapter_manifest, "track", trained.track, fix)
+        why, fix = "is not a track in this competition", "give the entry's competition"
+        raise BadInput(first.adapter_manifest, "track", trained.track, why=why, fix=fix)
     store = competition.store.reproduction(fingerprint(str(out.resolve()))[:16])
     again = Results(out, store).entry(first.track_id, first.entry_id)
     if again.path.resolve() == first.path.resolve():
-        raise BadInput("--out", "", str(out), "is the entry's own results folder; give another")
+        raise BadInput("--out", "", str(out), why="is the entry's own results folder", fix="give another")
     _require_the_same_inputs(first, trained)
     if not again.dataset.manifest.exists():
         shutil.copytree(
@@ -129,8 +129,8 @@ def reproduce(
 
 def _require_the_same_inputs(first: EntryFolder, trained: AdapterManifest) -> None:
     if trained.recipe_version.startswith("command"):
-        fix = "was trained by the team's own program; run its entry again in another folder"
-        raise BadInput(first.adapter_manifest, "recipe_version", trained.recipe_version, fix)
+        why, fix = "was trained by the team's own program", "run its entry again in another folder"
+        raise BadInput(first.adapter_manifest, "recipe_version", trained.recipe_version, why=why, fix=fix)
     base = read_record(BaseModelManifest, steps.RESOURCES.base_model(trained.base_model).manifest)
     data = read_record(DatasetManifest, first.dataset.manifest)
     for key, ours, theirs in (
@@ -139,8 +139,8 @@ def _require_the_same_inputs(first: EntryFolder, trained: AdapterManifest) -> No
         ("recipe_version", RECIPE_VERSION, trained.recipe_version),
     ):
         if ours != theirs:
-            fix = f"here it is {ours}; bring back what the entry was trained with"
-            raise BadInput(first.adapter_manifest, key, theirs, fix)
+            why, fix = f"here it is {ours}", "bring back what the entry was trained with"
+            raise BadInput(first.adapter_manifest, key, theirs, why=why, fix=fix)
 
 
 def _compared(first: EntryFolder, again: EntryFolder) -> Reproduction:

@@ -47,7 +47,7 @@ def assemble(folder: EntryFolder, leaderboard: Path | None = None) -> Path:
         scored = next((one for one in board.entries if one.entry == manifest.entry), None)
         if scored is None or board.track != manifest.track:
             raise BadInput(
-                leaderboard, "entries", None, f"has no score of {manifest.entry}; give its track's"
+                leaderboard, "entries", why=f"has no score of {manifest.entry}", fix="give its track's"
             )
         write_json(published.scores, scored.model_dump(mode="json"))
         write_text(published.score_card, scores_card(board, scored))

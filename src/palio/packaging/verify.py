@@ -62,7 +62,7 @@ def manifest_of(folder: Path) -> Path:
         if path.is_file():
             return path
     raise BadInput(
-        folder, "", None, "no package.json in its palio/ or beside it; give the folder of a package"
+        folder, why="no package.json in its palio/ or beside it", fix="give the folder of a package"
     )
 
 

@@ -95,15 +95,15 @@ def new_entry(
         BadInput: the name is taken or is not an id, or a value does not fit the competition.
     """
     if not ID_PATTERN.fullmatch(path.stem) or path.suffix != ".yaml":
-        raise BadInput(path, "", None, "name it <id>.yaml, the id of letters, digits, - and _")
+        raise BadInput(path, fix="name it <id>.yaml, the id of letters, digits, - and _")
     if path.exists():
-        raise BadInput(path, "", None, "already exists; choose another name")
+        raise BadInput(path, why="already exists", fix="choose another name")
     if track not in competition.tracks:
-        raise BadInput("palio new", "--track", track, f"use one of {', '.join(competition.tracks)}")
+        raise BadInput("palio new", "--track", track, fix=f"use one of {', '.join(competition.tracks)}")
     source_kind, separator, address = base_model.partition(":")
     if not separator or source_kind not in ("hub", "path", "gguf"):
         raise BadInput(
-            "palio new", "--base-model", base_model, "write hub:org/name@<commit>, path:… or gguf:…"
+            "palio new", "--base-model", base_model, fix="write hub:org/name@<commit>, path:… or gguf:…"
         )
     rules = load_rules(Path(competition.rules))
     own, program = Resources().teams / path.stem, Resources().team_program(path.stem)

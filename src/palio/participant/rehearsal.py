@@ -59,7 +59,7 @@ def rehearse(file: Path, competition: Competition, out: Path) -> Rehearsal:
         Crashed: a step did not finish; with its reason and log.
     """
     if not Path("Snakefile").is_file():
-        raise BadInput("Snakefile", "", None, "no workflow in this folder; run palio try in a clone of Palio")
+        raise BadInput("Snakefile", why="no workflow in this folder", fix="run palio try in a clone of Palio")
     entry = load_entry(file)
     project = Project(out / file.stem)
     small = small_competition(competition, entry)
@@ -168,7 +168,7 @@ def small_entry(entry: Entry, project: Project) -> dict[str, Any]:
 def write_head(source: Path, target: Path, rows: int) -> None:
     """Write the first `rows` records of a source, in its own format. Raises BadInput if it is missing."""
     if not source.is_file():
-        raise BadInput(source, "", None, "no such file; correct dataset.sources, or fetch it")
+        raise BadInput(source, why="no such file", fix="correct dataset.sources, or fetch it")
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.suffix == ".parquet":
         batch = next(pq.ParquetFile(source).iter_batches(batch_size=rows), None)

@@ -52,8 +52,8 @@ def read_record(model: type[AnyRecord], path: Path) -> AnyRecord:
     try:
         return model.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BadInput(path, "", None, "no such record; run the step that makes it") from None
+        raise BadInput(path, why="no such record", fix="run the step that makes it") from None
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in fault["loc"])
-        raise BadInput(path, key, None, f"{fault['msg']}; run the step again") from None
+        raise BadInput(path, key, why=fault["msg"], fix="run the step again") from None

@@ -79,7 +79,7 @@ def changed_files(folder: Path) -> list[str]:
         recorded = {one["@id"]: one["sha256"] for one in graph if one.get("@type") == "File"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(
-            folder / METADATA, "", None, "is no RO-Crate metadata; get the release again"
+            folder / METADATA, why="is no RO-Crate metadata", fix="get the release again"
         ) from None
     found = folder_sha256(folder)
     found.pop(METADATA, None)

@@ -79,7 +79,7 @@ def gather(
         Leak: a file holds a text of the closed stage or a credential.
     """
     if out.exists() and any(out.iterdir()) and not (out / METADATA).is_file():
-        raise BadInput(out, "", None, "already exists and is not a release; name another folder")
+        raise BadInput(out, why="already exists and is not a release", fix="name another folder")
     building = Project(out.with_name(f".{out.name}.tmp"))
     shutil.rmtree(building.path, ignore_errors=True)
     building.path.mkdir(parents=True)
@@ -141,7 +141,7 @@ def _entry(folder: EntryFolder, out: EntryFolder) -> None:
 def _leaderboard(track_id: str, boards: Boards, out: Boards) -> None:
     if not boards.leaderboard(track_id).is_file():
         raise BadInput(
-            boards.leaderboard(track_id), "", None, "no such leaderboard; run the workflow to its end"
+            boards.leaderboard(track_id), why="no such leaderboard", fix="run the workflow to its end"
         )
     for suffix in LEADERBOARD_SUFFIXES:
         if (path := boards.table(track_id, suffix)).is_file():

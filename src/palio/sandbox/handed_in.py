@@ -32,17 +32,17 @@ def check_files(folder: Path, key: str) -> None:
     Raises BadInput with `key`, the place in the entry file.
     """
     if not folder.is_dir():
-        raise BadInput("entry", key, str(folder), "no such folder; correct the path")
+        raise BadInput("entry", key, str(folder), why="no such folder", fix="correct the path")
     for where, folders, files in os.walk(folder):
         for path in (Path(where), *(Path(where, name) for name in (*folders, *files))):
             mode = path.lstat().st_mode
             if stat.S_ISLNK(mode):
-                raise BadInput(path, "", None, "is a symbolic link; put the file itself there")
+                raise BadInput(path, why="is a symbolic link", fix="put the file itself there")
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise BadInput(path, "", None, "is neither a file nor a folder; remove it")
+                raise BadInput(path, why="is neither a file nor a folder", fix="remove it")
             readable = stat.S_IROTH | (stat.S_IXOTH if stat.S_ISDIR(mode) else 0)
             if os.geteuid() == 0 and mode & readable != readable:  # the program is not root
-                raise BadInput(path, "", None, f"is for its owner only; run chmod -R o+rX {folder}")
+                raise BadInput(path, why="is for its owner only", fix=f"run chmod -R o+rX {folder}")
 
 
 def take_model(

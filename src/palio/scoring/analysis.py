@@ -118,7 +118,7 @@ def _scored_table(board: Leaderboard, results: Results, entry: str, stage: Stage
     path = results.entry(board.track, entry).tables(stage).instances
     key = path.relative_to(results.path).as_posix()
     if not path.exists() or file_sha256(path) != board.inputs.get(key):
-        raise BadInput(path, "", None, "is not the table that was scored; run `palio score` again")
+        raise BadInput(path, why="is not the table that was scored", fix="run `palio score` again")
     return path
 
 
@@ -135,7 +135,7 @@ class _InstancesTable:
         table = pq.read_table(path, columns=[*texts, "value"], filters=filters)
         self.values = table["value"].to_numpy().astype(float)
         if np.isinf(self.values).any():
-            raise BadInput(path, "value", "inf", "is not a finite number; run the stage again")
+            raise BadInput(path, "value", "inf", why="is not a finite number", fix="run the stage again")
         self.codes: dict[str, NDArray[np.int64]] = {}
         self.words: dict[str, list[str]] = {}
         for name in texts:

@@ -67,9 +67,9 @@ def _statistics(metrics: pa.Table, source: str) -> Statistics:
         key = (row["run"], row["metric"], row["split"], row["perturbation"])
         name, value = f"{row['metric']} of {row['run']}", row["value"]
         if key in statistics:
-            raise BadInput(source, name, None, "is duplicated; run the stage again")
+            raise BadInput(source, name, why="is duplicated", fix="run the stage again")
         if value is not None and not math.isfinite(value):
-            raise BadInput(source, name, value, "is not a finite number; run the stage again")
+            raise BadInput(source, name, value, why="is not a finite number", fix="run the stage again")
         statistics[key] = (value, row["n"])
     return statistics
 

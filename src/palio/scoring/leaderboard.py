@@ -105,27 +105,27 @@ def _fill_policy(rule: Convention) -> str:
 
 
 def _validate(columns: Sequence[Column], pool: Sequence[Candidate], weights: Mapping[str, float]) -> None:
-    def refuse(key: str, value: object, problem: str) -> NoReturn:
-        raise BadInput("leaderboard", key, value, problem)
+    def refuse(key: str, value: object, why: str, fix: str = "") -> NoReturn:
+        raise BadInput("leaderboard", key, value, why=why, fix=fix)
 
     for name, count in Counter(candidate.entry for candidate in pool).items():
         if count > 1:
-            refuse("entries", name, "is duplicated; give each entry its own id")
+            refuse("entries", name, "is duplicated", "give each entry its own id")
     if not columns:
-        refuse("columns", None, "is empty; give at least one column")
+        refuse("columns", None, "is empty", "give at least one column")
     for name, count in Counter(str(column) for column in columns).items():
         if count > 1:
-            refuse("columns", name, "is duplicated; name each column once")
+            refuse("columns", name, "is duplicated", "name each column once")
     for column in columns:
         if column.stage not in weights:
-            refuse("stage_weights", None, f"has no weight for stage {column.stage}; add one")
+            refuse("stage_weights", None, f"has no weight for stage {column.stage}", "add one")
     for candidate in pool:
         if len(candidate.cells) != len(columns):
             refuse(candidate.entry, None, f"has {len(candidate.cells)} cells for {len(columns)} columns")
         for column, cell in zip(columns, candidate.cells, strict=True):
             if cell.value is not None and not np.isfinite(cell.value):
                 where = f"{candidate.entry}: {column.scenario}, {column.metric}"
-                refuse(where, cell.value, "is not a finite number; run the stage again")
+                refuse(where, cell.value, "is not a finite number", "run the stage again")
 
 
 def _first_missing(columns: Sequence[Column], cells: Sequence[Cell]) -> tuple[Column, Cell] | None:
@@ -351,13 +351,13 @@ def read_finished(competition: Competition, folder: EntryFolder, team: str) -> F
         record = read_record(StageRecord, path)
         owner = (record.competition, record.track, record.entry, record.stage)
         if owner != (competition.competition, folder.track_id, folder.entry_id, stage):
-            raise BadInput(path, "", None, f"is the record of {'/'.join(owner)}; {again}")
+            raise BadInput(path, why=f"is the record of {'/'.join(owner)}", fix=again)
         digests = {tables.metrics: record.metrics_sha256, tables.instances: record.instances_table_sha256}
         for table, digest in digests.items():
             if not table.exists():
-                raise BadInput(table, "", None, f"no such table; {again}")
+                raise BadInput(table, why="no such table", fix=again)
             if file_sha256(table) != digest:
-                raise BadInput(table, "", None, f"differs from {path.name}; {again}")
+                raise BadInput(table, why=f"differs from {path.name}", fix=again)
         for file, digest in {**digests, path: file_sha256(path)}.items():
             inputs[file.relative_to(folder.results).as_posix()] = digest
         records[stage] = record

@@ -28,7 +28,9 @@ def panel_of(board: Leaderboard, members: Sequence[str] = ()) -> Panel:
     by_id = {scored.entry: scored for scored in board.entries}
     unknown = [name for name in members if name not in by_id]
     if unknown:
-        raise BadInput("scoring", "reference_panel", unknown[0], "is not on the leaderboard; correct it")
+        raise BadInput(
+            "scoring", "reference_panel", unknown[0], why="is not on the leaderboard", fix="correct it"
+        )
     keep = [index for index, column in enumerate(board.columns) if column.stage == STAGE]
     return Panel(
         competition=board.competition,
@@ -52,8 +54,8 @@ def placed(panel: Panel, columns: Sequence[Column], cells: Sequence[Cell], name:
         BadInput: the columns are not the panel's.
     """
     if list(columns) != panel.columns:
-        problem = "was made for other columns than the competition's; get the organizers' current one"
-        raise BadInput("panel", panel.track, None, problem)
+        why, fix = "was made for other columns than the competition's", "get the organizers' current one"
+        raise BadInput("panel", panel.track, why=why, fix=fix)
     members = [entry.entry for entry in panel.entries]
     rows = [
         [Cell(value=value, n=n) for value, n in zip(entry.values, entry.instances, strict=True)]

@@ -31,6 +31,7 @@ from palio.records import (
     Robustness,
     Uncertainty,
 )
+from palio.text import markdown_table
 
 
 def write_leaderboard(
@@ -206,9 +207,7 @@ def _outcome(stopped: DidNotFinish) -> str:
 
 
 def _markdown_table(table: _Table) -> str:
-    rule = "|".join(" --- " if name in TEXT_COLUMNS else " ---: " for name in table.head)
-    head, *rows = ("| " + " | ".join(map(markup.markdown, row)) + " |" for row in (table.head, *table.rows))
-    return "\n".join([head, f"|{rule}|", *rows])
+    return markdown_table(table.head, table.rows, TEXT_COLUMNS, markup.markdown)
 
 
 def markdown(board: Leaderboard, analysis: Analysis | None = None) -> str:

@@ -49,15 +49,15 @@ def rescore(
         ("missing", missing, get_args(Missing)),
     ):
         if value is not None and value not in known:
-            raise BadInput("rescore", key, value, f"use one of {', '.join(known)}")
+            raise BadInput("rescore", key, value, fix=f"use one of {', '.join(known)}")
     candidates: list[Candidate] = []
     inputs: dict[str, str] = {}
     for scored in board.entries:
         finished = read_finished(competition, results.entry(board.track, scored.entry), scored.team)
         for path, digest in finished.inputs.items():
             if board.inputs.get(path) != digest:
-                problem = "changed since the leaderboard was made; run `palio score` instead"
-                raise BadInput(results.path / path, "", None, problem)
+                why, fix = "changed since the leaderboard was made", "run `palio score` instead"
+                raise BadInput(results.path / path, why=why, fix=fix)
         inputs |= finished.inputs
         candidates.append(finished.candidate)
     return score(
@@ -208,11 +208,11 @@ def difference(a: Leaderboard, b: Leaderboard) -> Difference:
     """
     if (a.competition, a.track) != (b.competition, b.track):
         tracks = f"{a.competition}/{a.track} and {b.competition}/{b.track}"
-        raise BadInput("diff", "", None, f"the leaderboards are of {tracks}; give two of one track")
+        raise BadInput("diff", why=f"the leaderboards are of {tracks}", fix="give two of one track")
     for board in (a, b):
         if CONVENTIONS[board.convention].version != board.convention_version:
             used = f"{board.convention} version {board.convention_version}"
-            raise BadInput("diff", "", None, f"cannot compute {used}; rescore that leaderboard first")
+            raise BadInput("diff", why=f"cannot compute {used}", fix="rescore that leaderboard first")
     start = _state_of(a)
     path = _path(a, b)
     states = [start, *(step.state for step in path)]

@@ -219,7 +219,9 @@ def serve(package: Path, *, host: str, port: int, engine: str = "transformers", 
     try:
         listener.bind((host, port))
     except OSError as error:
-        raise BadInput("--port", "", port, f"{error.strerror}; choose another, or 0 for any") from None
+        raise BadInput(
+            "--port", "", port, why=f"{error.strerror}", fix="choose another, or 0 for any"
+        ) from None
     loaded: Engine
     if engine == "vllm":
         from palio.serving.vllm_engine import VllmEngine

@@ -55,9 +55,9 @@ def load_model(package: Path, device: str, gpu_memory_gb: float | None) -> Model
         OutOfMemory: the model does not fit.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise BadInput("--device", "", device, "use auto, cpu or cuda")
+        raise BadInput("--device", "", device, fix="use auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device", "", device, "no CUDA GPU is visible; use cpu")
+        raise BadInput("--device", "", device, why="no CUDA GPU is visible", fix="use cpu")
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu and gpu_memory_gb is not None:
         cap_gpu_memory(gpu_memory_gb)

@@ -41,7 +41,7 @@ class Vocabulary:
     def load(cls, package: Path) -> Vocabulary:
         """Raises BadInput if the folder is not a package."""
         if not (package / "config.json").exists():
-            raise BadInput(package, "", None, "no config.json; give a folder made by `palio package`")
+            raise BadInput(package, why="no config.json", fix="give a folder made by `palio package`")
         config = AutoConfig.from_pretrained(package).get_text_config()
         configs = [config]
         if (package / "generation_config.json").exists():

@@ -151,8 +151,8 @@ class _Training:
         table = pq.read_table(self.dataset, columns=["history", "prompt", "completion"])
         tokenizer = AutoTokenizer.from_pretrained(self.model_folder)
         if tokenizer.eos_token_id is None:
-            fix = "the tokenizer has no end-of-sequence token; add eos_token to tokenizer_config.json"
-            raise BadInput(self.model_folder, "eos_token", None, fix)
+            why, fix = "the tokenizer has no end-of-sequence token", "add eos_token to tokenizer_config.json"
+            raise BadInput(self.model_folder, "eos_token", why=why, fix=fix)
         conversations = [
             (*history, prompt, completion)
             for history, prompt, completion in zip(
@@ -161,18 +161,22 @@ class _Training:
         ]
         if self.recipe.chat_template and tokenizer.chat_template is None:
             raise BadInput(
-                "finetune", "chat_template", True, "the base model's tokenizer has none; leave it out"
+                "finetune",
+                "chat_template",
+                True,
+                why="the base model's tokenizer has none",
+                fix="leave it out",
             )
         chat = self.recipe.chat_template
         rows, too_long = tokenise(tokenizer, conversations, self.recipe.max_length, chat=chat)
         if not conversations:
-            raise BadInput(self.dataset, "", None, "has no rows; loosen the dataset's operations")
+            raise BadInput(self.dataset, why="has no rows", fix="loosen the dataset's operations")
         if not rows:
-            longest = f"all {too_long} rows are longer; raise it or shorten the data"
-            raise BadInput("finetune", "max_length", self.recipe.max_length, longest)
+            why, fix = f"all {too_long} rows are longer", "raise it or shorten the data"
+            raise BadInput("finetune", "max_length", self.recipe.max_length, why=why, fix=fix)
         if self.recipe.validation_rows >= len(rows):
-            few = f"the dataset has {len(rows)} rows; hold out fewer"
-            raise BadInput("finetune", "validation_rows", self.recipe.validation_rows, few)
+            why, fix = f"the dataset has {len(rows)} rows", "hold out fewer"
+            raise BadInput("finetune", "validation_rows", self.recipe.validation_rows, why=why, fix=fix)
         return rows, too_long
 
     def _trainer(self, rows: list[Row]) -> Trainer:
@@ -181,8 +185,10 @@ class _Training:
         except ValueError as error:
             if "target modules" not in str(error).lower():
                 raise
-            fix = "matches no module of the base model; name its linear layers or use all-linear"
-            raise BadInput("finetune", "target_modules", self.recipe.target_modules, fix) from None
+            why, fix = "matches no module of the base model", "name its linear layers or use all-linear"
+            raise BadInput(
+                "finetune", "target_modules", self.recipe.target_modules, why=why, fix=fix
+            ) from None
         if self.recipe.lora_init == "pissa":
             model.save_pretrained(self.work.initial_adapter)
         return Trainer(model, rows, self.recipe, self.device)

@@ -102,8 +102,9 @@ def _chat(tokenizer: Any, conversations: Sequence[Sequence[str]]) -> Iterator[To
         parts = list(islice(pairs, len(turns) // 2))
         whole = parts[-1][1]
         if any(whole[: len(part)] != part for pair in parts for part in pair):
-            fix = "the chat template changes a turn once it is answered; leave out finetune.chat_template"
-            raise BadInput("tokenizer", "chat_template", None, fix)
+            why = "the chat template changes a turn once it is answered"
+            fix = "leave out finetune.chat_template"
+            raise BadInput("tokenizer", "chat_template", why=why, fix=fix)
         yield whole, tuple((len(prompt), len(answer)) for prompt, answer in parts)
 
 

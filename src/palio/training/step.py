@@ -123,8 +123,8 @@ def adapter_of(
 def _refuse_to_replace(file: Path, key: str) -> None:
     """Hours of training are not overwritten by accident. Snakemake removes what a rule is to make anew."""
     if file.is_file() and (kept := read_record(AdapterManifest, file).fingerprint) != key:
-        fix = "was trained with another recipe, dataset or base model; remove this file to replace it"
-        raise BadInput(file, "fingerprint", kept[:16], fix)
+        why, fix = "was trained with another recipe, dataset or base model", "remove this file to replace it"
+        raise BadInput(file, "fingerprint", kept[:16], why=why, fix=fix)
 
 
 def _ended(work: TrainingFolder, track: Track) -> bool:

@@ -99,8 +99,8 @@ def dashboards(
             try:
                 tellers[name] = stack.enter_context(_DASHBOARDS[name](folder / name, run, key, recipe))
             except ImportError as error:
-                fix = f"it is not installed ({error}); pip install {name}, or leave it out"
-                raise BadInput("config", "telemetry.report_to", name, fix) from None
+                why, fix = f"it is not installed ({error})", f"pip install {name}, or leave it out"
+                raise BadInput("config", "telemetry.report_to", name, why=why, fix=fix) from None
             except Exception as error:
                 lost(name, error)
 

@@ -51,8 +51,8 @@ class SampleRows(TableOperation):
         for sketch in sketches:
             available.update(sketch["source"].to_pylist())
         if unknown := sorted(self.weights.keys() - available.keys()):
-            fix = f"no row is of this source here; use {', '.join(sorted(available))}"
-            raise BadInput("dataset", "sample_rows.weights", unknown[0], fix)
+            why, fix = "no row is of this source here", f"use {', '.join(sorted(available))}"
+            raise BadInput("dataset", "sample_rows.weights", unknown[0], why=why, fix=fix)
         power = 0 if self.temperature is None else 1 / self.temperature
         weights = {name: self.weights.get(name, 1) * count**power for name, count in available.items()}
         wanted = shares(available, weights, self.rows)
@@ -99,8 +99,8 @@ def _column(sketches: Sketches, source: str, name: str) -> Iterator[Any]:
 
 def _highest(source: str, scores: list[float | None], count: int) -> list[int]:
     if None in scores:
-        fix = "has rows without a score; name the key of its records that holds it"
-        raise BadInput("dataset", f"sources.{source}.score", None, fix)
+        why, fix = "has rows without a score", "name the key of its records that holds it"
+        raise BadInput("dataset", f"sources.{source}.score", why=why, fix=fix)
     return sorted(range(len(scores)), key=lambda row: (-(scores[row] or 0), row))[:count]
 
 

@@ -47,8 +47,9 @@ def plan_stage(
     plans = [_run_plan(run) for run in run_folders(folder)]
     for plan in plans:
         if not plan.instances:
-            fix = "has no question in the split that its metrics look at; correct split or drop the run entry"
-            raise BadInput(f"stages.{stage_name}.scenarios.{plan.scenario}", plan.run, None, fix)
+            why = "has no question in the split that its metrics look at"
+            fix = "correct split or drop the run entry"
+            raise BadInput(f"stages.{stage_name}.scenarios.{plan.scenario}", plan.run, why=why, fix=fix)
     planned = {plan.scenario for plan in plans}
     if missing := [name for name in entries if name not in planned]:
         raise Crashed(f"HELM planned no run for {', '.join(missing)}; see {folder.log}")
@@ -58,13 +59,14 @@ def plan_stage(
 def _failure(folder: HelmFolder, stage_name: str, data: Path) -> BadInput:
     error, scenarios = log_error(folder), f"stages.{stage_name}.scenarios"
     if NETWORK_ERRORS.search(error):
+        why = f"its data is not in {data} and cannot be downloaded here"
         fix = (
-            f"its data is not in {data} and cannot be downloaded here; run `palio fetch-data --stage"
+            "run `palio fetch-data --stage"
             f" {stage_name}` where there is a network, or with --source and a folder of the files"
         )
-        return BadInput(scenarios, failed_download(folder), None, fix)
+        return BadInput(scenarios, failed_download(folder), why=why, fix=fix)
     shown = error if stage_name == "open" else error_class(error)
-    return BadInput(scenarios, "", None, f"HELM cannot make the instances ({shown}); see {folder.log}")
+    return BadInput(scenarios, why=f"HELM cannot make the instances ({shown})", fix=f"see {folder.log}")
 
 
 def _run_plan(run: RunFolder) -> RunPlan:

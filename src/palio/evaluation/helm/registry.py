@@ -66,9 +66,10 @@ def check_directions(competition: Competition, file: str) -> None:
                 key = f"stages.{stage}.scenarios.{name}.metrics.{title}.higher_is_better"
                 known = metric_directions().get(metric.metric)
                 if known is None and "higher_is_better" not in metric.model_fields_set:
-                    fix = f"HELM does not say which way {metric.metric} is better; write true or false"
-                    raise BadInput(file, key, None, fix)
+                    why, fix = f"HELM does not say which way {metric.metric} is better", "write true or false"
+                    raise BadInput(file, key, why=why, fix=fix)
                 if known is not None and known != metric.higher_is_better:
                     better = "higher" if known else "lower"
-                    fix = f"HELM says of {metric.metric} that {better} is better; write {str(known).lower()}"
-                    raise BadInput(file, key, metric.higher_is_better, fix)
+                    why = f"HELM says of {metric.metric} that {better} is better"
+                    fix = f"write {str(known).lower()}"
+                    raise BadInput(file, key, metric.higher_is_better, why=why, fix=fix)

@@ -35,11 +35,11 @@ def run_entries(path: Path) -> list[tuple[str, str]]:
             for entry in parsed["entries"]
         ]
     except FileNotFoundError:
-        raise BadInput(path, "", None, "no such run-entries file; correct run_entries") from None
+        raise BadInput(path, why="no such run-entries file", fix="correct run_entries") from None
     except Exception as error:
-        raise BadInput(path, "entries", None, f"not HELM's run-entries format ({error})") from None
+        raise BadInput(path, "entries", why=f"not HELM's run-entries format ({error})") from None
     if not entries:
-        raise BadInput(path, "entries", None, "is empty; add at least one run entry")
+        raise BadInput(path, "entries", why="is empty", fix="add at least one run entry")
     for description, _ in entries:
         _check_description(path, description)
     return entries
@@ -53,7 +53,7 @@ def _check_description(path: Path, description: str) -> None:
         raise BadInput(path, "entries", name, why=f"HELM {helm_version()} has no such scenario", fix=fix)
     for key in ("model", "max_eval_instances", "eval_split"):
         if re.search(rf"[:,]{key}=", description):
-            raise BadInput(path, "entries", description, f"drop {key}=, the stage sets it")
+            raise BadInput(path, "entries", description, fix=f"drop {key}=, the stage sets it")
 
 
 def shares(total: int, parts: int) -> list[int]:
@@ -118,7 +118,7 @@ def stage_entries(runs: StageRuns) -> dict[str, list[str]]:
     for name, scenario in runs.scenarios.items():
         in_file = run_entries(expand(scenario.run_entries))
         if fingerprint(in_file) != scenario.sha256:
-            raise BadInput(scenario.run_entries, "", None, "changed while the workflow ran; start it again")
+            raise BadInput(scenario.run_entries, why="changed while the workflow ran", fix="start it again")
         if scenario.questions:
             counts = budgets([group for _, group in in_file], scenario.questions)
         else:
