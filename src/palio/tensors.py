@@ -1,4 +1,4 @@
-"""What training, packaging and serving compute alike with torch."""
+"""Torch helpers shared by training, packaging and serving."""
 
 from __future__ import annotations
 

@@ -429,7 +429,7 @@ def test_malformed_lines_are_set_aside_with_line_and_reason(tmp_path: Path) -> N
         8: "completion is empty",
         9: "is not a JSON object",
         11: "completion is missing",
-        12: "id '4' stands twice",
+        12: "duplicate id '4'",
         13: "is longer than 16 MiB",
         14: "holds half a surrogate pair, which is no text",
     }

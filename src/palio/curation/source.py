@@ -106,7 +106,7 @@ def read_source(source: DataSource, team_folders: Sequence[Path]) -> Iterator[So
 
 def _check(row: SourceRow, seen: set[bytes]) -> None:
     if _digest(row) in seen:
-        raise Malformed(f"id {row.id!r} stands twice")
+        raise Malformed(f"duplicate id {row.id!r}")
     for place, text in enumerate(row.turns):
         if not text.strip():
             raise Malformed(f"{('prompt', 'completion')[place % 2]} is empty")

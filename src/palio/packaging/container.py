@@ -25,7 +25,7 @@ IMAGE = (
 )
 PINNED = re.compile(r"^FROM \S+@sha256:[0-9a-f]{64}$", re.M)
 SERVES = ("torch", "transformers", "fastapi", "uvicorn", "pydantic", "click", "pyyaml", "psutil")
-"""What `palio serve` imports."""
+"""Packages that `palio serve` imports."""
 MODULES = ("__init__", "errors", "guard", "layout", "network", "provenance", "tensors", "text", "vllm")
 CODE = ("cli", "config", "serving", *(f"{module}.py" for module in MODULES))
 CONTAINERFILE = f"""\
