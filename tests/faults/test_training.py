@@ -44,7 +44,7 @@ def attempts(entry: Entry) -> int:
 
 def newest_checkpoint(entry: Entry) -> int:
     """Step of the newest complete checkpoint."""
-    complete = (entry.work() / "checkpoints").glob("step-*/manifest.json")
+    complete = (entry.work() / "checkpoints").glob("step-*/checkpoint.json")
     return max(int(path.parent.name.partition("-")[2]) for path in complete)
 
 
@@ -84,7 +84,7 @@ def test_sigterm_saves_at_once_and_the_next_start_goes_on(entry: Entry) -> None:
     assert process.wait() == Interrupted.exit_code
     assert "stopped by SIGTERM at step" in rest
     assert "Traceback" not in rest
-    assert "start again to continue" in failure(entry).reason
+    assert "start again to go on from there" in failure(entry).reason
     reached = newest_checkpoint(entry)
     assert reached >= 10
     again = entry.start(max_steps=80, save_steps=1000)
@@ -125,7 +125,7 @@ def test_a_run_killed_with_its_budget_used_hands_in_its_last_checkpoint(entry: E
     process = entry.start(budget="30s", **recipe)
     wait_for_step(process, 1)
     checkpoints = entry.work() / "checkpoints"
-    while not list(checkpoints.glob("step-*/manifest.json")):
+    while not list(checkpoints.glob("step-*/checkpoint.json")):
         time.sleep(0.02)
     process.kill()
     process.wait()

@@ -125,7 +125,11 @@ def test_both_stages_of_an_identical_package_are_really_asked_under_the_competit
         assert len(journals[0]) == len(journals[1]) == 1
         assert journals[0] != journals[1]
         records = [read_record(StageRecord, folder.stage_record(stage)) for folder in (first, again)]
-        assert records[0] == records[1]
+        tables = {
+            "metrics_sha256",
+            "instances_table_sha256",
+        }  # log-probabilities: batches change their last digits
+        assert records[0].model_dump(exclude=tables) == records[1].model_dump(exclude=tables)
     open_record, closed_record = (read_record(StageRecord, again.stage_record(stage)) for stage in STAGES)
     assert open_record.unanswered == "wrong"
     assert not closed_record.cut_at_stop_sequences

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from palio.serving.request import BadRequest, Request, Token
-from palio.serving.sampling import sample
+from palio.serving.sampling import sample, seeded
 from palio.serving.text import TextStream, Vocabulary, cut, find_stop
 
 
@@ -118,12 +117,20 @@ def test_a_cut_inside_a_token_keeps_its_part_and_its_logprob() -> None:
 
 def test_top_p_samples_from_the_smallest_set_that_reaches_it() -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    sampled = {sample(logits, 1.0, 0.6, random.Random(seed)) for seed in range(200)}
+    sampled = {sample(logits, 1.0, 0.6, seeded(str(seed))) for seed in range(200)}
     assert sampled == {0, 1}
+
+
+def test_noise_in_the_last_digits_of_the_logits_changes_no_sample() -> None:
+    """Fifty thousand tokens of equal probability: each is as likely as the noise is large."""
+    logits, noise = torch.zeros(50_000), torch.randn(50_000, generator=seeded("noise")) * 1e-6
+    for number in range(100):
+        exact, noisy = (sample(one, 1.0, 1.0, seeded(str(number))) for one in (logits, logits + noise))
+        assert exact == noisy
 
 
 def test_sampled_tokens_have_the_models_frequencies() -> None:
     logits = torch.tensor([0.7, 0.2, 0.1]).log()
-    state = random.Random(0)
-    sampled = [sample(logits, 1.0, 1.0, state) for _ in range(3000)]
+    source = seeded("any text")
+    sampled = [sample(logits, 1.0, 1.0, source) for _ in range(3000)]
     assert [sampled.count(token) / 3000 for token in range(3)] == pytest.approx([0.7, 0.2, 0.1], abs=0.03)

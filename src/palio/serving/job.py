@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 import time
 from concurrent.futures import Future, InvalidStateError
 
@@ -13,7 +12,7 @@ import torch
 from palio.serving.drafts import draft_tokens
 from palio.serving.prefix_tree import Node
 from palio.serving.request import GREEDY_BELOW, Completion, Request, Token
-from palio.serving.sampling import sample
+from palio.serving.sampling import sample, seeded
 from palio.serving.text import TextStream, Vocabulary, cut, find_stop
 
 
@@ -66,7 +65,7 @@ class Generation:
         self.done = False
         self.greedy = job.request.temperature < GREEDY_BELOW
         self._vocabulary = vocabulary
-        self._random = random.Random(f"{job.request.seed} {number} {job.request.prompt}")
+        self._random = seeded(f"{job.request.seed} {number} {job.request.prompt}")
         self._echo_stream = TextStream(vocabulary, [])
         self._new_stream = TextStream(vocabulary, job.prompt)
 

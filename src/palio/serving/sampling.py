@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import random
+import hashlib
 
 import torch
 
 
-def sample(logits: torch.Tensor, temperature: float, top_p: float, random_state: random.Random) -> int:
+def seeded(text: str) -> torch.Generator:
+    """A source of random numbers, the same ones for equal texts."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]))
+
+
+def sample(logits: torch.Tensor, temperature: float, top_p: float, source: torch.Generator) -> int:
     """Sample a token id from (vocabulary,) logits at a temperature above 0.
 
-    Keeps the smallest set of most likely tokens whose probability reaches `top_p` (arXiv 1904.09751).
+    Keeps the smallest set of most likely tokens whose probability reaches `top_p` (arXiv 1904.09751), and
+    draws by the Gumbel-max trick (arXiv 1411.0030): each token has its own random number, so the last digits
+    of the logits, which change with the batch, hardly ever change the choice.
     """
-    probabilities, order = (logits.double() / temperature).softmax(-1).sort(descending=True, stable=True)
-    cumulative = probabilities.cumsum(-1)
+    scores = logits.double() / temperature
     if top_p < 1:
-        cumulative = cumulative[: int((cumulative < top_p).sum()) + 1]
-    point = random_state.random() * float(cumulative[-1])
-    rank = int(torch.searchsorted(cumulative, point, right=True))
-    return int(order[min(rank, len(cumulative) - 1)])
+        probabilities, order = scores.softmax(-1).sort(descending=True, stable=True)
+        scores[order[probabilities.cumsum(-1) - probabilities >= top_p]] = -torch.inf
+    noise = torch.empty(scores.shape, dtype=scores.dtype).exponential_(generator=source)
+    return int((scores - noise.log().to(scores.device)).argmax())
