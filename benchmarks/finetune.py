@@ -48,10 +48,11 @@ from palio.provenance import file_sha256
 from palio.quantization import quantization
 from palio.records import DatasetManifest
 from palio.settings import FinetuneSettings, RunOptions
+from palio.tokens import Tokens, load_tokenizer
 from palio.training.attention import NAME, row_bounds
 from palio.training.finetune import finetune
 from palio.training.model import adapt, base_dtype
-from palio.training.rows import Row, flat_batch, step_rows, tokenise
+from palio.training.rows import Row, flat_batch, step_rows, tokenize
 from palio.training.step import TrainingStep
 from palio.training.trainer import StepReport, Trainer, peak_memory
 
@@ -149,8 +150,8 @@ def prepare(work: Path, options: argparse.Namespace) -> list[list[tuple[list[int
     DatasetManifest(**names, recipe_version="1", seed=0, rows=len(texts), sha256=sha256, **empty).write(
         dataset / "manifest.json"
     )
-    tokenizer = AutoTokenizer.from_pretrained(options.model / "model")
-    rows, _ = tokenise(tokenizer, [(text["prompt"], text["completion"]) for text in texts], 2048)
+    tokens = Tokens(load_tokenizer(options.model / "model"))
+    rows, _ = tokenize(tokens, [(text["prompt"], text["completion"]) for text in texts], 2048)
     recipe = recipe_of(options.steps, options.batch_size)
     steps = [
         [(row.ids.tolist(), row.answers[0][0]) for row in step_rows(rows, recipe, step)]
@@ -389,7 +390,7 @@ def rows_apart(device: torch.device) -> float:
         model.set_attn_implementation(NAME)
         batch = flat_batch(rows, device)
         with row_bounds(batch.bounds, device):
-            out = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+            out = model(**batch.inputs, use_cache=False)
     return float((out.logits[0].float() - alone).abs().max() / alone.abs().max())
 
 

@@ -1,12 +1,12 @@
-"""Base models: fetched once, as a plain safetensors folder whose every byte is in the manifest.
+"""Base models: fetched once, as a plain safetensors folder with the hash of every file in its manifest.
 
     resources/base_models/<id>/
         model/           config.json, *.safetensors, tokenizer files
-        manifest.json    BaseModelManifest, written last: its existence means the folder is complete
+        manifest.json    BaseModelManifest, written last: if it exists, the folder is complete
 
-Three sources: `hub` (a snapshot of the Hugging Face hub at a revision), `path` (a folder) and `gguf`
-(a GGUF file inside an installed Python package, dequantised once to fp32 safetensors). Pickled weights
-are never downloaded, linked or opened, and neither is Python code beside the weights.
+Sources: `hub` (a snapshot of the Hugging Face hub at a revision), `path` (a folder) and `gguf` (a GGUF file
+in an installed Python package, dequantized once to fp32 safetensors). Pickled weights and Python code beside
+the weights are never downloaded, linked or opened.
 """
 
 from __future__ import annotations
@@ -29,16 +29,19 @@ from palio.provenance import file_sha256, folder_sha256
 from palio.records import BaseModelManifest, read_record
 
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "README.md")
-"""File names that belong to a model: weights, configs, tokenizer, licence. Not *.bin, *.pt, *.py."""
+"""Name patterns of a model's files: weights, configs, tokenizer, license. Not *.bin, *.pt, *.py."""
 
 MAX_CARD = 1 << 20
+"""Characters of a model card that are read."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = False) -> BaseModelManifest:
-    """Make `out/model` and `out/manifest.json` from `source`; nothing is done where they are complete.
+    """Make `out/model` and `out/manifest.json` from `source`, unless they are already complete.
 
-    With `offline` nothing is asked of the network: a hub model must then be in the local hub cache.
+    With `offline` the network is not used: a hub model must be in the local hub cache.
+
+    Raises BadInput if the source is missing or unusable, Crashed if a download fails or is damaged.
     """
     folder = BaseModelFolder(out)
     manifest_path, model = folder.manifest, folder.model
@@ -77,9 +80,9 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def card_facts(folder: Path) -> dict[str, Any]:
-    """What the model card of a folder says of the model: the YAML between its first two lines of dashes.
+    """Return the metadata of a folder's model card: the YAML between its first two lines of dashes.
 
-    Empty without a card, or with one that cannot be read: its text is a stranger's.
+    Empty if there is no card or it cannot be parsed: its text is untrusted.
     """
     try:
         with (folder / "README.md").open(encoding="utf-8", errors="replace") as stream:
@@ -91,10 +94,10 @@ def card_facts(folder: Path) -> dict[str, Any]:
 
 
 def _take_files(folder: Path, target: Path, key: str, value: str) -> None:
-    """Hard-link the model's files into `target`, or copy them where the file system is another.
+    """Hard-link the model's files into `target`, or copy them across file systems.
 
-    Hard links cost no space and outlive a cleared hub cache; a later change of a file through its other
-    name shows in the hash.
+    Hard links take no space and outlive a cleared hub cache; a later change through the other name shows in
+    the hash.
     """
     if not (folder / "config.json").is_file():
         raise BadInput(
@@ -113,18 +116,18 @@ def _take_files(folder: Path, target: Path, key: str, value: str) -> None:
         )
     for path in sorted(folder.iterdir()):
         wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in WANTED)
-        # Consolidated or duplicate weights beside the indexed ones would only be hashed and carried along.
+        # Consolidated or duplicate weights beside the indexed ones are not needed.
         if not path.is_file() or not wanted or (path.suffix == ".safetensors" and path.name not in weights):
             continue
         real = path.resolve()
         link_or_copy(real, target / path.name)
-        # The hub's cache names a large file by its sha256: that is what the hub promised to send.
+        # The hub's cache names a large file by the sha256 that the hub announced.
         if _SHA256.fullmatch(real.name) and file_sha256(target / path.name) != real.name:
             raise Crashed(f"base model {value}: {path.name} is damaged; delete {real} and fetch it again")
 
 
 def _hub_snapshot(address: str, offline: bool) -> Path:
-    """The snapshot's folder in the local hub cache, downloaded unless it is complete there."""
+    """Return the snapshot's folder in the local hub cache, after a download if it is incomplete."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -154,10 +157,10 @@ def _hub_snapshot(address: str, offline: bool) -> Path:
 
 
 def _convert_gguf(address: str, target: Path) -> None:
-    """Dequantise a GGUF file to fp32 safetensors.
+    """Dequantize a GGUF file to fp32 safetensors.
 
-    A model loaded from GGUF cannot be saved (transformers calls it quantised), so its weights move into
-    a fresh model of the cleaned config.
+    A model loaded from GGUF cannot be saved (transformers considers it quantized), so its weights are moved
+    into a fresh model with a cleaned config.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

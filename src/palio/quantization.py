@@ -1,4 +1,4 @@
-"""How QLoRA quantises a frozen base model: one definition for the steps that train and merge."""
+"""Quantization of a frozen base model for QLoRA, shared by training and merging."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from transformers import BitsAndBytesConfig
 
 
 def quantization(kind: str, compute: torch.dtype) -> BitsAndBytesConfig:
-    """`kind` nf4 or fp4: 4 bits, double quantisation (QLoRA, arXiv 2305.14314); or int8.
+    """Return the settings of nf4 or fp4 (4 bits, double quantization: QLoRA, arXiv 2305.14314) or int8.
 
-    `compute` is the dtype that 4-bit weights are multiplied in.
+    `compute` is the dtype in which 4-bit weights are multiplied.
     """
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -24,10 +24,10 @@ def quantization(kind: str, compute: torch.dtype) -> BitsAndBytesConfig:
 
 
 def evaluation_mode(model: Any) -> Any:
-    """`model.eval()`, but 4-bit layers go on computing as they do in training.
+    """Call `model.eval()`, but let 4-bit layers compute as in training.
 
-    In evaluation mode bitsandbytes repacks 4-bit weights on some CPUs for good and multiplies in bf16:
-    training could not go on, and the logits would not be those that were trained.
+    In evaluation mode bitsandbytes permanently repacks 4-bit weights on some CPUs and multiplies in bf16:
+    training could not continue, and the logits would differ from those that were trained.
     """
     model.eval()
     for module in model.modules():

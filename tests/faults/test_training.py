@@ -197,7 +197,7 @@ def test_a_torn_checkpoint_is_skipped_for_the_one_before(entry: Entry, tiny: Pat
     assert again.stderr is not None
     log = again.stderr.read()
     assert again.wait() == 0
-    assert f"checkpoint {newest.name} is torn and left out" in log
+    assert f"checkpoint {newest.name} is torn; skipped" in log
     assert f"resumed from step {int(first.name.partition('-')[2])} of 60" in log
     assert read_record(AdapterManifest, entry.folder / "adapter.json").files == expected.files
 

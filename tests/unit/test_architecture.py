@@ -124,7 +124,7 @@ LEVELS = (
     {"records", "entries"},
     {"settings"},
     {"pipeline"},
-    {"base_model", "quantization", "sandbox", "demo", "heartbeat", "gpu", "tensors", "vllm"},
+    {"base_model", "quantization", "tokens", "sandbox", "demo", "heartbeat", "gpu", "tensors"},
     {"curation", "training", "packaging", "serving", "evaluation", "eligibility", "scoring", "report"},
     {"neurips2023", "release", "operating", "participant", "workflow", "steps"},
     {"cli"},

@@ -16,7 +16,7 @@ import requests
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from palio.base_model import card_facts
 from palio.config import Track
@@ -103,7 +103,7 @@ def test_nothing_of_this_machine_is_in_the_package(trained: Entry) -> None:
 
 
 def test_packaging_twice_gives_equal_bytes(entry: Entry) -> None:
-    first = read_record(PackageManifest, entry.folder / "package.json")
+    first = package(entry)
     assert package(entry) == first
     assert not list((entry.folder / "work").glob("package.tmp"))
 
@@ -128,6 +128,25 @@ def test_a_fully_fine_tuned_model_is_packaged_as_it_is(tiny: Path, tmp_path: Pat
     assert {"tokenizer.json", "config.json", "README.md"} <= manifest.files.keys()
 
 
+@pytest.mark.parametrize("named", [None, 5, [5, 6]])
+def test_a_package_stops_at_the_trained_end_token_whatever_the_base_model_names(
+    tiny: Path, tmp_path: Path, named: object
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    for name in ("config.json", "generation_config.json"):
+        add(base / "model" / name, eos_token_id=named)
+    manifest = read_record(BaseModelManifest, base / "manifest.json")
+    manifest.model_copy(update={"files": folder_sha256(base / "model")}).write(base / "manifest.json")
+    entry = Entry.create(tmp_path / "e", base)
+    entry.finetune(max_steps=1)
+    package(entry)
+    ends = GenerationConfig.from_pretrained(entry.folder / "package").eos_token_id
+    end = AutoTokenizer.from_pretrained(base / "model").eos_token_id
+    assert set(ends) == {end, *(named if isinstance(named, list) else [named] if named else [])}
+    assert json.loads((base / "model/generation_config.json").read_text())["eos_token_id"] == named
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 def test_a_package_answers_as_the_quantised_model_that_was_trained(
     tiny: Path, tmp_path: Path, kind: str
@@ -145,6 +164,22 @@ def test_a_package_answers_as_the_quantised_model_that_was_trained(
     tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
     ours = probe_logits(AutoModelForCausalLM.from_pretrained(entry.folder / "package"), tokenizer)
     assert mean_divergence(ours, probe_logits(plain, tokenizer)) > manifest.divergence
+
+
+def test_transposed_layers_are_dequantised_as_they_were_trained(tiny: Path, tmp_path: Path) -> None:
+    """GPT-2's, which are square for attention's output."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    (base / "model" / "model.safetensors").unlink()
+    size = len(AutoTokenizer.from_pretrained(base / "model"))
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=4)
+    GPT2LMHeadModel(config).save_pretrained(base / "model")
+    entry = Entry.create(tmp_path / "e", base)
+    entry.finetune(max_steps=30, learning_rate=1e-2, method="qlora")
+    divergence = package(entry).divergence
+    assert divergence is not None
+    assert divergence < 1e-6
 
 
 def test_an_adapter_that_differs_from_its_manifest_is_refused(entry: Entry) -> None:
@@ -227,7 +262,7 @@ def test_a_package_as_it_was_made_passes_every_check(trained: Entry, bases: Path
         (lambda folder: flip(folder / "tokenizer.json"), "files", "tokenizer.json differs"),
         (lambda folder: (folder / "stray.txt").write_text("?"), "files", "stray.txt is not in the manifest"),
         (lambda folder: (folder / "model.bin").write_bytes(b"?"), "no code", "could run code"),
-        (lambda folder: add(folder / "config.json", auto_map={"x": "y"}), "no code", "asks for code"),
+        (lambda folder: add(folder / "config.json", auto_map={"x": "y"}), "no code", "asks for custom code"),
         (lambda folder: (folder / "generation_config.json").unlink(), "complete", "generation_config.json"),
         (lambda folder: (folder / "README.md").write_text("# A model\n"), "cards", "does not name the base"),
         (lambda folder: (folder / "DATA_CARD.md").unlink(), "cards", "DATA_CARD.md is missing"),

@@ -157,7 +157,7 @@ while True: time.sleep(0.1)
 
 def test_a_program_that_fails_is_named_with_its_code_and_last_line(entry: Entry, tmp_path: Path) -> None:
     program = program_of(tmp_path / "files", "raise SystemExit('out of ideas \\x1b[31m')")
-    with pytest.raises(Crashed, match=r"the program ended with code 1; .*program.log: out of ideas \[31m"):
+    with pytest.raises(Crashed, match=r"the program exited with code 1; .*program.log: out of ideas \[31m"):
         run_command(entry, program)
 
 

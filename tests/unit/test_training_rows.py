@@ -23,8 +23,9 @@ from transformers import (
 
 from palio.config import FinetuneRecipe
 from palio.errors import BadInput
+from palio.tokens import Tokens
 from palio.training.attention import NAME, row_bounds
-from palio.training.rows import Row, flat_batch, padded_batch, planned_steps, step_rows, tokenise
+from palio.training.rows import Row, flat_batch, padded_batch, planned_steps, step_rows, tokenize
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -56,9 +57,7 @@ def test_rows_end_to_end_give_the_logits_of_each_row_alone(config: PretrainedCon
         model.set_attn_implementation(NAME)
         batch = flat_batch(rows, CPU)
         with row_bounds(batch.bounds, CPU):
-            flat = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[
-                0
-            ]
+            flat = model(**batch.inputs, use_cache=False).logits[0]
     torch.testing.assert_close(flat, torch.cat(alone), atol=1e-5, rtol=1e-4)
 
 
@@ -69,12 +68,12 @@ def test_the_loss_falls_on_completion_tokens_only() -> None:
     assert flat.targets.tolist() == expected
     assert padded.targets.tolist() == expected
     # The token before each target is the one it is predicted from.
-    assert flat.input_ids[0][flat.predict + 1].tolist() == expected
+    assert flat.inputs["input_ids"][0][flat.predict + 1].tolist() == expected
 
 
 def test_a_prompt_has_the_same_tokens_as_the_server_gives_it(base_model: object) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_model)
-    ((row,), too_long) = tokenise(tokenizer, [("Question: 1 + 1?\nAnswer:", " 2")], 100)
+    ((row,), too_long) = tokenize(Tokens(tokenizer), [("Question: 1 + 1?\nAnswer:", " 2")], 100)
     alone = tokenizer("Question: 1 + 1?\nAnswer:", add_special_tokens=False)["input_ids"]
     ((start, end),) = row.answers
     assert row.ids[:start].tolist() == alone
@@ -85,7 +84,7 @@ def test_a_prompt_has_the_same_tokens_as_the_server_gives_it(base_model: object)
 
 def test_rows_over_the_limit_are_left_out_whole_and_counted(base_model: object) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_model)
-    rows, too_long = tokenise(tokenizer, [("short", " a"), ("long " * 50, " b")], 20)
+    rows, too_long = tokenize(Tokens(tokenizer), [("short", " a"), ("long " * 50, " b")], 20)
     assert [row.number for row in rows] == [0]
     assert too_long == 1
 
@@ -113,7 +112,7 @@ def test_every_row_is_seen_once_an_epoch(
 
 def test_rows_through_the_chat_template_are_those_a_chat_server_makes(base_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_model)
-    (row,), _ = tokenise(tokenizer, [("What is 1 + 1?", "2")], 100, chat=True)
+    (row,), _ = tokenize(Tokens(tokenizer), [("What is 1 + 1?", "2")], 100, chat=True)
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is 1 + 1?"}], add_generation_prompt=True, return_dict=False
     )
@@ -130,7 +129,7 @@ def test_of_a_conversation_every_answer_is_learned_and_nothing_else(
     base_model: Path, *, chat: bool, end: str
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_model)
-    rows, _ = tokenise(tokenizer, [TALK, TALK[:2]], 200, chat=chat)
+    rows, _ = tokenize(Tokens(tokenizer), [TALK, TALK[:2]], 200, chat=chat)
     learned = [[tokenizer.decode(row.ids[start:stop]) for start, stop in row.answers] for row in rows]
     assert learned == [[answer + end for answer in TALK[1::2]], [TALK[1] + end]]
     batch = flat_batch(rows, CPU)
@@ -141,7 +140,7 @@ def test_of_a_conversation_every_answer_is_learned_and_nothing_else(
 
 def test_each_answer_of_a_conversation_is_asked_as_a_chat_server_would(base_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_model)
-    (row,), _ = tokenise(tokenizer, [TALK], 200, chat=True)
+    (row,), _ = tokenize(Tokens(tokenizer), [TALK], 200, chat=True)
     turns = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(TALK)]
     for number, (start, _) in enumerate(row.answers):
         asked = tokenizer.apply_chat_template(
@@ -157,7 +156,7 @@ def test_a_chat_template_that_rewrites_earlier_turns_is_refused(base_model: Path
         "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else m.content[:3] }};{% endfor %}"
     )
     with pytest.raises(BadInput, match="changes a turn once it is answered"):
-        tokenise(tokenizer, [TALK], 200, chat=True)
+        tokenize(Tokens(tokenizer), [TALK], 200, chat=True)
 
 
 def test_grouping_by_length_sees_every_row_and_pads_less() -> None:

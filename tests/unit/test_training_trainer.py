@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from palio.config import FinetuneRecipe
+from palio.errors import BadInput
 from palio.training.attention import NAME, kernel_dtype, row_bounds
 from palio.training.model import adapt
 from palio.training.rows import Row, flat_batch
@@ -204,7 +205,7 @@ def test_the_gpus_attention_keeps_rows_apart_as_the_cpus_does() -> None:
         model.set_attn_implementation(NAME)
         batch = flat_batch(rows, device)
         with row_bounds(batch.bounds, device):
-            out = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+            out = model(**batch.inputs, use_cache=False)
     torch.testing.assert_close(out.logits[0], alone, atol=0.02, rtol=0.02)
 
 
@@ -254,3 +255,20 @@ def test_compiled_layers_train_as_the_others_do(
 def test_kernels_compiled_for_the_gpu_train_as_the_others_do() -> None:
     compiled, plain = compiled_and_not(torch.device("cuda"))
     assert compiled == pytest.approx(plain, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key"),
+    [
+        ({"target_modules": ["lm_head"]}, "target_modules"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "target_modules"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
+    ],
+)
+def test_an_adapter_on_one_of_two_tied_modules_is_refused(recipe: dict[str, Any], key: str) -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": True}))
+    with pytest.raises(BadInput, match=rf"finetune: {key} is .*ties the weights of .*; remove "):
+        adapt(model, FinetuneRecipe.model_validate(recipe))
+    untied = AutoModelForCausalLM.from_config(CONFIG)
+    adapt(untied, FinetuneRecipe.model_validate(recipe))

@@ -1,1 +1,1 @@
-"""From base model and adapter to a package: a plain model folder with its manifest and model card."""
+"""Packages: a plain model folder made from base model and adapter, with its manifest and model card."""

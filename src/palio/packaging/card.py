@@ -1,6 +1,6 @@
-"""The model card of a package: what the model was made from, and what it is not.
+"""The model card of a package: its lineage and its limits.
 
-No date, host or path, so equal content is equal text.
+It holds no date, host or path, so equal content gives equal text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from palio.text import markdown_table
 LIMITS = (
     "It was made for a competition of English prompts, prompt and completion together at most 2048 tokens.",
     "It was tuned to score there. Nobody has checked it for safety, bias or truth beyond the scores.",
-    "The base model's licence and limits stay in force.",
+    "The base model's license and limits still apply.",
 )
 
 
@@ -29,7 +29,7 @@ def model_card(
     trained: AdapterManifest | None,
     facts: Mapping[str, Any],
 ) -> str:
-    """README.md, with the hub's metadata first. `facts` are those of the base model's own card."""
+    """Return README.md, with the hub's metadata first. `facts` is the metadata of the base model's card."""
     address = base.source.hub or base.source.path or base.source.gguf or ""
     name = Path(address).name if base.source.path else address
     sections = [
@@ -50,7 +50,7 @@ def model_card(
         sections += [
             "## Data and recipe",
             f"{trained.rows} rows ({trained.rows_too_long} more were too long); "
-            "sources, licences and operations stand in DATA_CARD.md.",
+            "sources, licenses and operations are listed in DATA_CARD.md.",
             f"```json\n{recipe}\n```",
         ]
     sections += ["## Limits", "\n".join(f"- {limit}" for limit in LIMITS)]
@@ -58,7 +58,7 @@ def model_card(
 
 
 def _metadata(competition: str, base: BaseModelManifest, facts: Mapping[str, Any]) -> dict[str, Any]:
-    licence = facts.get("license")
+    license_id = facts.get("license")
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -67,8 +67,8 @@ def _metadata(competition: str, base: BaseModelManifest, facts: Mapping[str, Any
     }
     if base.source.hub:
         metadata["base_model"] = base.source.hub.partition("@")[0]
-    if isinstance(licence, str):
-        metadata["license"] = licence
+    if isinstance(license_id, str):
+        metadata["license"] = license_id
         if isinstance(facts.get("license_name"), str):
             metadata["license_name"] = facts["license_name"]
     return metadata

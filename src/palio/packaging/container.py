@@ -1,8 +1,8 @@
-"""A container file that serves a package: the image pinned by digest, every Python package by version.
+"""A container that serves a package: the image is pinned by digest, every Python package by version.
 
-    <out>/Containerfile        to build and run with podman or docker, as its first lines say
-    <out>/requirements.lock    the server's packages and all that they need, as installed here
-    <out>/palio/               Palio's own code, without the parts that serving does not need
+    <out>/Containerfile        for podman or docker; its first lines show how to run it
+    <out>/requirements.lock    the server's packages and their dependencies, as installed here
+    <out>/palio/               the part of Palio's code that serves
 
 The model is mounted, not copied: one image serves every package of a competition.
 """
@@ -26,8 +26,10 @@ IMAGE = (
 PINNED = re.compile(r"^FROM \S+@sha256:[0-9a-f]{64}$", re.M)
 SERVES = ("torch", "transformers", "fastapi", "uvicorn", "pydantic", "click", "pyyaml", "psutil")
 """Packages that `palio serve` imports."""
-MODULES = ("__init__", "errors", "guard", "layout", "network", "provenance", "tensors", "text", "vllm")
+_SHARED = ("guard", "layout", "network", "provenance", "tensors", "text", "tokens", "vllm")
+MODULES = ("__init__", "errors", *_SHARED)
 CODE = ("cli", "config", "serving", *(f"{module}.py" for module in MODULES))
+"""Parts of Palio that `palio serve` imports."""
 CONTAINERFILE = f"""\
 # Serves a package behind HELM's HTTP contract. Build here, then:
 #   podman run --rm -p 8080:8080 -v /path/to/package:/package:ro <image>
@@ -44,7 +46,7 @@ ENTRYPOINT ["python", "-m", "palio.cli", "serve", "/package", "--host", "0.0.0.0
 
 
 def write_container(out: Path) -> None:
-    """Leave the container's files in the folder `out`."""
+    """Write the container's files into the folder `out`."""
     source = Path(__file__).parents[1]
     for name in CODE:
         target = out / "palio" / name
@@ -60,7 +62,7 @@ def write_container(out: Path) -> None:
 
 
 def locked(*roots: str) -> list[str]:
-    """`name==version` of the installed packages `roots` and of all that they need here, sorted."""
+    """Return `name==version` of the installed packages `roots` and their dependencies here, sorted."""
     versions: dict[str, str] = {}
     waiting = [(root, "") for root in roots]
     seen: set[tuple[str, str]] = set()
@@ -70,11 +72,11 @@ def locked(*roots: str) -> list[str]:
             continue
         seen.add((name, extra))
         try:
-            found = metadata.distribution(name)
-        except metadata.PackageNotFoundError:  # of a platform or an option that is not ours
+            package = metadata.distribution(name)
+        except metadata.PackageNotFoundError:  # for another platform, or optional
             continue
-        versions[canonicalize_name(name)] = found.version
-        for line in found.requires or ():
+        versions[canonicalize_name(name)] = package.version
+        for line in package.requires or ():
             needed = Requirement(line)
             if needed.marker is None or needed.marker.evaluate({"extra": extra}):
                 waiting += [(needed.name, option) for option in ("", *needed.extras)]

@@ -1,28 +1,28 @@
-"""The packaging step: base model and adapter in, one folder out that transformers loads by itself.
+"""Packaging of a trained model: base model and adapter in, one folder out that plain transformers loads.
 
-    package/          safetensors weights, configs, tokenizer, chat template, README.md (model card),
-                      DATA_CARD.md (of the dataset it was trained on)
-    package.json      PackageManifest, written last
-    package.run.json  when, where, how long
+    package/    safetensors weights, configs, tokenizer, chat template, README.md (the model card),
+                DATA_CARD.md (the dataset's card)
 
-The adapter is merged in fp32 and the merged model must give the logits of base plus adapter; only then
-are the weights cast to the base model's own dtype.
+The adapter is merged in fp32, and the merged model must give the logits of base plus adapter; only then are
+the weights cast to the base model's dtype.
 
-A QLoRA adapter is merged into the base model as it was when it was trained: quantised, then dequantised
-to plain weights. On the demo's model (25 steps, NF4) that package is at a KL divergence below 1e-6 from
-the trained model, with the same loss on its task (0.0015 nats a token); merged into the base model that
-was never quantised it would be at 0.33, with a loss of 0.021.
+A QLoRA adapter is merged into the base model as it was in training: quantized, then dequantized to plain
+weights. On the demo's model (25 steps, NF4) the KL divergence of that package from the trained model is below
+1e-6, at the same loss on its task (0.0015 nats a token); merged into the unquantized base model, the
+divergence would be 0.33 and the loss 0.021.
 """
 
 from __future__ import annotations
 
-import shutil
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from palio.base_model import card_facts
@@ -30,24 +30,24 @@ from palio.errors import Crashed
 from palio.files import link_or_copy
 from palio.layout import BaseModelFolder, EntryFolder
 from palio.packaging.card import model_card
+from palio.packaging.step import package_of
 from palio.provenance import folder_sha256
 from palio.quantization import evaluation_mode, quantization
 from palio.records import (
     AdapterManifest,
     BaseModelManifest,
     PackageManifest,
-    RunFacts,
     read_record,
-    timed_run,
 )
 from palio.settings import PackageSettings
 from palio.tensors import mean_divergence
+from palio.tokens import Tokens, load_tokenizer
 
 TOLERANCE = 1e-3
-"""Largest difference of a logit that the merge may make, in fp32."""
+"""Largest change of a logit by the merge, in fp32."""
 
 DIVERGENCE = 1e-2
-"""Largest mean KL divergence, in nats, of the package from the model as it was trained."""
+"""Largest mean KL divergence of the package from the trained model, in nats."""
 
 PROBES = (
     "The capital of France is",
@@ -56,55 +56,41 @@ PROBES = (
     "Translate to German: Good morning, how are you today?\n",
     "1 2 3 4 5 6 7 8 9 10 11 12",
 )
-"""Short texts of different kinds; the logits of all their positions are compared."""
+"""Short texts of different kinds, compared by the logits at all their positions."""
 
 
 def build_package(
     folder: EntryFolder, settings: PackageSettings, base_model: BaseModelFolder
 ) -> PackageManifest:
-    """Leave package/ and package.json in the entry's folder; without an adapter the base model is packaged.
+    """Make package/ and package.json in the entry's folder; without an adapter, package the base model.
 
-    Raises Crashed if the merged model differs.
+    Raises Crashed if the package differs from what was trained.
     """
-    base = read_record(BaseModelManifest, base_model.manifest)
     trained = read_record(AdapterManifest, folder.adapter_manifest) if settings.adapter else None
-    disable_progress_bar()  # of transformers' loading and saving: only noise in a log
-    building = folder.unfinished("package")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    folder.package_manifest.unlink(missing_ok=True)
-    difference = divergence = None
-    with timed_run(folder.run_facts("package"), RunFacts()):
-        if trained is None:
-            _link_files(base_model.model, building, weights=True)
-        else:
+    disable_progress_bar()  # transformers' bars are noise in a log
+
+    def fill(building: Path, base: BaseModelManifest) -> dict[str, Any]:
+        difference = divergence = None
+        if trained is not None:
             if folder_sha256(folder.adapter) != trained.files:
                 raise Crashed(f"{folder.adapter} differs from adapter.json; run finetune again")
             difference, divergence = _write_tuned(base_model.model, folder.adapter, trained, building)
-            _link_files(base_model.model, building, weights=False)
-        _complete(building)
+        _link_files(base_model.model, building, weights=trained is None)
+        _complete(building, _ends(base_model.model, trained))
         _write_cards(folder, settings, base, trained, base_model.model, building)
         for path in building.iterdir():
-            if path.stat().st_nlink == 1:  # a linked file is the base model's, its mode is not ours to change
+            if path.stat().st_nlink == 1:  # a linked file is the base model's; its mode stays
                 path.chmod(0o644)
         parameters, dtype = _shape(building)
-        shutil.rmtree(folder.package, ignore_errors=True)
-        building.rename(folder.package)
-        manifest = PackageManifest(
-            competition=settings.competition_id,
-            track=folder.track_id,
-            entry=folder.entry_id,
-            base_model=base.id,
-            base_model_fingerprint=base.fingerprint,
-            adapter_fingerprint=trained.fingerprint if trained else None,
-            dtype=dtype,
-            parameters=parameters,
-            max_logit_difference=difference,
-            divergence=divergence,
-            files=folder_sha256(folder.package),
-        )
-        manifest.write(folder.package_manifest)
-    return manifest
+        return {
+            "adapter_fingerprint": trained.fingerprint if trained else None,
+            "dtype": dtype,
+            "parameters": parameters,
+            "max_logit_difference": difference,
+            "divergence": divergence,
+        }
+
+    return package_of(folder, settings, base_model, fill)
 
 
 def _write_cards(
@@ -115,13 +101,13 @@ def _write_cards(
     model: Path,
     building: Path,
 ) -> None:
-    """Write the model card, and the data card of what it was trained on."""
+    """Write the model card and a copy of the dataset's card."""
     card = model_card(folder.entry_id, settings.competition_id, base, trained, card_facts(model))
     cards = {"README.md": card}
     if trained is not None and folder.dataset.card.is_file():
         cards["DATA_CARD.md"] = folder.dataset.card.read_text(encoding="utf-8")
     for name, text in cards.items():
-        (building / name).unlink(missing_ok=True)  # a link to the base model's
+        (building / name).unlink(missing_ok=True)  # it may be a link to the base model's
         (building / name).write_text(text, encoding="utf-8")
 
 
@@ -130,19 +116,19 @@ def _write_tuned(
 ) -> tuple[float | None, float | None]:
     """Save the tuned model's weights and configs.
 
-    Returns the largest logit difference that the merge made, and the divergence from the model as it was
-    trained; None for what needed no check.
+    Returns the largest change of a logit by the merge, and the divergence from the trained model; None where
+    no check is needed.
     """
     if trained.recipe["method"] == "full":
         _link_files(adapter, target, weights=True)
         return None, None
     stored = AutoConfig.from_pretrained(base).dtype or torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     adapted, as_trained = adapted_model(base, adapter, trained)
     before = probe_logits(adapted, tokenizer)
     merged = adapted.merge_and_unload()
     difference = largest_difference(before, probe_logits(merged, tokenizer))
-    if not difference <= TOLERANCE:  # also when it is not a number
+    if not difference <= TOLERANCE:  # also true of NaN
         raise Crashed(
             f"the merged model differs from base plus adapter by {difference:.2g} in a logit "
             f"(at most {TOLERANCE:g} is rounding): the adapter is huge or not finite; lower learning_rate"
@@ -154,8 +140,8 @@ def _write_tuned(
         divergence = mean_divergence(as_trained or before, probe_logits(merged, tokenizer))
         if not divergence <= DIVERGENCE:
             raise Crashed(
-                f"the package in {stored} predicts otherwise than the trained model (KL {divergence:.2g}, at "
-                f"most {DIVERGENCE:g}); the adapter is huge or overflows; lower learning_rate"
+                f"the package in {stored} differs from the trained model (KL {divergence:.2g}, at most "
+                f"{DIVERGENCE:g}): the adapter is huge or overflows; lower learning_rate"
             )
     merged.save_pretrained(target)
     return difference, divergence
@@ -164,54 +150,70 @@ def _write_tuned(
 def adapted_model(
     base: Path, adapter: Path, trained: AdapterManifest
 ) -> tuple[Any, list[torch.Tensor] | None]:
-    """Base model plus adapter in fp32, to be merged; after qlora also the logits of what was trained."""
+    """Return base model plus adapter in fp32, ready to merge; after QLoRA also the trained model's logits."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     as_trained = None
     if trained.recipe["method"] == "qlora":
         quantised = _requantise(model, base, trained.recipe["quantization"])
         with_adapter = evaluation_mode(PeftModel.from_pretrained(quantised, adapter))
-        as_trained = probe_logits(with_adapter, AutoTokenizer.from_pretrained(base))
+        as_trained = probe_logits(with_adapter, load_tokenizer(base))
     return PeftModel.from_pretrained(model, adapter).eval(), as_trained
 
 
 def _requantise(model: Any, base: Path, kind: str) -> Any:
-    """The base model quantised as it was for training; `model`, in fp32, gets its dequantised weights."""
+    """Return the base model quantized as for training; copy its dequantized weights into `model` (fp32)."""
     from peft.utils.integrations import dequantize_module_weight
 
     quantised = AutoModelForCausalLM.from_pretrained(
         base,
         dtype=torch.float32,
         quantization_config=quantization(kind, torch.float32),
-        device_map="cpu",  # transformers would put a quantised model, and no other, on a GPU that is there
+        device_map="cpu",  # transformers puts quantized models, and only those, on a GPU by default
     )
     with torch.no_grad():
         for name, module in quantised.named_modules():
             if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
-                weight = model.get_submodule(name).weight
-                weight.copy_(dequantize_module_weight(module).view_as(weight))
+                plain, weight = model.get_submodule(name), dequantize_module_weight(module)
+                # GPT-2's Conv1D stores the transpose of a linear layer's weight.
+                plain.weight.copy_(weight.T if isinstance(plain, Conv1D) else weight)
     return quantised
+
+
+def _ends(base: Path, trained: AdapterManifest | None) -> set[int]:
+    """Return the end tokens that Palio's trainer taught; a team's own program may use any."""
+    if trained is None or trained.recipe.get("kind") == "command":
+        return set()
+    return Tokens(load_tokenizer(base)).ends(chat=trained.recipe["chat_template"])
 
 
 @torch.inference_mode()
 def probe_logits(model: Any, tokenizer: Any) -> list[torch.Tensor]:
-    """(positions, vocabulary) logits of each probe text."""
+    """Return the (positions, vocabulary) logits of each probe text."""
     batches = (tokenizer(text, add_special_tokens=False, return_tensors="pt") for text in PROBES)
     return [model(input_ids=batch["input_ids"]).logits[0].float() for batch in batches]
 
 
 def largest_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """Of two models' probe logits; NaN if one of them is NaN, which no tolerance accepts."""
+    """Return the largest difference of two probe logits; NaN, which no tolerance accepts, if any is."""
     return torch.stack([(a - b).abs().max() for a, b in zip(one, other, strict=True)]).max().item()
 
 
-def _complete(folder: Path) -> None:
-    """A generation config, if neither base nor training left one: whoever loads the model then agrees."""
-    if not (folder / "generation_config.json").is_file():
+def _complete(folder: Path, ends: set[int]) -> None:
+    """Make the generation config, which everyone who loads the model uses, stop at the trained end tokens."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
         GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    named = content.get("eos_token_id")
+    known = set(named if isinstance(named, list) else [] if named is None else [named])
+    if not ends <= known:
+        content["eos_token_id"] = sorted(known | ends)
+        path.unlink()  # it may be a link to the base model's
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _link_files(source: Path, target: Path, *, weights: bool) -> None:
-    """Hard-link (or copy) a model's files; without `weights` only those the target lacks."""
+    """Link (or copy) the files that `target` lacks from a model's folder, weights only if asked for."""
     for path in sorted(source.iterdir()):
         if (target / path.name).exists():
             continue
@@ -221,7 +223,7 @@ def _link_files(source: Path, target: Path, *, weights: bool) -> None:
 
 
 def _shape(folder: Path) -> tuple[int, str]:
-    """Parameters stored in the safetensors files, and the dtype most of them have."""
+    """Return the number of parameters in the safetensors files, and the dtype of most of them."""
     from safetensors import safe_open
 
     sizes: dict[str, int] = {}
@@ -229,10 +231,7 @@ def _shape(folder: Path) -> tuple[int, str]:
         with safe_open(path, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 part = tensors.get_slice(name)
-                size = 1
-                for length in part.get_shape():
-                    size *= length
-                sizes[part.get_dtype()] = sizes.get(part.get_dtype(), 0) + size
+                sizes[part.get_dtype()] = sizes.get(part.get_dtype(), 0) + math.prod(part.get_shape())
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     most = max(sizes, key=lambda dtype: sizes[dtype])
     return sum(sizes.values()), names.get(most, most)

@@ -1,9 +1,9 @@
-"""Publish a package: the model folder, its cards, its scores and a container file that serves it.
+"""Publish a package: the model folder, its cards, its scores and a container that serves it.
 
-<entry>/work/publish/       what goes to the hub
+<entry>/work/publish/       uploaded to the hub
     …                       the package, file by file
     palio/package.json      its manifest, for `palio verify`
-    palio/SCORES.md         and scores.json, if a leaderboard is given
+    palio/SCORES.md         with scores.json, if a leaderboard is given
     palio/container/        Containerfile, requirements.lock, the server's code
 """
 
@@ -23,11 +23,11 @@ from palio.text import markdown_table
 
 
 def assemble(folder: EntryFolder, leaderboard: Path | None = None) -> Path:
-    """The folder that is pushed, made anew; the weights are linked where the file system can.
+    """Make the folder to push, and return its path.
 
     Raises:
         Crashed: the package differs from its manifest.
-        BadInput: no package, or the leaderboard does not have the entry.
+        BadInput: there is no package, or the leaderboard lacks the entry.
     """
     manifest = read_record(PackageManifest, folder.package_manifest)
     package, published = folder.package, PublishedPackage(folder.publication)
@@ -40,11 +40,11 @@ def assemble(folder: EntryFolder, leaderboard: Path | None = None) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(package / name, target)
     manifest.write(published.manifest)
-    if manifest.kind == "model":  # a team's own server brings its own
+    if manifest.kind == "model":  # a server entry has its own
         write_container(published.container)
     if leaderboard is not None:
         board = read_record(Leaderboard, leaderboard)
-        scored = next((one for one in board.entries if one.entry == manifest.entry), None)
+        scored = next((entry for entry in board.entries if entry.entry == manifest.entry), None)
         if scored is None or board.track != manifest.track:
             raise BadInput(
                 leaderboard, "entries", why=f"has no score of {manifest.entry}", fix="give its track's"
@@ -55,12 +55,11 @@ def assemble(folder: EntryFolder, leaderboard: Path | None = None) -> Path:
 
 
 def scores_card(board: Leaderboard, scored: ScoredEntry) -> str:
-    """The entry's scores in words and tables; values of columns, never a text of a stage."""
-    of = len(board.entries)
+    """Return SCORES.md: the entry's rank and the values of its columns, never a stage's text."""
     lines = [
         f"# Scores of {scored.entry}",
         "",
-        f"Rank {scored.rank} of {of} in track {board.track} of {board.competition}"
+        f"Rank {scored.rank} of {len(board.entries)} in track {board.track} of {board.competition}"
         f"{'' if board.final else ' (provisional)'}: final score {scored.final_score:.4f}, convention "
         f"{board.convention} {board.convention_version}. A score is a win rate against the other entries of "
         "this leaderboard, not a property of the model alone; the values below are.",
@@ -76,7 +75,7 @@ def scores_card(board: Leaderboard, scored: ScoredEntry) -> str:
 
 
 def push_folder(folder: Path, repo: str, *, private: bool) -> str:
-    """Upload the assembled folder as one commit; its address. Credentials are the hub client's own."""
+    """Upload the assembled folder as one commit and return its URL; the hub client finds the credentials."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -86,4 +85,4 @@ def push_folder(folder: Path, repo: str, *, private: bool) -> str:
         return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Package by Palio"))
     except (errors.HfHubHTTPError, OSError) as error:
         cause = str(error).strip().partition("\n")[0]
-        raise Crashed(f"{repo}: the hub refused or could not be reached ({cause})") from None
+        raise Crashed(f"{repo}: the hub refused the upload or could not be reached ({cause})") from None

@@ -1,57 +1,42 @@
-"""The packaging step of a server entry: what the team hands in, frozen with the hash of every file.
+"""Packaging of a server entry: the team's files, frozen.
 
 package/server.json   the entry's server section
 package/files/        a copy of the team's folder
-package/image.sif     the image, if there is one
-package.json          PackageManifest, written last
+package/image.sif     the image, if any
 """
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from palio.config import ServerProgram
 from palio.layout import BaseModelFolder, EntryFolder
-from palio.provenance import folder_sha256, write_json
-from palio.records import BaseModelManifest, PackageManifest, RunFacts, read_record, timed_run
+from palio.packaging.step import package_of
+from palio.provenance import write_json
+from palio.records import BaseModelManifest, PackageManifest
 from palio.sandbox.handed_in import check_files
 from palio.sandbox.image import fetch_image
 from palio.sandbox.server import FILES, IMAGE, PROGRAM
 from palio.settings import PackageSettings
 
+NOT_A_MODEL = ("adapter_fingerprint", "dtype", "parameters", "max_logit_difference")
+
 
 def package_server(
     program: ServerProgram, folder: EntryFolder, settings: PackageSettings, base_model: BaseModelFolder
 ) -> PackageManifest:
-    """Leave package/ and package.json in the entry's folder. Raises BadInput for files that are refused."""
-    base = read_record(BaseModelManifest, base_model.manifest)
-    building = folder.unfinished("package")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    folder.package_manifest.unlink(missing_ok=True)
-    with timed_run(folder.run_facts("package"), RunFacts()):
+    """Make package/ and package.json in the entry's folder. Raises BadInput for files that are refused."""
+
+    def fill(building: Path, base: BaseModelManifest) -> dict[str, Any]:
         if program.files is not None:
             check_files(Path(program.files), "server.files")
             shutil.copytree(program.files, building / FILES, symlinks=True)
-            check_files(building / FILES, "server.files")  # nothing slipped in while it was copied
+            check_files(building / FILES, "server.files")  # in case they changed during the copy
         if program.image is not None:
             fetch_image(program.image, building / IMAGE)
         write_json(building / PROGRAM, program.model_dump(mode="json", exclude_none=True))
-        shutil.rmtree(folder.package, ignore_errors=True)
-        building.rename(folder.package)
-        manifest = PackageManifest(
-            kind="server",
-            competition=settings.competition_id,
-            track=folder.track_id,
-            entry=folder.entry_id,
-            base_model=base.id,
-            base_model_fingerprint=base.fingerprint,
-            adapter_fingerprint=None,
-            dtype=None,
-            parameters=None,
-            max_logit_difference=None,
-            files=folder_sha256(folder.package),
-        )
-        manifest.write(folder.package_manifest)
-    return manifest
+        return {"kind": "server", **dict.fromkeys(NOT_A_MODEL)}
+
+    return package_of(folder, settings, base_model, fill)

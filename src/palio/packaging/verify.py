@@ -1,9 +1,8 @@
-"""Check a package again, as whoever gets it would: every file, that it loads without us, that it is what
-was trained, that its track can serve it.
+"""Independent checks of a package: its files, that it loads without Palio, is what was trained, and fits.
 
     palio verify results/laptop/curated/package
 
-The manifest lies beside the folder (`package.json`) or, in a published package, in it under palio/.
+The manifest is beside the folder (`package.json`) or, in a published package, in its folder palio/.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ RESOURCES = Resources()
 NEEDED = ("config.json", "generation_config.json", "tokenizer_config.json", "README.md")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 CODE = (".py", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".so")
-"""Files that loading could execute: no package needs one."""
+"""Suffixes of files that loading could execute; no package needs one."""
 BATCH, CONTEXT = 8, 2048
-"""Requests served at once, and tokens of each, for the estimate of memory."""
+"""Concurrent requests and tokens of each, for the memory estimate."""
 LOAD_SECONDS = 900
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check's outcome."""
+    """Outcome of a check."""
 
     check: str
     state: Literal["pass", "fail", "skipped"]
@@ -46,15 +45,15 @@ class Finding:
 
 
 class Fault(Exception):
-    """What a check found wrong; its message is the finding's `why`."""
+    """A check failed; the message is the finding's `why`."""
 
 
 class Skip(Exception):
-    """Why a check could not be made."""
+    """A check could not be made; the message says why."""
 
 
 def manifest_of(folder: Path) -> Path:
-    """Path of a package's manifest, in it or beside it. Raises BadInput if there is none."""
+    """Return the path of a package's manifest, in it or beside it. Raises BadInput if there is none."""
     for path in (
         PublishedPackage(folder).manifest,
         EntryFolder.at(folder.absolute().parent).package_manifest,
@@ -73,12 +72,12 @@ def verify_package(
     base_models: Path = RESOURCES.base_models,
     load: bool = True,
 ) -> list[Finding]:
-    """All checks, in their order; a later one is skipped where an earlier one makes it meaningless.
+    """Run all checks in order; skip those that an earlier failure makes meaningless.
 
     Args:
         track: its memory caps; omit to skip the check.
-        base_models: folder in which the package's base model may lie, to compare with base plus adapter.
-        load: whether the model is loaded at all, which takes its memory.
+        base_models: folder that may hold the package's base model, to compare with base plus adapter.
+        load: False to skip the checks that load the model, which take its memory.
     """
     manifest = read_record(PackageManifest, manifest_of(folder))
     checks: list[tuple[str, Callable[[], str]]] = [
@@ -91,7 +90,7 @@ def verify_package(
         ("loads without Palio", lambda: _loads(folder, manifest)),
         ("is what was trained", lambda: _as_trained(folder, manifest, base_models)),
     ]
-    if manifest.kind == "server":  # a team's own program: what is handed in is its files, code among them
+    if manifest.kind == "server":  # a team's program: files, code among them
         checks = checks[:1]
     findings: list[Finding] = []
     for name, check in checks:
@@ -108,22 +107,22 @@ def verify_package(
 
 
 def _not_loaded(findings: list[Finding], load: bool) -> str:
-    """Why the model is not to be loaded; empty if it is."""
-    spoilt = [one.check for one in findings if one.state == "fail" and one.check in ("files", "no code")]
-    if spoilt:
-        return f"nothing is loaded while '{spoilt[0]}' fails"
-    return "" if load else "not asked for"
+    """Return why the model must not be loaded; empty if it may be."""
+    for finding in findings:
+        if finding.state == "fail" and finding.check in ("files", "no code"):
+            return f"nothing is loaded while '{finding.check}' fails"
+    return "" if load else "not requested"
 
 
 def changed_files(folder: Path, manifest: PackageManifest) -> list[str]:
-    """What is wrong with a package's files: each one missing, changed or not in the manifest."""
+    """Return what is wrong with a package's files: missing, changed, or not in the manifest."""
     companions = PublishedPackage(folder).companions.name
-    found = {
+    present = {
         path: digest
         for path, digest in folder_sha256(folder).items()
-        if not path.startswith((f"{companions}/", ".cache/")) and path != ".gitattributes"  # the hub's own
+        if not path.startswith((f"{companions}/", ".cache/")) and path != ".gitattributes"  # added by the hub
     }
-    return file_differences(found, manifest.files, "the manifest")
+    return file_differences(present, manifest.files, "the manifest")
 
 
 def _files(folder: Path, manifest: PackageManifest) -> str:
@@ -140,12 +139,11 @@ def _files(folder: Path, manifest: PackageManifest) -> str:
 
 
 def _no_code(folder: Path) -> str:
-    found = sorted(path.name for path in folder.iterdir() if path.suffix in CODE)
-    if found:
-        raise Fault(f"{found[0]} could run code when it is loaded; hand in safetensors and configs only")
+    if code := sorted(path.name for path in folder.iterdir() if path.suffix in CODE):
+        raise Fault(f"{code[0]} could run code when loaded; hand in safetensors and configs only")
     for name in ("config.json", "tokenizer_config.json"):
         if "auto_map" in _json(folder / name):
-            raise Fault(f"{name} asks for code of its own (auto_map); use a model that transformers knows")
+            raise Fault(f"{name} asks for custom code (auto_map); use a model that transformers knows")
     return "no pickles, no Python, no auto_map"
 
 
@@ -164,7 +162,7 @@ def _complete(folder: Path) -> str:
 
 
 def _cards(folder: Path, manifest: PackageManifest) -> str:
-    """The cards name what the manifest names."""
+    """Check that the cards name what the manifest names."""
     card = _text(folder / "README.md")
     digests = {"base model": manifest.base_model_fingerprint, "adapter": manifest.adapter_fingerprint}
     for name, digest in digests.items():
@@ -172,17 +170,15 @@ def _cards(folder: Path, manifest: PackageManifest) -> str:
             raise Fault(f"README.md does not name the {name} of the manifest ({digest[:12]}…)")
     if manifest.adapter_fingerprint and not (folder / "DATA_CARD.md").is_file():
         raise Fault("DATA_CARD.md is missing: nobody can tell what the model was trained on")
-    return "README.md names the lineage of the manifest" + (
-        "; DATA_CARD.md is there" if manifest.adapter_fingerprint else ""
-    )
+    return "the cards match the manifest"
 
 
 def _container(folder: Path) -> str:
     container = PublishedPackage(folder).container
     if not container.is_dir():
-        raise Skip("the package has no container file; publishing it adds one")
+        raise Skip("the package has no container; publishing adds one")
     if not PINNED.search(_text(container / "Containerfile")):
-        raise Fault("Containerfile starts from an image without a sha256 digest")
+        raise Fault("the base image in Containerfile has no sha256 digest")
     loose = [line for line in _text(container / "requirements.lock").split() if "==" not in line]
     if loose:
         raise Fault(f"requirements.lock does not pin {loose[0]}")
@@ -192,7 +188,7 @@ def _container(folder: Path) -> str:
 def _memory(folder: Path, track: Track | None) -> str:
     needed = serving_bytes(folder)
     if track is None:
-        raise Skip(f"needs about {needed / 1e9:.1f} GB to serve; no track to hold it against")
+        raise Skip(f"needs about {needed / 1e9:.1f} GB to serve; no track given")
     cap = track.gpu_memory_gb or track.ram_gb
     where = "GPU memory" if track.gpu_memory_gb else "memory"
     if needed > cap * 1e9:
@@ -201,7 +197,7 @@ def _memory(folder: Path, track: Track | None) -> str:
 
 
 def serving_bytes(folder: Path) -> int:
-    """Weights, and keys and values of BATCH requests of CONTEXT tokens: an estimate from the files."""
+    """Estimate the memory of weights, and of keys and values of BATCH requests of CONTEXT tokens."""
     config = _json(folder / "config.json")
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     layers = _number(config, "num_hidden_layers", "n_layer")
@@ -225,7 +221,7 @@ with torch.inference_mode():
     finite = bool(model(**prompt).logits.isfinite().all())
     new = model.generate(**prompt, max_new_tokens=4, do_sample=False)
 print(json.dumps({
-    "parameters": sum(one.numel() for one in model.parameters()),
+    "parameters": sum(parameter.numel() for parameter in model.parameters()),
     "finite": finite,
     "new": new.shape[1] - prompt["input_ids"].shape[1],
     "ours": sorted(name for name in sys.modules if name.split(".")[0] in ("palio", "peft")),
@@ -234,7 +230,7 @@ print(json.dumps({
 
 
 def _loads(folder: Path, manifest: PackageManifest) -> str:
-    """In a process of its own that sees neither our code, nor a network, nor the caller's variables."""
+    """Load the package in a separate process without our code, a network or the caller's variables."""
     with tempfile.TemporaryDirectory() as home:
         environment = {"PATH": os.environ.get("PATH", ""), "HOME": home, "HF_HUB_OFFLINE": "1"}
         for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH"):
@@ -249,21 +245,20 @@ def _loads(folder: Path, manifest: PackageManifest) -> str:
         except subprocess.TimeoutExpired:
             raise Fault(f"did not load and answer within {LOAD_SECONDS} s") from None
     if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or [f"ended with code {done.returncode}"]
+        last = done.stderr.strip().splitlines()[-1:] or [f"exited with code {done.returncode}"]
         raise Fault(f"from_pretrained fails: {last[0]}")
-    told = json.loads(done.stdout.splitlines()[-1])
-    if told["ours"]:
-        raise Fault(f"loading it imports {told['ours'][0]}")
-    if not told["finite"]:
+    result = json.loads(done.stdout.splitlines()[-1])
+    if result["ours"]:
+        raise Fault(f"loading it imports {result['ours'][0]}")
+    if not result["finite"]:
         raise Fault("its logits are not finite")
-    return f"plain from_pretrained: {told['parameters'] / 1e6:.1f} M parameters, {told['new']} new tokens"
+    return f"plain from_pretrained: {result['parameters'] / 1e6:.1f} M parameters, {result['new']} new tokens"
 
 
 def _as_trained(folder: Path, manifest: PackageManifest, base_models: Path) -> str:
-    """The package against base model plus adapter, where both are at hand."""
+    """Compare the package with base model plus adapter, where both are available."""
     base = BaseModelFolder(base_models / manifest.base_model)
     entry = EntryFolder.at(folder.absolute().parent)
-    adapter = entry.adapter
     if not base.manifest.is_file():
         raise Skip(f"base model {manifest.base_model} is not in {base_models}")
     if read_record(BaseModelManifest, base.manifest).fingerprint != manifest.base_model_fingerprint:
@@ -274,12 +269,12 @@ def _as_trained(folder: Path, manifest: PackageManifest, base_models: Path) -> s
         raise Skip("the adapter is not beside the package")
     trained = read_record(AdapterManifest, entry.adapter_manifest)
     if trained.fingerprint != manifest.adapter_fingerprint:
-        raise Fault("the adapter beside it is another one than the manifest's")
-    if folder_sha256(adapter) != trained.files:
+        raise Fault("the adapter beside it is not the manifest's")
+    if folder_sha256(entry.adapter) != trained.files:
         raise Fault("the adapter beside it differs from adapter.json")
-    if not (adapter / "adapter_config.json").is_file():
-        return _same_weights(folder, adapter)
-    return _same_answers(folder, base.model, adapter, trained)
+    if trained.recipe["method"] == "full":
+        return _same_weights(folder, entry.adapter)
+    return _same_answers(folder, base.model, entry.adapter, trained)
 
 
 def _same_weights(folder: Path, other: Path) -> str:
@@ -288,8 +283,8 @@ def _same_weights(folder: Path, other: Path) -> str:
     ours, theirs = folder_sha256(folder), folder_sha256(other)
     for name in weight_files(other):
         if ours.get(name) != theirs[name]:
-            raise Fault(f"{name} is not that of {other}")
-    return "its weights are, byte for byte, those that it was made from"
+            raise Fault(f"{name} differs from that of {other}")
+    return "its weights are those it was made from, byte for byte"
 
 
 def _same_answers(folder: Path, base: Path, adapter: Path, trained: AdapterManifest) -> str:
@@ -328,7 +323,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        raise Fault(f"{path.name} is missing or is no text") from None
+        raise Fault(f"{path.name} is missing or not text") from None
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -344,5 +339,6 @@ def _number(config: dict[str, Any], *names: str) -> int:
 
 
 def findings_lines(findings: list[Finding]) -> Iterator[str]:
-    for one in findings:
-        yield f"{one.state:8} {one.check}: {one.why}"
+    """Yield a line per finding, for a terminal."""
+    for finding in findings:
+        yield f"{finding.state:8} {finding.check}: {finding.why}"

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from palio.errors import BadInput
 from palio.serving.request import BadRequest, Completion, Request, Token
+from palio.tokens import Tokens, load_tokenizer
 
 REPLACEMENT = "\ufffd"
 """What a decoder emits for bytes that are not a whole character yet."""
@@ -28,14 +29,11 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Any, embeddings: int, ends: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._tokens = Tokens(tokenizer)
         self._embeddings = embeddings
         end = tokenizer.eos_token_id
         self.ends = frozenset([*ends, *([] if end is None else [end])])
         self._size = len(tokenizer)
-        # Only the special tokens before a text are kept: a prompt that ends in an end token has no answer.
-        text, whole = self._encode_text("a"), tokenizer("a")["input_ids"]
-        starts = (start for start in range(len(whole)) if whole[start : start + len(text)] == text)
-        self._prefix: list[int] = whole[: next(starts, 0)]
 
     @classmethod
     def load(cls, package: Path) -> Vocabulary:
@@ -48,15 +46,10 @@ class Vocabulary:
             configs.append(GenerationConfig.from_pretrained(package))
         ends = [end for each in configs if (end := each.eos_token_id) is not None]
         return cls(
-            AutoTokenizer.from_pretrained(package),
+            load_tokenizer(package),
             config.vocab_size,
             [token for end in ends for token in (end if isinstance(end, list) else [end])],
         )
-
-    def _encode_text(self, text: str) -> list[int]:
-        """Encode without special tokens; a text that spells one is only text."""
-        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        return list(encoded["input_ids"])
 
     def encode(self, text: str) -> list[int]:
         """Encode a text as the start of a sequence."""
@@ -64,7 +57,7 @@ class Vocabulary:
             text.encode()
         except UnicodeEncodeError:
             raise BadRequest("the text has half a surrogate pair; send whole characters") from None
-        return self._prefix + self._encode_text(text)
+        return self._tokens.encode(text)
 
     def prompt(self, request: Request, context: int) -> list[int]:
         """Encode a request's prompt for a context of so many tokens; an empty one becomes the start token.
@@ -76,8 +69,7 @@ class Vocabulary:
             BadRequest: the prompt is empty and there is no start token, or too long for the completion, or it
                 has a token that the model has no embedding for.
         """
-        starts = [self._tokenizer.bos_token_id, self._tokenizer.eos_token_id]
-        ids = self.encode(request.prompt) or [start for start in starts if start is not None][:1]
+        ids = self.encode(request.prompt) or self._tokens.prompt("")
         if not ids:
             raise BadRequest("the prompt is empty and this model has no start token; send text")
         if (largest := max(ids)) >= self._embeddings:
@@ -96,8 +88,8 @@ class Vocabulary:
         """Return the text that `encode` was given, without the special tokens that it prepends."""
         if any(not 0 <= token < self._size for token in tokens):
             raise BadRequest(f"a token is outside the vocabulary of {self._size}")
-        count = len(self._prefix)
-        if count and list(tokens[:count]) == self._prefix:
+        count = len(self._tokens.prefix)
+        if list(tokens[:count]) == self._tokens.prefix:
             tokens = tokens[count:]
         text: str = self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
         return text

@@ -1,7 +1,7 @@
-"""Fine-tuning: one GPU, one budget, nothing lost.
+"""Fine-tuning on one GPU, inside one budget.
 
-step         the step around whatever trains             ledger       seconds of the budget over all attempts
-finetune     Palio's own trainer in it                   command      a team's own program in it
+step         what every training has in common           ledger       seconds of the budget over all attempts
+finetune     Palio's own trainer                         command      a team's own program
 trainer      optimizer steps, their state                rows         tokens, and which rows a step sees
 attention    rows end to end, kept apart                 model        base model with adapter
 checkpoint   complete or absent                          device       the one GPU: capped, named, metered

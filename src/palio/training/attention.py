@@ -1,7 +1,7 @@
-"""Attention for rows laid end to end: each row attends to itself alone, and no mask is ever built.
+"""Attention for rows laid end to end: each row attends to itself only, without a mask.
 
 A mask over the flat sequence of T tokens would cost T² in time and memory; rows of lengths l cost Σ l².
-On a GPU one variable-length kernel serves all rows; on a CPU a causal kernel runs for each of them.
+On a GPU one variable-length kernel serves all rows; on a CPU a causal kernel runs once per row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "palio_rows"
 
 VARLEN: Callable[..., Any] | None = None
-with suppress(ImportError):  # torch before 2.10 has no such module, 2.10 no `window_size`
+with suppress(ImportError):  # torch before 2.10 lacks the module, 2.10 lacks `window_size`
     from torch.nn.attention.varlen import varlen_attn
 
     if "window_size" in inspect.signature(varlen_attn).parameters:
@@ -27,8 +27,7 @@ with suppress(ImportError):  # torch before 2.10 has no such module, 2.10 no `wi
 
 
 class _Rows:
-    """Bounds of the rows in the forward pass under way; attention layers have no other way to get them
-    that every architecture passes on."""
+    """Row bounds of the current forward pass: not every architecture passes arguments on to its attention."""
 
     bounds: tuple[int, ...] = ()
     offsets: torch.Tensor | None = None
@@ -37,9 +36,9 @@ class _Rows:
 
 @contextmanager
 def row_bounds(bounds: Sequence[int], device: torch.device) -> Iterator[None]:
-    """Forward and backward passes inside belong to rows that begin at `bounds[:-1]`."""
+    """Declare that the passes inside are of rows that start at `bounds[:-1]`; empty for padded rows."""
     _Rows.bounds = tuple(bounds)
-    _Rows.longest = max(b - a for a, b in pairwise(bounds))
+    _Rows.longest = max((b - a for a, b in pairwise(bounds)), default=0)
     _Rows.offsets = torch.tensor(bounds, dtype=torch.int32, device=device) if device.type == "cuda" else None
     try:
         yield
@@ -48,7 +47,7 @@ def row_bounds(bounds: Sequence[int], device: torch.device) -> Iterator[None]:
 
 
 def row_lengths(embedded: torch.Tensor) -> torch.Tensor:
-    """(1, T) length of the row each token belongs to; of the padded row outside `row_bounds`."""
+    """Return each token's row length, (1, T), or the padded length, (R, L), if the rows are padded."""
     if not _Rows.bounds:
         return torch.full(embedded.shape[:2], embedded.shape[1], device=embedded.device)
     lengths = torch.tensor([b - a for a, b in pairwise(_Rows.bounds)])
@@ -65,9 +64,10 @@ def rows_attention(
     scaling: float | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention over (1, heads, T, head size), the heads of key and value fewer or as many as of query.
+    """Compute causal attention within each row.
 
-    Returns (1, T, heads, head size), the form transformers' attention layers expect.
+    Query, key and value are (1, heads, T, head size); key and value may have fewer heads (grouped queries).
+    Returns (1, T, heads, head size), as transformers' attention layers expect.
     """
     dtype = kernel_dtype(query)
     if VARLEN is not None and query.is_cuda and dtype != torch.float32 and dropout == 0:
@@ -89,8 +89,8 @@ def rows_attention(
 
 
 def kernel_dtype(query: torch.Tensor) -> torch.dtype:
-    """What attention is computed in. Where all is trained, rotated queries and keys are fp32 and values are
-    not: autocast would bring them together, but does not know the variable-length kernel."""
+    """Return the dtype to compute attention in. In full fine-tuning rotated queries and keys are fp32 and
+    values are not; autocast would unify them, but does not know the variable-length kernel."""
     device = query.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
@@ -111,5 +111,5 @@ def _varlen(
     return out[None]
 
 
-# The bounds change with every step: a compiled layer calls this as it is.
+# Not compiled, since the bounds change with every step.
 ALL_ATTENTION_FUNCTIONS.register(NAME, torch.compiler.disable(rows_attention))  # type: ignore[no-untyped-call]

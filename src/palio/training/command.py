@@ -1,10 +1,10 @@
-"""A team's own program in the fine-tuning step (`palio.training.step`), confined.
+"""Fine-tuning by a team's own program, confined. Its contract is docs/command_entries.md.
 
-docs/command_entries.md is its contract. In the work folder also:
+Besides the files of `palio.training.step`, the work folder holds:
 
-    program/                  /output of the program: result/ and checkpoints/
-    program.log               what it printed
-    program.contained.json    what its confinement held back
+    program/                  the program's /output: result/ and checkpoints/
+    program.log               its output
+    program.contained.json    what its confinement blocked
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from palio.config import Isolation, Program
@@ -33,23 +31,24 @@ from palio.sandbox.process import Confined
 from palio.sandbox.room import OUTPUT, Limits, Room
 from palio.text import last_lines
 from palio.training.ledger import Ledger
-from palio.training.step import Trained, TrainingStep, adapter_of
+from palio.training.step import Trained, TrainingStep, adapter_of, caught_signals
 from palio.training.telemetry import SCHEMA
 
 RECIPE_VERSION = "command 1"
-"""Contract 1. Raised when a change of ours changes what a program is given."""
+"""Version of the contract; raised when a change of ours changes what a program is given."""
 NOTICE_SECONDS, NOTICE_SHARE = 60.0, 1 / 20
-"""A program gets SIGTERM this long before its deadline, or this share of the budget, if that is less."""
+"""A program gets SIGTERM this long before its deadline, or this share of the budget if that is less."""
 STOP_SECONDS = 20.0
-"""To save what it has when the job itself is stopped; SLURM kills after 30 s."""
+"""Time to save its work when the job itself is stopped; SLURM kills after 30 s."""
 POLL_SECONDS = 0.2
 
 
 def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest:
-    """Run, go on or restore; leaves adapter/, train.parquet and adapter.json in the entry's folder.
+    """Run, resume or restore; writes adapter/, train.parquet and adapter.json into the entry's folder.
 
-    Raises BadInput, RuleViolation, OutOfMemory, Crashed or Interrupted. Started again, the program finds its
-    own checkpoints and what is left of the budget.
+    Restarted, the program finds its own checkpoints and the rest of the budget.
+
+    Raises BadInput, RuleViolation, OutOfMemory, Crashed or Interrupted.
     """
     isolation = step.settings.isolation or Isolation()
     files = Path(program.files) if program.files else None
@@ -86,8 +85,8 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
             )
             ledger.outcome = state
             seconds = ledger.used()
-        with atomic_path(work.telemetry) as temporary:  # its steps are its own
-            pq.write_table(pa.Table.from_pylist([], SCHEMA), temporary)
+        with atomic_path(work.telemetry) as temporary:  # steps are the program's own affair
+            pq.write_table(SCHEMA.empty_table(), temporary)
         manifest = {
             "recipe": recipe | {"method": method},
             "state": state,
@@ -103,7 +102,7 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
 def _run(
     program: Program, room: Room, ledger: Ledger, log: Path, unconfined: bool
 ) -> Literal["finished", "budget_reached"]:
-    """Let the program train inside what is left of the budget."""
+    """Let the program train within the rest of the budget."""
     assert room.output is not None
     room.output.mkdir(parents=True, exist_ok=True)
     for name in ("result", "checkpoints"):
@@ -111,19 +110,19 @@ def _run(
             (room.output / name).mkdir()
     left = ledger.left()
     if left <= POLL_SECONDS:
-        return "budget_reached"  # in an earlier attempt; what it left is taken
+        return "budget_reached"  # by an earlier attempt, whose result is used
     notice = min(NOTICE_SECONDS, ledger.budget * NOTICE_SHARE)
     room = _with_contract(room, left)
     print(f"{left:.0f} s of the budget left; the program's output goes to {log}", file=sys.stderr, flush=True)
-    with _stop_signal() as stopped, Confined(program, room, log, unconfined=unconfined) as running:
+    with caught_signals() as caught, Confined(program, room, log, unconfined=unconfined) as running:
         asked = False
         while (code := running.wait(POLL_SECONDS)) is None:
             left = ledger.left()
-            if stopped:
+            if signal.SIGTERM in caught:
                 running.ask_to_stop()
                 running.wait(min(STOP_SECONDS, max(0.0, left)))
                 ledger.outcome = "stopped"
-                raise Interrupted("stopped by SIGTERM; start again and the program finds its checkpoints")
+                raise Interrupted("stopped by SIGTERM; start again to resume from the program's checkpoints")
             if left <= 0:
                 break
             if left <= notice and not asked:
@@ -136,12 +135,12 @@ def _run(
         return "budget_reached"
     if code != 0:
         last = last_lines(log.read_bytes()[-4096:].decode(errors="replace"), 1) or "it printed nothing"
-        raise Crashed(f"the program ended with code {code}; {log}: {last}")
+        raise Crashed(f"the program exited with code {code}; {log}: {last}")
     return "finished"
 
 
 def _with_contract(room: Room, left: float) -> Room:
-    """The variables of contract 1."""
+    """Add the environment variables of contract 1."""
     variables = {
         "PALIO_CONTRACT": "1",
         "PALIO_BASE_MODEL": "/base_model",
@@ -155,18 +154,3 @@ def _with_contract(room: Room, left: float) -> Room:
         "PALIO_GPU_MEMORY_BYTES": str(room.limits.gpu_memory or 0),
     }
     return Room(**{**vars(room), "variables": variables})
-
-
-@contextmanager
-def _stop_signal() -> Iterator[set[int]]:
-    """SIGTERM, noted instead of ending us; SIGUSR1, SLURM's early warning, says nothing new here."""
-    caught: set[int] = set()
-    before = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: caught.add(number)),
-        signal.SIGUSR1: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
-    }
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

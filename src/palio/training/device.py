@@ -1,4 +1,4 @@
-"""The one device that trains: chosen, capped at the track's memory, named."""
+"""The device that trains: selection, memory cap and name."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from palio.tensors import cap_gpu_memory
 
 
 def training_device(track: Track) -> torch.device:
-    """Return the one GPU, capped at the track's memory; on a track without a GPU always the CPU.
+    """Return the one GPU, capped at the track's memory, or the CPU on a track without a GPU.
 
-    Raises BadInput where a track with a GPU finds none or more than one.
+    Raises BadInput if a track with a GPU finds none or more than one.
     """
     if track.gpu_memory_gb is None:
         return torch.device("cpu")

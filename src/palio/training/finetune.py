@@ -1,6 +1,6 @@
-"""Palio's own trainer in the fine-tuning step (`palio.training.step`).
+"""Fine-tuning by Palio's own trainer.
 
-In the work folder also: checkpoints/, what a killed attempt goes on from.
+Besides the files of `palio.training.step`, the work folder holds checkpoints/.
 """
 
 from __future__ import annotations
@@ -9,16 +9,12 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from palio.config import FinetuneRecipe
@@ -27,40 +23,41 @@ from palio.heartbeat import HeartbeatWriter
 from palio.layout import TrainingFolder
 from palio.provenance import atomic_path, library_versions
 from palio.records import AdapterManifest
+from palio.tokens import Tokens, load_tokenizer
 from palio.training.checkpoint import load_checkpoint, save_checkpoint
 from palio.training.device import hardware, nvml_gpu, training_device
 from palio.training.ledger import Ledger
 from palio.training.model import load_model, save_adapter
-from palio.training.rows import Row, split, tokenise
-from palio.training.step import Trained, TrainingStep, adapter_of
-from palio.training.telemetry import SCHEMA, Tell, console, dashboards, progress
+from palio.training.rows import Row, split, tokenize
+from palio.training.step import Trained, TrainingStep, adapter_of, caught_signals
+from palio.training.telemetry import SCHEMA, Sink, console, dashboards, progress
 from palio.training.trainer import NonFiniteLossError, StepReport, Trainer, peak_memory
 
-RECIPE_VERSION = "1"
-"""Raised when a change of the trainer changes what a recipe gives."""
+RECIPE_VERSION = "2"
+"""Raised when a change of the trainer changes the result of a recipe."""
 
 FINAL_STEPS = 10
-"""`final_loss` is the mean loss of this many last steps: one step's is noise."""
+"""Steps at the end whose mean loss is `final_loss`: a single step's is noise."""
 
 PROGRESS = ("telemetry", "best", "validations_since_best", "tokens", "slowest")
-"""What a checkpoint holds beside the trainer's own state."""
+"""Attributes that a checkpoint holds besides the trainer's own state."""
 
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What torch on a CPU, the CUDA driver, bitsandbytes and cuBLAS say in a RuntimeError."""
+"""Texts of RuntimeError by torch on a CPU, the CUDA driver, bitsandbytes and cuBLAS."""
 
 TRACED = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 
 
 def finetune(recipe: FinetuneRecipe, step: TrainingStep) -> AdapterManifest:
-    """Train, resume or restore; leaves adapter/, train.parquet and adapter.json in the entry's folder.
+    """Train, resume or restore; writes adapter/, train.parquet and adapter.json into the entry's folder.
 
-    Raises BadInput, TimeLimit, OutOfMemory, Crashed or Interrupted; a rerun goes on from the last
-    checkpoint.
+    Restarted, it resumes from the last checkpoint.
+
+    Raises BadInput, TimeLimit, OutOfMemory, Crashed or Interrupted.
     """
-    disable_progress_bar()  # of transformers' loading and saving: only noise in a log
-    folder, threads = step.folder, step.options.threads
-    if threads is not None:
-        torch.set_num_threads(threads)
+    disable_progress_bar()  # transformers' bars are noise in a log
+    folder = step.folder
+    torch.set_num_threads(step.options.threads or torch.get_num_threads())
 
     def train(work: TrainingFolder, base_model: str) -> Trained:
         training = _Training(recipe, step, work)
@@ -70,14 +67,14 @@ def finetune(recipe: FinetuneRecipe, step: TrainingStep) -> AdapterManifest:
             run=f"{step.settings.competition_id}/{folder.track_id}/{folder.entry_id}",
             key=work.path.name,
             recipe=recipe.model_dump(mode="json"),
-        ) as training.tell:
+        ) as training.dashboards:
             return training.run(base_model)
 
     return adapter_of(step, recipe.model_dump(mode="json"), RECIPE_VERSION, train)
 
 
 class _Training:
-    """One attempt at one training run, in its work folder."""
+    """One attempt at a training run, in its work folder."""
 
     def __init__(self, recipe: FinetuneRecipe, step: TrainingStep, work: TrainingFolder) -> None:
         self.recipe, self.track, self.work = recipe, step.track, work
@@ -85,18 +82,17 @@ class _Training:
         self.gpu = nvml_gpu(self.device)
         self.hardware = hardware(self.device, self.gpu)
         self.model_folder, self.dataset = step.base_model.model, step.folder.dataset.rows
-        self.checkpoints = work.checkpoints
         self.telemetry: list[dict[str, float]] = []
         self.held_out: list[Row] = []
         self.best: dict[str, Any] | None = None  # step, loss and parameters of the lowest validation loss
         self.validations_since_best = 0
         self.tokens = 0
         self.slowest = {"step": 0.0, "save": 0.0, "validation": 0.0}  # seconds
-        self.tell: Tell = lambda row: None
+        self.dashboards: Sink = lambda row: None
         self.heartbeat_file = step.folder.heartbeat("finetune")
 
     def run(self, base_model: str) -> Trained:
-        """Train to the end or to the budget, and save."""
+        """Train to the end or until the budget runs out, and save."""
         rows, too_long = self._rows()
         rows, self.held_out = split(rows, self.recipe.validation_rows, self.recipe.seed)
         try:
@@ -104,12 +100,12 @@ class _Training:
             budget = float(self.track.training_budget)
             meter = self.gpu.joules if self.gpu else None
             with (
-                _signals() as caught,
+                caught_signals() as caught,
                 Ledger(self.work.ledger, budget, meter=meter, **self.hardware) as ledger,
             ):
                 self._resume(trainer, budget)
                 state = self._train(trainer, ledger, caught)
-                if ledger.left() < 0:  # what was last done took far longer than ever before
+                if ledger.left() < 0:  # the last action took far longer than ever before
                     self._resume(trainer, budget)
                     state = "budget_reached"
                 if trainer.step == 0:
@@ -148,29 +144,20 @@ class _Training:
         return Trained(manifest, seconds, facts)
 
     def _rows(self) -> tuple[list[Row], int]:
+        """Return the tokenized rows and the number of rows that were too long; refuse unusable input."""
         table = pq.read_table(self.dataset, columns=["history", "prompt", "completion"])
-        tokenizer = AutoTokenizer.from_pretrained(self.model_folder)
-        if tokenizer.eos_token_id is None:
-            why, fix = "the tokenizer has no end-of-sequence token", "add eos_token to tokenizer_config.json"
-            raise BadInput(self.model_folder, "eos_token", why=why, fix=fix)
         conversations = [
             (*history, prompt, completion)
             for history, prompt, completion in zip(
                 *map(pa.ChunkedArray.to_pylist, table.columns), strict=True
             )
         ]
-        if self.recipe.chat_template and tokenizer.chat_template is None:
-            raise BadInput(
-                "finetune",
-                "chat_template",
-                True,
-                why="the base model's tokenizer has none",
-                fix="leave it out",
-            )
-        chat = self.recipe.chat_template
-        rows, too_long = tokenise(tokenizer, conversations, self.recipe.max_length, chat=chat)
         if not conversations:
             raise BadInput(self.dataset, why="has no rows", fix="loosen the dataset's operations")
+        tokens = Tokens(load_tokenizer(self.model_folder))
+        rows, too_long = tokenize(
+            tokens, conversations, self.recipe.max_length, chat=self.recipe.chat_template
+        )
         if not rows:
             why, fix = f"all {too_long} rows are longer", "raise it or shorten the data"
             raise BadInput("finetune", "max_length", self.recipe.max_length, why=why, fix=fix)
@@ -194,10 +181,10 @@ class _Training:
         return Trainer(model, rows, self.recipe, self.device)
 
     def _resume(self, trainer: Trainer, budget: float) -> None:
-        """Go to the last complete checkpoint inside the budget, or to the start."""
-        state, skipped = load_checkpoint(self.checkpoints, budget)
-        for why in skipped:
-            console.print(f"checkpoint {why} and left out", highlight=False)
+        """Restore the last complete checkpoint within the budget, or start from step 0."""
+        state, skipped = load_checkpoint(self.work.checkpoints, budget)
+        for reason in skipped:
+            console.print(f"checkpoint {reason}; skipped", highlight=False)
         if state is not None:
             for name, value in state.pop("progress").items():
                 setattr(self, name, value)
@@ -221,8 +208,8 @@ class _Training:
                 except NonFiniteLossError as error:
                     self._checkpoint(trainer, ledger)
                     raise Crashed(
-                        f"training diverged: {error}; lower finetune.learning_rate or mend those rows "
-                        f"(the state before is saved in {self.checkpoints})"
+                        f"training diverged: {error}; lower finetune.learning_rate or fix those rows "
+                        f"(the state before this step is saved in {self.work.checkpoints})"
                     ) from None
                 self._note(report, ledger)
                 show(report, ledger.left())
@@ -230,25 +217,25 @@ class _Training:
                 due = trainer.step % self.recipe.save_steps == 0
                 if due:
                     self._validate(trainer)
-                self.tell(self.telemetry[-1])
+                self.dashboards(self.telemetry[-1])
                 seen = set(caught)
                 caught -= seen
-                # After the first step too: the reserve must know what a checkpoint costs.
+                # Also after the first step: the reserve needs the cost of a checkpoint.
                 if due or seen or trainer.step == 1:
                     self._checkpoint(trainer, ledger)
                 if signal.SIGTERM in seen:
                     ledger.outcome = "stopped"
                     raise Interrupted(
                         f"stopped by SIGTERM at step {trainer.step} of {trainer.steps}; "
-                        "start again to go on from there"
+                        "start again to resume from there"
                     )
             self._validate(trainer)
         return "finished"
 
     def _reserve(self) -> float:
-        """Seconds kept to end in time: a step, a validation, two saves, and 2 s for what is not measured."""
+        """Return the seconds kept in reserve: a step, a validation, two saves, and 2 s for the unmeasured."""
         step = self.slowest["step"]
-        # Until one is measured, a validation of as many rows as a step has is taken to last as long.
+        # Until measured, a validation is assumed to take as long per row as a training step.
         rows = self.recipe.batch_size * self.recipe.gradient_accumulation
         validation = self.slowest["validation"] or step * len(self.held_out) / rows
         return step + validation + 2 * self.slowest["save"] + 2.0
@@ -257,7 +244,7 @@ class _Training:
         self.slowest[what] = max(self.slowest[what], seconds)
 
     def _validate(self, trainer: Trainer) -> None:
-        """Take the loss on the held-out rows, once for a step, and keep the best step's parameters."""
+        """Measure the loss on the held-out rows, once per step, and keep the best step's parameters."""
         if not self.held_out or not self.telemetry or "validation_loss" in self.telemetry[-1]:
             return
         clock = time.monotonic()
@@ -288,7 +275,7 @@ class _Training:
     def _checkpoint(self, trainer: Trainer, ledger: Ledger) -> None:
         clock = time.monotonic()
         state = {**trainer.state(), "progress": {name: getattr(self, name) for name in PROGRESS}}
-        save_checkpoint(self.checkpoints, trainer.step, ledger.used(), state)
+        save_checkpoint(self.work.checkpoints, trainer.step, ledger.used(), state)
         self._measured("save", time.monotonic() - clock)
 
     def _save(self, trainer: Trainer, base_model: str, ledger: Ledger) -> None:
@@ -299,30 +286,14 @@ class _Training:
             save_adapter(trainer.model, self.work.adapter, base_model, self.work.initial_adapter)
             with atomic_path(self.work.telemetry) as temporary:
                 pq.write_table(pa.Table.from_pylist(self.telemetry, SCHEMA), temporary)
-        except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        except (OSError, SafetensorError) as error:  # safetensors' error for a full disk
             shutil.rmtree(self.work.adapter, ignore_errors=True)
             self._checkpoint(trainer, ledger)
             why = f"the adapter could not be saved ({error}); make room and start again"
             raise Interrupted(why) from error
 
 
-@contextmanager
-def _signals() -> Iterator[set[int]]:
-    """Signals that came: SIGTERM (save and stop) and SIGUSR1 (save and go on)."""
-    caught: set[int] = set()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        caught.add(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(text in str(error) for text in OUT_OF_MEMORY)
+    """Return True for every library's way to report that memory ran out."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(text in str(error) for text in OUT_OF_MEMORY)

@@ -1,8 +1,8 @@
-"""The budget ledger: training wall-clock over all attempts, which no crash or restart can reset.
+"""The budget ledger: wall-clock training time over all attempts, which no crash or restart can reset.
 
 `ledger.jsonl` is append-only and fsynced. An attempt writes a `start` line, a `beat` every interval from
-a thread of its own, and an `end`; its length is measured on the monotonic clock, so a moved system clock
-changes nothing. An attempt that was killed has no end: it is charged its last beat and one interval more,
+a thread of its own, and an `end`. Its length is measured on the monotonic clock, so setting the system
+clock changes nothing. A killed attempt has no `end`: it is charged up to its last beat plus one interval,
 so that dying never pays.
 
     with sole_process(work), Ledger(work / "ledger.jsonl", budget) as ledger:
@@ -28,26 +28,22 @@ from palio.files import append_json_line, read_json_lines
 
 
 def beat_interval(budget: float) -> float:
-    """Seconds between beats: half a second for short budgets, 5 s for a day."""
+    """Return the seconds between beats: half a second for short budgets, 5 s for a day."""
     return min(5.0, max(0.5, budget / 5000))
 
 
 def charged(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds charged to each attempt, by its id."""
+    """Return the seconds charged to each attempt, by its id."""
     seconds: dict[str, float] = {}
-    ended: set[str] = set()
-    interval: dict[str, float] = {}
+    unended: dict[str, float] = {}
     for line in lines:
         attempt = line["attempt"]
         seconds[attempt] = max(seconds.get(attempt, 0.0), line.get("seconds", 0.0))
         if line["event"] == "start":
-            interval[attempt] = line["interval"]
+            unended[attempt] = line["interval"]
         elif line["event"] == "end":
-            ended.add(attempt)
-    return {
-        attempt: value + (0.0 if attempt in ended else interval.get(attempt, 0.0))
-        for attempt, value in seconds.items()
-    }
+            unended.pop(attempt, None)
+    return {attempt: value + unended.get(attempt, 0.0) for attempt, value in seconds.items()}
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
@@ -56,31 +52,34 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
 
 
 def joules(lines: list[dict[str, Any]]) -> float | None:
-    """Energy of all attempts, of a killed one up to its last beat; None if no attempt was metered."""
+    """Return the energy of all attempts (a killed one up to its last beat); None if none was metered."""
     energy = {line["attempt"]: line["joules"] for line in lines if "joules" in line}
     return round(sum(energy.values()), 1) if energy else None
 
 
 @contextmanager
 def sole_process(work: Path) -> Iterator[None]:
-    """Two processes on one run would spoil its checkpoints: an orphan of a killed controller, say."""
+    """Hold the run's lock: a second process, say a killed controller's orphan, would spoil its checkpoints.
+
+    Raises Interrupted if another process holds it.
+    """
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Interrupted(f"another process is training in {work}; wait for it or end it") from None
+            raise Interrupted(f"another process is training in {work}; wait for it or stop it") from None
         yield
 
 
 class Ledger:
-    """One attempt's clock, running inside the `with` block."""
+    """Clock of one attempt; it runs inside the `with` block."""
 
     def __init__(
         self, path: Path, budget: float, *, meter: Callable[[], float | None] | None = None, **facts: Any
     ) -> None:
-        """`budget` is in seconds. `facts` (device, GPU) stand in the start line beside host, process and
-        SLURM job. `meter` reads a counter of joules, or None where there is none."""
+        """Take the budget in seconds, `facts` (device, GPU) for the start line, and a reader of a counter of
+        joules, which returns None where the device has none."""
         self.path, self.budget, self.meter, self.facts = path, budget, meter, facts
         before = charged(read_ledger(path))
         self.before = sum(before.values())
@@ -92,18 +91,18 @@ class Ledger:
         self.outcome = "crashed"
 
     def used(self) -> float:
-        """Seconds of the budget used by all attempts up to now.
+        """Return the seconds of the budget used by all attempts so far.
 
-        Raises Interrupted if the ledger cannot be written: time that is not on record must not be used.
+        Raises Interrupted if the ledger cannot be written: unrecorded time must not be used.
         """
         if self._lost is not None:
             raise Interrupted(
-                f"the budget ledger {self.path} cannot be written ({self._lost}); make room, start again"
+                f"the budget ledger {self.path} cannot be written ({self._lost}); make room and start again"
             )
         return self.before + time.monotonic() - self._started
 
     def left(self) -> float:
-        """Seconds left of the budget; below zero once it is overdrawn. Raises as `used` does."""
+        """Return the seconds left, negative once the budget is overdrawn. Raises as `used` does."""
         return self.budget - self.used()
 
     def __enter__(self) -> Ledger:
@@ -127,7 +126,7 @@ class Ledger:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        with suppress(OSError):  # an attempt without an end is charged a little more, that is all
+        with suppress(OSError):  # without an end the attempt is only charged a little more
             self._write("end", **self._measured(), outcome=self.outcome)
 
     def _measured(self) -> dict[str, float]:

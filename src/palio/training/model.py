@@ -1,15 +1,18 @@
-"""The model that is trained: the base model in the device's dtype, with the recipe's adapter on it."""
+"""The model to train: the base model in the device's dtype, with the recipe's adapter."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
+from palio.errors import BadInput
 from palio.quantization import quantization
 
 if TYPE_CHECKING:
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What matrices are multiplied in: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU.
+    """Return the dtype of matrix products: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU.
 
     On a CPU without bf16 instructions bf16 is many times slower than fp32.
     """
@@ -27,13 +30,15 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def base_dtype(device: torch.device, method: str) -> torch.dtype:
-    """Of the base model: as it is computed with while frozen. What is trained is always fp32."""
+    """Return the base model's dtype: that of computation if frozen; trained parameters are always fp32."""
     return torch.float32 if method == "full" else compute_dtype(device)
 
 
 def load_model(folder: Path, recipe: FinetuneRecipe, device: torch.device) -> Any:
-    """The base model of `folder`, adapted as the recipe says. LoRA modules that match nothing are a
-    ValueError of peft's."""
+    """Load the base model of `folder`, adapted according to the recipe.
+
+    Raises peft's ValueError if the LoRA target modules match nothing.
+    """
     settings: dict[str, Any] = {"dtype": base_dtype(device, recipe.method), "device_map": str(device)}
     if recipe.method == "qlora":
         settings["quantization_config"] = quantization(recipe.quantization, settings["dtype"])
@@ -45,7 +50,7 @@ def load_model(folder: Path, recipe: FinetuneRecipe, device: torch.device) -> An
 
 
 def adapt(model: Any, recipe: FinetuneRecipe) -> Any:
-    """`model` with the recipe's trainable parameters: an adapter initialised from the seed, or all."""
+    """Return `model` with the recipe's trainable parameters: an adapter initialized from the seed, or all."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(recipe.seed)
@@ -65,15 +70,31 @@ def adapt(model: Any, recipe: FinetuneRecipe) -> Any:
         use_dora=recipe.dora,
         init_lora_weights="pissa_niter_16" if recipe.lora_init == "pissa" else True,
     )
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
     adapted = get_peft_model(model, settings)
+    if embeddings[1] is not None and embeddings[0].weight is embeddings[1].weight:
+        _refuse_tied(adapted, embeddings, recipe)
     _fuse(adapted)
     return adapted
 
 
+def _refuse_tied(adapted: Any, embeddings: Sequence[Any], recipe: FinetuneRecipe) -> None:
+    """Refuse to train one of two tied modules: in the package both would have the same weights."""
+    keys = {"base_layer": "target_modules", "original_module": "modules_to_save"}  # as peft wraps modules
+    for name, module in adapted.get_base_model().named_modules():
+        path, _, role = name.rpartition(".")
+        if role in keys and any(module is tied for tied in embeddings):
+            shared = path.rpartition(".")[2]
+            why, fix = f"the base model ties the weights of {shared} to another module's", f"remove {shared}"
+            raise BadInput("finetune", keys[role], getattr(recipe, keys[role]), why=why, fix=fix)
+
+
 @torch.no_grad()
 def _loftq(adapted: Any, folder: Path) -> None:
-    """Start every adapter at the best approximation of its rank to what quantising lost (LoftQ with one
-    alternation). peft's own needs a GPU and leaves out the adapter's scale."""
+    """Initialize each adapter to the best low-rank approximation of the quantization error.
+
+    LoftQ (arXiv 2310.08659) with one alternation; peft's own needs a GPU and ignores the adapter's scale.
+    """
     import bitsandbytes
     from peft.tuners.lora import LoraLayer
 
@@ -82,10 +103,14 @@ def _loftq(adapted: Any, folder: Path) -> None:
         base = layer.get_base_layer() if isinstance(layer, LoraLayer) else None
         if not isinstance(base, bitsandbytes.nn.Linear4bit):
             continue
-        kept = bitsandbytes.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).float()
-        lost = whole.get_submodule(name).weight.to(kept) - kept
+        dequantized = bitsandbytes.functional.dequantize_4bit(
+            base.weight.data, base.weight.quant_state
+        ).float()
+        plain = whole.get_submodule(name)
+        weight = plain.weight.T if isinstance(plain, Conv1D) else plain.weight
+        error = weight.to(dequantized) - dequantized
         rank = layer.r["default"]
-        left, values, right = torch.svd_lowrank(lost, q=min(2 * rank, *lost.shape), niter=4)
+        left, values, right = torch.svd_lowrank(error, q=min(2 * rank, *error.shape), niter=4)
         root = (values[:rank] / layer.scaling["default"]).sqrt()
         layer.lora_A["default"].weight.copy_((right[:, :rank] * root).T)
         layer.lora_B["default"].weight.copy_(left[:, :rank] * root)
@@ -94,8 +119,8 @@ def _loftq(adapted: Any, folder: Path) -> None:
 def _fuse(model: Any) -> None:
     """Add each adapter's output to its base layer's in one matrix product.
 
-    peft's own forward takes three more passes over activations as wide as the layer (scale, add, cast to
-    fp32 and back under autocast): an eighth of a training step on the demo's model.
+    peft's forward makes three more passes over activations as wide as the layer (scale, add, cast to fp32
+    and back under autocast), an eighth of a training step of the demo's model.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -107,8 +132,8 @@ def _fuse(model: Any) -> None:
 
 @cache
 def _fused(kind: type) -> type:
-    """One class for all layers of a kind. If each layer had a forward of its own, torch.compile would compile
-    it anew for each, and give up after eight of them."""
+    """Return one class for all layers of a kind: torch.compile recompiles for each new forward, and gives up
+    after eight."""
     return type(kind.__name__, (kind,), {"forward": _adapted_forward})
 
 
@@ -121,11 +146,11 @@ def _adapted_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def save_adapter(model: Any, folder: Path, base_model: str, initial: Path) -> None:
-    """Save what was trained: an adapter in peft's format or, after full fine-tuning, the model.
+    """Save the adapter in peft's format or, after full fine-tuning, the model.
 
-    An adapter that started from PiSSA becomes one of twice the rank, for the base model as it was, by its
-    difference to the adapter in `initial`, if there is one. The files hold no path and no set in random
-    order, so equal training gives equal bytes.
+    A PiSSA adapter is converted, by its difference from the adapter in `initial`, to one of twice the rank
+    for the original base model. The files hold no path and no set in random order, so equal training gives
+    equal bytes.
     """
     converted = {"path_initial_model_for_weight_conversion": str(initial)} if initial.exists() else {}
     model.save_pretrained(folder, **converted)

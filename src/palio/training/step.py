@@ -1,25 +1,28 @@
-"""The fine-tuning step, whatever trains: base model and dataset in, adapter out, inside the track's budget.
+"""The fine-tuning step, shared by every way to train: base model and dataset in, adapter out.
 
-All training happens in a folder named by the fingerprint of what decides its result:
+Training happens in a folder named by the fingerprint of everything that decides its result:
 
     work/train/<fingerprint[:16]>/
         ledger.jsonl      seconds of the budget used, over all attempts
         adapter/          the finished adapter
         train.parquet     its telemetry
-        training.json     what trained it, and how long: goes into finetune.run.json
+        training.json     device and duration, for finetune.run.json
         adapter.json      its manifest, written last
-    adapter/, train.parquet, adapter.json    hard links to (copies of) the recipe's own
+    adapter/, train.parquet, adapter.json    hard links to (copies of) those in the work folder
 
-so going back to an earlier recipe restores its adapter in seconds, and a run that ended at its budget
-stays ended unless the budget is raised.
+Going back to an earlier recipe therefore restores its adapter in seconds, and a run that ended at its
+budget trains on only if the budget is raised.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from palio.config import Track
@@ -42,7 +45,7 @@ from palio.training.ledger import joules, read_ledger, sole_process
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """Whose training, with which settings, on which base model."""
+    """One entry's fine-tuning: its folder, settings and base model."""
 
     folder: EntryFolder
     settings: FinetuneSettings
@@ -56,12 +59,12 @@ class TrainingStep:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training leaves besides adapter/ and train.parquet in its work folder."""
+    """Result of a training besides adapter/ and train.parquet in its work folder."""
 
     manifest: dict[str, Any]
-    """Values of the AdapterManifest that training decides."""
+    """Fields of the AdapterManifest that training decides."""
     seconds: float
-    """Of the budget, over all attempts."""
+    """Seconds of the budget used over all attempts."""
     facts: dict[str, Any]
     """Other values of the TrainingFacts."""
 
@@ -69,10 +72,10 @@ class Trained:
 def adapter_of(
     step: TrainingStep, recipe: dict[str, Any], version: str, train: Callable[[TrainingFolder, str], Trained]
 ) -> AdapterManifest:
-    """Train, go on or restore; leaves adapter/, train.parquet and adapter.json in the entry's folder.
+    """Train, resume or restore; writes adapter/, train.parquet and adapter.json into the entry's folder.
 
-    `recipe` and `version` are what decides the result besides base model and dataset. `train` is given the
-    work folder and the base model's id, and goes on from what an earlier attempt left there.
+    `recipe` and `version` decide the result together with base model and dataset. `train` takes the work
+    folder and the base model's id, and resumes from whatever an earlier attempt left there.
     """
     folder = step.folder
     model = read_record(BaseModelManifest, step.base_model.manifest)
@@ -90,7 +93,7 @@ def adapter_of(
     with timed_run(folder.run_facts("finetune"), FinetuneRun()) as run, sole_process(work.path):
         run.restored = _ended(work, step.track)
         if not run.restored:
-            work.manifest.unlink(missing_ok=True)  # of a smaller budget
+            work.manifest.unlink(missing_ok=True)  # from a run with a smaller budget
             trained = train(work, model.id)
             TrainingFacts(
                 training_seconds=round(trained.seconds, 3),
@@ -121,14 +124,14 @@ def adapter_of(
 
 
 def _refuse_to_replace(file: Path, key: str) -> None:
-    """Hours of training are not overwritten by accident. Snakemake removes what a rule is to make anew."""
-    if file.is_file() and (kept := read_record(AdapterManifest, file).fingerprint) != key:
+    """Keep hours of training from being overwritten by accident; Snakemake itself removes old outputs."""
+    if file.is_file() and (existing := read_record(AdapterManifest, file).fingerprint) != key:
         why, fix = "was trained with another recipe, dataset or base model", "remove this file to replace it"
-        raise BadInput(file, "fingerprint", kept[:16], why=why, fix=fix)
+        raise BadInput(file, "fingerprint", existing[:16], why=why, fix=fix)
 
 
 def _ended(work: TrainingFolder, track: Track) -> bool:
-    """Whether `work` holds the adapter; one that ended at a smaller budget than today's is trained on."""
+    """Return True if `work` holds the final adapter, not one that ended at a smaller budget than today's."""
     if not work.manifest.is_file():
         return False
     budgets = [line["budget"] for line in read_ledger(work.ledger) if line["event"] == "start"]
@@ -137,10 +140,10 @@ def _ended(work: TrainingFolder, track: Track) -> bool:
 
 
 def _publish(work: TrainingFolder, folder: EntryFolder) -> AdapterManifest:
-    """Hard links to (copies of) the adapter, its telemetry and its manifest, which comes last."""
+    """Link the finished adapter and its telemetry into the entry's folder; write the manifest last."""
     manifest = read_record(AdapterManifest, work.manifest)
     if folder_sha256(work.adapter) != manifest.files:
-        raise Crashed(f"the finished adapter in {work.path} was changed; delete that folder to train again")
+        raise Crashed(f"the finished adapter in {work.path} has changed; delete that folder to train again")
     building = folder.unfinished("adapter")
     shutil.rmtree(building, ignore_errors=True)
     shutil.copytree(work.adapter, building, copy_function=link_or_copy)
@@ -151,3 +154,19 @@ def _publish(work: TrainingFolder, folder: EntryFolder) -> AdapterManifest:
         shutil.copyfile(work.telemetry, temporary)
     manifest.write(folder.adapter_manifest)
     return manifest
+
+
+@contextmanager
+def caught_signals() -> Iterator[set[int]]:
+    """Yield the signals received so far: SIGTERM (save and stop) and SIGUSR1 (SLURM's early warning)."""
+    caught: set[int] = set()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.add(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""What each optimizer step tells: a row of train.parquet, a line of the log, a point on dashboards."""
+"""Telemetry of each optimizer step: a row of train.parquet, a line of the log, a point on dashboards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
         pa.field("validation_loss", pa.float64()),
     ]
 )
-"""One row per optimizer step; elapsed_seconds is of the budget, over all attempts."""
+"""One row per optimizer step; `elapsed_seconds` counts the budget used over all attempts."""
 
 console = Console(stderr=True)
 
@@ -39,9 +39,9 @@ console = Console(stderr=True)
 
 @contextmanager
 def progress(steps: int, done: int) -> Iterator[Callable[[StepReport, float], None]]:
-    """A bar on a terminal; elsewhere a line for about every twentieth of the steps.
+    """Show a bar on a terminal, and elsewhere a line for about every twentieth of the steps.
 
-    Yields what takes a step's report and the seconds left of the budget.
+    Yields a function that takes a step's report and the seconds left of the budget.
     """
     if sys.stderr.isatty():
         columns = (
@@ -75,61 +75,61 @@ def _line(report: StepReport, left: float) -> str:
 
 # --- dashboards ------------------------------------------------------------------------------------
 
-Tell = Callable[[Mapping[str, float]], None]
+Sink = Callable[[Mapping[str, float]], None]
 """Takes one row of telemetry."""
 
 
 @contextmanager
 def dashboards(
     names: Sequence[str], *, folder: Path, run: str, key: str, recipe: dict[str, Any]
-) -> Iterator[Tell]:
-    """Yields what tells a row to all dashboards in `names`.
+) -> Iterator[Sink]:
+    """Yield a function that sends a row to all dashboards in `names`.
 
-    `run` is the run's title, `key` its identity over all attempts. One that fails is left out from then
-    on: a dashboard's outage must not end a training. Raises BadInput where its library is not installed.
+    `run` is the run's title, `key` its identity over all attempts. A dashboard that fails is dropped: its
+    outage must not end a training. Raises BadInput if its library is not installed.
     """
     with ExitStack() as stack:
-        tellers: dict[str, Tell] = {}
+        sinks: dict[str, Sink] = {}
 
-        def lost(name: str, error: Exception) -> None:
-            tellers.pop(name, None)
-            console.print(f"{name} is told no more: {error}", highlight=False, markup=False)
+        def drop(name: str, error: Exception) -> None:
+            sinks.pop(name, None)
+            console.print(f"{name} disabled: {error}", highlight=False, markup=False)
 
         for name in names:
             try:
-                tellers[name] = stack.enter_context(_DASHBOARDS[name](folder / name, run, key, recipe))
+                sinks[name] = stack.enter_context(_DASHBOARDS[name](folder / name, run, key, recipe))
             except ImportError as error:
                 why, fix = f"it is not installed ({error})", f"pip install {name}, or leave it out"
                 raise BadInput("config", "telemetry.report_to", name, why=why, fix=fix) from None
             except Exception as error:
-                lost(name, error)
+                drop(name, error)
 
-        def tell(row: Mapping[str, float]) -> None:
-            for name, teller in list(tellers.items()):
+        def send(row: Mapping[str, float]) -> None:
+            for name, sink in list(sinks.items()):
                 try:
-                    teller(row)
+                    sink(row)
                 except Exception as error:
-                    lost(name, error)
+                    drop(name, error)
 
-        yield tell
+        yield send
 
 
 @contextmanager
-def _tensorboard(folder: Path, run: str, key: str, recipe: dict[str, Any]) -> Iterator[Tell]:
+def _tensorboard(folder: Path, run: str, key: str, recipe: dict[str, Any]) -> Iterator[Sink]:
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:
         writer.add_text("recipe", str(recipe))
 
-        def tell(row: Mapping[str, float]) -> None:
+        def send(row: Mapping[str, float]) -> None:
             for name, value in _values(row).items():
                 writer.add_scalar(name, value, int(row["step"]))
 
-        yield tell
+        yield send
 
 
 @contextmanager
-def _wandb(folder: Path, run: str, key: str, recipe: dict[str, Any]) -> Iterator[Tell]:
+def _wandb(folder: Path, run: str, key: str, recipe: dict[str, Any]) -> Iterator[Sink]:
     import wandb
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def _wandb(folder: Path, run: str, key: str, recipe: dict[str, Any]) -> Iterator
 
 
 @contextmanager
-def _mlflow(folder: Path, run: str, key: str, recipe: dict[str, Any]) -> Iterator[Tell]:
+def _mlflow(folder: Path, run: str, key: str, recipe: dict[str, Any]) -> Iterator[Sink]:
     import mlflow
 
     with mlflow.start_run(run_name=run, tags={"palio.fingerprint": key}):
@@ -150,7 +150,7 @@ def _values(row: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in row.items() if name != "step"}
 
 
-_DASHBOARDS: dict[str, Callable[[Path, str, str, dict[str, Any]], AbstractContextManager[Tell]]] = {
+_DASHBOARDS: dict[str, Callable[[Path, str, str, dict[str, Any]], AbstractContextManager[Sink]]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "mlflow": _mlflow,

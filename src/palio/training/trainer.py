@@ -1,8 +1,8 @@
-"""The numeric core of fine-tuning: one optimizer step at a time, its whole state savable.
+"""The numeric core of fine-tuning: optimizer steps, and a state that can be saved.
 
-Knows tensors, rows and a recipe; nothing of files, budgets or records. The step number is the data
-position and the place in the schedule, so parameters, optimizer state and random state are all there is
-to save, and a resumed run repeats an uninterrupted one bit by bit on a CPU.
+It knows tensors, rows and a recipe, but no files, budgets or records. The step number is the position in
+the data and in the schedule, so a state is parameters, optimizer, loss scale and random state; on a CPU a
+resumed run repeats an uninterrupted one bit by bit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from palio.quantization import evaluation_mode
 from palio.training.attention import NAME, row_bounds, row_lengths
 from palio.training.model import compute_dtype
-from palio.training.rows import Row, flat_batch, padded_batch, planned_steps, step_rows
+from palio.training.rows import Batch, Row, flat_batch, padded_batch, planned_steps, step_rows
 
 if TYPE_CHECKING:
     from palio.config import FinetuneRecipe
@@ -33,8 +33,7 @@ class NonFiniteLossError(Exception):
     """Loss or gradient is NaN or infinite; the step was not applied."""
 
     def __init__(self, step: int, what: str, rows: Sequence[Row]) -> None:
-        self.step, self.rows = step, [row.number for row in rows]
-        super().__init__(f"{what} at step {step}, on rows {self.rows} of the dataset")
+        super().__init__(f"{what} at step {step}, on rows {[row.number for row in rows]} of the dataset")
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,14 @@ class StepReport:
     """Mean cross-entropy over the step's completion tokens, in nats."""
     learning_rate: float
     grad_norm: float
-    """Before clipping."""
+    """L2 norm before clipping."""
     tokens: int
-    """Of prompts and completions; there is no padding."""
+    """Tokens of prompts and completions, without padding."""
     seconds: float
 
 
 def learning_rate(recipe: FinetuneRecipe, step: int, steps: int) -> float:
-    """Rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then the recipe's schedule."""
+    """Return the rate of step `step` (from 0) of `steps`: linear warm-up, then the recipe's schedule."""
     warmup = math.ceil(recipe.warmup_ratio * steps)
     if step < warmup:
         return recipe.learning_rate * (step + 1) / warmup
@@ -68,7 +67,7 @@ def learning_rate(recipe: FinetuneRecipe, step: int, steps: int) -> float:
 
 
 class Trainer:
-    """Trains `model`'s parameters that require gradients on `rows` as `recipe` says."""
+    """Trains the parameters of `model` that require gradients, on `rows`, according to `recipe`."""
 
     def __init__(self, model: Any, rows: Sequence[Row], recipe: FinetuneRecipe, device: torch.device) -> None:
         self.model, self.rows, self.recipe, self.device = model, rows, recipe, device
@@ -78,7 +77,7 @@ class Trainer:
         self.optimizer = _optimizer(recipe, self.parameters, device)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.flat = bool(getattr(inner, "_supports_attention_backend", False))
-        """Whether rows are laid end to end; else the architecture needs padded rows and a mask."""
+        """True if rows are laid end to end; otherwise they are padded and masked."""
         if self.flat:
             inner.set_attn_implementation(NAME)
         self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
@@ -92,7 +91,7 @@ class Trainer:
         model.train()
 
     def train_step(self) -> StepReport:
-        """One optimizer step. Raises NonFiniteLossError, the trainer's state untouched."""
+        """Take one optimizer step. Raises NonFiniteLossError, leaving the trainer's state as it was."""
         clock, random = time.perf_counter(), self._random()
         recipe, rows = self.recipe, step_rows(self.rows, self.recipe, self.step)
         rate = learning_rate(recipe, self.step, self.steps)
@@ -100,7 +99,7 @@ class Trainer:
             group["lr"] = rate
         targets = sum(row.targets for row in rows)
         total = torch.zeros((), device=self.device)
-        # Rows of like length share a forward pass: less to pad where padding is needed.
+        # Rows of similar length share a forward pass, which saves padding.
         ordered = rows if self.flat else sorted(rows, key=lambda row: len(row.ids))
         for start in range(0, len(ordered), recipe.batch_size):
             total += self._backward(ordered[start : start + recipe.batch_size], targets)
@@ -120,12 +119,12 @@ class Trainer:
         return StepReport(self.step, loss, rate, norm_value, tokens, time.perf_counter() - clock)
 
     def _applicable(self, loss: float, norm: float) -> bool:
-        """A gradient that overflows fp16 skips its step and lowers the scale, down to 1."""
+        """Return False if the step must not be applied; an fp16 overflow only lowers the loss scale."""
         overflow = self._scaler.is_enabled() and self._scaler.get_scale() > 1
         return math.isfinite(loss) and (math.isfinite(norm) or overflow)
 
     def _backward(self, rows: Sequence[Row], targets: int) -> torch.Tensor:
-        """Add the gradient of the rows' share of the step's mean loss; returns that share."""
+        """Add the gradient of the rows' share of the step's mean loss; return that share."""
         with self._loss(rows) as loss:
             share = loss / targets
             self._scaler.scale(share).backward()  # type: ignore[no-untyped-call]
@@ -133,7 +132,7 @@ class Trainer:
 
     @torch.no_grad()
     def validation_loss(self, rows: Sequence[Row]) -> float:
-        """Mean cross-entropy over the completion tokens of `rows`, without dropout or noise, in nats."""
+        """Return the mean cross-entropy over completion tokens, in nats, without dropout or noise."""
         evaluation_mode(self.model)
         total, targets = 0.0, sum(row.targets for row in rows)
         for start in range(0, len(rows), self.recipe.batch_size):
@@ -144,44 +143,42 @@ class Trainer:
 
     @contextmanager
     def _loss(self, rows: Sequence[Row]) -> Iterator[torch.Tensor]:
-        """Summed cross-entropy over the completion tokens of `rows`, laid end to end if the model allows.
+        """Yield the summed cross-entropy over the completion tokens of `rows`.
 
         The backward pass belongs inside the block: recomputed layers need the rows' bounds again.
         """
-        if not self.flat:
-            padded = padded_batch(rows, self.device)
-            with self._autocast:
-                inputs = {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
-                logits = self.model(**inputs, use_cache=False).logits.flatten(0, 1)[padded.predict]
-            yield _summed(logits, padded.targets)
-            return
-        batch = flat_batch(rows, self.device)
+        batch = (flat_batch if self.flat else padded_batch)(rows, self.device)
         with row_bounds(batch.bounds, self.device):
             with self._autocast:
-                logits = self._logits(batch.predict, batch.input_ids, position_ids=batch.position_ids)
-            yield _summed(logits, batch.targets)
+                logits = self._logits(batch)
+            yield torch.nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
 
-    def _logits(self, predict: torch.Tensor, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        """(K, vocabulary) logits at the positions the loss is taken on, and nowhere else where possible:
-        with a large vocabulary the others would cost most of the memory."""
-        if self._keeps_logits:
-            inputs["logits_to_keep"] = predict
-        logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False, **inputs).logits[0]
-        return logits if self._keeps_logits else logits[predict]
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        """Return the (K, vocabulary) logits at the positions the loss is taken on.
+
+        The model computes no others if it can: with a large vocabulary they would take most of the memory.
+        """
+        if self.flat and self._keeps_logits:
+            picked: torch.Tensor = self.model(
+                **batch.inputs, logits_to_keep=batch.predict, use_cache=False
+            ).logits
+            return picked[0]
+        logits: torch.Tensor = self.model(**batch.inputs, use_cache=False).logits
+        return logits.flatten(0, 1)[batch.predict]
 
     def trained(self) -> dict[str, torch.Tensor]:
-        """The trained parameters by name, as they stand now (not copies)."""
+        """Return the trained parameters by name (not copies)."""
         return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def put(self, parameters: dict[str, torch.Tensor]) -> None:
-        """Set trained parameters."""
+        """Set trained parameters by name."""
         own = dict(self.model.named_parameters())
         for name, value in parameters.items():
             own[name].copy_(value)
 
     def state(self) -> dict[str, Any]:
-        """All that a later process needs to go on from here."""
+        """Return everything a later process needs to continue from here."""
         return {
             "step": self.step,
             "parameters": self.trained(),
@@ -191,6 +188,7 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a state that `state` returned."""
         self.step = state["step"]
         self.put(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -199,7 +197,7 @@ class Trainer:
         self._set_random(state["random"])
 
     def _random(self) -> list[torch.Tensor]:
-        """State of the random numbers on the CPU and, if that trains, on the GPU."""
+        """Return the random states of the CPU and, if it trains, the GPU."""
         return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if self.device.type == "cuda" else [])]
 
     def _set_random(self, states: list[torch.Tensor]) -> None:
@@ -209,7 +207,7 @@ class Trainer:
 
 
 def _noise(alpha: float) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
-    """NEFTune: uniform noise on a row's embeddings, of length alpha whatever the row's length."""
+    """Return NEFTune's hook (arXiv 2310.05914): uniform noise in ±alpha / sqrt(row length · width)."""
 
     def hook(module: Any, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
         if not module.training:
@@ -223,29 +221,25 @@ def _noise(alpha: float) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
 
 
 def _compile_layers(model: Any) -> None:
-    """Compile each decoder layer in place, once for all lengths; attention itself is left as it is."""
+    """Compile each decoder layer in place, once for all lengths; attention itself is not compiled."""
     lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     layers: Any = max(lists, key=len)
     for layer in layers:
         if getattr(layer, "gradient_checkpointing", False):
-            # torch.compile leaves a whole layer as it is if its checkpoint holds what cannot be compiled.
+            # torch.compile skips a whole layer if its checkpoint contains anything it cannot compile.
             layer._gradient_checkpointing_func = partial(_compiled_inside, layer._gradient_checkpointing_func)
         else:
             layer.compile(dynamic=True)
 
 
 def _compiled_inside(checkpoint: Callable[..., Any], layer: partial[Any], *inputs: Any) -> Any:
-    """`checkpoint` of a layer's forward, bound as transformers binds it, compiled."""
+    """Call `checkpoint` on the compiled forward of a layer, bound as transformers binds it."""
     return checkpoint(partial(_compiled(layer.func), *layer.args, **layer.keywords), *inputs)
 
 
 @cache
 def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(forward, dynamic=True)
-
-
-def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def _optimizer(
@@ -266,7 +260,7 @@ def _optimizer(
 
 
 def _page(optimizer: Any) -> None:
-    """bitsandbytes loads a paged optimizer's moments onto the GPU for good: move them to pages again."""
+    """Move a paged optimizer's moments back to pages: bitsandbytes loads them into GPU memory."""
     if not getattr(optimizer, "is_paged", False):
         return
     for parameter, moments in optimizer.state.items():
@@ -276,7 +270,7 @@ def _page(optimizer: Any) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes: of the GPU's allocator, or of this process on a CPU."""
+    """Return the peak memory in bytes: of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
