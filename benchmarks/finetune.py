@@ -446,7 +446,7 @@ def measure(
     )
     rows = random_rows(count=4096)
     model = adapt(random_model(options.shape, method, device), recipe)
-    trainer = Trainer(model, rows, recipe, device)
+    trainer = Trainer(model, rows, recipe, device, flat=True)
     clock = time.monotonic()
     most = max(trainer.train_step().tokens for _ in range(options.warmup))
     warmup = time.monotonic() - clock

@@ -42,13 +42,12 @@ def trainer_of(
     recipe: FinetuneRecipe,
     *,
     config: LlamaConfig = CONFIG,
-    attention_backend: bool = True,
+    flat: bool = True,
     device: torch.device = CPU,
 ) -> Trainer:
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(device)
-    model._supports_attention_backend = attention_backend
-    return Trainer(adapt(model, recipe), rows_of(40), recipe, device)
+    return Trainer(adapt(model, recipe), rows_of(40), recipe, device, flat=flat)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
@@ -103,8 +102,7 @@ def test_a_paged_optimizer_is_paged_after_a_resume_too(optimizer: str) -> None:
 
 def test_padded_rows_train_like_rows_end_to_end() -> None:
     recipe = FinetuneRecipe(max_steps=5, learning_rate=1e-2)
-    flat, padded = trainer_of(recipe), trainer_of(recipe, attention_backend=False)
-    assert (flat.flat, padded.flat) == (True, False)
+    flat, padded = trainer_of(recipe), trainer_of(recipe, flat=False)
     ours = [flat.train_step().loss for _ in range(5)]
     assert ours == pytest.approx([padded.train_step().loss for _ in range(5)], rel=1e-4)
     assert flat.validation_loss(rows_of(9)) == pytest.approx(padded.validation_loss(rows_of(9)), rel=1e-4)

@@ -182,6 +182,10 @@ class AdapterManifest(EntryRecord):
     """The step whose weights were kept, where rows were held out for validation; None: the last."""
     validation_loss: float | None = None
     """Validation loss at that step."""
+    batching: Literal["end to end", "padded"] | None = None
+    """How rows shared a forward pass; None for a team's program."""
+    batching_difference: float | None = None
+    """Largest difference of a logit from the row alone, in the trainer's start-up check."""
     contained: dict[str, int] = {}
     """What the confinement of a team's own program held back or ended, over all attempts, and how often."""
     files: dict[str, str]

@@ -18,6 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "palio_rows"
 
+HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_router_logits"}
+"""Arguments that layers pass on and that do not change causal attention."""
+
 VARLEN: Callable[..., Any] | None = None
 with suppress(ImportError):  # torch before 2.10 lacks the module, 2.10 lacks `window_size`
     from torch.nn.attention.varlen import varlen_attn
@@ -62,13 +65,26 @@ def rows_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **unused: Any,
+    sliding_window: int | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute causal attention within each row.
+
+    Raises NotImplementedError for anything else: a mask, a window shorter than a row, any argument that may
+    change the result (soft caps, sinks, biases).
 
     Query, key and value are (1, heads, T, head size); key and value may have fewer heads (grouped queries).
     Returns (1, T, heads, head size), as transformers' attention layers expect.
     """
+    given = {name for name, value in others.items() if value is not None} - HARMLESS
+    if attention_mask is not None:
+        given.add("attention_mask")
+    if sliding_window is not None and sliding_window < _Rows.longest:
+        given.add("sliding_window")
+    if not getattr(module, "is_causal", True):
+        given.add("is_causal")
+    if given:
+        raise NotImplementedError(f"{type(module).__name__} asks for {', '.join(sorted(given))}")
     dtype = kernel_dtype(query)
     if VARLEN is not None and query.is_cuda and dtype != torch.float32 and dropout == 0:
         return _varlen(VARLEN, query.to(dtype), key.to(dtype), value.to(dtype), scaling), None

@@ -24,6 +24,7 @@ from palio.layout import TrainingFolder
 from palio.provenance import atomic_path, library_versions
 from palio.records import AdapterManifest
 from palio.tokens import Tokens, load_tokenizer
+from palio.training.batching import choose_batching
 from palio.training.checkpoint import load_checkpoint, save_checkpoint
 from palio.training.device import hardware, nvml_gpu, training_device
 from palio.training.ledger import Ledger
@@ -131,6 +132,8 @@ class _Training:
             "rows": len(rows),
             "rows_too_long": too_long,
             "final_loss": sum(last) / len(last),
+            "batching": self.batching.rows,
+            "batching_difference": float(f"{self.batching.difference:.2g}"),
             "best_step": self.best["step"] if self.best else None,
             "validation_loss": self.best["loss"] if self.best else None,
         }
@@ -178,7 +181,12 @@ class _Training:
             ) from None
         if self.recipe.lora_init == "pissa":
             model.save_pretrained(self.work.initial_adapter)
-        return Trainer(model, rows, self.recipe, self.device)
+        every = [*rows, *self.held_out]
+        self.batching = choose_batching(model, every, self.recipe.batch_size, self.device)
+        if self.batching.reason:
+            console.print(f"rows are padded: {self.batching.reason}", highlight=False, markup=False)
+        flat = self.batching.rows == "end to end"
+        return Trainer(model, rows, self.recipe, self.device, flat=flat)
 
     def _resume(self, trainer: Trainer, budget: float) -> None:
         """Restore the last complete checkpoint within the budget, or start from step 0."""

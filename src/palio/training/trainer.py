@@ -69,16 +69,17 @@ def learning_rate(recipe: FinetuneRecipe, step: int, steps: int) -> float:
 class Trainer:
     """Trains the parameters of `model` that require gradients, on `rows`, according to `recipe`."""
 
-    def __init__(self, model: Any, rows: Sequence[Row], recipe: FinetuneRecipe, device: torch.device) -> None:
-        self.model, self.rows, self.recipe, self.device = model, rows, recipe, device
+    def __init__(
+        self, model: Any, rows: Sequence[Row], recipe: FinetuneRecipe, device: torch.device, *, flat: bool
+    ) -> None:
+        """With `flat`, rows are laid end to end; otherwise they are padded and masked."""
+        self.model, self.rows, self.recipe, self.device, self.flat = model, rows, recipe, device, flat
         self.step = 0
         self.steps = planned_steps(len(rows), recipe)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = _optimizer(recipe, self.parameters, device)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.flat = bool(getattr(inner, "_supports_attention_backend", False))
-        """True if rows are laid end to end; otherwise they are padded and masked."""
-        if self.flat:
+        if flat:
             inner.set_attn_implementation(NAME)
         self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
         if recipe.neftune_alpha is not None:
