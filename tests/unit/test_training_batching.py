@@ -1,4 +1,4 @@
-"""Rows share a forward pass only where each gets the logits that it has in the model's own attention alone."""
+"""Rows share a forward pass only where each gets the logits that the model gives it alone."""
 
 from __future__ import annotations
 

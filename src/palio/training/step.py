@@ -143,7 +143,7 @@ def _publish(work: TrainingFolder, folder: EntryFolder) -> AdapterManifest:
     """Link the finished adapter and its telemetry into the entry's folder; write the manifest last."""
     manifest = read_record(AdapterManifest, work.manifest)
     if folder_sha256(work.adapter) != manifest.files:
-        raise Crashed(f"the finished adapter in {work.path} has changed; delete that folder to train again")
+        raise Crashed(f"the finished adapter in {work.path} was changed; delete that folder to train again")
     building = folder.unfinished("adapter")
     shutil.rmtree(building, ignore_errors=True)
     shutil.copytree(work.adapter, building, copy_function=link_or_copy)
