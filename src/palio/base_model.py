@@ -64,7 +64,11 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
         _take_files(given, building, "path", source.path)
     shutil.rmtree(model, ignore_errors=True)
     building.rename(model)
-    manifest = BaseModelManifest(id=source.id, source=source, files=folder_sha256(model))
+    from palio.causal_model import unsupported
+
+    manifest = BaseModelManifest(
+        id=source.id, source=source, files=folder_sha256(model), unsupported=unsupported(model)
+    )
     manifest.write(manifest_path)
     return manifest
 
@@ -174,7 +178,9 @@ def _convert_gguf(address: str, target: Path) -> None:
     if not (folder / name).is_file():
         held = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "no GGUF file"
         raise BadInput("base_model", "gguf", address, why="no such file", fix=f"{package} has {held}")
-    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False
+    )
     settings: dict[str, Any] = read.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         settings.pop(key, None)
@@ -185,6 +191,6 @@ def _convert_gguf(address: str, target: Path) -> None:
         raise Crashed(f"base model {address}: the GGUF file lacks {sorted(set(missing) - tied)[0]}")
     fresh.tie_weights()
     fresh.save_pretrained(target)
-    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False).save_pretrained(target)
     for path in target.iterdir():
         path.chmod(0o644)  # weights are saved as 0600, which other users' jobs could not read

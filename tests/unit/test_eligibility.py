@@ -70,7 +70,13 @@ def test_every_rule_has_a_bad_entry() -> None:
     text = "".join(path.read_text() for path in (ROOT / "src/palio/eligibility").glob("*.py"))
     rules = set(re.findall(r'rule="([\w.]+)"', text))
     shown = {path.read_bytes().split()[1].decode() for path in BAD}
-    assert rules - shown == {"team.entries", "entry.duplicate", "base_model.licence", "base_model.lineage"}
+    assert rules - shown == {
+        "team.entries",
+        "entry.duplicate",
+        "base_model.licence",
+        "base_model.lineage",
+        "base_model.unsupported",
+    }
 
 
 @pytest.mark.parametrize("competition", ["config/config.yaml", "config/neurips2023.yaml"])

@@ -24,12 +24,12 @@ from palio.config import (
     read_yaml,
 )
 from palio.eligibility.check import approved_model, violations
-from palio.eligibility.lineage import lineage_violations, model_facts
+from palio.eligibility.lineage import lineage_violations, model_facts, unsupported_violations
 from palio.eligibility.neighbours import Participants, violations_among
 from palio.errors import BadInput, RuleViolation
 from palio.incoming import Incoming, saved_tables
 from palio.layout import Resources
-from palio.records import Check, Violation
+from palio.records import BaseModelManifest, Check, Violation, read_record
 from palio.settings import CheckedAgainst, EntryFolders
 
 RESOURCES = Resources()
@@ -84,6 +84,9 @@ def check_file(file: Path, against: CheckedAgainst, among: EntryFolders | None =
         if folder.is_dir():
             found += lineage_violations(entry.base_model, model_facts(folder), rules)
             break
+    manifest = RESOURCES.base_model(entry.base_model.id).manifest
+    if entry.server is None and manifest.is_file():
+        found += unsupported_violations(read_record(BaseModelManifest, manifest))
     family = approved_model(entry.base_model, rules)
     if found or family is None:
         return Checked(file, found, notices)

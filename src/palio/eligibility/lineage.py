@@ -15,7 +15,7 @@ from typing import Any
 from palio.base_model import card_facts
 from palio.config import BaseModelSource, RuleSet
 from palio.eligibility.check import approved_address, approved_model, first_match
-from palio.records import Violation
+from palio.records import BaseModelManifest, Violation
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,13 @@ def lineage_violations(source: BaseModelSource, facts: ModelFacts, rules: RuleSe
             why=f"its config was saved from {facts.trained_as}, which matches {refused}",
             fix="start from the family's base model",
         )
+
+
+def unsupported_violations(manifest: BaseModelManifest) -> Iterator[Violation]:
+    """Yield a violation if Palio cannot train, package and serve the base model."""
+    if manifest.unsupported is not None:
+        key = f"base_model.{manifest.source.kind}"
+        yield Violation(rule="base_model.unsupported", key=key, **manifest.unsupported.model_dump())
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from palio.base_model import card_facts
+from palio.causal_model import load_causal_model
 from palio.errors import Crashed
 from palio.files import link_or_copy
 from palio.layout import BaseModelFolder, EntryFolder
@@ -70,6 +71,7 @@ def build_package(
     disable_progress_bar()  # transformers' bars are noise in a log
 
     def fill(building: Path, base: BaseModelManifest) -> dict[str, Any]:
+        base.require_supported()
         difference = divergence = None
         if trained is not None:
             if folder_sha256(folder.adapter) != trained.files:
@@ -122,7 +124,7 @@ def _write_tuned(
     if trained.recipe["method"] == "full":
         _link_files(adapter, target, weights=True)
         return None, None
-    stored = AutoConfig.from_pretrained(base).dtype or torch.float32
+    stored = AutoConfig.from_pretrained(base, trust_remote_code=False).dtype or torch.float32
     tokenizer = load_tokenizer(base)
     adapted, as_trained = adapted_model(base, adapter, trained)
     before = probe_logits(adapted, tokenizer)
@@ -151,7 +153,7 @@ def adapted_model(
     base: Path, adapter: Path, trained: AdapterManifest
 ) -> tuple[Any, list[torch.Tensor] | None]:
     """Return base model plus adapter in fp32, ready to merge; after QLoRA also the trained model's logits."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = load_causal_model(base, dtype=torch.float32)
     as_trained = None
     if trained.recipe["method"] == "qlora":
         quantised = _requantise(model, base, trained.recipe["quantization"])
@@ -164,7 +166,7 @@ def _requantise(model: Any, base: Path, kind: str) -> Any:
     """Return the base model quantized as for training; copy its dequantized weights into `model` (fp32)."""
     from peft.utils.integrations import dequantize_module_weight
 
-    quantised = AutoModelForCausalLM.from_pretrained(
+    quantised = load_causal_model(
         base,
         dtype=torch.float32,
         quantization_config=quantization(kind, torch.float32),
@@ -202,7 +204,9 @@ def _complete(folder: Path, ends: set[int]) -> None:
     """Make the generation config, which everyone who loads the model uses, stop at the trained end tokens."""
     path = folder / "generation_config.json"
     if not path.is_file():
-        GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+        GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        ).save_pretrained(folder)
     content = json.loads(path.read_text(encoding="utf-8"))
     named = content.get("eos_token_id")
     known = set(named if isinstance(named, list) else [] if named is None else [named])

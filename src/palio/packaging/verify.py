@@ -214,8 +214,8 @@ import json, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = sys.argv[1]
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True).eval()
 with torch.inference_mode():
     prompt = tokenizer("The capital of Italy is", return_tensors="pt")
     finite = bool(model(**prompt).logits.isfinite().all())
@@ -288,8 +288,7 @@ def _same_weights(folder: Path, other: Path) -> str:
 
 
 def _same_answers(folder: Path, base: Path, adapter: Path, trained: AdapterManifest) -> str:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    from palio.causal_model import load_causal_model
     from palio.packaging.package import (
         DIVERGENCE,
         TOLERANCE,
@@ -298,9 +297,10 @@ def _same_answers(folder: Path, base: Path, adapter: Path, trained: AdapterManif
         probe_logits,
     )
     from palio.tensors import mean_divergence
+    from palio.tokens import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    package = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    package = load_causal_model(folder)
     exact = package.dtype.is_floating_point and package.dtype.itemsize == 4
     ours = probe_logits(package, tokenizer)
     adapted, as_trained = adapted_model(base, adapter, trained)

@@ -46,6 +46,7 @@ from palio.records.entry import (
     PackageManifest,
     SourceReport,
     StepFailure,
+    Unsupported,
     Violation,
 )
 from palio.records.evaluation import HelmRun, ProbeCheck, ProbeReport, StageInstances, StageRecord
@@ -110,6 +111,7 @@ __all__ = [
     "TrackRecord",
     "TrainingFacts",
     "Uncertainty",
+    "Unsupported",
     "UsedSeconds",
     "Violation",
     "read_record",

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from palio import provenance
 from palio.config import BaseModelSource
-from palio.errors import State
+from palio.errors import BadInput, State
 from palio.records.common import EntryRecord, Part, Record, read_record
 
 
@@ -39,6 +39,15 @@ class Check(EntryRecord):
     """Points for the organizers to review; they do not stop the entry."""
 
 
+class Unsupported(Part):
+    """What keeps Palio from working with a base model."""
+
+    why: str
+    """Family, and what is wrong."""
+    fix: str
+    """The way out."""
+
+
 class BaseModelManifest(Record):
     """A base model as it was fetched."""
 
@@ -48,11 +57,19 @@ class BaseModelManifest(Record):
     """Where it was fetched from."""
     files: dict[str, str]
     """sha256 by relative path."""
+    unsupported: Unsupported | None = None
+    """Why Palio cannot train, package and serve it; null if it can."""
 
     @property
     def fingerprint(self) -> str:
         """Identity of the files."""
         return provenance.fingerprint(self.files)
+
+    def require_supported(self) -> None:
+        """Raise BadInput if Palio cannot work with this base model; a team's own server may."""
+        if self.unsupported is not None:
+            facts = self.unsupported.model_dump()
+            raise BadInput("base_model", self.source.kind, self.source.address, **facts)
 
 
 class SourceReport(Part):

@@ -63,7 +63,10 @@ def load_model(package: Path, device: str, gpu_memory_gb: float | None) -> Model
         cap_gpu_memory(gpu_memory_gb)
     disable_progress_bar()
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(package, dtype="auto" if on_gpu else torch.float32)
+        dtype = "auto" if on_gpu else torch.float32
+        loaded = AutoModelForCausalLM.from_pretrained(
+            package, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
         loaded.eval().to("cuda" if on_gpu else "cpu")
         return choose_model(loaded)
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -75,7 +75,7 @@ class VllmEngine:
     ) -> None:
         self.vocabulary = Vocabulary.load(package)
         vllm_version()
-        config = AutoConfig.from_pretrained(package)
+        config = AutoConfig.from_pretrained(package, trust_remote_code=False)
         self._context = min(context_of(config), max_context or context_of(config))
         self._counts: Counter[str] = Counter()
         self._in_flight = 0

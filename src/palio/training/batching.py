@@ -71,11 +71,9 @@ def choose_batching(model: Any, rows: Sequence[Row], batch_size: int, device: to
         model.train()
     if difference <= TOLERANCE * noise:
         return Batching("padded", difference, reason)
-    fix = (
-        f"in a batch, {inner.config.model_type} changes a logit by {difference:.2g} (rounding: {noise:.2g}); "
-        "set it to 1 and raise gradient_accumulation"
-    )
-    raise BadInput("finetune", "batch_size", batch_size, fix)
+    why = f"in a batch, {inner.config.model_type} changes a logit by {difference:.2g} (rounding: {noise:.2g})"
+    fix = "set it to 1 and raise gradient_accumulation"
+    raise BadInput("finetune", "batch_size", batch_size, why=why, fix=fix)
 
 
 def _probes(rows: Sequence[Row]) -> list[Row]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from palio.causal_model import load_causal_model
 from palio.errors import BadInput
 from palio.quantization import quantization
 
@@ -42,7 +42,7 @@ def load_model(folder: Path, recipe: FinetuneRecipe, device: torch.device) -> An
     settings: dict[str, Any] = {"dtype": base_dtype(device, recipe.method), "device_map": str(device)}
     if recipe.method == "qlora":
         settings["quantization_config"] = quantization(recipe.quantization, settings["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(folder, **settings)
+    model = load_causal_model(folder, **settings)
     adapted = adapt(model, recipe)
     if recipe.lora_init == "loftq":
         _loftq(adapted, folder)
@@ -98,7 +98,7 @@ def _loftq(adapted: Any, folder: Path) -> None:
     import bitsandbytes
     from peft.tuners.lora import LoraLayer
 
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    whole = load_causal_model(folder, dtype="auto")
     for name, layer in adapted.get_base_model().named_modules():
         base = layer.get_base_layer() if isinstance(layer, LoraLayer) else None
         if not isinstance(base, bitsandbytes.nn.Linear4bit):

@@ -79,6 +79,7 @@ def adapter_of(
     """
     folder = step.folder
     model = read_record(BaseModelManifest, step.base_model.manifest)
+    model.require_supported()
     data = read_record(DatasetManifest, folder.dataset.manifest)
     key = fingerprint(
         {

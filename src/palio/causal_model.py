@@ -1,0 +1,84 @@
+"""Causal language models of transformers: how they are loaded, and which of them Palio can work with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from palio.errors import BadInput
+from palio.records import Unsupported
+from palio.tokens import Tokens, load_tokenizer
+
+
+def load_causal_model(folder: Path, **settings: Any) -> Any:
+    """Load a model folder: safetensors only, and no code from it."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=False, use_safetensors=True, **settings
+    )
+
+
+def unsupported(folder: Path) -> Unsupported | None:
+    """Return why Palio cannot train, package and serve a model, and the way out; None if it can.
+
+    Judged from config, tokenizer and the names of weights: the model is built on the meta device.
+    """
+    disable_progress_bar()  # transformers' bars are noise in a log
+    family = "its config"
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        family = str(content.get("model_type"))
+        if family not in CONFIG_MAPPING:
+            code = " and needs code of its own (auto_map)" if "auto_map" in content else ""
+            why = f"transformers {transformers.__version__} does not know this family{code}"
+            raise _UnsupportedError(why, "use another base model, or serve it yourself in a server entry")
+        _check_family(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        _check_weights(folder)
+    except (_UnsupportedError, BadInput) as error:
+        return Unsupported(why=f"{family}: {error.why}", fix=error.fix)
+    except Exception as error:  # the files are untrusted: loading them may raise anything
+        cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        why = f"{family}: cannot be loaded ({cause})"
+        return Unsupported(why=why, fix="fix its files, or use another base model")
+    return None
+
+
+class _UnsupportedError(Exception):
+    def __init__(self, why: str, fix: str = "use a decoder-only model") -> None:
+        super().__init__(why)
+        self.why, self.fix = why, fix
+
+
+def _check_family(config: Any) -> None:
+    """Raise for a family that is no causal language model, as far as its config tells."""
+    if config.is_encoder_decoder:
+        raise _UnsupportedError("is an encoder-decoder, which predicts no next token of a prompt")
+    if config.get_text_config() is not config:
+        why = "wraps a language model for images or sound"
+        raise _UnsupportedError(why, "use a text-only model, or save its text part as one")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _UnsupportedError("has no causal language model in transformers")
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise for a model whose weights are incomplete, or do not go with its tokenizer."""
+    model, loading = load_causal_model(folder, device_map="meta", output_loading_info=True)
+    if not model.can_generate():
+        raise _UnsupportedError("cannot generate text")
+    causal = any(getattr(module, "is_causal", False) for module in model.modules())
+    if getattr(model.config, "is_decoder", None) is False and not causal:
+        raise _UnsupportedError("is an encoder, whose attention sees later tokens")
+    if lacking := sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}):
+        name = type(model).__name__
+        why = f"lacks {len(lacking)} weights of {name} ({lacking[0]}), which would be random"
+        raise _UnsupportedError(why, "give the whole model, saved as that class")
+    tokenizer, rows = load_tokenizer(folder), model.get_input_embeddings().weight.shape[0]
+    Tokens(tokenizer).ends(chat=False)
+    if len(tokenizer) > rows:
+        why = f"its tokenizer has {len(tokenizer)} tokens, its embedding {rows}"
+        fix = "remove the added tokens from the tokenizer, or resize the embedding"
+        raise _UnsupportedError(why, fix)
