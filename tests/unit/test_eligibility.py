@@ -19,6 +19,7 @@ from palio.eligibility.entry_file import Checked, check_file, participants
 from palio.eligibility.lineage import lineage_violations, model_facts
 from palio.eligibility.neighbours import Participants, violations_among
 from palio.errors import BadInput
+from palio.records import BaseModelManifest
 from palio.settings import CheckedAgainst, EntryFolders
 from tests.support.folder import ROOT, WorkingFolder
 
@@ -357,3 +358,21 @@ def test_a_team_has_no_more_than_three_entries_in_a_track(count: int, rules: lis
     entries["elsewhere"] = changed(track="rtx4090")
     broken, _ = violations_among("e0", entries["e0"], RULES, Participants(entries).beside("e0"))
     assert [one.rule for one in broken] == rules
+
+
+def test_a_model_that_palio_cannot_train_is_for_server_entries_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("acme.yaml").write_text(yaml.safe_dump(CLEAN))
+    source = load_entry(Path("acme.yaml")).base_model
+    manifest = BaseModelManifest(id=source.id, source=source, files={}, unsupported="t5: is odd; use another")
+    manifest.write(Path("resources/base_models") / source.id / "manifest.json")
+    rules = against_in(tmp_path)
+    (found,) = check_file(Path("acme.yaml"), rules).violations
+    assert (found.rule, found.why, found.fix) == ("base_model.unsupported", "t5: is odd", "use another")
+    server = {key: value for key, value in CLEAN.items() if key not in ("dataset", "finetune")}
+    Path("acme.yaml").write_text(
+        yaml.safe_dump(server | {"server": {"run": "python serve.py", "files": "x"}})
+    )
+    assert "base_model.unsupported at base_model.hub" not in named(check_file(Path("acme.yaml"), rules))

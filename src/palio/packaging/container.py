@@ -49,7 +49,7 @@ def write_container(out: Path) -> None:
     """Write the container's files into the folder `out`."""
     source = Path(__file__).parents[1]
     for name in CODE:
-        target = out / "palio" / name
+        target = out / source.name / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if (source / name).is_dir():
             shutil.copytree(
