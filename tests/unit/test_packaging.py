@@ -400,12 +400,13 @@ def test_publishing_shows_what_it_would_push_and_pushes_nothing(entry: Entry) ->
 def test_a_published_package_tells_its_scores(entry: Entry, tmp_path: Path) -> None:
     columns = [Column(stage="open", scenario="s", metric="EM")]
     candidates = [Candidate("e", "A", [Cell(value=0.5, n=10)]), Candidate("f", "B", [Cell(value=0.25, n=10)])]
+    track = read_record(PackageManifest, entry.folder / "package.json").track
     board = score(
-        competition="c", track="t", columns=columns, candidates=candidates, stage_weights={"open": 1.0}
+        competition="c", track=track, columns=columns, candidates=candidates, stage_weights={"open": 1.0}
     )
     board.write(tmp_path / "t.json")
     card = (assemble(entry.at, tmp_path / "t.json") / "palio/SCORES.md").read_text()
-    assert "Rank 1 of 2 in track t of c (provisional)" in card
+    assert f"Rank 1 of 2 in track {track} of c (provisional)" in card
     assert "| open | s | EM | 0.5000 | 10 | 1.000 |" in card
 
 
