@@ -22,7 +22,7 @@ from palio.training.rows import Batch, Row, flat_batch, padded_batch
 
 TOLERANCE = 5.0
 """Largest difference from the row alone, in units of rounding noise. Right layouts stayed below 1 in 20
-families of random weights, and at 1.3 where other kernels ran a real 30-layer model; wrong ones were above 30."""
+families of random weights, and at 1.3 where other kernels ran a 30-layer model; wrong ones were above 30."""
 
 ENDS = 8
 """Tokens at each end of a row that are compared: leaks show at its start, windows at its end."""
