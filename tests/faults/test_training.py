@@ -84,7 +84,7 @@ def test_sigterm_saves_at_once_and_the_next_start_goes_on(entry: Entry) -> None:
     assert process.wait() == Interrupted.exit_code
     assert "stopped by SIGTERM at step" in rest
     assert "Traceback" not in rest
-    assert "start again to go on from there" in failure(entry).reason
+    assert "start again to resume" in failure(entry).reason
     reached = newest_checkpoint(entry)
     assert reached >= 10
     again = entry.start(max_steps=80, save_steps=1000)

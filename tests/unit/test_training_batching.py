@@ -170,6 +170,15 @@ def test_a_model_that_no_batch_leaves_as_it_is_is_refused_unless_rows_go_one_by_
     assert choose_batching(model, rows_of(50, 20, 30), 1, CPU).difference == 0
 
 
+def test_a_token_whose_weights_are_broken_is_left_to_training_to_name() -> None:
+    model, rows = model_of(LlamaConfig(**SMALL)), rows_of(50, 20, 30)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[int(rows[2].ids[10])] = torch.nan
+    batching = choose_batching(model, rows, 8, CPU)
+    assert batching.rows == "end to end"
+    assert batching.difference < 1e-6
+
+
 def test_the_check_changes_neither_weights_nor_random_state() -> None:
     model = model_of(LlamaConfig(**SMALL))
     weights, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()

@@ -54,19 +54,19 @@ def choose_batching(model: Any, rows: Sequence[Row], batch_size: int, device: to
     try:
         alone = _logits(model, probes, 1, padded_batch, device)
         with _last_bits_flipped(inner):
-            noise = _largest(alone - _logits(model, probes, 1, padded_batch, device))
+            noise = _largest(alone, _logits(model, probes, 1, padded_batch, device))
         reason = _obstacle(inner)
         if not reason:
             try:
                 inner.set_attn_implementation(NAME)
-                difference = _largest(alone - _logits(model, probes, batch_size, flat_batch, device))
+                difference = _largest(alone, _logits(model, probes, batch_size, flat_batch, device))
                 if difference <= TOLERANCE * noise:
                     return Batching("end to end", difference)
                 reason = f"a logit would change by {difference:.2g}, rounding changes it by {noise:.2g}"
             except (NotImplementedError, TypeError, ValueError, KeyError, AttributeError) as error:
                 reason = f"{type(error).__name__}: {error}"
             inner.set_attn_implementation(own)
-        difference = _largest(alone - _logits(model, probes, batch_size, padded_batch, device))
+        difference = _largest(alone, _logits(model, probes, batch_size, padded_batch, device))
     finally:
         model.train()
     if difference <= TOLERANCE * noise:
@@ -134,5 +134,7 @@ def _last_bits_flipped(inner: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _largest(difference: torch.Tensor) -> float:
-    return float(difference.abs().max())
+def _largest(alone: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the largest difference at positions that are finite alone: training finds broken weights."""
+    finite = alone.isfinite().all(-1)
+    return float((alone - other)[finite].abs().max()) if finite.any() else 0.0
