@@ -184,7 +184,8 @@ def test_the_demos_rows_have_the_tokens_that_they_always_had(base_model: Path, t
     plain = tokenizer([text for pair in pairs for text in pair], add_special_tokens=False)["input_ids"]
     before = [[*plain[2 * n], *plain[2 * n + 1], tokenizer.eos_token_id] for n in range(len(pairs))]
     assert [ids for ids, _ in Tokens(load_tokenizer(base_model)).rows(pairs)] == before
-    assert [served(tokenizer, prompt) for prompt, _ in pairs] == plain[::2]
+    vocabulary = Vocabulary(tokenizer, len(tokenizer))
+    assert [vocabulary.prompt(Request(prompt), 1 << 20) for prompt, _ in pairs] == plain[::2]
 
 
 # --- chat templates ----------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class Vocabulary:
         """Raises BadInput if the folder is not a package."""
         if not (package / "config.json").exists():
             raise BadInput(package, why="no config.json", fix="give a folder made by `palio package`")
-        config = AutoConfig.from_pretrained(package).get_text_config()
+        config = AutoConfig.from_pretrained(package, trust_remote_code=False).get_text_config()
         configs = [config]
         if (package / "generation_config.json").exists():
             configs.append(GenerationConfig.from_pretrained(package))
