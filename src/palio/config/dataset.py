@@ -124,13 +124,9 @@ class DataSource(Strict):
             raise ValueError("config, split and streaming apply to hub datasets only")
         if self.template and self.format != "pairs":
             raise ValueError("give format or template, not both")
-        given = self.model_fields_set
         for key, formats in _OF_FORMATS.items():
-            if (
-                key in given
-                and self.format not in formats
-                and getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True)
-            ):
+            default = type(self).model_fields[key].get_default(call_default_factory=True)
+            if self.format not in formats and getattr(self, key) != default:
                 why = f"format {self.format} has no use for {key}"
                 raise InvalidValue(why=why, fix=f"remove it, or set format to {' or '.join(formats)}")
         return self

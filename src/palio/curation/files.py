@@ -173,20 +173,21 @@ class _JsonText:
 
     def value(self) -> Any:
         """Return the value that begins at the next character. Raises ValueError if there is none."""
+        self.next_character()
         while True:
-            fault = None
+            fault = ""
             try:
                 value, end = self._decoder.raw_decode(self._buffer, self._position)
                 if end < len(self._buffer):
                     self._position = end
                     return value
             except json.JSONDecodeError as error:
-                fault = error
+                fault = error.msg  # its line counts from the buffer's beginning
             if len(self._buffer) - self._position > MAX_LINE:
                 raise ValueError(f"a value is longer than {MAX_LINE >> 20} MiB, or broken")
             if not self._read_on():  # the end: what there is must do
-                if fault is not None:
-                    raise fault
+                if fault:
+                    raise ValueError(fault)
                 self._position = len(self._buffer)
                 return value
 
