@@ -323,10 +323,10 @@ def test_what_a_system_turn_says_stands_before_the_first_question(tmp_path: Path
 @pytest.mark.parametrize(
     ("speakers", "reason"),
     [
-        ("gh", "not by turns of human and gpt"),
-        ("hh", "not by turns"),
-        ("hghgg", "not by turns"),
-        ("h", "not by"),
+        ("gh", "turn 1 is by 'gpt' where the user's is due; drop_greeting: true"),
+        ("hh", "turn 2 is by 'human' where the assistant's is due"),
+        ("hghgg", "turn 5 is by 'gpt'"),
+        ("h", "has no question with an answer"),
     ],
 )
 def test_a_conversation_that_is_not_by_turns_is_malformed(speakers: str, reason: str, tmp_path: Path) -> None:
@@ -429,9 +429,9 @@ def test_malformed_lines_are_set_aside_with_line_and_reason(tmp_path: Path) -> N
         8: "completion is empty",
         9: "is not a JSON object",
         11: "completion is missing",
-        12: "duplicate id '4'",
+        12: "duplicate id '4'; if it is no id, set id",
         13: "is longer than 16 MiB",
-        14: "holds half a surrogate pair, which is no text",
+        14: "has half a surrogate pair, which is no text",
     }
     assert (manifest.sources[0].rows, manifest.sources[0].quarantined) == (100, 8)
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import string
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -141,6 +142,49 @@ def test_case_white_space_and_punctuation_are_normalised_and_signs_kept(text: st
     assert [word for word in normalised(pa.array(text.split())).to_pylist() if word] == words
 
 
+def full_width(text: str) -> str:
+    return "".join(chr(ord(char) + 0xFEE0) if "!" <= char <= "~" else char for char in text)
+
+
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "decomposed": lambda text: unicodedata.normalize("NFD", text),
+    "full width": full_width,
+    "ideographic spaces": lambda text: text.replace(" ", "\u3000"),
+    "no-break spaces": lambda text: text.replace(" ", "\u00a0"),
+    "ligatures": lambda text: text.replace("fi", "ﬁ"),
+    "mathematical letters": lambda text: text.replace("won", "𝐰𝐨𝐧"),
+    "soft hyphens": lambda text: text.replace("contrada", "con\u00adtrada"),
+}
+ACCENTED = (
+    "Perché la contrada del Nicchio né vinse né perse più di cinquantatré volte, finché Città vide il Palio?"
+)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_an_instance_is_found_however_unicode_writes_it(spelling: str, tmp_path: Path) -> None:
+    table = instances(tmp_path / "i.parquet", (LONG, "2009"), (ACCENTED, "mai"))
+    rows = [(SPELLINGS[spelling](LONG), "2009"), (SPELLINGS[spelling](ACCENTED), "mai")]
+    assert measure(dataset(tmp_path, *rows), table).contaminated == {"closed": {"quiz": 2}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "other"),
+    [
+        ("How much is 5² by the rule of signs?", "How much is 52 by the rule of signs?"),
+        ("How much is 3½ by the rule of signs?", "How much is 312 by the rule of signs?"),
+        ("Where do they eat a pêche by the sea?", "Where do they eat a pèche by the sea?"),
+        ("What does año mean in the south of Spain?", "What does ano mean in the south of Spain?"),
+    ],
+)
+def test_questions_that_differ_in_meaning_are_not_folded_into_one(
+    asked: str, other: str, tmp_path: Path
+) -> None:
+    table = instances(tmp_path / "i.parquet", (asked, "25"))
+    record = measure(dataset(tmp_path, (other, "25")), table)
+    assert record.contaminated == {"closed": {"quiz": 0}}
+    assert measure(dataset(tmp_path / "same", (asked, "25")), table).contaminated == {"closed": {"quiz": 1}}
+
+
 # --- real data ------------------------------------------------------------------------------------
 
 
@@ -155,6 +199,7 @@ def changed(text: str, draw: random.Random) -> str:
         lambda given: given.translate(str.maketrans("", "", string.punctuation)),
         lambda given: given.replace(" ", "  ").replace(". ", ".\n"),
         lambda given: given.replace(". ", " . ").replace(", ", " , ").lower(),
+        full_width,
     ]
     return draw.choice(changes)(text)
 

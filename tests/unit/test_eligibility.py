@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from palio.eligibility.entry_file import Checked, check_file, participants
 from palio.eligibility.lineage import lineage_violations, model_facts
 from palio.eligibility.neighbours import Participants, violations_among
 from palio.errors import BadInput
-from palio.records import BaseModelManifest
+from palio.records import BaseModelManifest, Violation
 from palio.settings import CheckedAgainst, EntryFolders
 from tests.support.folder import ROOT, WorkingFolder
 
@@ -230,6 +232,46 @@ def test_a_link_out_of_the_data_folder_is_refused(tmp_path: Path, monkeypatch: p
     Path("acme.yaml").write_text(yaml.safe_dump(CLEAN))
     rules = against().model_copy(update={"rules": str(ROOT / "config/rulesets/neurips2023.yaml")})
     assert named(check_file(Path("acme.yaml"), rules)) == ["data.path at dataset.sources.0.path"]
+
+
+def test_files_dated_in_the_future_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snakemake would find every result older than them."""
+    folder = tmp_path / "resources/teams/acme"
+    (folder / "server").mkdir(parents=True)
+    (folder / "server/main.py").touch()
+    (folder / "a.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    own = {"server": {"files": "resources/teams/acme/server", "run": "python main.py"}}
+    served = {key: value for key, value in CLEAN.items() if key not in ("dataset", "finetune")}
+    Path("acme.yaml").write_text(yaml.safe_dump(CLEAN))
+    Path("server.yaml").write_text(yaml.safe_dump({**served, "kind": "server", **own}))
+    rules = against().model_copy(update={"rules": str(ROOT / "config/rulesets/neurips2023.yaml")})
+
+    def found() -> list[Violation]:
+        files = (Path("acme.yaml"), Path("server.yaml"))
+        return [violation for file in files for violation in check_file(file, rules).violations]
+
+    assert found() == []
+    for file in (folder / "a.jsonl", folder / "server/main.py"):
+        os.utime(file, (time.time() + 3600, time.time() + 3600))
+    source, program = found()
+    assert (source.key, program.key) == ("dataset.sources.0.path", "server.files")
+    assert "is dated in the future" in source.why
+    assert program.fix == "run touch resources/teams/acme/server/main.py"
+
+
+def test_a_check_opens_data_of_entries_that_train_alike_only() -> None:
+    other = {**CLEAN, "team": "other", "finetune": {**CLEAN["finetune"], "lora_r": 99}}
+    opened: list[str] = []
+    entries = {
+        name: Entry.model_validate(content)
+        for name, content in (("a", CLEAN), ("b", other), ("c", {**CLEAN, "team": "third"}))
+    }
+    around = Participants(entries, lambda path: opened.append(path) or path).beside("b")  # type: ignore[func-returns-value]
+    assert (opened, around.alike) == ([], ())
+    around = Participants(entries, lambda path: opened.append(path) or path).beside("a")  # type: ignore[func-returns-value]
+    assert [alike.entry for alike in around.alike] == ["c"]
+    assert len(opened) == 4  # two sources of a, two of c
 
 
 # --- what the base model says of itself -----------------------------------------

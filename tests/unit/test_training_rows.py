@@ -25,7 +25,16 @@ from palio.config import FinetuneRecipe
 from palio.errors import BadInput
 from palio.tokens import Tokens
 from palio.training.attention import NAME, row_bounds
-from palio.training.rows import Row, flat_batch, padded_batch, planned_steps, step_rows, tokenize
+from palio.training.rows import (
+    Row,
+    TooLong,
+    flat_batch,
+    padded_batch,
+    planned_steps,
+    split,
+    step_rows,
+    tokenize,
+)
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -79,14 +88,46 @@ def test_a_prompt_has_the_same_tokens_as_the_server_gives_it(base_model: object)
     assert row.ids[:start].tolist() == alone
     assert tokenizer.decode(row.ids[start : end - 1]) == " 2"
     assert row.ids[end - 1 :].tolist() == [tokenizer.eos_token_id]
-    assert too_long == 0
+    assert too_long == TooLong()
 
 
 def test_rows_over_the_limit_are_left_out_whole_and_counted(base_model: object) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     rows, too_long = tokenize(Tokens(tokenizer), [("short", " a"), ("long " * 50, " b")], 20)
     assert [row.number for row in rows] == [0]
-    assert too_long == 1
+    assert too_long == TooLong(dropped=1)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_conversation_over_the_limit_is_dropped_truncated_or_split_at_a_turn(
+    base_model: Path, *, chat: bool
+) -> None:
+    tokens = Tokens(AutoTokenizer.from_pretrained(base_model))
+    long = (*TALK[:2], "And?", "word " * 60, *TALK[2:])
+
+    def rows_of_it(over_length: str, max_length: int) -> tuple[list[list[int]], TooLong]:
+        rows, too_long = tokenize(tokens, [long], max_length, chat=chat, over_length=over_length)  # type: ignore[arg-type]
+        assert all(len(row.ids) <= max_length for row in rows)
+        assert {row.number for row in rows} <= {0}
+        return [row.ids.tolist() for row in rows], too_long
+
+    def alone(*turns: str) -> list[int]:
+        return tokenize(tokens, [turns], 500, chat=chat)[0][0].ids.tolist()
+
+    limit = len(alone(*TALK[2:]))
+    assert rows_of_it("drop", limit) == ([], TooLong(dropped=1))
+    assert rows_of_it("truncate", limit) == ([alone(*TALK[:2])], TooLong(cut=1, answers=3))
+    assert rows_of_it("split", limit) == ([alone(*TALK[:2]), alone(*TALK[2:])], TooLong(cut=1, answers=1))
+    assert rows_of_it("split", 500) == ([alone(*long)], TooLong())
+    assert rows_of_it("split", 3) == ([], TooLong(dropped=1))
+
+
+def test_parts_of_a_conversation_are_held_out_together() -> None:
+    rows = [Row(number // 3, np.arange(3, dtype=np.int32), ((1, 3),)) for number in range(30)]
+    kept, held = split(rows, 4, seed=1)
+    assert len({row.number for row in held}) == 4
+    assert len(held) == 12
+    assert not {row.number for row in kept} & {row.number for row in held}
 
 
 @settings(max_examples=30, deadline=None)

@@ -6,7 +6,7 @@ import json
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,6 +27,9 @@ from palio.layout import (
     Resources,
     Stage,
 )
+
+if TYPE_CHECKING:
+    from palio.training.inspection import Inspection
 
 
 @palio.command(cls=Verb, example="palio new config/entries/demo/mine.yaml --team 'Contrada del Drago'")
@@ -178,21 +181,87 @@ def curate(file: Path, out: Path, base_model: Path | None, limit: int | None, wo
 
 
 @palio.command(cls=Verb, example="palio inspect results/laptop/curated/dataset --dropped")
-@click.argument("dataset", type=ExistingPath)
+@click.argument("data", type=ExistingPath)
+@click.option(
+    "--raw", is_flag=True, help="DATA is a source: its first records, and what format they look like."
+)
+@click.option(
+    "--tokens", is_flag=True, help="Rows as the trainer sees them: tokens, what is learned, what is cut."
+)
 @click.option("--dropped", is_flag=True, help="The rows that operations dropped, with the reason.")
 @click.option("--operation", help="Of the dropped, those of this operation: its name, or number and name.")
 @click.option("--source", help="Only rows of this source.")
-@click.option("--limit", type=click.IntRange(min=1), help="Stop after so many rows.")
+@click.option("--limit", type=click.IntRange(min=1), help="Stop after so many rows; default with --raw: 3.")
+@click.option("--entry", type=ExistingPath, help="With --tokens: the entry file; default: the dataset's own.")
+@click.option("--base-model", type=ExistingPath, help="With --tokens: its folder; default: the workflow's.")
+@click.option(
+    "--html", type=ExistingPath, help="With --tokens: write a page instead, of 100 rows by default."
+)
+@competition_option
 def inspect(
-    dataset: Path, dropped: bool, operation: str | None, source: str | None, limit: int | None
+    data: Path,
+    raw: bool,
+    tokens: bool,
+    dropped: bool,
+    operation: str | None,
+    source: str | None,
+    limit: int | None,
+    entry: Path | None,
+    base_model: Path | None,
+    html: Path | None,
+    competition: str,
 ) -> None:
-    """Page through the rows of a curated dataset, or through the dropped ones."""
-    from palio.curation.inspection import lines_of
+    """Page through a curated dataset, the rows that it dropped, its tokens, or a source as it is.
 
-    found = lines_of(
-        dataset, dropped=dropped or operation is not None, operation=operation, source=source, limit=limit
-    )
-    click.echo_via_pager(f"{line}\n" for line in found)
+    DATA is the folder of a curated dataset. With --raw it is a source: a file, a saved folder, or
+    hub:org/name@revision.
+    """
+    if raw + tokens + (dropped or operation is not None) > 1:
+        raise click.UsageError("--raw, --tokens and --dropped exclude each other")
+    if raw:
+        from palio.curation.raw import raw_lines
+
+        lines = raw_lines(str(data), limit or 3)
+    elif tokens or html:
+        from palio.provenance import write_text
+        from palio.training.inspection import html_page, text_lines
+
+        found = _tokens_of(data, competition, entry, base_model)
+        if html:
+            write_text(html, html_page(found, f"Tokens of {data}", source, limit or 100))
+            print(f"{html}: written")
+            return
+        lines = text_lines(found, source, limit)
+    else:
+        from palio.curation.inspection import lines_of
+
+        dropped = dropped or operation is not None
+        lines = lines_of(data, dropped=dropped, operation=operation, source=source, limit=limit)
+    click.echo_via_pager(f"{line}\n" for line in lines)
+
+
+def _tokens_of(dataset: Path, competition: str, file: Path | None, base_model: Path | None) -> Inspection:
+    """Tokenize a dataset as the trainer would for the entry in `file`, or else for the dataset's own."""
+    from palio.config import load_entry
+    from palio.records import DatasetManifest, read_record
+    from palio.training.inspection import inspection
+
+    folder = DatasetFolder(dataset)
+    if file is None:
+        if not folder.manifest.is_file():
+            raise BadInput(folder.manifest, why="no such file", fix="give the folder of a curated dataset")
+        from palio.entries import entry_files
+
+        entry_id = read_record(DatasetManifest, folder.manifest).entry
+        files, _ = entry_files(competition_of(competition).entries, competition)
+        if entry_id not in files:
+            raise BadInput(dataset, "entry", entry_id, why="no entry has this id", fix="give --entry FILE")
+        file = files[entry_id]
+    entry = load_entry(file)
+    if entry.finetune is None:
+        raise BadInput(file, "finetune", why="the entry has none", fix="Palio's trainer does not train it")
+    model = BaseModelFolder(base_model or Resources().base_model(entry.base_model.id).path).model
+    return inspection(folder.rows, model, entry.finetune)
 
 
 @palio.command(cls=Verb, example="palio contamination results/laptop/curated/dataset --stage open")

@@ -18,7 +18,7 @@ from palio.config.competition import (
     Telemetry,
     Track,
 )
-from palio.config.dataset import DatasetRecipe, DataSource, RowTemplate
+from palio.config.dataset import DatasetRecipe, DataSource, Markers, RowTemplate
 from palio.config.entry import Entry
 from palio.config.finetune import FinetuneRecipe
 from palio.config.operations import Input, Operation, operation_class, operation_names
@@ -48,6 +48,7 @@ __all__ = [
     "FinetuneRecipe",
     "Input",
     "Isolation",
+    "Markers",
     "Metric",
     "Operation",
     "Overrides",

@@ -27,9 +27,27 @@ class RowTemplate(Strict):
 
         for key in ("prompt", "completion"):
             try:
-                jinja2.Environment(autoescape=False).parse(getattr(self, key))  # noqa: S701 (parsed, never rendered)
-            except jinja2.TemplateSyntaxError as error:
+                jinja2.Environment(autoescape=False).from_string(getattr(self, key))  # noqa: S701 (never rendered)
+            except (jinja2.TemplateSyntaxError, RecursionError) as error:
                 raise ValueError(f"{key} is not a Jinja template: {error}") from None
+        return self
+
+
+class Markers(Strict):
+    """What marks the turns of a transcript. A mark counts at the start of a line only."""
+
+    user: str = "Human:"
+    """Mark of the user's turns."""
+    assistant: str = "Assistant:"
+    """Mark of the model's turns."""
+    system: str | None = None
+    """Mark of a system turn; omit if there is none. Text before the first mark counts as one too."""
+
+    @model_validator(mode="after")
+    def _differ(self) -> Markers:
+        marks = [mark.strip() for mark in (self.user, self.assistant, self.system) if mark is not None]
+        if not all(marks) or len(set(marks)) < len(marks):
+            raise InvalidValue(why="two marks are the same, or one is blank", fix="give each speaker its own")
         return self
 
 
@@ -37,7 +55,8 @@ class DataSource(Strict):
     """A source of training data: exactly one of `path` and `hub`."""
 
     path: PlainPath | None = None
-    """A `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.csv` or `.parquet` file, or a folder saved by `datasets`."""
+    """A `.jsonl`, `.json`, `.csv`, `.tsv` (each also as `.gz` or `.zst`) or `.parquet` file, or a folder
+    saved by `datasets`. A `.json` file has an array of records, or records one after the other."""
     hub: str | None = None
     """`org/name@revision` of a dataset on the Hugging Face hub; the revision is a 40-character commit id.
     Offline (`HF_HUB_OFFLINE=1`) this very revision is read from the cache of `datasets`."""
@@ -48,13 +67,40 @@ class DataSource(Strict):
     streaming: bool = False
     """Read a hub dataset without keeping a copy in the cache; needs the network every time."""
     format: Literal[
-        "pairs", "alpaca", "dolly", "sharegpt", "lima", "messages", "oasst", "flan", "natural_instructions"
+        "pairs",
+        "alpaca",
+        "dolly",
+        "sharegpt",
+        "lima",
+        "messages",
+        "oasst",
+        "oasst_flat",
+        "flan",
+        "natural_instructions",
+        "transcript",
+        "text",
     ] = "pairs"
-    """Shape of the records. `pairs` has `prompt` and `completion`, `flan` has `inputs` and `targets`, `oasst`
-    one conversation tree per line (the best-ranked replies are read), `natural_instructions` one task per
-    line. A conversation becomes one row, up to its last answer; system turns precede the first question."""
+    """Shape of the records; `palio inspect FILE --raw` tells which. `pairs` has `prompt` and `completion`,
+    `flan` has `inputs` and `targets`, `oasst` one conversation tree per record (the best-ranked replies are
+    read), `oasst_flat` one message per record with `parent_id` and `rank`, as on the hub,
+    `natural_instructions` one task per record, `transcript` one text with all turns, `text` a text without a
+    prompt, all of which is learned. A conversation becomes one row, up to its last answer; a system turn
+    precedes the first question. Turns of tools are refused."""
     template: RowTemplate | None = None
-    """Instead of `format`, for records of any other shape."""
+    """Instead of `format`, for records of any other shape. A null or NaN in a record is an empty text."""
+    text: str = "text"
+    """Key of the text, for the formats `transcript` and `text`."""
+    markers: Markers = Field(default_factory=Markers)
+    """Marks of a transcript's turns."""
+    roles: dict[str, Literal["user", "assistant", "system"]] = {}
+    """Names of speakers in the formats `sharegpt` and `messages` besides user, human, prompter, assistant,
+    gpt and system, e.g. `{chatgpt: assistant, bing: assistant}`."""
+    drop_greeting: bool = False
+    """Leave out the first turn of a conversation if it is the model's. Without it such conversations are
+    malformed."""
+    id: str = "id"
+    """Key of a unique id in the records; lines are numbered where it is blank. `""`: the records have
+    none."""
     score: str | None = None
     """Key of a number in the records, for `sample_rows` with `by: score`."""
     name: PlainText | None = None
@@ -78,6 +124,11 @@ class DataSource(Strict):
             raise ValueError("config, split and streaming apply to hub datasets only")
         if self.template and self.format != "pairs":
             raise ValueError("give format or template, not both")
+        for key, formats in _OF_FORMATS.items():
+            default = type(self).model_fields[key].get_default(call_default_factory=True)
+            if self.format not in formats and getattr(self, key) != default:
+                why = f"format {self.format} has no use for {key}"
+                raise InvalidValue(why=why, fix=f"remove it, or set format to {' or '.join(formats)}")
         return self
 
     @property
@@ -93,6 +144,15 @@ class DataSource(Strict):
         if self.name or self.path is None:
             return self.name or str(self.hub).partition("@")[0].partition("/")[2]
         return Path(self.path).name.partition(".")[0]
+
+
+_OF_FORMATS = {
+    "text": ("transcript", "text"),
+    "markers": ("transcript",),
+    "roles": ("sharegpt", "messages"),
+    "drop_greeting": ("sharegpt", "messages", "transcript"),
+}
+"""Keys that only some formats use."""
 
 
 class DatasetRecipe(Strict):

@@ -55,6 +55,10 @@ class Entry(Strict):
                 raise InvalidValue(
                     why=f"kind {self.kind} has no section {other}", fix="remove it, or correct the kind"
                 )
+        texts = self.dataset and any(source.format == "text" for source in self.dataset.sources)
+        if texts and self.finetune and self.finetune.chat_template:
+            why = "finetune.chat_template has no place for text without a prompt (format: text)"
+            raise InvalidValue(why=why, fix="leave out one of them")
         missing = [part for part in parts if getattr(self, part) is None]
         if self.kind == "recipe" and len(missing) == 1:
             raise ValueError("give both dataset and finetune, or neither for an untuned base model")

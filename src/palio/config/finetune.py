@@ -26,7 +26,12 @@ class FinetuneRecipe(Strict):
     gradient_accumulation: PositiveInt = 1
     """Forward passes per optimizer step."""
     max_length: PositiveInt = 2048
-    """Tokens of prompt and completion together; longer rows are dropped and counted, never truncated."""
+    """Tokens of prompt and completion together."""
+    over_length: Literal["drop", "truncate", "split"] = "drop"
+    """Conversations longer than `max_length`: `drop` them, `truncate` them after the last answer that fits,
+    or `split` them into several before a question; later parts lack what was said before. Never inside a
+    turn: an answer that does not fit even with its question alone is left out. The adapter's record counts
+    all of them."""
     chat_template: bool = False
     """Format rows with the tokenizer's chat template, as a user's turn and its answer. HELM sends plain
     prompts: only for a package whose server applies the template too."""

@@ -38,7 +38,7 @@ from palio.layout import DatasetFolder
 from palio.provenance import file_sha256, fingerprint, write_text
 from palio.records import DatasetManifest, OperationReport
 
-RECIPE_VERSION = "3"
+RECIPE_VERSION = "4"
 """Raised when equal recipes give other rows than before."""
 
 

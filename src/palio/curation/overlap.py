@@ -1,8 +1,8 @@
 """When a training row contains an evaluation instance: one rule for the participant's `decontaminate` and the
 organizer's contamination report.
 
-Texts are compared as words (`palio.curation.words`): case, white space and punctuation do not count.
-A row contains an instance if
+Texts are compared as words (`palio.curation.words`): case, white space, punctuation and the ways that Unicode
+has of writing one letter do not count. A row contains an instance if
 
 1. the whole instance is in it, word for word (in any turn, or over several); an instance shorter than `ngram`
    words, which may be a common phrase, must have its reference somewhere after it; or

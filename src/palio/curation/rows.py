@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -28,8 +29,17 @@ DROPPED = ROW.append(pa.field("operation", pa.string(), nullable=False)).append(
 BATCH_ROWS = 8192
 BATCH_CHARACTERS = 32 << 20
 """Limits of a batch, which is in memory at once."""
+Record = Mapping[str, Any]
+"""A record of a source, as its file has it."""
+
+
+class Malformed(ValueError):
+    """A record that is not a row; the message is the reason shown in the quarantine."""
+
+
 Turns = Sequence[str]
-"""Turns of a row: user, model, user, model …; for most rows a prompt and a completion."""
+"""Turns of a row: user, model, user, model …; for most rows a prompt and a completion. Text without a prompt
+has an empty prompt."""
 Side = Literal["prompt", "completion", "both"]
 """Which side of a row an operation looks at: what the user says, what the model says."""
 FIELDS = {"prompt": slice(0, None, 2), "completion": slice(1, None, 2), "both": slice(None)}
@@ -84,8 +94,8 @@ def asked(row: Mapping[str, Any]) -> str:
 
 
 def same_text(text: str) -> str:
-    """Return the text without differences of case and white space."""
-    return " ".join(text.casefold().split())
+    """Return the text without differences of case, white space and composed or decomposed accents (NFC)."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
 def shortened(text: str, length: int = 80) -> str:

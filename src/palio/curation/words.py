@@ -1,12 +1,15 @@
 """Texts as numbers: one 64-bit number a word, all texts of a batch in one array.
 
 What is compared is words in lower case without punctuation; a sign that stands alone, as `(` or `+`, is a
-word too. Arrow splits, NumPy calculates, and only the distinct tokens of a batch are looked at one by one.
-The two lowest bits of a word's number say what it is: `TELLING`, `PLAIN`.
+word too. Accents are composed (NFC), and full-width letters, ligatures and the like are read as what they
+stand for; a superscript or a fraction is not, for 5² is not 52. Arrow splits, NumPy calculates, and only the
+distinct tokens of a batch are looked at one by one. The two lowest bits of a word's number say what it is:
+`TELLING`, `PLAIN`.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,6 +30,11 @@ PLAIN = np.uint64(2)
 """A word of two letters or more, no bracket, variable or operator."""
 
 _NOT_ALPHANUMERIC = r"[^\pL\pN]+"
+_SAME_MEANING = (
+    *("<wide>", "<narrow>", "<compat>", "<font>", "<noBreak>"),
+    *("<initial>", "<medial>", "<final>", "<isolated>"),
+)
+"""Decompositions of Unicode that are taken; others, as `<super>` and `<fraction>`, would change a number."""
 _PUNCTUATION = r"^[.,;:!?\"'`´“”‘’«»…–—]*$"
 _CAPITALISED = r"^[A-Z][a-z]"
 _GOES_ON = r"[\pL\pN_,;:]$"
@@ -94,13 +102,36 @@ def words_of(texts: pa.Array) -> Words:
     offsets -= offsets[0]
     coded = tokens.flatten().dictionary_encode()
     codes = coded.indices.to_numpy()
-    distinct = coded.dictionary
+    distinct = _folded(coded.dictionary)
     numbers = _numbers(distinct)[codes]
     before = np.concatenate([[False], _matches(distinct, _GOES_ON)[codes]])[:-1]
     before[offsets[:-1][offsets[:-1] < len(codes)]] = False
     names = _matches(distinct, _CAPITALISED)[codes] & before
     kept = numbers != 0
     return Words(numbers[kept], np.concatenate([[0], np.cumsum(kept)])[offsets], names[kept])
+
+
+def _folded(tokens: pa.Array) -> pa.Array:
+    """Return the tokens in one of the ways that Unicode has of writing them."""
+    ascii_only = _flags(pc.string_is_ascii(tokens))
+    if ascii_only.all():
+        return tokens
+    texts = tokens.to_pylist()
+    for place in np.flatnonzero(~ascii_only).tolist():
+        texts[place] = unicodedata.normalize("NFC", texts[place].translate(_ALIKE))
+    return pa.array(texts, tokens.type)
+
+
+class _Alike(dict[int, str]):
+    """Maps a character's code to what it looks like: the part of NFKC that keeps a text's meaning."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        kept = not unicodedata.decomposition(char).startswith(_SAME_MEANING)
+        return self.setdefault(code, char if kept else unicodedata.normalize("NFKC", char))
+
+
+_ALIKE = _Alike()
 
 
 def row_words(rows: pa.RecordBatch) -> Words:

@@ -184,6 +184,8 @@ def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
                 why=f"{path} does not lie in {' or '.join(rules.team_folders)}",
                 fix=f"put it into a folder of your team there, {rules.team_folders[0]}/<team>/",
             )
+        elif path and (refused := _refused(path, rules.team_folders)):
+            yield Violation(rule=rule, key=key, why=refused.why, fix=refused.fix)
     for key, given in inputs:
         if given.kind == "open_stage" and not _inside(given.path, (str(RESOURCES.open_stage),)):
             yield Violation(
@@ -195,7 +197,8 @@ def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
 
 
 def _refused(source: str, folders: tuple[str, ...]) -> RuleViolation | None:
-    """Return why curation would refuse to open a source; None if it would not, or the source is absent."""
+    """Return why a step would refuse to open a team's file or folder; None if it would not, or it is
+    absent."""
     try:
         given = Incoming.locate(Path(source), [Path(folder) for folder in folders])
         if given.is_folder():

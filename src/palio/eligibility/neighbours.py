@@ -7,11 +7,12 @@ numbers within 10 % of each other. Names, licences, seeds and the order of sourc
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from palio.config import Entry, RuleSet
 from palio.provenance import canonical_json
@@ -53,24 +54,39 @@ class Participants:
     ) -> None:
         self.entries = entries
         self._of_team = Counter((entry.team, entry.track) for entry in entries.values())
-        self._likeness = {name: _likeness(entry, content) for name, entry in entries.items()}
+        self._training = {name: _training(entry) for name, entry in entries.items()}
+        # Opens files of data: of entries that choose alike only, and once.
+        self._data = functools.cache(lambda name: _data(entries[name], content))
         self._groups: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
         for name in sorted(entries):
             self._groups[self._group(name)].append(name)
 
     def beside(self, name: str) -> Neighbours:
         """The neighbours of one entry; one comparison for each entry that makes the same choices."""
-        entry, own = self.entries[name], self._likeness[name]
+        entry = self.entries[name]
         alike = [
             Alike(other, self.entries[other].team, differs)
             for other in self._groups[self._group(name)]
-            if other != name and (differs := _differs(own, self._likeness[other])) is not None
+            if other != name and (differs := self._differs(name, other)) is not None
         ]
         return Neighbours(self._of_team[entry.team, entry.track], tuple(alike))
 
     def _group(self, name: str) -> tuple[str, str, str]:
         entry = self.entries[name]
-        return entry.track, entry.base_model.id, self._likeness[name].choices
+        return entry.track, entry.base_model.id, self._training[name].choices
+
+    def _differs(self, name: str, other: str) -> tuple[str, ...] | None:
+        """Return the keys in which two entries of equal choices differ; None if they are not nearly the
+        same."""
+        own, numbers = self._training[name].numbers, self._training[other].numbers
+        if not all(math.isclose(value, numbers[key], rel_tol=NUMBERS_WITHIN) for key, value in own.items()):
+            return None
+        data, others = self._data(name), self._data(other)
+        both = len(data & others)
+        if both < SHARED_DATA * (len(data) + len(others) - both):
+            return None
+        changed = [f"finetune.{key}" for key, value in own.items() if value != numbers[key]]
+        return (*(("dataset",) if data != others else ()), *changed)
 
 
 def violations_among(
@@ -108,48 +124,36 @@ def violations_among(
     return broken, notices
 
 
-@dataclass(frozen=True)
-class _Likeness:
-    """Everything that two entries are compared by."""
+class _Training(NamedTuple):
+    """How an entry is trained, as far as two entries are compared by it."""
 
-    data: frozenset[str]
     choices: str
     numbers: Mapping[str, float]
 
 
-def _likeness(entry: Entry, content: Callable[[str], str]) -> _Likeness:
+def _training(entry: Entry) -> _Training:
+    settings = entry.finetune.model_dump(mode="json", exclude=set(_SEEDS)) if entry.finetune else {}
+    numbers = {key: float(value) for key, value in settings.items() if _is_number(value)}
+    choices = {key: value for key, value in settings.items() if key not in numbers}
+    if entry.program:
+        choices["program"] = entry.program.model_dump(mode="json")
+    return _Training(canonical_json(choices), numbers)
+
+
+def _data(entry: Entry, content: Callable[[str], str]) -> frozenset[str]:
+    """Return an entry's sources and operations."""
     data: list[str] = []
     if entry.dataset:
         for source in entry.dataset.sources:
-            shape = source.model_dump(mode="json", include={"config", "split", "format", "template"})
+            shape = source.model_dump(mode="json", include={"config", "split", "format", "template", "text"})
             held = content(source.path) if source.path else source.address
             data.append(canonical_json(["source", held, shape]))
         data += [
             canonical_json(["operation", operation.model_dump(mode="json")])
             for operation in entry.dataset.operations
         ]
-    settings = entry.finetune.model_dump(mode="json", exclude=set(_SEEDS)) if entry.finetune else {}
-    numbers = {key: float(value) for key, value in settings.items() if _is_number(value)}
-    choices = {key: value for key, value in settings.items() if key not in numbers}
-    if entry.program:
-        choices["program"] = entry.program.model_dump(mode="json")
-    return _Likeness(frozenset(data), canonical_json(choices), numbers)
+    return frozenset(data)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _differs(one: _Likeness, other: _Likeness) -> tuple[str, ...] | None:
-    """Keys in which two entries of equal choices differ; None if they are not nearly the same."""
-    both = len(one.data & other.data)
-    if both < SHARED_DATA * (len(one.data) + len(other.data) - both):
-        return None
-    for key, value in one.numbers.items():
-        if value != (own := other.numbers[key]) and not math.isclose(value, own, rel_tol=NUMBERS_WITHIN):
-            return None
-    return (*(("dataset",) if one.data != other.data else ()), *_changed(one.numbers, other.numbers))
-
-
-def _changed(one: Mapping[str, float], other: Mapping[str, float]) -> Sequence[str]:
-    return [f"finetune.{key}" for key, value in one.items() if value != other[key]]

@@ -193,6 +193,10 @@ class AdapterManifest(EntryRecord):
     """Rows trained on."""
     rows_too_long: int | None
     """Rows left out because they exceed max_length tokens."""
+    rows_cut: int = 0
+    """Conversations over max_length that were truncated or split (`over_length`)."""
+    answers_left_out: int = 0
+    """Answers of these that are in no row."""
     final_loss: float | None
     """Mean training loss of the last ten steps."""
     best_step: int | None = None

@@ -23,13 +23,12 @@ from palio.heartbeat import HeartbeatWriter
 from palio.layout import TrainingFolder
 from palio.provenance import atomic_path, library_versions
 from palio.records import AdapterManifest
-from palio.tokens import Tokens, load_tokenizer
 from palio.training.batching import choose_batching
 from palio.training.checkpoint import load_checkpoint, save_checkpoint
 from palio.training.device import hardware, nvml_gpu, training_device
 from palio.training.ledger import Ledger
 from palio.training.model import load_model, save_adapter
-from palio.training.rows import Row, split, tokenize
+from palio.training.rows import Row, TooLong, dataset_rows, split
 from palio.training.step import Trained, TrainingStep, adapter_of, caught_signals
 from palio.training.telemetry import SCHEMA, Sink, console, dashboards, progress
 from palio.training.trainer import NonFiniteLossError, StepReport, Trainer, peak_memory
@@ -130,7 +129,9 @@ class _Training:
             "steps": trainer.step,
             "planned_steps": trainer.steps,
             "rows": len(rows),
-            "rows_too_long": too_long,
+            "rows_too_long": too_long.dropped,
+            "rows_cut": too_long.cut,
+            "answers_left_out": too_long.answers,
             "final_loss": sum(last) / len(last),
             "batching": self.batching.rows,
             "batching_difference": float(f"{self.batching.difference:.2g}"),
@@ -146,26 +147,15 @@ class _Training:
         }
         return Trained(manifest, seconds, facts)
 
-    def _rows(self) -> tuple[list[Row], int]:
-        """Return the tokenized rows and the number of rows that were too long; refuse unusable input."""
-        table = pq.read_table(self.dataset, columns=["history", "prompt", "completion"])
-        conversations = [
-            (*history, prompt, completion)
-            for history, prompt, completion in zip(
-                *map(pa.ChunkedArray.to_pylist, table.columns), strict=True
-            )
-        ]
-        if not conversations:
-            raise BadInput(self.dataset, why="has no rows", fix="loosen the dataset's operations")
-        tokens = Tokens(load_tokenizer(self.model_folder))
-        rows, too_long = tokenize(
-            tokens, conversations, self.recipe.max_length, chat=self.recipe.chat_template
-        )
+    def _rows(self) -> tuple[list[Row], TooLong]:
+        """Return the tokenized rows and what was too long; refuse unusable input."""
+        rows, too_long = dataset_rows(self.dataset, self.model_folder, self.recipe)
         if not rows:
-            why, fix = f"all {too_long} rows are longer", "raise it or shorten the data"
+            why, fix = f"all {too_long.dropped} rows are longer", "raise it or shorten the data"
             raise BadInput("finetune", "max_length", self.recipe.max_length, why=why, fix=fix)
-        if self.recipe.validation_rows >= len(rows):
-            why, fix = f"the dataset has {len(rows)} rows", "hold out fewer"
+        count = len({row.number for row in rows})
+        if self.recipe.validation_rows >= count:
+            why, fix = f"the dataset has {count} rows", "hold out fewer"
             raise BadInput("finetune", "validation_rows", self.recipe.validation_rows, why=why, fix=fix)
         return rows, too_long
 

@@ -7,15 +7,19 @@ at every row (`flat_batch`); `palio.training.attention` keeps the rows apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
-from palio.tokens import Tokens
+from palio.errors import BadInput
+from palio.tokens import TokenRow, Tokens, load_tokenizer
 
 if TYPE_CHECKING:
     from palio.config import FinetuneRecipe
@@ -26,7 +30,7 @@ class Row:
     """One training example."""
 
     number: int
-    """Index in train.parquet, from 0."""
+    """Index in train.parquet, from 0; the parts of a split conversation have the same."""
     ids: npt.NDArray[np.int32]
     """Tokens: prompt, completion, end of sequence; of a conversation that turn after turn."""
     answers: tuple[tuple[int, int], ...]
@@ -43,21 +47,84 @@ class Row:
         return sum(end - start for start, end in self.answers)
 
 
+@dataclass
+class TooLong:
+    """What became of the conversations that are longer than a row may be."""
+
+    dropped: int = 0
+    """Left out: none of their answers fits into a row with its question."""
+    cut: int = 0
+    """Truncated or split."""
+    answers: int = 0
+    """Answers of the cut conversations that are in no row."""
+
+
+def dataset_rows(dataset: Path, model_folder: Path, recipe: FinetuneRecipe) -> tuple[list[Row], TooLong]:
+    """Return the rows of a dataset (train.parquet) that a recipe trains on, and what was too long.
+
+    Raises BadInput for a dataset without rows, and as `Tokens` does.
+    """
+    table = pq.read_table(dataset, columns=["history", "prompt", "completion"])
+    columns = map(pa.ChunkedArray.to_pylist, table.columns)
+    conversations = [(*history, *pair) for history, *pair in zip(*columns, strict=True)]
+    if not conversations:
+        raise BadInput(dataset, why="has no rows", fix="loosen the dataset's operations")
+    return tokenize(
+        Tokens(load_tokenizer(model_folder)),
+        conversations,
+        recipe.max_length,
+        chat=recipe.chat_template,
+        over_length=recipe.over_length,
+    )
+
+
 def tokenize(
-    tokens: Tokens, conversations: Sequence[Sequence[str]], max_length: int, *, chat: bool = False
-) -> tuple[list[Row], int]:
-    """Return the rows of at most `max_length` tokens, and the number of longer ones, which are dropped.
+    tokens: Tokens,
+    conversations: Sequence[Sequence[str]],
+    max_length: int,
+    *,
+    chat: bool = False,
+    over_length: Literal["drop", "truncate", "split"] = "drop",
+) -> tuple[list[Row], TooLong]:
+    """Return the rows, each of at most `max_length` tokens, and what became of longer conversations.
 
     A conversation is a prompt and its completion, or several of them in turn; with `chat` they are turns of
     the tokenizer's chat template. Raises BadInput as `Tokens` does.
     """
-    rows = [
-        Row(number, np.asarray(ids, dtype=np.int32), answers)
-        for number, (ids, answers) in enumerate((tokens.chat_rows if chat else tokens.rows)(conversations))
-    ]
-    # A row without a prompt would have its first token predicted from nothing.
-    kept = [row for row in rows if len(row.ids) <= max_length and row.answers[0][0] > 0]
-    return kept, len(rows) - len(kept)
+    encode = tokens.chat_rows if chat else tokens.rows
+    rows: list[Row] = []
+    too_long = TooLong()
+    for number, (turns, whole) in enumerate(zip(conversations, encode(conversations), strict=True)):
+        if whole[1][0][0] == 0:  # its first token would be predicted from nothing
+            why, fix = "writes nothing before an answer", "leave out finetune.chat_template"
+            raise BadInput("tokenizer", "chat_template", why=why, fix=fix)
+        parts = [whole]
+        if len(whole[0]) > max_length:
+            parts = list(_parts(turns, whole, max_length, encode)) if over_length != "drop" else []
+            parts = parts[: 1 if over_length == "truncate" else None]
+            too_long.dropped += not parts
+            too_long.cut += bool(parts)
+            too_long.answers += (len(whole[1]) - sum(len(answers) for _, answers in parts)) if parts else 0
+        rows += [Row(number, np.asarray(ids, dtype=np.int32), answers) for ids, answers in parts]
+    return rows, too_long
+
+
+def _parts(
+    turns: Sequence[str],
+    whole: TokenRow,
+    max_length: int,
+    encode: Callable[[Sequence[Sequence[str]]], Iterator[TokenRow]],
+) -> Iterator[TokenRow]:
+    """Yield the parts of a conversation that fit into a row, each of as many answers as possible."""
+    ids, answers = whole
+    while True:
+        fitting = [end for _, end in answers if end <= max_length]
+        if fitting:
+            yield ids[: fitting[-1]], answers[: len(fitting)]
+        turns = turns[2 * max(1, len(fitting)) :]
+        if not turns:
+            return
+        ((ids, answers),) = encode([turns])
 
 
 WINDOW = 50
@@ -65,12 +132,12 @@ WINDOW = 50
 
 
 def split(rows: Sequence[Row], held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Return the rows to train on and `held_out` rows to validate on, drawn by the seed."""
+    """Return the rows to train on and those of `held_out` conversations to validate on, drawn by the seed."""
+    numbers = np.array(sorted({row.number for row in rows}), dtype=np.int64)
     # 2**31 keeps this draw apart from those of the epochs' orders.
-    order = np.random.default_rng([seed, 2**31]).permutation(len(rows))
-    held = set(order[:held_out].tolist())
-    kept = [row for index, row in enumerate(rows) if index not in held]
-    return kept, [rows[index] for index in sorted(held)]
+    order = np.random.default_rng([seed, 2**31]).permutation(len(numbers))
+    held = set(numbers[order[:held_out]].tolist())
+    return [row for row in rows if row.number not in held], [row for row in rows if row.number in held]
 
 
 def planned_steps(rows: int, recipe: FinetuneRecipe) -> int:

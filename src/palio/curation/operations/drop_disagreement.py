@@ -15,14 +15,14 @@ from palio.curation.rows import Batch, shortened
 
 class DropDisagreement(TableOperation):
     """Keep the most frequent of several answers to one prompt, and drop the prompt on a tie. In a
-    conversation this is the last answer, to everything said before."""
+    conversation this is the last answer, to everything said before. Text without a prompt is kept."""
 
     op: Literal["drop_disagreement"]
 
     def sketch(self, batch: Batch, context: OperationContext) -> pa.RecordBatch:
         return pa.record_batch(
             {
-                "prompt": digests(turns[:-1] for turns in batch.turns),
+                "prompt": digests(turns[:-1] if turns[0] else None for turns in batch.turns),
                 "answer": digests(turns[-1:] for turns in batch.turns),
                 "shown": pa.array((shortened(turns[-1], 40) for turns in batch.turns), pa.string()),
             }
@@ -34,10 +34,14 @@ class DropDisagreement(TableOperation):
             for prompt, answer in zip(
                 sketch["prompt"].to_pylist(), sketch["answer"].to_pylist(), strict=True
             ):
-                answers.setdefault(prompt, Counter())[answer] += 1
+                if prompt is not None:
+                    answers.setdefault(prompt, Counter())[answer] += 1
         for sketch in sketches:
             rows = zip(*(sketch[name].to_pylist() for name in ("prompt", "answer", "shown")), strict=True)
-            yield [_minority(answers[prompt], answer, shown) for prompt, answer, shown in rows]
+            yield [
+                None if prompt is None else _minority(answers[prompt], answer, shown)
+                for prompt, answer, shown in rows
+            ]
 
 
 def _minority(answers: Counter[Digest], answer: Digest, shown: str) -> str | None:

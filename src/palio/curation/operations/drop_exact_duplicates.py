@@ -15,7 +15,8 @@ Digest = bytes
 
 
 class DropExactDuplicates(TableOperation):
-    """Keep the first of rows that are equal except for case and white space."""
+    """Keep the first of rows that are equal except for case, white space and composed or decomposed
+    accents."""
 
     op: Literal["drop_exact_duplicates"]
 
@@ -32,9 +33,9 @@ class DropExactDuplicates(TableOperation):
             yield reasons
 
 
-def digests(rows: Iterable[Turns]) -> pa.Array:
-    """Return a digest of the turns of each row."""
-    return pa.array(map(_digest, rows), pa.binary(16))
+def digests(rows: Iterable[Turns | None]) -> pa.Array:
+    """Return a digest of the turns of each row; null for None."""
+    return pa.array((None if turns is None else _digest(turns) for turns in rows), pa.binary(16))
 
 
 def _digest(turns: Turns) -> Digest:

@@ -41,8 +41,8 @@ class DropSemanticDuplicates(TableOperation):
         return (Input("model_folder", "model", self.model),)
 
     def sketch(self, batch: Batch, context: OperationContext) -> pa.RecordBatch:
-        """Return the embedding of what the user says in each row."""
-        texts = ["\n".join(turns[FIELDS["prompt"]]) for turns in batch.turns]
+        """Return the embedding of what the user says in each row; of text without a prompt, of the text."""
+        texts = ["\n".join(turns[FIELDS["prompt"]]) or turns[-1] for turns in batch.turns]
         vectors = [row for part in _embedder(Path(self.model)).vectors(texts) for row in part]
         return pa.record_batch({"vector": pa.array(vectors, pa.list_(pa.float32())), "id": batch.table["id"]})
 

@@ -14,8 +14,8 @@ class LengthFilter(RowOperation):
     """Keep rows by the number of characters of prompt and completion."""
 
     op: Literal["length_filter"]
-    min_prompt: NonNegativeInt = 1
-    """Minimum number of characters of the prompt."""
+    min_prompt: NonNegativeInt = 0
+    """Minimum number of characters of the prompt; text without a prompt has 0."""
     max_prompt: PositiveInt = 8000
     """Maximum number of characters of the prompt."""
     min_completion: NonNegativeInt = 1

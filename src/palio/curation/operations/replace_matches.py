@@ -8,7 +8,7 @@ from functools import partial
 from typing import Literal
 
 from palio.config import Pattern
-from palio.curation.operations import OperationContext, RowOperation, Verdict
+from palio.curation.operations import OperationContext, Reasons, RowOperation, Verdict
 from palio.curation.rows import FIELDS, Batch, Side
 
 
@@ -32,7 +32,9 @@ class ReplaceMatches(RowOperation):
 def rewritten(batch: Batch, rewrite: Callable[[str], str], field: Side, without: str) -> Verdict:
     """Rewrite the turns of a field, and drop rows with an empty turn."""
     rows = [list(turns) for turns in batch.turns]
-    for turns in rows:
+    reasons: Reasons = []
+    for turns, before in zip(rows, batch.turns, strict=True):
         turns[FIELDS[field]] = map(rewrite, turns[FIELDS[field]])
-    reasons = [None if all(map(str.strip, turns)) else f"nothing is left {without}" for turns in rows]
+        emptied = any(old and not new.strip() for old, new in zip(before, turns, strict=True))
+        reasons.append(f"nothing is left {without}" if emptied else None)
     return Verdict(reasons, batch.rewritten(rows))
