@@ -48,8 +48,8 @@ class Metric(Strict):
     higher_is_better: bool = True
     """Checked against HELM's own schemas; required where HELM does not know the metric (bias, toxicity)."""
     missing: Literal["worst", "exclude"] | None = None
-    """How a missing value of this column counts; default: `exclude` for bias metrics, which have no value where
-    no completion mentions the groups, and `scoring.missing` for all others."""
+    """How a missing value of this column counts; default: `exclude` for bias metrics, which have no value
+    where no completion mentions the groups, and `scoring.missing` for all others."""
     group: str | None = None
     """Counts under this name in the stage's score, instead of its scenario's: in the open round of 2023 all
     accuracies were averaged, all robustness columns, and all fairness columns."""
@@ -89,8 +89,8 @@ class Stage(Strict):
     title: str
     """Shown in leaderboard and report."""
     weight: Weight
-    """Share of the final score; both stages add up to 1. `1/3` and `2/3` in 2023. A stage of weight 0 is asked,
-    but is not in the score."""
+    """Share of the final score; both stages add up to 1. `1/3` and `2/3` in 2023. A stage of weight 0 is
+    asked, but is not in the score."""
     time_limit: Seconds
     """Wall-clock time of the stage for one entry over all attempts; nothing is asked after it."""
     unanswered: Literal["missing", "wrong"] = "missing"

@@ -72,8 +72,13 @@ def split_files(folder: Path, split: str, names: Sequence[str] = (), *, hard: bo
 
 def only_file(folder: Path, names: Sequence[str] = (), *, hard: bool = False) -> list[Path]:
     """Return the one file of an undivided dataset; of a divided one the test split, as `split_files`."""
-    undivided = [path for path in data_files(folder) if split_of(path, folder) is None]
-    undivided = [path for path in undivided if not names or set(names) & _words(path, folder)]
+    undivided = [
+        path
+        for path in data_files(folder)
+        if split_of(path, folder) is None
+        and (not names or set(names) & _words(path, folder))
+        and not _variant(path, folder)
+    ]
     if undivided:
         return _only_set(folder, undivided, names[0] if names else "data")
     return split_files(folder, "test", names, hard=hard)
@@ -176,9 +181,8 @@ def _series(path: Path, folder: Path) -> str:
 
 def copy_of(cache: Path, data: str) -> Path:
     """Return where a stage's store keeps the copy of a dataset: HELM's cache, or a folder beside it."""
-    return (
-        cache.with_name(f"{cache.name}-{hashlib.sha256(data.encode()).hexdigest()[:12]}") if data else cache
-    )
+    key = f"-{hashlib.sha256(data.encode()).hexdigest()[:12]}" if data else ""
+    return cache.parent / f"{cache.name}{key}"
 
 
 def dataset_folder(name: str, data: str, cache: Path) -> Path:
