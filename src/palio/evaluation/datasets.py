@@ -216,6 +216,7 @@ def bring(need: Need, data: Path, source: Path | None) -> Path | None:
         for path in sorted(read):
             to = copy / path.relative_to(base)
             to.parent.mkdir(parents=True, exist_ok=True)
+            to.unlink(missing_ok=True)  # it may be a link: never write through one
             shutil.copyfile(path, to)
         return start
 
