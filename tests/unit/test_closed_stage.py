@@ -158,7 +158,7 @@ def test_data_given_by_a_path_or_a_variable_is_copied_hashed_and_then_read_nowhe
     runs = {"moral": scenario(secret / "mine.conf", description, instances=6)}
     stage = closed_stage.model_copy(update={"scenarios": runs})
     record = prepare_stage(stage, tmp_path / "stage.json")
-    (copy,) = [path for path in stage.store.data.rglob("cm_test.csv")]
+    (copy,) = stage.store.data.rglob("cm_test.csv")
     modes = {path.stat().st_mode & 0o077 for path in stage.store.path.rglob("*") if not path.is_symlink()}
     assert modes == {0}, "nobody but the owner reads any of it"
 
@@ -207,13 +207,9 @@ def test_too_few_questions_stop_the_stage_unless_the_config_accepts_it(
     fetch_data(stage, secret / "data")
     with pytest.raises(BadInput) as fault:
         prepare_stage(stage, tmp_path / "stage.json")
-    assert str(fault.value).startswith(
-        "stages.closed.scenarios.moral: 6 of 8 questions are there; bring more"
-    )
-    accepted = run.model_copy(update={"shortfall": "accept"})
-    record = prepare_stage(
-        stage.model_copy(update={"scenarios": {"moral": accepted}}), tmp_path / "stage.json"
-    )
+    assert "stages.closed.scenarios.moral: 6 of 8 questions are there; bring more" in str(fault.value)
+    stage.scenarios["moral"] = run.model_copy(update={"shortfall": "accept"})
+    record = prepare_stage(stage, tmp_path / "stage.json")
     assert (record.counts["moral"].asked, record.counts["moral"].prepared) == (8, 6)
     assert record.counts["moral"].labels == {"A": 3, "B": 3}
     assert record.counts["moral"].constant_answer == 0.5
@@ -230,7 +226,7 @@ def test_prompts_of_the_closed_stage_are_shown_to_who_may_read_its_store(
     fetch_data(closed_stage, secret / "data")
     prepare_stage(closed_stage, tmp_path / "stage.json")
     shown = list(prepared_prompts(closed_stage, "moral", 2))
-    assert [heading for heading, _ in shown][0].startswith("moral, palio_ethics:subset=commonsense")
+    assert shown[0][0].startswith("moral, palio_ethics:subset=commonsense")
     assert all(CANARY in prompt for _, prompt in shown)
     with pytest.raises(BadInput, match="use one of moral"):
         list(prepared_prompts(closed_stage, "other", 1))

@@ -152,6 +152,11 @@ def true(value: str | bool) -> bool:
     return str(value).lower() == "true"
 
 
+def is_2023(edition: object) -> bool:
+    """HELM makes a number of what looks like one."""
+    return str(edition) == "2023"
+
+
 def example_count(value: str | int | bool, own: int) -> int:
     """Parse `examples=`: true is the scenario's `own` number."""
     if str(value).lower() in ("true", "false"):
@@ -180,16 +185,16 @@ class PalioScenario(Scenario):  # type: ignore[misc]
         examples: str | int | bool = True,
         part: str = "",
         version: str = "",
-        edition: str = "",
+        edition: str | int = "",
     ) -> None:
         super().__init__()
         self.data, self.version = data, version
         self.examples = example_count(examples, 1) > 0
         """False: no train file is needed, and prompts show no examples."""
         self.part = _part(part)
-        if edition not in ("", "2023"):
+        if str(edition) not in ("", "2023"):
             raise DataError(f"edition={edition}: use 2023, or leave it out")
-        self.as_2023 = edition == "2023"
+        self.as_2023 = is_2023(edition)
 
     # What a dataset adds:
 
@@ -549,7 +554,7 @@ def summary_metric_specs(bias: bool) -> list[MetricSpec]:
 
 @run_spec_function("palio_ethics")  # type: ignore[untyped-decorator]
 def ethics_spec(subset: str, examples: str = "true", **settings: str) -> RunSpec:
-    as_2023 = settings.get("edition") == "2023"
+    as_2023 = is_2023(settings.get("edition"))
     instructions = "The following are multiple choice questions (with answers)."
     if as_2023 and subset in ETHICS_2023:
         instructions = ETHICS_2023[subset][0]
@@ -564,7 +569,7 @@ def ethics_spec(subset: str, examples: str = "true", **settings: str) -> RunSpec
 
 @run_spec_function("palio_corr2cause")  # type: ignore[untyped-decorator]
 def corr2cause_spec(examples: str = "true", **settings: str) -> RunSpec:
-    as_2023 = settings.get("edition") == "2023"
+    as_2023 = is_2023(settings.get("edition"))
     instructions = (
         CORR2CAUSE_2023 if as_2023 else "Decide whether the hypothesis must be true, given the premise."
     )
@@ -607,7 +612,7 @@ def math_spec(subject: str, level: str, examples: str = "true", **settings: str)
 def _summary_spec(
     name: str, scenario: type[Scenario], sentences: int, examples: str, bias: str, settings: dict[str, str]
 ) -> RunSpec:
-    as_2023 = settings.get("edition") == "2023"
+    as_2023 = is_2023(settings.get("edition"))
     zero_shot = as_2023 and scenario is SamSumScenario  # every row was a question
     adapter = get_summarization_adapter_spec(
         num_sents=sentences,

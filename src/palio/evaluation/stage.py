@@ -117,6 +117,7 @@ def prepare_stage(runs: StageRuns, out: Path) -> StageInstances:
             ],
         },
     )
+    _close_store(runs)
     record = StageInstances(
         competition=runs.competition,
         stage=runs.stage,
@@ -271,19 +272,22 @@ def _bring_data(runs: StageRuns, entries: Mapping[str, list[str]], source: Path 
 
 
 def _seal_data(runs: StageRuns) -> dict[str, str]:
-    """Write the digests of the data; of the closed stage take it from others, and look if that holds."""
-    store = runs.store
-    if runs.stage == "closed":
-        for path in [store.path, *store.path.rglob("*")]:
-            if not path.is_symlink():
-                path.chmod(path.stat().st_mode & ~0o077)
-                if _others_can_read(path):
-                    raise BadInput(
-                        path, why="others can read this closed file", fix="use another file system"
-                    )
-    digests = _data_digests(store.data)
-    write_json(store.data_digests, digests)
+    """Write the digests of the data."""
+    _close_store(runs)
+    digests = _data_digests(runs.store.data)
+    write_json(runs.store.data_digests, digests)
     return digests
+
+
+def _close_store(runs: StageRuns) -> None:
+    """Take what lies in a closed store from all but its owner. Raises BadInput if that has no effect."""
+    if runs.stage == "open":
+        return
+    for path in [runs.store.path, *runs.store.path.rglob("*")]:
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode & ~0o077)
+            if path.stat().st_mode & 0o077:
+                raise BadInput(path, why="others can read this closed file", fix="use another file system")
 
 
 def _data_digests(data: Path) -> dict[str, str]:
