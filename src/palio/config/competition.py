@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from palio.config.common import Seconds, Strict, Weight, expand, seconds
 from palio.errors import InvalidValue
-from palio.layout import ClosedStore
+from palio.layout import STAGES, ClosedStore
 
 
 class Track(Strict):
@@ -214,6 +214,11 @@ class Competition(Strict):
     def store(self) -> ClosedStore:
         """Where everything of the closed stage lies."""
         return ClosedStore(expand(self.closed_store) / self.competition)
+
+    @property
+    def stage_weights(self) -> dict[str, float]:
+        """Weights of the stages that are in the score."""
+        return {name: weight for name in STAGES if (weight := self.stage(name).weight) > 0}
 
     def stage(self, name: str) -> Stage:
         return self.stages.open if name == "open" else self.stages.closed

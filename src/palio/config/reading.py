@@ -110,7 +110,7 @@ def load_competition(data: Path | Mapping[str, Any], file: str | Path = "config"
     content: object = data
     if isinstance(data, Path):
         content, file = read_yaml(data), data
-    competition = parse(Competition, _overridden(_extended(content)), file)
+    competition = parse(Competition, _overridden(extended(content)), file)
     if not ID_PATTERN.fullmatch(competition.competition):
         raise BadInput(file, "competition", competition.competition, fix="use letters, digits, - and _ only")
     for kind in ("tracks", *(f"stages.{name}.scenarios" for name in STAGES)):
@@ -132,7 +132,7 @@ def load_overrides(competition: str) -> Overrides:
     return parse(Overrides, read_yaml(path), path) if path.exists() else Overrides()
 
 
-def _extended(content: object, depth: int = 0) -> object:
+def extended(content: object, depth: int = 0) -> object:
     """Return a competition's content, merged into that of the file it extends.
 
     Raises:
@@ -145,7 +145,7 @@ def _extended(content: object, depth: int = 0) -> object:
         why = "extends itself" if path.is_file() else "no such file"
         raise BadInput("config", "extends", str(path), why=why, fix="name a competition's file")
     own = {key: value for key, value in content.items() if key != "extends"}
-    return _merged(_extended(read_yaml(path), depth + 1), own)
+    return _merged(extended(read_yaml(path), depth + 1), own)
 
 
 def _merged(base: object, own: Mapping[str, Any]) -> object:

@@ -294,7 +294,7 @@ def score_track(
         track=track,
         columns=columns,
         candidates=[entry.candidate for entry in scored],
-        stage_weights={stage: competition.stage(stage).weight for stage in STAGES},
+        stage_weights=competition.stage_weights,
         convention=competition.scoring.convention,
         missing=competition.scoring.missing,
         final=final,
