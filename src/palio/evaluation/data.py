@@ -146,7 +146,7 @@ def _only_set(folder: Path, files: Iterable[Path], what: str) -> list[Path]:
     for path in files:
         sets.setdefault(_series(path, folder), []).append(path)
     if not sets:
-        there = [path.relative_to(folder).as_posix() for path in data_files(folder)]
+        there = [_series(path, folder) for path in data_files(folder)]
         found = _listed(there) if there else "no data file" if folder.exists() else "no such folder"
         raise DataError(f"{folder}: no {what} file among {', '.join(FILE_TYPES)}; found: {found}")
     if len(sets) > 1:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from palio.evaluation import scenarios
 from palio.evaluation.data import copy_of, data_files, origin
+from palio.text import markdown_table
 
 PERTURBATIONS = "perturbations"
 PLAIN_AUGMENTATIONS = ("robustness",)
@@ -117,6 +118,16 @@ DATASETS = (
         True,
     ),
 )
+
+
+def datasets_table() -> str:
+    """Return `DATASETS` as the Markdown table of docs/evaluation.md."""
+    rows = [
+        (of.folder, of.address, "HELM" if of.by_helm else "you", f"{of.megabytes:g}", of.licence, of.remark)
+        for of in DATASETS
+    ]
+    heading = ("dataset", "where it is", "brought by", "MB, about", "licence", "remark")
+    return markdown_table(heading, rows)
 
 
 @dataclass(frozen=True)

@@ -464,7 +464,7 @@ class TableScenario(PalioScenario):
     description = "A table of questions and answers"
 
     def __init__(self, question: str, answer: str, choices: str = "", **settings: Any) -> None:
-        super().__init__(**settings)
+        super().__init__(**{"examples": False, **settings})
         if not self.data:
             raise DataError("palio_table: give data=, a file or folder of questions")
         self.question, self.answer = question, answer
