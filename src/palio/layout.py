@@ -81,6 +81,8 @@ class StageStore(Folder):
 
     # scenario, run, instance, text, reference of every evaluation instance
     instances = At("instances.parquet")
+    # the same of every request, with its prompt, before a model's window shortens it
+    prompts = At("prompts.parquet")
     runs = At("runs.json")  # HELM's run entries and planned runs: ids and counts only
     data = At("data")  # downloads in the layout of HELM's caches: scenarios/ and perturbations/
     data_digests = At("data.json")  # sha256 of every file in data/

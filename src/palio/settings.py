@@ -252,6 +252,7 @@ class ScenarioRuns(Strict):
     questions: PositiveInt | None = None
     split: Literal["test", "valid"] | None = None
     """The only split that its metrics look at; None if they look at both."""
+    shortfall: Literal["refuse", "accept"] = "refuse"
     sha256: str
 
 

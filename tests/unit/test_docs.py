@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
+from palio.config.reading import extended
 from palio.config.reference import FILES, README, json_schema, with_tables
 from palio.layout import schema_file
 
@@ -60,7 +61,7 @@ def test_every_section_has_a_table_and_every_key_a_description(kind: str) -> Non
     ids=lambda value: getattr(value, "stem", value),
 )
 def test_every_file_in_the_repository_is_valid_by_its_schema(kind: str, file: Path) -> None:
-    content = yaml.load(file.read_text(), Loader=Yaml12)  # noqa: S506 (a SafeLoader)
+    content = extended(yaml.load(file.read_text(), Loader=Yaml12))  # noqa: S506 (a SafeLoader)
     jsonschema.validate(content, json.loads(json_schema(kind)))
 
 

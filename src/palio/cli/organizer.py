@@ -164,15 +164,35 @@ def reproduce(
 @competition_option
 @click.option("--stage", type=click.Choice(STAGES), required=True)
 @click.option("--source", type=ExistingPath, help="Folder of data that is there already, as HELM caches it.")
-def fetch_data_verb(competition: str, stage: Stage, source: Path | None) -> None:
+@click.option("--list", "dry", is_flag=True, help="Only print what would be copied or downloaded.")
+def fetch_data_verb(competition: str, stage: Stage, source: Path | None, dry: bool) -> None:
     """Bring all data of a stage into its store, on a machine with a network; the rest runs without."""
     from palio.evaluation.helm import stage_runs
-    from palio.evaluation.stage import fetch_data
+    from palio.evaluation.stage import fetch_data, planned_data
 
-    digests = fetch_data(stage_runs(competition_of(competition), stage), source)
+    runs = stage_runs(competition_of(competition), stage)
+    if dry:
+        for row in planned_data(runs, source):
+            print(" | ".join(column for column in row if column))
+        return
+    digests = fetch_data(runs, source)
     for name in sorted({"/".join(path.split("/")[:2]) for path in digests}):
         files = [path for path in digests if path.startswith(f"{name}/")]
         print(f"{stage} {name}: {len(files)} files")
+
+
+@palio.command(cls=Verb, example="palio prompts --stage closed --scenario MATH")
+@competition_option
+@click.option("--stage", type=click.Choice(STAGES), required=True)
+@click.option("--scenario", help="Of one scenario; default: of all.")
+@click.option("--number", default=1, show_default=True, help="Prompts of each HELM run.")
+def prompts(competition: str, stage: Stage, scenario: str | None, number: int) -> None:
+    """Print prompts of a prepared stage, for organizers: the closed store opens to its owner only."""
+    from palio.evaluation.helm import stage_runs
+    from palio.evaluation.stage import prepared_prompts
+
+    for heading, prompt in prepared_prompts(stage_runs(competition_of(competition), stage), scenario, number):
+        print(f"--- {heading}\n{prompt}\n")
 
 
 @palio.command(cls=Verb, example="palio status --watch")

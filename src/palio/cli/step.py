@@ -132,9 +132,9 @@ def fetch_base_model_step(out: Path, source: str, approved_as: str) -> None:
 @click.option("--runs", required=True, help="JSON: competition, stage, closed_store, scenarios.")
 def prepare_stage_step(record: Path, runs: str) -> None:
     """Let HELM make a stage's evaluation instances once, before any entry needs them."""
-    from palio.evaluation.stage import prepare_stage
+    from palio.evaluation.stage import prepare_stage, summary
     from palio.settings import StageRuns, read_slice
 
     made = prepare_stage(read_slice(StageRuns, runs, "--runs"), record)
-    for scenario, count in made.scenarios.items():
-        print(f"{made.stage} {scenario}: {count} instances")
+    for line in summary(made):
+        print(line)

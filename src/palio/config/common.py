@@ -99,7 +99,7 @@ def seconds(default: str) -> Any:
     return Field(default=_seconds(default), json_schema_extra={"default": default})
 
 
-Weight = Annotated[float, Field(gt=0, le=1), BeforeValidator(_fraction, json_schema_input_type=float | str)]
+Weight = Annotated[float, Field(ge=0, le=1), BeforeValidator(_fraction, json_schema_input_type=float | str)]
 """A share, written as a number or as a fraction such as 1/3."""
 Pattern = Annotated[str, AfterValidator(_expression)]
 """A regular expression of Python's `re`."""

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from palio.config.common import Seconds, Strict, Weight, expand, seconds
 from palio.errors import InvalidValue
-from palio.layout import ClosedStore
+from palio.layout import STAGES, ClosedStore
 
 
 class Track(Strict):
@@ -47,6 +47,12 @@ class Metric(Strict):
     """Only HELM runs whose name contains this, e.g. for a column per subset; omit it for all runs."""
     higher_is_better: bool = True
     """Checked against HELM's own schemas; required where HELM does not know the metric (bias, toxicity)."""
+    missing: Literal["worst", "exclude"] | None = None
+    """How a missing value of this column counts; default: `exclude` for bias metrics, which have no value
+    where no completion mentions the groups, and `scoring.missing` for all others."""
+    group: str | None = None
+    """Counts under this name in the stage's score, instead of its scenario's: in the open round of 2023 all
+    accuracies were averaged, all robustness columns, and all fairness columns."""
 
 
 class Scenario(Strict):
@@ -64,6 +70,12 @@ class Scenario(Strict):
     metrics: dict[str, Metric] = Field(min_length=1)
     """Columns of the scenario's table, by a name of your choice."""
 
+    shortfall: Literal["refuse", "accept"] = "refuse"
+    """What `prepare_stage` does if less than 90 % of the questions are there, or a prompt has none of the
+    examples that its run entry asks for; `accept` says so in log, record and report only."""
+    scored: bool = True
+    """False: asked and recorded, but not part of the score, as CNN/DailyMail in the open stage of 2023."""
+
     @model_validator(mode="after")
     def _one_budget(self) -> Scenario:
         if (self.max_eval_instances is None) == (self.questions is None):
@@ -77,7 +89,8 @@ class Stage(Strict):
     title: str
     """Shown in leaderboard and report."""
     weight: Weight
-    """Share of the final score; both stages add up to 1. `1/3` and `2/3` in 2023."""
+    """Share of the final score; both stages add up to 1. `1/3` and `2/3` in 2023. A stage of weight 0 is
+    asked, but is not in the score."""
     time_limit: Seconds
     """Wall-clock time of the stage for one entry over all attempts; nothing is asked after it."""
     unanswered: Literal["missing", "wrong"] = "missing"
@@ -160,6 +173,9 @@ class Competition(Strict):
     """Id of letters, digits, `-` and `_`; part of every record and of file names."""
     title: str
     """Shown in leaderboard and report."""
+    extends: str | None = None
+    """Path of another competition's file, of which this one gives the differences only: mappings are merged,
+    everything else is replaced, and null removes a key."""
     demo: bool = False
     """True only for a competition without secrets: its closed store may be inside the repository."""
     entries: tuple[str, ...] = Field(min_length=1)
@@ -198,6 +214,11 @@ class Competition(Strict):
     def store(self) -> ClosedStore:
         """Where everything of the closed stage lies."""
         return ClosedStore(expand(self.closed_store) / self.competition)
+
+    @property
+    def stage_weights(self) -> dict[str, float]:
+        """Weights of the stages that are in the score."""
+        return {name: weight for name in STAGES if (weight := self.stage(name).weight) > 0}
 
     def stage(self, name: str) -> Stage:
         return self.stages.open if name == "open" else self.stages.closed

@@ -17,6 +17,9 @@ from palio.config.yaml_file import read_yaml
 from palio.errors import BadInput, InvalidValue
 from palio.layout import STAGES, overrides
 
+MAX_EXTENDS = 8
+"""Files in a chain of `extends`."""
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -107,7 +110,7 @@ def load_competition(data: Path | Mapping[str, Any], file: str | Path = "config"
     content: object = data
     if isinstance(data, Path):
         content, file = read_yaml(data), data
-    competition = parse(Competition, _overridden(content), file)
+    competition = parse(Competition, _overridden(extended(content)), file)
     if not ID_PATTERN.fullmatch(competition.competition):
         raise BadInput(file, "competition", competition.competition, fix="use letters, digits, - and _ only")
     for kind in ("tracks", *(f"stages.{name}.scenarios" for name in STAGES)):
@@ -127,6 +130,33 @@ def load_competition(data: Path | Mapping[str, Any], file: str | Path = "config"
 def load_overrides(competition: str) -> Overrides:
     path = overrides(competition)
     return parse(Overrides, read_yaml(path), path) if path.exists() else Overrides()
+
+
+def extended(content: object, depth: int = 0) -> object:
+    """Return a competition's content, merged into that of the file it extends.
+
+    Raises:
+        BadInput: there is no such file, or it extends itself.
+    """
+    if not isinstance(content, Mapping) or not isinstance(content.get("extends"), str):
+        return content
+    path = Path(content["extends"])
+    if depth > MAX_EXTENDS or not path.is_file():
+        why = "extends itself" if path.is_file() else "no such file"
+        raise BadInput("config", "extends", str(path), why=why, fix="name a competition's file")
+    own = {key: value for key, value in content.items() if key != "extends"}
+    return _merged(extended(read_yaml(path), depth + 1), own)
+
+
+def _merged(base: object, own: Mapping[str, Any]) -> object:
+    """Return `own` over `base`, mapping by mapping; null removes a key."""
+    if not isinstance(base, Mapping):
+        return own
+    kept = {key: value for key, value in base.items() if key not in own or own[key] is not None}
+    for key, value in own.items():
+        if value is not None:
+            kept[key] = _merged(base.get(key), value) if isinstance(value, Mapping) else value
+    return kept
 
 
 def _overridden(content: object) -> object:

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from palio.errors import Crashed, RuleViolation, State
 from palio.evaluation import helm
 from palio.evaluation.journal import BROKEN, LIMIT, JournalReader
 from palio.evaluation.probe import probe
-from palio.evaluation.stage import PlannedRun, StagePlan
+from palio.evaluation.stage import PlannedRun, PromptKey, StagePlan, verify_data
 from palio.heartbeat import HeartbeatWriter
 from palio.layout import EntryFolder, HelmFolder
 from palio.provenance import atomic_path, file_sha256, fingerprint
@@ -46,6 +46,8 @@ from palio.records import (
 from palio.settings import EvaluateSettings, StageLimits
 from palio.text import last_lines
 
+TAIL_CHARACTERS = 60
+"""End of a prompt by which a cut one is told: HELM drops examples first, then cuts from the right."""
 PROGRESS_SECONDS = 15.0
 MAX_RESTARTS = 2
 """Restarts of a model server that died after it had answered something."""
@@ -87,6 +89,7 @@ def evaluate(
     stage = runs.stage
     package = read_record(PackageManifest, folder.package_manifest)
     prepared = read_record(StageInstances, instances)
+    verify_data(runs.store)
     plan = StagePlan(runs.store)
     asked = [prepared.sha256, prepared.helm_version, limits.cut_at_stop_sequences]
     work = folder.helm(stage, fingerprint([package.fingerprint, engine, *asked])[:16])
@@ -112,7 +115,8 @@ def evaluate(
             restarts -= 1
             print(f"{ending.died}; it is started again", file=sys.stderr, flush=True)
             _forget_unanswered(work)
-        outcomes = [_outcome(work, stage, limits, planned, ending) for planned in plan.runs]
+        prompts = plan.prompts()
+        outcomes = [_outcome(work, stage, limits, planned, ending, prompts) for planned in plan.runs]
         run.used_seconds, run.requests = round(clock.used, 1), plan.requests
         run.answered = sum(outcome.run.answered for outcome in outcomes)
 
@@ -335,7 +339,12 @@ def _complete(folder: HelmFolder, plan: StagePlan) -> bool:
 
 
 def _outcome(
-    folder: HelmFolder, stage: str, limits: StageLimits, planned: PlannedRun, ending: Ending
+    folder: HelmFolder,
+    stage: str,
+    limits: StageLimits,
+    planned: PlannedRun,
+    ending: Ending,
+    prompts: Mapping[PromptKey, str],
 ) -> Outcome:
     state, reason, answered, limited = State.FINISHED, "", planned.instances, False
     run = _finished(folder).get(planned.run)
@@ -354,6 +363,7 @@ def _outcome(
         elif limits.unanswered == "missing":
             state = State.TIME_LIMIT if limited else State.CRASHED
     helm_run = HelmRun(
+        **(_shortened(run, prompts) if run else {}),
         scenario=planned.scenario,
         run=planned.run,
         state=state,
@@ -364,10 +374,24 @@ def _outcome(
     return Outcome(helm_run, limited)
 
 
+def _shortened(run: helm.RunFolder, prompts: Mapping[PromptKey, str]) -> dict[str, int]:
+    """Count prompts of a run that the entry's window shortened, and answers that are empty."""
+    counts = {"prompts_short": 0, "prompts_cut": 0, "empty_answers": 0}
+    for state in run.read("scenario_state.json")["request_states"]:
+        sent = helm.prompt_of(state)
+        whole = prompts.get((run.name, state["instance"]["id"], helm.variant(state)), sent)
+        if sent != whole:
+            question_kept = sent.endswith(whole[-TAIL_CHARACTERS:])
+            counts["prompts_short" if question_kept else "prompts_cut"] += 1
+        completions = state["result"]["completions"]
+        counts["empty_answers"] += bool(completions) and not completions[0]["text"].strip()
+    return counts
+
+
 def _error(folder: HelmFolder, stage: str, planned: PlannedRun) -> str:
-    """A failed run's error in HELM's log; of the closed stage its class only, for it may quote a prompt."""
+    """A failed run's error in HELM's log; of the closed stage only what quotes no text."""
     error = helm.log_error(folder, planned.run) or helm.log_error(folder)
-    return error if stage == "open" else helm.error_class(error)
+    return error if stage == "open" else helm.public_error(error)
 
 
 def _tables(folder: HelmFolder, where: dict[str, str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

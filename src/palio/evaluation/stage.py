@@ -8,6 +8,7 @@ A stage's store: open under resources/, closed under the competition's `closed_s
 
     <store>/runs.json          what the runs of a stage are, for `evaluate` (ids only)
     <store>/instances.parquet  scenario, run, instance, text, reference
+    <store>/prompts.parquet    every request: scenario, run, instance, variant, prompt, examples
     <store>/helm/              HELM's dry run
     <store>/data/              scenarios/ and perturbations/ as HELM caches them, for all entries
     <store>/data.json          sha256 of every file in data/, written by `fetch_data`
@@ -18,19 +19,34 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from palio.config import expand
 from palio.errors import BadInput
-from palio.evaluation.helm import helm_version, plan_stage, stage_entries
+from palio.evaluation.data import LEFT_OUT, DataError
+from palio.evaluation.helm import (
+    helm_version,
+    plan_stage,
+    planned_prompts,
+    printed,
+    scenario_counts,
+    stage_entries,
+)
 from palio.layout import StageStore
 from palio.provenance import atomic_path, fingerprint, folder_sha256, write_json
-from palio.records import StageInstances
+from palio.records import ScenarioCounts, StageInstances
 from palio.settings import StageRuns
+
+if TYPE_CHECKING:
+    from palio.evaluation.datasets import Need
 
 INSTANCE_TEXTS = pa.schema(
     [
@@ -40,32 +56,57 @@ INSTANCE_TEXTS = pa.schema(
 )
 
 
+PROMPT_TEXTS = pa.schema(
+    [
+        *(
+            pa.field(name, pa.string(), nullable=False)
+            for name in ("scenario", "run", "instance", "variant", "prompt")
+        ),
+        pa.field("examples", pa.int32(), nullable=False),
+    ]
+)
+PromptKey = tuple[str, str, str]
+"""run, instance, variant"""
+ENOUGH = 0.9
+"""Share of a scenario's questions below which the stage is refused, unless the config accepts it."""
+
+
 def prepare_stage(runs: StageRuns, out: Path) -> StageInstances:
     """Make the instances of a stage, write them to its store and their record to `out`.
 
-    With data from `fetch_data` no network is needed, nor used.
+    With data from `fetch_data` no network is needed, nor used. Without, data is brought first.
 
     Raises:
-        BadInput: HELM does not know a run entry, or cannot make its instances (data missing or changed); or
-            others can read what is closed.
+        BadInput: HELM does not know a run entry, or cannot make its instances (data missing or changed); a
+            scenario has too few questions or no examples; or others can read what is closed.
     """
     store = runs.store
     make_store(runs)
     entries = stage_entries(runs)
     fetched = store.data_digests.exists()
     if fetched:
-        _verify_data(store)
+        verify_data(store)
+    else:
+        _bring_data(runs, entries, None)
     # A folder per content: runs of an earlier plan must not be taken for this one's.
     folder = store.dry_run(fingerprint(entries)[:16])
     folder.path.mkdir(parents=True, exist_ok=True)
     plans = plan_stage(folder, runs.stage, entries, store.data, offline=fetched)
+    if not fetched:
+        _seal_data(runs)
+    counts = scenario_counts(plans)
+    _refuse_shortfalls(runs, counts)
     rows = [
         {"scenario": plan.scenario, "run": plan.run, "instance": i, "text": text, "reference": reference}
         for plan in plans
         for i, text, reference in plan.instances
     ]
-    with atomic_path(store.instances) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=INSTANCE_TEXTS), temporary)
+    for path, table in (
+        (store.instances, pa.Table.from_pylist(rows, schema=INSTANCE_TEXTS)),
+        (store.prompts, pa.Table.from_pylist(list(planned_prompts(plans)), schema=PROMPT_TEXTS)),
+    ):
+        with atomic_path(path) as temporary:
+            pq.write_table(table, temporary)
     write_json(
         store.runs,
         {
@@ -76,18 +117,50 @@ def prepare_stage(runs: StageRuns, out: Path) -> StageInstances:
             ],
         },
     )
-    counts = {
-        name: sum(len(plan.instances) for plan in plans if plan.scenario == name) for name in sorted(entries)
-    }
+    _close_store(runs)
     record = StageInstances(
         competition=runs.competition,
         stage=runs.stage,
         helm_version=helm_version(),
-        scenarios=counts,
+        scenarios={name: of.prepared for name, of in counts.items()},
+        counts=counts,
+        left_out=printed(folder, LEFT_OUT),
         sha256=fingerprint([entries, rows]),
     )
     record.write(out)
     return record
+
+
+def _refuse_shortfalls(runs: StageRuns, counts: Mapping[str, ScenarioCounts]) -> None:
+    for name, of in counts.items():
+        why = ""
+        if of.prepared < ENOUGH * of.asked:
+            why = f"{of.prepared} of {of.asked} questions are there"
+            fix = "bring more data or ask fewer"
+        elif of.prompts_without_examples:
+            why = f"{of.prompts_without_examples} of {of.requests} prompts show no example"
+            fix = "bring the train file, or write examples=false into the run entry"
+        if why and runs.scenarios[name].shortfall == "refuse":
+            key = f"stages.{runs.stage}.scenarios.{name}"
+            raise BadInput(key, why=why, fix=f"{fix}; or accept it with shortfall: accept")
+
+
+def summary(record: StageInstances) -> Iterator[str]:
+    """Yield a line per scenario, for people: what is asked and what it lacks."""
+    for name, of in record.counts.items():
+        line = f"{record.stage} {name}: {of.prepared} of {of.asked} questions, {of.requests} requests"
+        if of.examples_asked:
+            line += f"; examples {of.examples_min} to {of.examples_asked}, median {of.examples_median:g}"
+        if of.prompts_short_of_examples:
+            line += f"; {of.prompts_short_of_examples} prompts have fewer examples than asked for"
+        line += f"; longest prompt {of.longest_prompt_words} words, window {of.window_tokens} tokens"
+        if of.prompts_over_window:
+            line += f" ({of.prompts_over_window} prompts do not fit)"
+        if of.constant_answer is not None:
+            labels = ", ".join(f"{letter} {count}" for letter, count in of.labels.items())
+            line += f"; answers {labels}: a constant answer scores {of.constant_answer:.3f}"
+        yield line
+    yield from (f"{record.stage}: rows left out of {line}" for line in record.left_out)
 
 
 def make_store(runs: StageRuns) -> None:
@@ -116,14 +189,39 @@ def _others_can_read(path: Path) -> bool:
     return bool(path.stat().st_mode & 0o044) and reachable
 
 
+def prepared_prompts(runs: StageRuns, scenario: str | None, number: int) -> Iterator[tuple[str, str]]:
+    """Yield the first prompts of each HELM run of a prepared stage, under a heading.
+
+    Raises:
+        BadInput: the stage is not prepared, or not open to who asks, or has no such scenario.
+    """
+    path, key = runs.store.prompts, f"stages.{runs.stage}.scenarios"
+    if scenario is not None and scenario not in runs.scenarios:
+        raise BadInput(key, scenario, fix=f"use one of {', '.join(runs.scenarios)}")
+    try:
+        table = pq.read_table(path)
+    except PermissionError:
+        raise BadInput(path, why="is open to the organizer only", fix="ask who owns it") from None
+    except FileNotFoundError:
+        raise BadInput(
+            path, why="the stage is not prepared", fix="run snakemake prepare_stage first"
+        ) from None
+    shown: Counter[str] = Counter()
+    for row in table.to_pylist():
+        if scenario in (None, row["scenario"]) and shown[row["run"]] < number:
+            shown[row["run"]] += 1
+            variant = f", {row['variant']}" if row["variant"] else ""
+            yield f"{row['scenario']}, {row['run']}, {row['instance']}{variant}", row["prompt"]
+
+
 # --- data -------------------------------------------------------------------------------------------
 
 
 def fetch_data(runs: StageRuns, source: Path | None = None) -> dict[str, str]:
-    """Bring all data that a stage reads into its store, so that no later step needs a network.
+    """Bring all data that a stage reads, and no other, into its store, so that no later step needs a network.
 
     `source`: a folder of downloads made elsewhere, in the layout of HELM's caches: <scenario>/… and
-    perturbations/…; HELM downloads what is not in it.
+    perturbations/…; then $PALIO_HELM_DATA. HELM downloads what is in neither.
 
     Returns:
         sha256 of every file by its path in the store's data/; also written to data.json.
@@ -132,32 +230,80 @@ def fetch_data(runs: StageRuns, source: Path | None = None) -> dict[str, str]:
         BadInput: data is missing and cannot be downloaded, or as `make_store`.
     """
     make_store(runs)
-    data = runs.store.data
-    for folder in sorted(source.iterdir()) if source else []:
-        if folder.is_dir():
-            to = data / folder.name if folder.name == "perturbations" else data / "scenarios" / folder.name
-            shutil.copytree(folder, to, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    entries = stage_entries(runs)
+    _bring_data(runs, entries, source)
     dry_run = runs.store.dry_run("fetch")
     shutil.rmtree(dry_run.path, ignore_errors=True)  # HELM would skip a run that is complete, and its data
     dry_run.path.mkdir(parents=True)
-    plan_stage(dry_run, runs.stage, stage_entries(runs), data)
-    digests = _data_digests(data)
+    plan_stage(dry_run, runs.stage, entries, runs.store.data)
+    return _seal_data(runs)
+
+
+def planned_data(runs: StageRuns, source: Path | None = None) -> list[tuple[str, str, str, str, str]]:
+    """Return what `fetch_data` would do: dataset, action, size, licence, remark. Nothing is touched.
+
+    Raises:
+        BadInput: a run entry is wrong.
+    """
+    from palio.evaluation.datasets import listing
+
+    return listing(_needs(runs, stage_entries(runs)), runs.store.data, source)
+
+
+def _needs(runs: StageRuns, entries: Mapping[str, list[str]]) -> list[Need]:
+    from palio.evaluation.datasets import needs  # it imports HELM, which takes seconds
+
+    try:
+        return needs(description for of in entries.values() for description in of)
+    except DataError as error:
+        raise BadInput(f"stages.{runs.stage}.scenarios", why=str(error)) from None
+
+
+def _bring_data(runs: StageRuns, entries: Mapping[str, list[str]], source: Path | None) -> None:
+    from palio.evaluation.datasets import bring
+
+    for need in _needs(runs, entries):
+        try:
+            taken = bring(need, runs.store.data, source)
+        except DataError as error:
+            raise BadInput(f"stages.{runs.stage}.scenarios", need.name, why=str(error)) from None
+        if taken:
+            print(f"{runs.stage} {need.name}: copied from {taken}", file=sys.stderr, flush=True)
+
+
+def _seal_data(runs: StageRuns) -> dict[str, str]:
+    """Write the digests of the data."""
+    _close_store(runs)
+    digests = _data_digests(runs.store.data)
     write_json(runs.store.data_digests, digests)
     return digests
+
+
+def _close_store(runs: StageRuns) -> None:
+    """Take what lies in a closed store from all but its owner. Raises BadInput if that has no effect."""
+    if runs.stage == "open":
+        return
+    for path in [runs.store.path, *runs.store.path.rglob("*")]:
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode & ~0o077)
+            if path.stat().st_mode & 0o077:
+                raise BadInput(path, why="others can read this closed file", fix="use another file system")
 
 
 def _data_digests(data: Path) -> dict[str, str]:
     return {name: digest for name, digest in folder_sha256(data).items() if not name.endswith(".lock")}
 
 
-def _verify_data(store: StageStore) -> None:
+def verify_data(store: StageStore) -> None:
+    """Raise BadInput if a file of the data is not what was fetched."""
     fetched = json.loads(store.data_digests.read_text(encoding="utf-8"))
     now = _data_digests(store.data)
-    changed = [name for name in sorted(fetched) if now.get(name) != fetched[name]]
-    if changed:
-        raise BadInput(
-            store.data / changed[0], why="changed since it was fetched", fix="run `palio fetch-data` again"
-        )
+    for why, names in (
+        ("changed since it was fetched", [name for name in fetched if now.get(name) != fetched[name]]),
+        ("was not there when data was fetched", [name for name in now if name not in fetched]),
+    ):
+        if names:
+            raise BadInput(store.data / min(names), why=why, fix="run `palio fetch-data` again")
 
 
 @dataclass(frozen=True)
@@ -178,11 +324,17 @@ class StagePlan:
         content = json.loads(store.runs.read_text(encoding="utf-8"))
         self.entries: dict[str, list[str]] = content["entries"]
         self.data = store.data
+        self._prompts = store.prompts
         self.runs = [PlannedRun(**run) for run in content["runs"]]
 
     @property
     def requests(self) -> int:
         return sum(run.requests for run in self.runs)
+
+    def prompts(self) -> dict[PromptKey, str]:
+        """Return every prompt before a model's window shortens it."""
+        rows = pq.read_table(self._prompts).to_pylist()
+        return {(row["run"], row["instance"], row["variant"]): row["prompt"] for row in rows}
 
 
 def planned_requests(runs: StageRuns) -> int:

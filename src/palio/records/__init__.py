@@ -49,7 +49,14 @@ from palio.records.entry import (
     Unsupported,
     Violation,
 )
-from palio.records.evaluation import HelmRun, ProbeCheck, ProbeReport, StageInstances, StageRecord
+from palio.records.evaluation import (
+    HelmRun,
+    ProbeCheck,
+    ProbeReport,
+    ScenarioCounts,
+    StageInstances,
+    StageRecord,
+)
 from palio.records.scores import Cell, Column, DidNotFinish, Leaderboard, Panel, PanelEntry, ScoredEntry
 from palio.records.sidecars import (
     CurateRun,
@@ -100,6 +107,7 @@ __all__ = [
     "Removal",
     "Robustness",
     "RunFacts",
+    "ScenarioCounts",
     "Scheme",
     "ScoredEntry",
     "Separation",

@@ -8,6 +8,37 @@ from palio.errors import State
 from palio.records.common import EntryRecord, Part, Record
 
 
+class ScenarioCounts(Part):
+    """What a scenario asks, against what it was meant to ask."""
+
+    asked: int
+    """Questions that its run entries ask for."""
+    prepared: int
+    """Questions there are."""
+    requests: int
+    """Requests: more than questions where inputs are perturbed or each choice is asked."""
+    examples_asked: int
+    """Examples that a prompt is meant to show."""
+    examples_min: int
+    """Fewest examples that a prompt shows, before a model's window takes some."""
+    examples_median: float
+    """Median of the same."""
+    prompts_short_of_examples: int
+    """Prompts with fewer examples than asked for."""
+    prompts_without_examples: int
+    """Prompts that are to show examples and show none."""
+    longest_prompt_words: int
+    """Words of the longest prompt; a tokenizer makes at least a token of each."""
+    window_tokens: int
+    """Tokens that the context leaves for a prompt: without the completion."""
+    prompts_over_window: int
+    """Prompts of more words than that, which lose examples or are cut under any tokenizer."""
+    labels: dict[str, int] = {}
+    """Questions by the letter of their right answer, of multiple choice."""
+    constant_answer: float | None = None
+    """What always answering the commonest letter would score; None if it is no multiple choice."""
+
+
 class StageInstances(Record):
     """The public part of a stage's evaluation instances: counts and a digest, never a text."""
 
@@ -19,6 +50,10 @@ class StageInstances(Record):
     """Version of HELM that made them."""
     scenarios: dict[str, int]
     """Evaluation instances by scenario."""
+    counts: dict[str, ScenarioCounts] = {}
+    """What each scenario asks, and what it lacks."""
+    left_out: list[str] = []
+    """Rows of the data that were left out for want of a text: file and number."""
     sha256: str
     """Digest of the table of normalized texts, which stays in the stage's store."""
 
@@ -78,6 +113,12 @@ class HelmRun(Part):
     """Evaluation instances planned, over all splits."""
     answered: int
     """Of these, how many got an answer to every request: the plain one and the perturbed ones."""
+    prompts_short: int = 0
+    """Prompts that lost examples, for they did not fit in the window."""
+    prompts_cut: int = 0
+    """Prompts whose question was cut, for it alone did not fit in the window."""
+    empty_answers: int = 0
+    """Answers of no characters but blanks."""
 
 
 class StageRecord(EntryRecord):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from palio.errors import State
 from palio.records.common import Part, TrackRecord
 
@@ -17,6 +19,9 @@ class Column(Part):
     """Metric, as the competition names it."""
     higher_is_better: bool = True
     """Direction of the metric."""
+    missing: Literal["worst", "exclude"] | None = None
+    """How a missing value of this column counts, unless the convention has a rule of its own; None: as the
+    leaderboard says."""
 
     @property
     def scenario_key(self) -> tuple[str, str]:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from palio.config import Competition, Entry
 from palio.entries import AnyEntry, Entries
-from palio.layout import Boards, EntryFolder, Results
+from palio.layout import STAGES, Boards, EntryFolder, Resources, Results
 from palio.pipeline import LIMITED
 from palio.provenance import atomic_path, fingerprint, write_text
-from palio.records import Analysis, Leaderboard, read_record
+from palio.records import Analysis, Leaderboard, StageInstances, read_record
 from palio.report.drawing import Plate
 from palio.report.figures import BudgetUse
 from palio.report.files import read_entry, seconds_used
@@ -46,7 +46,14 @@ def build_report(competition: Competition, *, results: Results, leaderboards: Bo
             for report in entry_reports(board)
         ]
         tracks.append(TrackReport(track, settings.title, board, analysis, reports))
-    return write_report(competition.title, tracks, out)
+    return write_report(competition.title, tracks, out, asked=_prepared(competition))
+
+
+def _prepared(competition: Competition) -> list[StageInstances]:
+    """Return the records of the stages that are prepared for this competition."""
+    paths = [Resources().stage_record(stage) for stage in STAGES]
+    records = [read_record(StageInstances, path) for path in paths if path.exists()]
+    return [record for record in records if record.competition == competition.competition]
 
 
 def read_board(boards: Boards, track: str) -> tuple[Leaderboard, Analysis | None]:
@@ -91,9 +98,16 @@ def _with_files(
 
 
 def write_report(
-    title: str, tracks: Sequence[TrackReport], out: Path, appendix: Sequence[Plate] = ()
+    title: str,
+    tracks: Sequence[TrackReport],
+    out: Path,
+    appendix: Sequence[Plate] = (),
+    asked: Sequence[StageInstances] = (),
 ) -> Path:
-    """Write the figures, then the page. Figures of an earlier report that are not in this one are deleted."""
+    """Write the figures, then the page, with what the stages of `asked` ask.
+
+    Figures of an earlier report that are not in this one are deleted.
+    """
     drawings = {plate.name: plate.drawing for plate in appendix}
     for track in tracks:
         drawings |= {f"{track.id}-{name}": drawing for name, drawing in track.figures.items()}
@@ -105,5 +119,5 @@ def write_report(
         if path.stem not in drawings:
             path.unlink()
     file = out / "index.html"
-    write_text(file, page(title, tracks, appendix))
+    write_text(file, page(title, tracks, appendix, asked))
     return file

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from palio import __version__
 from palio.markup import html, visible
-from palio.records import Analysis, DidNotFinish, Leaderboard, ScoredEntry
+from palio.records import Analysis, DidNotFinish, Leaderboard, ScoredEntry, StageInstances
 from palio.report import entry_figures, figures
 from palio.report.drawing import Drawing, Plate, css
 from palio.report.figures import BudgetUse
@@ -60,7 +60,12 @@ class TrackReport:
         return figures.figures_of_track(self.board, self.analysis, used)
 
 
-def page(title: str, tracks: Sequence[TrackReport], appendix: Sequence[Plate] = ()) -> str:
+def page(
+    title: str,
+    tracks: Sequence[TrackReport],
+    appendix: Sequence[Plate] = (),
+    asked: Sequence[StageInstances] = (),
+) -> str:
     """Return the page as HTML."""
     environment = Environment(
         loader=PackageLoader("palio.report", "templates"),
@@ -89,6 +94,7 @@ def page(title: str, tracks: Sequence[TrackReport], appendix: Sequence[Plate] = 
         title=title,
         tracks=tracks,
         appendix=appendix,
+        asked=[record for record in asked if record.counts],
         final=all(track.board.final for track in tracks),
         version=__version__,
         # Our own files, allowed by hash: a script that an entry smuggles into a text does not run.

@@ -18,6 +18,7 @@ from palio.errors import BadInput
 from palio.layout import EntryFolder, Results, Stage, stage_named
 from palio.provenance import file_sha256, fingerprint
 from palio.records import Analysis, Contamination, Leaderboard, read_record
+from palio.scoring.columns import scored_metrics
 from palio.scoring.overfitting import overfitting
 from palio.scoring.robustness import robustness
 from palio.scoring.uncertainty import (
@@ -92,19 +93,19 @@ def read_answers(competition: Competition, board: Leaderboard, results: Results)
     entries = sorted(scored.entry for scored in board.entries)
     answers: dict[tuple[str, str], ScenarioAnswers] = {}
     for stage in dict.fromkeys(stage_named(column.stage) for column in board.columns):
-        scenarios = competition.stage(stage).scenarios
+        scored = {str(of.column): of for of in scored_metrics(competition, stage)}
         columns = [column for column in board.columns if column.stage == stage]
-        metrics = [scenarios[column.scenario].metrics[column.metric] for column in columns]
-        questions: dict[str, dict[Question, int]] = {scenario: {} for scenario in scenarios}
+        metrics = [scored[str(column)] for column in columns]
+        questions: dict[str, dict[Question, int]] = {column.scenario: {} for column in columns}
         # Tables of strings are large: each becomes numbers before the next one is read.
         by_entry = []
         for entry in entries:
             path = _scored_table(board, results, entry, stage)
-            table = _InstancesTable(path, {metric.metric for metric in metrics})
+            table = _InstancesTable(path, {of.metric.metric for of in metrics})
             by_entry.append(
                 [
-                    table.answers(column.scenario, metric, questions[column.scenario])
-                    for column, metric in zip(columns, metrics, strict=True)
+                    table.answers(of.scenario, of.metric, questions[column.scenario])
+                    for column, of in zip(columns, metrics, strict=True)
                 ]
             )
         for scenario, numbers in questions.items():

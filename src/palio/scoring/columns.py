@@ -10,28 +10,66 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import pyarrow as pa
 
 from palio.config import Competition, Metric
 from palio.errors import BadInput, State
-from palio.layout import STAGES
+from palio.layout import STAGES, stage_named
 from palio.records import Cell, Column, HelmRun
 from palio.scoring.conventions import TIE
 
+BIAS_METRICS = "bias_metric"
+"""Begins HELM's names of metrics that have no value where no completion mentions the groups."""
 Statistics = dict[tuple[str, str, str, str | None], tuple[float | None, int]]
 """(run, metric, split, perturbation) -> (mean, number of instances)."""
 
 
+@dataclass(frozen=True)
+class ScoredMetric:
+    """A column, and what fills it."""
+
+    column: Column
+    scenario: str
+    """Scenario whose runs are averaged; the column's own differs if its metric names a group."""
+    metric: Metric
+
+
+def scored_metrics(competition: Competition, stage: str | None = None) -> list[ScoredMetric]:
+    """Return what one stage, or all, is scored by, sorted by the columns' names whatever the config's order.
+
+    A stage of weight 0 and a scenario with `scored: false` have no columns.
+    """
+    found = [
+        ScoredMetric(_column(name, scenario, title, metric), scenario, metric)
+        for name in ([stage] if stage else STAGES)
+        if competition.stage(name).weight > 0
+        for scenario, settings in competition.stage(name).scenarios.items()
+        if settings.scored
+        for title, metric in settings.metrics.items()
+    ]
+    order = {name: place for place, name in enumerate(STAGES)}
+    return sorted(
+        found, key=lambda of: (order[stage_named(of.column.stage)], of.column.scenario, of.column.metric)
+    )
+
+
+def _column(stage: str, scenario: str, title: str, metric: Metric) -> Column:
+    bias = metric.metric.startswith(BIAS_METRICS)
+    return Column(
+        stage=stage,
+        scenario=metric.group or scenario,
+        metric=f"{scenario} {title}" if metric.group else title,
+        higher_is_better=metric.higher_is_better,
+        missing=metric.missing or ("exclude" if bias else None),
+    )
+
+
 def columns_of(competition: Competition, stage: str | None = None) -> list[Column]:
     """Return the scored columns of one stage, or of all, sorted by name whatever the order in the config."""
-    return [
-        Column(stage=name, scenario=scenario, metric=metric, higher_is_better=settings.higher_is_better)
-        for name in ([stage] if stage else STAGES)
-        for scenario, scenario_settings in sorted(competition.stage(name).scenarios.items())
-        for metric, settings in sorted(scenario_settings.metrics.items())
-    ]
+    return [of.column for of in scored_metrics(competition, stage)]
 
 
 def stage_cells(
@@ -48,12 +86,10 @@ def stage_cells(
         BadInput: a statistic is duplicated, NaN, or infinite.
     """
     statistics = _statistics(metrics, source)
-    scenarios = competition.stage(stage).scenarios
-    cells = []
-    for column in columns_of(competition, stage):
-        metric = scenarios[column.scenario].metrics[column.metric]
-        cells.append(_cell(metric, planned_runs(runs, column.scenario, metric), statistics))
-    return cells
+    return [
+        _cell(of.metric, planned_runs(runs, of.scenario, of.metric), statistics)
+        for of in scored_metrics(competition, stage)
+    ]
 
 
 def planned_runs(runs: Sequence[HelmRun], scenario: str, metric: Metric) -> list[HelmRun]:
@@ -112,7 +148,7 @@ def mean_of_runs(means: Sequence[tuple[float, int]]) -> float:
 
 
 def _no_statistic(metric: Metric, run: HelmRun, *, recorded: bool) -> Cell:
-    if recorded and metric.metric.startswith("bias_metric"):
+    if recorded and metric.metric.startswith(BIAS_METRICS):
         state, reason = State.NO_MENTION, f"no completion of {run.run} mentions the groups"
     else:
         name = f"{metric.metric} ({metric.split}{', ' + metric.perturbation if metric.perturbation else ''})"

@@ -51,6 +51,15 @@ class Formula:
     stage_weights: Mapping[str, float]
     aggregate: Aggregate = geometric_mean
 
+    def missing_in(self, column: Column) -> Missing:
+        """Return how a missing value of a column counts."""
+        return column.missing or self.missing
+
+    def win_rates(self, column: Column, values: Array) -> Array:
+        """Return the win rates of one column, NaN where an entry is left out."""
+        missing = self.missing_in(column)
+        return column_win_rates(values, column.higher_is_better, self.convention, missing)
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -65,7 +74,7 @@ class Scores:
 def scores(columns: Sequence[Column], values: Iterable[Array], formula: Formula) -> Scores:
     """Return the scores from one array of values of shape (..., n) per column, in the order of `columns`."""
     rates = (
-        column_win_rates(column_values, column.higher_is_better, formula.convention, formula.missing)
+        formula.win_rates(column, column_values)
         for column, column_values in zip(columns, values, strict=True)
     )
     return scores_of_win_rates(columns, rates, formula)

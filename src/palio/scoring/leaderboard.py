@@ -31,7 +31,7 @@ from palio.records import (
     read_record,
 )
 from palio.scoring.columns import columns_of, stage_cells
-from palio.scoring.conventions import CONVENTIONS, Convention, Missing, column_win_rates
+from palio.scoring.conventions import CONVENTIONS, Convention, Missing
 from palio.scoring.formula import Formula, Scores, ranks, scores_of_win_rates
 from palio.scoring.pool import values_of
 
@@ -130,7 +130,9 @@ def _validate(columns: Sequence[Column], pool: Sequence[Candidate], weights: Map
 
 def _first_missing(columns: Sequence[Column], cells: Sequence[Cell]) -> tuple[Column, Cell] | None:
     pairs = zip(columns, cells, strict=True)
-    return next(((column, cell) for column, cell in pairs if cell.value is None), None)
+    return next(
+        ((column, cell) for column, cell in pairs if cell.value is None and column.missing is None), None
+    )
 
 
 def _refuse_missing(columns: Sequence[Column], pool: Sequence[Candidate]) -> None:
@@ -156,10 +158,7 @@ def _empty_stage(columns: Sequence[Column], candidate: Candidate) -> DidNotFinis
 def _scored(columns: Sequence[Column], pool: Sequence[Candidate], formula: Formula) -> list[ScoredEntry]:
     values = values_of([candidate.cells for candidate in pool])
     rates = np.stack(
-        [
-            column_win_rates(values[:, index], column.higher_is_better, formula.convention, formula.missing)
-            for index, column in enumerate(columns)
-        ],
+        [formula.win_rates(column, values[:, index]) for index, column in enumerate(columns)],
         axis=1,
     )
     result = scores_of_win_rates(columns, rates.T, formula)
@@ -202,7 +201,7 @@ def _treatment(formula: Formula, column: Column) -> str:
     if fills is not None:
         fill = fills[0 if column.higher_is_better else 1]
         return f"counted as {fill:g}, the rule of {formula.convention.name}"
-    if formula.missing == "exclude":
+    if formula.missing_in(column) == "exclude":
         return "left out of the entry's mean"
     return "counted as worse than every value"
 
@@ -295,7 +294,7 @@ def score_track(
         track=track,
         columns=columns,
         candidates=[entry.candidate for entry in scored],
-        stage_weights={stage: competition.stage(stage).weight for stage in STAGES},
+        stage_weights=competition.stage_weights,
         convention=competition.scoring.convention,
         missing=competition.scoring.missing,
         final=final,

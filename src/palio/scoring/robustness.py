@@ -203,7 +203,7 @@ def _pairwise_wins(pool: Pool, formula: Formula) -> Iterator[tuple[Array, NDArra
         absent = np.isnan(values)
         worse, _ = tie_groups(np.where(absent, -np.inf, values if column.higher_is_better else -values))
         met = ~np.eye(len(values), dtype=bool)
-        if formula.missing == "exclude":
+        if formula.missing_in(column) == "exclude":
             met &= ~(absent[:, None] | absent)
         yield ((worse[:, None] > worse) + 0.5 * (worse[:, None] == worse)) * met, met
 

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from palio.records import EntryUncertainty, Interval, Leaderboard, Separation, Uncertainty
-from palio.scoring.conventions import TIE, Array, column_win_rates
+from palio.scoring.conventions import TIE, Array
 from palio.scoring.formula import Formula, Scores, ranks, scores_of_win_rates
 from palio.scoring.pool import Pool, formula_of, pool_of
 
@@ -203,9 +203,7 @@ def draw_scores(pool: Pool, usable: UsableAnswers, formula: Formula, replicates:
             rates = np.empty(values.shape)
             for start in range(0, replicates, BLOCK):
                 block = slice(start, start + BLOCK)
-                rates[block] = column_win_rates(
-                    values[block], column.higher_is_better, formula.convention, formula.missing
-                )
+                rates[block] = formula.win_rates(column, values[block])
             yield rates
 
     return scores_of_win_rates(pool.columns, win_rates(), formula)

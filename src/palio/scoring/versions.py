@@ -18,7 +18,7 @@ import numpy as np
 
 from palio.config import Competition
 from palio.errors import BadInput
-from palio.layout import STAGES, Boards, Results
+from palio.layout import Boards, Results
 from palio.records import Analysis, Column, Leaderboard, Part, read_record
 from palio.scoring.columns import columns_of
 from palio.scoring.conventions import CONVENTIONS, TIE, Missing
@@ -65,7 +65,7 @@ def rescore(
         track=board.track,
         columns=columns_of(competition),
         candidates=candidates,
-        stage_weights={stage: competition.stage(stage).weight for stage in STAGES},
+        stage_weights=competition.stage_weights,
         convention=convention or competition.scoring.convention,
         missing=cast(Missing, missing or competition.scoring.missing),
         final=board.final,

@@ -21,8 +21,8 @@ from palio.evaluation.helm.folder import (
     run_folders,
     write_helm_folder,
 )
-from palio.evaluation.helm.log import error_class, log_error
-from palio.evaluation.helm.plan import plan_stage
+from palio.evaluation.helm.log import log_error, printed, public_error
+from palio.evaluation.helm.plan import plan_stage, planned_prompts, prompt_of, scenario_counts, variant
 from palio.evaluation.helm.process import HelmExit, run_helm
 from palio.evaluation.helm.registry import check_directions, helm_version, metric_directions
 from palio.evaluation.helm.run_entry import budgets, run_entries, shares, stage_entries, stage_runs
@@ -35,18 +35,23 @@ __all__ = [
     "RunFolder",
     "budgets",
     "check_directions",
-    "error_class",
     "helm_version",
     "instance_statistics",
     "log_error",
     "metric_directions",
     "plan_stage",
+    "planned_prompts",
+    "printed",
+    "prompt_of",
+    "public_error",
     "run_entries",
     "run_folders",
     "run_helm",
+    "scenario_counts",
     "shares",
     "stage_entries",
     "stage_runs",
     "statistics",
+    "variant",
     "write_helm_folder",
 ]

@@ -1,17 +1,19 @@
 """Errors in HELM's log, which holds the traceback of every run that failed.
 
-A message may quote a prompt: of the closed stage only `error_class` of it may leave the closed store.
+A message may quote a prompt: of the closed stage only `public_error` of it may leave the closed store.
 """
 
 from __future__ import annotations
 
 import re
 
+from palio.evaluation.data import DataError
 from palio.evaluation.helm.folder import plain_name
 from palio.layout import HelmFolder
 
 NETWORK_ERRORS = re.compile("URLError|ConnectionError|OfflineModeIsEnabled|LocalEntryNotFound|Max retries")
 _ERROR_LINE = re.compile(r"^(?:\S+ \S+ \w+ +)?\s*((?:\w+\.)*\w*(?:Error|Exception|NotFound)\b.*)$", re.M)
+DATA_ERROR = DataError.__name__
 _RUNNER_ERROR = re.compile(r"(\w+\.)*RunnerError")
 """HELM's last word, which only counts the runs that failed."""
 
@@ -44,6 +46,19 @@ def failed_download(folder: HelmFolder) -> str:
     return f"{run} ({part[-1]})" if part else run
 
 
-def error_class(error: str) -> str:
-    """The bare class name of a `log_error`."""
-    return error.partition(":")[0].rpartition(".")[2]
+def public_error(error: str) -> str:
+    """What of a `log_error` quotes no text: its class, or the message of a `DataError`."""
+    name = error.partition(":")[0].rpartition(".")[2]
+    return error.partition(": ")[2] if name == DATA_ERROR else name
+
+
+def first_failed(folder: HelmFolder) -> str:
+    """The plain name of the first run that failed; empty if HELM itself did."""
+    return next((name for name, _ in _failures(folder) if name), "")
+
+
+def printed(folder: HelmFolder, beginning: str) -> list[str]:
+    """The lines in HELM's log that begin so, without the beginning, each once."""
+    log = folder.log
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    return list(dict.fromkeys(line.partition(beginning)[2] for line in lines if beginning in line))

@@ -91,6 +91,7 @@ def stage_runs(competition: Competition, stage: str) -> StageRuns:
                 max_eval_instances=scaled(scenario.max_eval_instances),
                 questions=scaled(scenario.questions),
                 split=_scored_split(scenario),
+                shortfall=scenario.shortfall,
                 sha256=fingerprint(run_entries(expand(scenario.run_entries))),
             )
             for name, scenario in settings.scenarios.items()
