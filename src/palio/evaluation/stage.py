@@ -85,6 +85,7 @@ def prepare_stage(runs: StageRuns, out: Path) -> StageInstances:
         helm_version=helm_version(),
         scenarios=counts,
         sha256=fingerprint([entries, rows]),
+        made=runs.made,
     )
     record.write(out)
     return record

@@ -37,8 +37,8 @@ _lock: IO[str] | None = None
 """Held until the process ends."""
 
 
-def take_over(*, on_slurm: bool) -> None:
-    """Become the folder's controller. Raises `PalioError` if another one is alive."""
+def take_over(*, on_slurm: bool) -> str:
+    """Become the folder's controller; return the id of its run. Raises `PalioError` if another one is alive."""
     global _lock  # noqa: PLW0603 (a lock lives as long as its process)
     LOCK.parent.mkdir(exist_ok=True)
     lock = LOCK.open("a+")
@@ -58,6 +58,7 @@ def take_over(*, on_slurm: bool) -> None:
         cancel_orphans()
     else:
         os.environ[CONTROLLER_VARIABLE] = str(os.getpid())
+    return run
 
 
 def running() -> str | None:
