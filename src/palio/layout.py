@@ -241,6 +241,10 @@ class EntryFolder:
         """The settings that a step last ended with, to tell what differs from the config."""
         return self.work / "settings" / f"{step}.json"
 
+    def kept(self, step: str) -> Path:
+        """What a step had made before it ran again (`palio.operating.kept`)."""
+        return self.work / "kept" / step
+
     def failure(self, step: str) -> Path:
         return self.failures / f"{step}.json"
 

@@ -116,7 +116,7 @@ STEPS = (
         settings=CurateSettings,
         record=lambda folder: folder.dataset.manifest,
         released=lambda folder: (folder.dataset.manifest, folder.dataset.card),
-        payload=lambda folder: (folder.dataset.rows,),
+        payload=lambda folder: (folder.dataset.rows, folder.dataset.dropped),
         facts=CurateRun,
         applies=_has_dataset,
     ),

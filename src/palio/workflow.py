@@ -97,8 +97,12 @@ class Workflow:
         """Return why each step of an entry is due; steps that are not are left out."""
         if entry_id not in self._due:
             folder = self.results.entry(self.entries[entry_id].track, entry_id)
-            self._due[entry_id] = due(self.planned(entry_id), folder, self.resources)
+            self._due[entry_id] = self.due_in(folder)
         return self._due[entry_id]
+
+    def due_in(self, folder: EntryFolder) -> dict[str, str]:
+        """Return why each step of the entry in `folder` is due by the records that it has now."""
+        return due(self.planned(folder.entry_id), folder, self.resources)
 
     @functools.cached_property
     def _newer(self) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 from palio import planning
 from palio.layout import EntryFolder
-from palio.pipeline import Step
+from palio.pipeline import Step, steps_of
 from palio.provenance import write_json
 from palio.settings import StepSettings
 from palio.workflow import Workflow
@@ -13,11 +15,19 @@ from palio.workflow import Workflow
 def leave_record(step: Step, folder: EntryFolder, settings: StepSettings, workflow: Workflow) -> None:
     """What a step leaves: its payload, then its record, then what it was made with."""
     made = planning.made(step, folder, settings, workflow.resources)
-    for path in step.payload(folder):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+    leave_payload(step, folder)
     write_json(step.record(folder), {"step": step.name, "of": made.settings})
     planning.stamp(step, folder, settings, made)
+
+
+def leave_payload(step: Step, folder: EntryFolder) -> None:
+    for path in step.payload(folder):
+        if path.suffix:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True)
 
 
 def leave_shared_records(workflow: Workflow) -> None:
@@ -34,8 +44,6 @@ def leave_shared_records(workflow: Workflow) -> None:
 
 def leave_all_records(workflow: Workflow) -> None:
     """Every record of a finished competition, in the order of the steps."""
-    from palio.pipeline import steps_of
-
     leave_shared_records(workflow)
     for track, entries in workflow.active.items():
         for entry_id, entry in entries.items():

@@ -25,7 +25,7 @@ from palio.errors import BadInput, PalioError
 from palio.layout import SLURM_PROFILE, STAGES, Boards, Results, Stage
 
 if TYPE_CHECKING:
-    from palio.config import Competition
+    from palio.workflow import Workflow
 
 
 @palio.command(cls=Verb, example="palio score --track laptop")
@@ -35,10 +35,12 @@ if TYPE_CHECKING:
 @click.option("--out", type=ExistingPath, default=Results().leaderboards.path, show_default=True)
 def score(competition: str, track: str, results: Path, out: Path) -> None:
     """The final leaderboard of a track. Every entry must be finished or withdrawn."""
-    settings = competition_of(competition)
-    if track not in settings.tracks:
-        raise BadInput("palio score", "--track", track, fix=f"use one of {', '.join(settings.tracks)}")
-    _score(settings, [track], results, out, final=True)
+    from palio.workflow import Workflow
+
+    workflow = Workflow(competition_content(competition), competition)
+    if track not in workflow.tracks:
+        raise BadInput("palio score", "--track", track, fix=f"use one of {', '.join(workflow.tracks)}")
+    _score(workflow, [track], results, out, final=True)
 
 
 @palio.command(cls=Verb, example="palio standings")
@@ -47,20 +49,25 @@ def score(competition: str, track: str, results: Path, out: Path) -> None:
 @click.option("--out", type=ExistingPath, default=Results().standings.path, show_default=True)
 def standings(competition: str, results: Path, out: Path) -> None:
     """The provisional leaderboard on whatever is finished now, at any time, beside a running workflow."""
-    settings = competition_of(competition)
-    _score(settings, list(settings.tracks), results, out, final=False)
+    from palio.workflow import Workflow
+
+    workflow = Workflow(competition_content(competition), competition)
+    _score(workflow, workflow.tracks, results, out, final=False)
 
 
-def _score(competition: Competition, tracks: list[str], results: Path, out: Path, *, final: bool) -> None:
-    from palio.entries import Entries
+def _score(workflow: Workflow, tracks: list[str], results: Path, out: Path, *, final: bool) -> None:
     from palio.scoring.analysis import analyze_track
     from palio.scoring.leaderboard import score_track
     from palio.scoring.tables import print_leaderboard, write_leaderboard
 
+    competition = workflow.competition
     folders = results_of(competition, results)
-    entries = Entries(competition).by_track()
+    entries = workflow.entries.by_track()
     for track in tracks:
-        board = score_track(competition, track, folders, entries[track], final=final)
+        board = score_track(
+            competition, track, folders, entries[track], final=final, due=lambda folder, _: workflow.due_in(folder)
+        )
+        board = board.model_copy(update={"made": workflow.scored_with(track)})
         try:
             analysis = analyze_track(competition, board, folders)
         except BadInput as error:
