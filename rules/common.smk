@@ -31,6 +31,8 @@ except BadInput as fault:
     raise WorkflowError(str(fault)) from None
 if workflow.is_main_process:
     W.forced = lambda: workflow.dag_settings.forceall or workflow.dag_settings.forcerun
+    if controller.running() is None:
+        controller.put_back_all(W)
     for fault in W.faults:
         logger.warning(f"This entry will not run: {fault}")
 
@@ -50,19 +52,14 @@ onstart:
         raise WorkflowError("Start with a profile of profiles/, or with --rerun-triggers mtime.")
     if any(job.rule.name != "standings" for job in workflow.dag.needrun_jobs()):
         try:
-            W.save(controller.take_over(on_slurm=not workflow.local_exec))
+            controller.begin(W, controller.take_over(on_slurm=not workflow.local_exec))
         except PalioError as fault:
             raise WorkflowError(str(fault)) from None
-        controller.watch(W.competition)
 
 
 onsuccess:
-    controller.notify(W.competition, "finish", "every step is done")
+    controller.end(W, "finish", "every step is done")
 
 
 onerror:
-    controller.notify(
-        W.competition,
-        "failure",
-        "the run ended with failed steps; palio status names them",
-    )
+    controller.end(W, "failure", "some steps have failed; palio status names them")

@@ -160,6 +160,7 @@ STEPS = (
     *(_stage_step(stage) for stage in STAGES),
 )
 BY_NAME = {step.name: step for step in STEPS}
+BY_RULE = {step.rule: step for step in STEPS}
 LIMITED = tuple(step for step in STEPS if step.limit)
 
 

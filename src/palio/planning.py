@@ -8,8 +8,8 @@ standings and status ask here, so they never disagree.
     made(step, …)          what a step is about to make its record with
     stamp(step, …)         that, written into the record
 
-A limit only decides where an unfinished step ended, so it makes no finished one due. What nobody needs any more
-is not due either: a dataset that was deleted after its adapter was trained, or a team's file that has gone.
+A limit only decides where an unfinished step ended, so it makes no finished one due. What nobody needs any
+more is not due either: a dataset that was deleted after its adapter was trained, a team's file that has gone.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def made_of(record: Path) -> Made | None:
 
 
 def due(planned: PlannedEntry, folder: EntryFolder, resources: Resources) -> dict[str, str]:
-    """Return why each step of an entry is due, in the order of its life; steps that are not due are left out."""
+    """Return why each step of an entry is due, in the order of its life. Other steps are left out."""
     steps = steps_of(planned.entry)
     settings = {step.name: step.settings.of(planned, step.name) for step in steps}
     readers = {step.name: [other.name for other in steps if step.name in other.reads] for step in steps}
@@ -123,6 +123,14 @@ def due(planned: PlannedEntry, folder: EntryFolder, resources: Resources) -> dic
                 reasons.setdefault(step.name, f"{again[0]} runs again" if _exists(step, folder) else NOT_RUN)
         if len(reasons) == known:
             return {step.name: reasons[step.name] for step in steps if step.name in reasons}
+
+
+def sources_gone(planned: PlannedEntry) -> list[str]:
+    """Return the team's files that an entry's steps read and that no longer exist."""
+    files = (
+        file for step in steps_of(planned.entry) for file in step.settings.of(planned, step.name).files()
+    )
+    return sorted({file for file in files if not Path(file).exists()})
 
 
 def _exists(step: Step, folder: EntryFolder) -> bool:

@@ -98,7 +98,7 @@ class StepSettings(Strict):
     """What decides the result of one step of one entry."""
 
     LIMITS: ClassVar[dict[str, Any]] = {}
-    """The fields that only bound a step, as pydantic's `exclude`: a finished result holds whatever they become."""
+    """The fields that only bound a step, as pydantic's `exclude`: a finished result holds without them."""
 
     competition_id: str
 

@@ -3,10 +3,10 @@
 The rules hold no logic of their own. A broken entry file does not stop the workflow: the entry's
 `check_entry` fails and the standings say why.
 
-Which steps run is decided in `palio.planning`, and Snakemake is told by a step's inputs: a step that is due has its
-inputs, and among them, if it has a record already, a file that is newer than every record; a step that is not
-due has none, so nothing makes Snakemake run it. The jobs of a run see what its controller planned: a file
-that is edited while they wait changes the next plan.
+Which steps run is decided in `palio.planning`, and Snakemake is told by a step's inputs. A step that is due
+has its inputs, and among them, if it has a record already, a file that is newer than every record. A step
+that is not due has none, so nothing makes Snakemake run it. The jobs of a run see what its controller
+planned: a file that is edited while they wait changes the next plan.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import atexit
 import functools
 import os
 import pickle
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -33,7 +34,7 @@ from palio.eligibility.check import approved_model
 from palio.entries import AnyEntry, BrokenEntry, Entries
 from palio.evaluation.helm import check_directions, stage_runs
 from palio.layout import RUNS, STAGES, EntryFolder, Resources, Results, Stage
-from palio.pipeline import BY_NAME, steps_of
+from palio.pipeline import BY_NAME, Step, steps_of
 from palio.planning import due, made_of
 from palio.provenance import atomic_path, canonical_json, fingerprint
 from palio.records import Made
@@ -60,6 +61,8 @@ class Workflow:
         self.results = Results(store=self.competition.store)
         check_directions(self.competition, file)
         self.stage_runs = {stage: stage_runs(self.competition, stage) for stage in STAGES}
+        self.barred: dict[str, str] = {}
+        """Entry id -> why an entry that has something due is left out of this run."""
         self._due: dict[str, dict[str, str]] = {}
 
     # --- what a run planned
@@ -91,6 +94,16 @@ class Workflow:
         assert isinstance(found, cls)
         return found
 
+    def due_steps(self) -> list[tuple[EntryFolder, Step]]:
+        """Every step that is due, of every entry that takes part."""
+        return [
+            (self.results.entry(track_id, entry_id), BY_NAME[name])
+            for track_id, entries in self.active.items()
+            for entry_id in entries
+            for name in self.due(entry_id)
+            if entry_id not in self.barred
+        ]
+
     # --- which steps are due
 
     def due(self, entry_id: str) -> dict[str, str]:
@@ -101,8 +114,16 @@ class Workflow:
         return self._due[entry_id]
 
     def due_in(self, folder: EntryFolder) -> dict[str, str]:
-        """Return why each step of the entry in `folder` is due by the records that it has now."""
-        return due(self.planned(folder.entry_id), folder, self.resources)
+        """Return why each step of the entry in `folder` is due by the records that it has now. A folder that
+        cannot be read or written is the reason of them all."""
+        planned = self.planned(folder.entry_id)
+        try:
+            if found := due(planned, folder, self.resources):
+                _require_writable(folder.path)
+        except OSError as fault:
+            self.barred[folder.entry_id] = f"its folder cannot be used: {fault}"
+            return {step.name: self.barred[folder.entry_id] for step in steps_of(planned.entry)}
+        return found
 
     @functools.cached_property
     def _newer(self) -> str:
@@ -175,10 +196,12 @@ class Workflow:
 
     @property
     def faults(self) -> list[str]:
-        """One line for each broken entry file, and each that is left out."""
+        """One line for each broken entry file, and each entry that is left out of the run."""
+        self.due_steps()  # finds the barred
         entries = (entry for of_track in self.active.values() for entry in of_track.values())
-        broken = [entry.fault for entry in entries if isinstance(entry, BrokenEntry)]
-        return [str(fault) for fault in (*broken, *self.entries.left_out)]
+        broken = [str(entry.fault) for entry in entries if isinstance(entry, BrokenEntry)]
+        left_out = [str(fault) for fault in self.entries.left_out]
+        return [*broken, *left_out, *(f"{entry_id}: {why}" for entry_id, why in self.barred.items())]
 
     def entry(self, wildcards: Any) -> AnyEntry:
         entry = self.entries[wildcards.entry]
@@ -232,8 +255,10 @@ class Workflow:
         checks that are due."""
         paths = []
         for entry_id, entry in self.active[track_id].items():
-            folder = self.results.entry(track_id, entry_id)
-            if "check" in self.due(entry_id):
+            folder, is_due = self.results.entry(track_id, entry_id), self.due(entry_id)
+            if entry_id in self.barred:
+                continue
+            if "check" in is_due:
                 paths.append(folder.check)
             paths += [folder.stage_record(stage) for stage in STAGES]
             if BY_NAME["contamination"] in steps_of(entry):
@@ -355,3 +380,10 @@ class Workflow:
 
 def _plan_file(run: str) -> Path:
     return RUNS / f"{run}.plan"
+
+
+def _require_writable(folder: Path) -> None:
+    """Raise OSError if a folder exists and cannot be written."""
+    if folder.exists():
+        with tempfile.TemporaryFile(dir=folder):
+            pass

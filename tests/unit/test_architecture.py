@@ -126,7 +126,7 @@ LEVELS = (
     {"pipeline"},
     {"base_model", "quantization", "sandbox", "demo", "heartbeat", "gpu", "tensors", "vllm"},
     {"curation", "training", "packaging", "serving", "evaluation", "eligibility", "scoring", "report"},
-    {"neurips2023", "release", "operating", "participant", "workflow", "steps"},
+    {"neurips2023", "release", "operating", "participant", "planning", "workflow", "steps"},
     {"cli"},
 )
 """Packages and modules of `palio`, from the lowest level up: each imports lower ones only."""

@@ -7,7 +7,6 @@ sequence, one start that lives brings every record to the config, and nothing ru
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import chdir
@@ -101,7 +100,9 @@ class Night:
     def edit_limit(self, seconds: int) -> None:
         def limited(one: PlannedEntry) -> PlannedEntry:
             stages = one.competition.stages
-            changed = stages.model_copy(update={"open": stages.open.model_copy(update={"time_limit": seconds})})
+            changed = stages.model_copy(
+                update={"open": stages.open.model_copy(update={"time_limit": seconds})}
+            )
             return replace(one, competition=one.competition.model_copy(update={"stages": changed}))
 
         self.edit_all(limited)
@@ -172,7 +173,9 @@ class Night:
         leave_record(step, folder, settings_, self.workflow)
         if dies_at == "record not stamped":
             record = step.record(folder)
-            content = {name: value for name, value in json.loads(record.read_text()).items() if name != "made"}
+            content = {
+                name: value for name, value in json.loads(record.read_text()).items() if name != "made"
+            }
             record.write_text(json.dumps(content))
         moment("record not stamped")
         if key not in self.replaced:
@@ -204,7 +207,11 @@ events = st.one_of(
     st.tuples(st.just("start"), st.none()),
     st.tuples(st.just("start"), st.tuples(st.integers(0, 20), st.sampled_from(MOMENTS))),
     st.tuples(
-        st.just("edit_entry"), entry_ids, st.just("finetune"), st.just("learning_rate"), st.sampled_from([1e-4, 2e-4])
+        st.just("edit_entry"),
+        entry_ids,
+        st.just("finetune"),
+        st.just("learning_rate"),
+        st.sampled_from([1e-4, 2e-4]),
     ),
     st.tuples(st.just("edit_entry"), entry_ids, st.just("dataset"), st.just("seed"), st.sampled_from([1, 2])),
     st.tuples(st.just("edit_stage"), st.sampled_from(["open", "closed"]), st.sampled_from([7, 8])),

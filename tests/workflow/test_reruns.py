@@ -127,7 +127,14 @@ def test_what_was_deleted_after_its_use_is_not_made_again(finished: WorkingFolde
 def test_what_was_deleted_is_made_again_where_a_change_needs_it(finished: WorkingFolder) -> None:
     shutil.rmtree(finished.path / "results/laptop/raw/dataset")
     finished.edit_entry("raw", lambda entry: entry["finetune"].update(learning_rate=5e-4))
-    rules = {"curate_dataset", "measure_contamination", "finetune", "build_package", "helm_open", "helm_closed"}
+    rules = {
+        "curate_dataset",
+        "measure_contamination",
+        "finetune",
+        "build_package",
+        "helm_open",
+        "helm_closed",
+    }
     assert finished.plan() == {(rule, "raw") for rule in rules} | FINISH
 
 

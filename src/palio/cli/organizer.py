@@ -65,7 +65,12 @@ def _score(workflow: Workflow, tracks: list[str], results: Path, out: Path, *, f
     entries = workflow.entries.by_track()
     for track in tracks:
         board = score_track(
-            competition, track, folders, entries[track], final=final, due=lambda folder, _: workflow.due_in(folder)
+            competition,
+            track,
+            folders,
+            entries[track],
+            final=final,
+            due=lambda folder, _: workflow.due_in(folder),
         )
         board = board.model_copy(update={"made": workflow.scored_with(track)})
         try:
@@ -195,10 +200,13 @@ def status(competition: str, results: Path, watch: bool, html: Path | None, as_j
     from palio.operating import controller, status_view
     from palio.operating.status import competition_status
     from palio.provenance import write_text
+    from palio.workflow import Workflow
 
     def look() -> Any:
-        settings = competition_of(competition)
-        now = competition_status(settings, results_of(settings, results), controller.running())
+        workflow = Workflow(competition_content(competition), competition)
+        running = controller.running()
+        last = "" if running else controller.last_run()
+        now = competition_status(workflow, results_of(workflow.competition, results), running, last)
         if html:
             write_text(html, status_view.html_page(now))
         return now
@@ -216,10 +224,14 @@ def status(competition: str, results: Path, watch: bool, html: Path | None, as_j
 @click.argument("entry")
 @click.option("--why", required=True, help="Shown in the leaderboard.")
 def withdraw(competition: str, entry: str, why: str) -> None:
-    """Take an entry out of a running competition, on record in config/overrides/."""
+    """Take an entry out of a running competition, on record in config/overrides/. Cancels its SLURM jobs."""
+    from palio.entries import Entries
     from palio.operating import overrides
 
-    overrides.withdraw(competition_of(competition), entry, why)
+    settings = competition_of(competition)
+    overrides.withdraw(settings, entry, why)
+    for line in overrides.end_work(Results().entry(Entries(settings)[entry].track, entry)):
+        print(line)
     print(f"{entry} is withdrawn; start the workflow again to score without it")
 
 
@@ -232,10 +244,12 @@ def retry(competition: str, entry: str, steps: tuple[str, ...], results: Path) -
     """Grant steps of an entry a fresh start: new budget, nothing kept. On record in config/overrides/."""
     from palio.operating import overrides
     from palio.operating.status import competition_status
+    from palio.workflow import Workflow
 
-    found = competition_of(competition)
+    workflow = Workflow(competition_content(competition), competition)
+    found = workflow.competition
     if not steps:
-        entries = competition_status(found, results_of(found, results)).entries
+        entries = competition_status(workflow, results_of(found, results)).entries
         mine = [one for one in entries if one.entry == entry]
         steps = tuple(step.step for one in mine for step in one.steps if step.state == "failed")
         if mine and not steps:

@@ -3,9 +3,10 @@
     results/<track>/<entry>/work/kept/<step>/       hard links to its record and tables
     results/<track>/<entry>/work/kept/<step>.json   written last: which they are, and its folders as they were
 
-Snakemake deletes a step's outputs before it runs. If the step then fails, or its controller dies, the old ones are
-put back: they still hold if the change that made the step due is taken back. A folder (an adapter, a package) is no
-output, so it stays; once the step has replaced it, the old record would describe another one, and is not put back.
+Snakemake deletes a step's outputs before it runs. If the step then fails, or its controller dies, the old
+ones are put back: they still hold if the change that made the step due is taken back. A folder (an adapter, a
+package) is no output, so it stays; once the step has replaced it, the old record would describe another one,
+and is not put back.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def cell(step: StepStatus) -> str:
         return step.reason.partition(":")[0]
     if step.state == "queued":
         return f"queued ({step.reason})"
-    return step.state
+    return f"waiting {step.wait}".rstrip()
 
 
 def summary(status: Status) -> str:
@@ -51,6 +51,8 @@ def summary(status: Status) -> str:
         counts[entry.state] = counts.get(entry.state, 0) + 1
     parts = [f"{counts[state]} {state}" for state in STYLES if state in counts]
     running = f"run by {status.controller}" if status.controller else "no run in progress"
+    if status.last_run:
+        running += f"; {status.last_run}"
     return f"{len(status.entries)} entries: {', '.join(parts)}; {running}"
 
 

@@ -323,7 +323,9 @@ def _outcome(
     if name in competition.withdrawn:
         return Candidate(name, entry.team, ()).unscored("", State.WITHDRAWN, competition.withdrawn[name])
     try:
-        return _unfinished_step(folder, entry, due(folder, entry)) or read_finished(competition, folder, entry.team)
+        return _unfinished_step(folder, entry, due(folder, entry)) or read_finished(
+            competition, folder, entry.team
+        )
     except (PalioError, FileNotFoundError) as error:
         if final:
             raise
