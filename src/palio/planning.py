@@ -57,6 +57,15 @@ def stamp(step: Step, folder: EntryFolder, settings: StepSettings, with_: Made) 
     write_json(record, _content(record) | {"made": with_.model_dump(mode="json")})
 
 
+def vanished(step: Step, folder: EntryFolder, settings: StepSettings) -> list[str]:
+    """Return the team's files that a step needs, that are gone, and that it has read before."""
+    try:
+        before = type(settings).read(folder.settings(step.name).read_text(encoding="utf-8")).files()
+    except (OSError, PalioError):
+        return []
+    return [file for file in settings.files() if file in before and not Path(file).exists()]
+
+
 def _content(record: Path) -> dict[str, Any]:
     """Return a record as it was written; nothing if there is none, or if it is no JSON object."""
     try:
@@ -148,7 +157,8 @@ def _mismatch(
     expected = {name: fingerprint(settings[name].decisive) for name in _deciding(step.name, settings)}
     for name, wanted in expected.items():
         if (before := found.settings.get(name)) != wanted:
-            return f"{name}: {_difference(folder, name, before, settings[name])}"
+            difference = _difference(folder, name, before, settings[name])
+            return difference if name == step.name else f"{name} was {difference}"
     if surplus := found.settings.keys() - expected.keys():
         return f"made after {min(surplus)}, which the entry no longer has"
     unfinished = content.get("state", State.FINISHED) != State.FINISHED

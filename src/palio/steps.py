@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from palio import planning
-from palio.errors import PalioError, RuleViolation
+from palio.errors import Interrupted, PalioError, RuleViolation
 from palio.layout import EntryFolder, Resources
 from palio.operating.attempt import set_aside
 from palio.pipeline import BY_NAME
@@ -34,6 +34,10 @@ def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOpti
 
     step = BY_NAME[name]
     with attempt(name, folder):
+        if gone := planning.vanished(step, folder, settings):
+            raise Interrupted(
+                f"{gone[0]} was read before and is gone; bring it back and start again"
+            )
         made = planning.made(step, folder, settings, RESOURCES)  # of what it is about to read
         globals()[step.function](folder, settings, options)
         planning.stamp(step, folder, settings, made)

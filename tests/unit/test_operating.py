@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
+from rich.console import Console
 
 from palio.cli import palio
 from palio.config import load_competition
@@ -21,9 +23,9 @@ from palio.operating import controller
 from palio.operating.attempt import RUN_VARIABLE, Attempt, attempt, read_attempts, refusal, set_aside
 from palio.operating.controller import Watch
 from palio.operating.doctor import engine_findings
-from palio.operating.status import EntryStatus, StepStatus, competition_status
-from palio.operating.status_view import html_page
-from palio.pipeline import BY_NAME
+from palio.operating.status import EntryStatus, Status, StepStatus, competition_status
+from palio.operating.status_view import html_page, terminal_view
+from palio.pipeline import BY_NAME, STEPS
 from palio.records import StepFailure, read_record
 from palio.workflow import Workflow
 from tests.support.folder import WorkingFolder
@@ -215,6 +217,26 @@ def test_status_tells_every_state(folder: WorkingFolder, monkeypatch: pytest.Mon
     page = html_page(status)
     for text in ("training diverged", "asked to", "10 % used"):
         assert text in page
+
+
+def test_a_narrow_terminal_shows_one_line_for_each_entry() -> None:
+    names = [step.name for step in STEPS]
+    done = [StepStatus(name, "done", seconds=60.0) for name in names[:3]]
+    here = StepStatus("finetune", "running", node="a100-node17", seconds=7200, used=7000, budget=86400)
+    failed = StepStatus("finetune", "failed", reason="crashed: training diverged", log="finetune.log")
+    behind = [StepStatus(name, "waiting", wait="behind finetune") for name in names[4:]]
+    entries = [
+        EntryStatus("rtx4090", f"entry_{number}", "team", [*done, (here, failed)[number % 2], *behind])
+        for number in range(20)
+    ]
+    console = Console(width=80, file=io.StringIO())
+    console.print(terminal_view(Status("demo", "Palio demo", 0.0, None, entries), console.width))
+    assert isinstance(console.file, io.StringIO)
+    lines = [line for line in console.file.getvalue().splitlines() if line.startswith(" rtx4090")]
+    assert len(lines) == 20
+    assert lines[0].split()[:5] == ["rtx4090", "entry_0", "3/7", "finetune:", "a100-node17,"]
+    assert lines[19].split() == ["rtx4090", "entry_19", "3/7", "finetune:", "crashed"]
+    assert "…" not in console.file.getvalue()
 
 
 def test_status_tells_how_far_the_jobs_are_that_share_a_curation(

@@ -18,14 +18,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from palio import planning
+from palio import planning, steps
 from palio.config import Entry
+from palio.errors import Interrupted
 from palio.layout import EntryFolder
 from palio.operating.kept import keep, put_back
 from palio.pipeline import BY_NAME, LIMITED, Step, steps_of
 from palio.provenance import fingerprint
 from palio.records import Made
-from palio.settings import PlannedEntry
+from palio.scoring.leaderboard import score_track
+from palio.settings import CurateSettings, PlannedEntry, RunOptions
 from palio.workflow import Workflow
 from tests.support.folder import WorkingFolder
 from tests.support.records import leave_payload, leave_record, leave_shared_records
@@ -200,6 +202,53 @@ class Night:
                     assert before == fingerprint(BY_NAME[name].settings.of(planned, name).decisive)
         self.start()
         assert self.ran == [], "a start with nothing to do does nothing"
+
+
+def test_a_source_that_vanished_is_no_rule_violation_of_the_entry(workflow: Workflow, tmp_path: Path) -> None:
+    """What was made of it holds; where it must be made again, that is interrupted until the file is back."""
+    with chdir(tmp_path):
+        leave_shared_records(workflow)
+        source = Path("resources/demo_sources/pattern_match.jsonl")
+        night = Night(workflow, {"raw": workflow.planned("raw")})
+        settings_ = CurateSettings.of(night.entries["raw"], "curate")
+        paths = [Path(file) for file in settings_.files()]
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{source}")
+        night.start()
+        for path in paths:
+            path.unlink()
+        assert night.due("raw") == {}
+        assert planning.sources_gone(night.entries["raw"]) == sorted(map(str, paths))
+        with pytest.raises(Interrupted, match="was read before and is gone; bring it back"):
+            steps.run("curate", night.folder("raw"), settings_, RunOptions())
+        paths[0].write_text("other rows")
+        assert "curate" in night.due("raw")
+
+
+def test_a_record_tells_which_setting_differs(workflow: Workflow, tmp_path: Path) -> None:
+    with chdir(tmp_path):
+        leave_shared_records(workflow)
+        night = Night(workflow, {"raw": workflow.planned("raw")})
+        night.start()
+        night.edit_entry("raw", "finetune", "learning_rate", 7e-4)
+        wrong = "made with recipe.learning_rate 0.002, the config says 0.0007"
+        assert night.due("raw") == {
+            "finetune": wrong,
+            "package": f"finetune was {wrong}",
+            "open": f"finetune was {wrong}",
+            "closed": f"finetune was {wrong}",
+        }
+        board = score_track(
+            workflow.competition,
+            "laptop",
+            workflow.results,
+            {"raw": workflow.entries["raw"]},
+            final=False,
+            due=lambda folder, _: night.due("raw"),
+        )
+        (stopped,) = board.did_not_finish
+        assert (stopped.step, stopped.reason) == ("finetune", f"{wrong}; run again, or restore the config")
 
 
 entry_ids = st.sampled_from(ENTRIES)
