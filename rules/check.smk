@@ -1,6 +1,7 @@
 rule check_entry:
     input:
-        base_model=W.checked_model,  # its model card is held against the rules
+        again=W.again("check"),
+        base_model=W.if_due("check", W.checked_model),  # its model card is held against the rules
     output:
         check="results/{track}/{entry}/check.json",
     log:

@@ -11,19 +11,28 @@
 # Every command is `exec palio`: a signal reaches all processes of a job. A shell in between would die of it at once,
 # and the job with it, while Palio still saves.
 #
-# No edge between two rules is only ancient(): where an upstream job is due, Snakemake leaves its downstream jobs
-# to the edges and asks them nothing itself, so behind an ancient() edge a changed recipe or a missing output would
-# wait for the next start. A step that starts again finds what it had finished instead.
+# Which steps run is in the records, not in Snakemake's metadata (src/palio/planning.py): a step reads its inputs
+# if it is due, and `again`, newer than its record, if it has one; else it reads nothing.
+import os
+
+from snakemake.settings.types import RerunTrigger
+
 from palio.demo.data import FAMILIES as DEMO_FAMILIES
 from palio.errors import BadInput, PalioError
 from palio.operating import controller
+from palio.operating.attempt import RUN_VARIABLE
 from palio.workflow import Workflow
 
 try:
-    W = Workflow(config)
+    # a job does what its run planned, whatever has been edited since
+    W = None if workflow.is_main_process else Workflow.planned_by(os.environ.get(RUN_VARIABLE))
+    W = W or Workflow(config)
 except BadInput as fault:
     raise WorkflowError(str(fault)) from None
-if workflow.is_main_process:  # a job of one entry reads no other's file
+if workflow.is_main_process:
+    W.forced = lambda: workflow.dag_settings.forceall or workflow.dag_settings.forcerun
+    if controller.running() is None:
+        controller.put_back_all(W)
     for fault in W.faults:
         logger.warning(f"This entry will not run: {fault}")
 
@@ -39,21 +48,18 @@ wildcard_constraints:
 
 # Of a run, never of its jobs. Standings run beside another run, so they take nothing over.
 onstart:
+    if workflow.rerun_triggers != {RerunTrigger.MTIME}:
+        raise WorkflowError("Start with a profile of profiles/, or with --rerun-triggers mtime.")
     if any(job.rule.name != "standings" for job in workflow.dag.needrun_jobs()):
         try:
-            controller.take_over(on_slurm=not workflow.local_exec)
+            controller.begin(W, controller.take_over(on_slurm=not workflow.local_exec))
         except PalioError as fault:
             raise WorkflowError(str(fault)) from None
-        controller.watch(W.competition)
 
 
 onsuccess:
-    controller.notify(W.competition, "finish", "every step is done")
+    controller.end(W, "finish", "every step is done")
 
 
 onerror:
-    controller.notify(
-        W.competition,
-        "failure",
-        "the run ended with failed steps; palio status names them",
-    )
+    controller.end(W, "failure", "some steps have failed; palio status names them")

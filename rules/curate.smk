@@ -13,11 +13,12 @@ rule generate_demo_data:
 
 rule curate_dataset:
     input:
-        check="results/{track}/{entry}/check.json",
-        base_model=W.base_model_manifest,  # its tokenizer counts tokens
-        sources=W.source_files,
-        open_stage=W.held_against,
-        shards=W.last_shards,
+        again=W.again("curate"),
+        check=W.if_due("curate", "results/{track}/{entry}/check.json"),
+        base_model=W.if_due("curate", W.base_model_manifest),  # its tokenizer counts tokens
+        sources=W.if_due("curate", W.source_files),
+        open_stage=W.if_due("curate", W.held_against),
+        shards=W.if_due("curate", W.last_shards),
     output:
         manifest="results/{track}/{entry}/dataset/manifest.json",
         dataset="results/{track}/{entry}/dataset/train.parquet",
@@ -78,8 +79,12 @@ use rule curate_dataset as join_shards with:
 # The organizer's side: it reads the closed stage's instances, counts alone leave it.
 rule measure_contamination:
     input:
-        dataset="results/{track}/{entry}/dataset/manifest.json",
-        stages=expand("resources/stages/{stage}/stage.json", stage=["open", "closed"]),
+        again=W.again("contamination"),
+        dataset=W.if_due("contamination", "results/{track}/{entry}/dataset/manifest.json"),
+        stages=W.if_due(
+            "contamination",
+            *expand("resources/stages/{stage}/stage.json", stage=["open", "closed"]),
+        ),
     output:
         contamination="results/{track}/{entry}/contamination.json",
     log:

@@ -6,9 +6,10 @@ for stage in ["open", "closed"]:
         name:
             f"helm_{stage}"
         input:
-            package="results/{track}/{entry}/package.json",
-            instances=f"resources/stages/{stage}/stage.json",
-            before=["results/{track}/{entry}/open.json"] if stage == "closed" else [],
+            again=W.again(stage),
+            package=W.if_due(stage, "results/{track}/{entry}/package.json"),
+            instances=W.if_due(stage, f"resources/stages/{stage}/stage.json"),
+            before=W.if_due(stage, *["results/{track}/{entry}/open.json"] * (stage == "closed")),
         output:
             record=f"results/{{track}}/{{entry}}/{stage}.json",
             metrics=f"results/{{track}}/{{entry}}/helm/{stage}/metrics.parquet",

@@ -3,11 +3,11 @@
 # budget, confined.
 rule finetune:
     input:
-        check="results/{track}/{entry}/check.json",
-        base_model=W.base_model_manifest,
-        dataset="results/{track}/{entry}/dataset/manifest.json",
-        rows=ancient("results/{track}/{entry}/dataset/train.parquet"),
-        program=W.program_files,
+        again=W.again("finetune"),
+        check=W.if_due("finetune", "results/{track}/{entry}/check.json"),
+        base_model=W.if_due("finetune", W.base_model_manifest),
+        dataset=W.if_due("finetune", "results/{track}/{entry}/dataset/manifest.json"),
+        rows=W.if_due("finetune", "results/{track}/{entry}/dataset/train.parquet"),
     output:
         adapter="results/{track}/{entry}/adapter.json",
         telemetry="results/{track}/{entry}/train.parquet",

@@ -1,9 +1,9 @@
 rule build_package:
     input:
-        check="results/{track}/{entry}/check.json",
-        base_model=W.base_model_manifest,
-        adapter=W.adapter,
-        program=W.program_files,
+        again=W.again("package"),
+        check=W.if_due("package", "results/{track}/{entry}/check.json"),
+        base_model=W.if_due("package", W.base_model_manifest),
+        adapter=W.if_due("package", W.adapter),
     output:
         package="results/{track}/{entry}/package.json",
     log:

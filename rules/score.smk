@@ -1,5 +1,6 @@
 rule score:
     input:
+        again=W.score_again,
         records=lambda wildcards: W.records(wildcards.track),
     output:
         leaderboard="results/leaderboard/{track}.json",

@@ -1,4 +1,6 @@
 rule prepare_stage:
+    input:
+        again=W.stage_again,
     output:
         record="resources/stages/{stage}/stage.json",
     log:

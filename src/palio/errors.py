@@ -8,7 +8,8 @@
     ├── Crashed           6   a program of the entry, or one we started for it, died
     ├── Interrupted       7   the machine's fault: a signal, a full disk, a lost node; start again
     ├── NotRetried        8   it failed before in this run of the workflow, by its own fault
-    └── ServerBroken      9   `palio serve`: the model or its device is broken; start the server again
+    ├── ServerBroken      9   `palio serve`: the model or its device is broken; start the server again
+    └── Withdrawn        10   the entry was withdrawn while the step waited
 
 Each class carries the `State` that the standings show for it. Anything else that is raised is a bug
 of ours: it keeps its traceback, exits with 70 and counts as `crashed`.
@@ -117,3 +118,8 @@ class NotRetried(PalioError):
 
 class ServerBroken(PalioError):
     exit_code = 9
+
+
+class Withdrawn(PalioError):
+    exit_code = 10
+    state = State.WITHDRAWN

@@ -24,6 +24,7 @@ CONFIG = Path("config/config.yaml")  # the demo's competition: the default of ev
 RULESET, ENTRIES = "config/rules.yaml", "config/entries"  # of a `Project`
 EXAMPLES = Path("config/entries/examples")
 LOCK = Path(".snakemake/palio.lock")
+RUNS = Path(".snakemake/palio")  # <run>.plan, <token>.due: see `palio.workflow`
 ENVIRONMENT_LOCK = Path("envs/lock.txt")
 SLURM_PROFILE = Path("profiles/slurm/config.yaml")
 REHEARSALS = Path("try")
@@ -237,6 +238,14 @@ class EntryFolder:
 
     def attempt_log(self, step: str, number: int) -> Path:
         return self.work / "logs" / f"{step}.{number}.log"
+
+    def settings(self, step: str) -> Path:
+        """The settings that a step last ended with, to tell what differs from the config."""
+        return self.work / "settings" / f"{step}.json"
+
+    def kept(self, step: str) -> Path:
+        """What a step had made before it ran again (`palio.operating.kept`)."""
+        return self.work / "kept" / step
 
     def failure(self, step: str) -> Path:
         return self.failures / f"{step}.json"

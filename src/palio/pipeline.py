@@ -46,6 +46,10 @@ class Step:
     """Written last: its existence means done."""
     released: Callable[[EntryFolder], tuple[Path, ...]]
     """Files that a release takes, where they exist."""
+    reads: tuple[str, ...] = ()
+    """Earlier steps whose records decide this one's, where the entry has them."""
+    payload: Callable[[EntryFolder], tuple[Path, ...]] = lambda folder: ()
+    """What the record describes: a record without it is void."""
     facts: type[RunFacts] | None = None
     """Model of the record's sidecar, where it has one."""
     applies: Callable[[Entry], bool] = lambda entry: True
@@ -80,6 +84,8 @@ def _stage_step(stage: Stage) -> Step:
         settings=EvaluateSettings,
         record=lambda folder: folder.stage_record(stage),
         released=released,
+        reads=("package",),
+        payload=lambda folder: (folder.tables(stage).metrics, folder.tables(stage).instances),
         facts=StageRun,
         limit=limit,
     )
@@ -110,6 +116,7 @@ STEPS = (
         settings=CurateSettings,
         record=lambda folder: folder.dataset.manifest,
         released=lambda folder: (folder.dataset.manifest, folder.dataset.card),
+        payload=lambda folder: (folder.dataset.rows, folder.dataset.dropped),
         facts=CurateRun,
         applies=_has_dataset,
     ),
@@ -120,6 +127,7 @@ STEPS = (
         settings=ContaminationSettings,
         record=lambda folder: folder.contamination,
         released=lambda folder: (folder.contamination,),
+        reads=("curate",),
         applies=_has_dataset,
         ranked=False,
         title="overlap",
@@ -131,6 +139,8 @@ STEPS = (
         settings=FinetuneSettings,
         record=lambda folder: folder.adapter_manifest,
         released=lambda folder: (folder.adapter_manifest, folder.telemetry),
+        reads=("curate",),
+        payload=lambda folder: (folder.adapter, folder.telemetry),
         facts=FinetuneRun,
         applies=lambda entry: entry.trained,
         limit=_training_limit,
@@ -143,11 +153,14 @@ STEPS = (
         settings=PackageSettings,
         record=lambda folder: folder.package_manifest,
         released=lambda folder: (folder.package_manifest,),
+        reads=("finetune",),
+        payload=lambda folder: (folder.package,),
         facts=RunFacts,
     ),
     *(_stage_step(stage) for stage in STAGES),
 )
 BY_NAME = {step.name: step for step in STEPS}
+BY_RULE = {step.rule: step for step in STEPS}
 LIMITED = tuple(step for step in STEPS if step.limit)
 
 

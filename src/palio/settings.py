@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import PositiveInt
 
@@ -32,8 +32,9 @@ from palio.config import (
 )
 from palio.entries import AnyEntry
 from palio.errors import BadInput
-from palio.layout import ClosedStore, Resources, Stage, StageStore, stage_named
+from palio.layout import STAGES, ClosedStore, Resources, Stage, StageStore, stage_named
 from palio.provenance import canonical_json, fingerprint
+from palio.records import Made
 
 
 def slice_of(model: Strict) -> str:
@@ -96,6 +97,9 @@ class PlannedEntry:
 class StepSettings(Strict):
     """What decides the result of one step of one entry."""
 
+    LIMITS: ClassVar[dict[str, Any]] = {}
+    """The fields that only bound a step, as pydantic's `exclude`: a finished result holds without them."""
+
     competition_id: str
 
     @classmethod
@@ -106,6 +110,31 @@ class StepSettings(Strict):
     def read(cls, text: str) -> Self:
         """Parse what `slice_of` wrote. Raises BadInput."""
         return read_slice(cls, text, "--settings")
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide the result of a step that finishes: all but its limits."""
+        return self.model_dump(mode="json", exclude_none=True, exclude=self.LIMITS)
+
+    @property
+    def bounds(self) -> dict[str, Any]:
+        """The limits. A track's title is none."""
+        bounds = self.model_dump(mode="json", exclude_none=True, include=self.LIMITS)
+        bounds.get("track", {}).pop("title", None)
+        return bounds
+
+    def records(self, resources: Resources) -> dict[str, Path]:
+        """Return the shared records that the step reads, by name."""
+        return {}
+
+    def files(self) -> tuple[str, ...]:
+        """Return the files and folders of the team that the step reads."""
+        return ()
+
+
+def _program_files(program: Program | None) -> tuple[str, ...]:
+    image = program.image if program and program.image and program.image.endswith(".sif") else None
+    return tuple(path for path in ((program.files if program else None), image) if path)
 
 
 class EntryFolders(Strict):
@@ -185,63 +214,15 @@ class CurateSettings(StepSettings):
             team_folders=planned.rules.team_folders,
         )
 
-
-class ContaminationSettings(StepSettings):
-    open_store: str
-    closed_store: str
-
-    @classmethod
-    def of(cls, planned: PlannedEntry, step: str) -> Self:
-        return cls(
-            competition_id=planned.competition.competition,
-            open_store=str(planned.stage_runs["open"].store.path),
-            closed_store=str(planned.stage_runs["closed"].store.path),
+    def records(self, resources: Resources) -> dict[str, Path]:
+        stage = {"open stage": resources.stage_record("open")}
+        decontaminated = any(given.kind == "open_stage" for _, given in self.dataset.inputs)
+        return {"base model": resources.base_model(self.base_model_id).manifest} | (
+            stage if decontaminated else {}
         )
 
-
-class FinetuneSettings(StepSettings):
-    """Either `recipe`, or a team's own `program` with its confinement."""
-
-    base_model_id: str
-    track: Track
-    recipe: FinetuneRecipe | None = None
-    program: Program | None = None
-    isolation: Isolation | None = None
-    network: bool = False
-    """Whether the program may reach the network."""
-    fresh_start: PositiveInt | None = None
-
-    @classmethod
-    def of(cls, planned: PlannedEntry, step: str) -> Self:
-        entry = planned.valid
-        assert entry is not None
-        return cls(
-            competition_id=planned.competition.competition,
-            base_model_id=planned.base_model_id,
-            track=planned.limits,
-            recipe=entry.finetune,
-            program=entry.command,
-            isolation=planned.isolation,
-            network=entry.command is not None and planned.rules.network_in_training,
-            fresh_start=planned.fresh_start(step),
-        )
-
-
-class PackageSettings(StepSettings):
-    base_model_id: str
-    adapter: bool
-    """Whether an adapter is merged; else the base model, or the team's server, is the package."""
-    server: ServerProgram | None = None
-
-    @classmethod
-    def of(cls, planned: PlannedEntry, step: str) -> Self:
-        entry = planned.valid
-        return cls(
-            competition_id=planned.competition.competition,
-            base_model_id=planned.base_model_id,
-            adapter=entry is not None and entry.trained,
-            server=entry.server if entry else None,
-        )
+    def files(self) -> tuple[str, ...]:
+        return tuple(source.path for source in self.dataset.sources if source.path)
 
 
 class ScenarioRuns(Strict):
@@ -273,6 +254,86 @@ class StageRuns(Strict):
         """The prepared stage."""
         return Resources().open_store if self.stage == "open" else self.closed.stage
 
+    @property
+    def made(self) -> Made:
+        """What the record of the prepared stage is made with."""
+        return Made(settings={"prepare": fingerprint(self.model_dump(mode="json", exclude_none=True))})
+
+
+class ContaminationSettings(StepSettings):
+    open: StageRuns
+    closed: StageRuns
+
+    @classmethod
+    def of(cls, planned: PlannedEntry, step: str) -> Self:
+        return cls(
+            competition_id=planned.competition.competition,
+            open=planned.stage_runs["open"],
+            closed=planned.stage_runs["closed"],
+        )
+
+    def records(self, resources: Resources) -> dict[str, Path]:
+        return {f"{stage} stage": resources.stage_record(stage) for stage in STAGES}
+
+
+class FinetuneSettings(StepSettings):
+    """Either `recipe`, or a team's own `program` with its confinement."""
+
+    LIMITS: ClassVar = {"track": True, "isolation": True}
+
+    base_model_id: str
+    track: Track
+    recipe: FinetuneRecipe | None = None
+    program: Program | None = None
+    isolation: Isolation | None = None
+    network: bool = False
+    """Whether the program may reach the network."""
+    fresh_start: PositiveInt | None = None
+
+    @classmethod
+    def of(cls, planned: PlannedEntry, step: str) -> Self:
+        entry = planned.valid
+        assert entry is not None
+        return cls(
+            competition_id=planned.competition.competition,
+            base_model_id=planned.base_model_id,
+            track=planned.limits,
+            recipe=entry.finetune,
+            program=entry.command,
+            isolation=planned.isolation,
+            network=entry.command is not None and planned.rules.network_in_training,
+            fresh_start=planned.fresh_start(step),
+        )
+
+    def records(self, resources: Resources) -> dict[str, Path]:
+        return {"base model": resources.base_model(self.base_model_id).manifest}
+
+    def files(self) -> tuple[str, ...]:
+        return _program_files(self.program)
+
+
+class PackageSettings(StepSettings):
+    base_model_id: str
+    adapter: bool
+    """Whether an adapter is merged; else the base model, or the team's server, is the package."""
+    server: ServerProgram | None = None
+
+    @classmethod
+    def of(cls, planned: PlannedEntry, step: str) -> Self:
+        entry = planned.valid
+        return cls(
+            competition_id=planned.competition.competition,
+            base_model_id=planned.base_model_id,
+            adapter=entry is not None and entry.trained,
+            server=entry.server if entry else None,
+        )
+
+    def records(self, resources: Resources) -> dict[str, Path]:
+        return {"base model": resources.base_model(self.base_model_id).manifest}
+
+    def files(self) -> tuple[str, ...]:
+        return _program_files(self.server)
+
 
 class StageLimits(Strict):
     """How a prepared stage is asked; see `palio.config.Stage`."""
@@ -286,6 +347,8 @@ class StageLimits(Strict):
 
 
 class EvaluateSettings(StepSettings):
+    LIMITS: ClassVar = {"track": True, "isolation": True, "limits": {"time_limit", "threads"}}
+
     runs: StageRuns
     """What is asked."""
     limits: StageLimits
@@ -320,6 +383,9 @@ class EvaluateSettings(StepSettings):
             limits=StageLimits(**{name: getattr(stage, name) for name in StageLimits.model_fields}),
             track=limits_of(competition.tracks[track_id]),
         )
+
+    def records(self, resources: Resources) -> dict[str, Path]:
+        return {f"{self.runs.stage} stage": resources.stage_record(self.runs.stage)}
 
 
 class RunOptions(Strict):

@@ -9,7 +9,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from palio.errors import PalioError, RuleViolation
+from palio import planning
+from palio.errors import Interrupted, PalioError, RuleViolation
 from palio.layout import EntryFolder, Resources
 from palio.operating.attempt import set_aside
 from palio.pipeline import BY_NAME
@@ -22,7 +23,6 @@ from palio.settings import (
     PackageSettings,
     RunOptions,
     StepSettings,
-    slice_of,
 )
 
 RESOURCES = Resources()
@@ -32,8 +32,15 @@ def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOpti
     """Run a step as one attempt, on record whatever ends it."""
     from palio.operating.attempt import attempt
 
+    step = BY_NAME[name]
     with attempt(name, folder):
-        globals()[BY_NAME[name].function](folder, settings, options)
+        if gone := planning.vanished(step, folder, settings):
+            raise Interrupted(
+                f"{gone[0]} was read before and is gone; bring it back and start again"
+            )
+        made = planning.made(step, folder, settings, RESOURCES)  # of what it is about to read
+        globals()[step.function](folder, settings, options)
+        planning.stamp(step, folder, settings, made)
 
 
 def check(folder: EntryFolder, settings: CheckSettings, options: RunOptions) -> None:
@@ -49,10 +56,9 @@ def curate(folder: EntryFolder, settings: CurateSettings, options: RunOptions) -
     from palio.curation.curate import curate_dataset
     from palio.curation.inspection import account
     from palio.curation.progress import progress_bar
-    from palio.provenance import fingerprint
     from palio.records import CurateRun, timed_run
 
-    run = CurateRun(settings=fingerprint(slice_of(settings)), shards=options.shards)
+    run = CurateRun(shards=options.shards)
     with timed_run(folder.run_facts("curate"), run), progress_bar() as progress:
         manifest = curate_dataset(
             settings.dataset,
@@ -99,12 +105,11 @@ def curate_ahead(
 
 def contamination(folder: EntryFolder, settings: ContaminationSettings, options: RunOptions) -> None:
     from palio.curation.contamination import contamination as measure
-    from palio.layout import StageStore
 
-    stores = {"open": settings.open_store, "closed": settings.closed_store}
+    stages = {"open": settings.open, "closed": settings.closed}
     record = measure(
         folder.dataset.path,
-        {stage: StageStore(Path(store)).instances for stage, store in stores.items()},
+        {stage: runs.store.instances for stage, runs in stages.items()},
         competition=settings.competition_id,
         track=folder.track_id,
         entry=folder.entry_id,

@@ -2,12 +2,24 @@
 
 The rules hold no logic of their own. A broken entry file does not stop the workflow: the entry's
 `check_entry` fails and the standings say why.
+
+Which steps run is decided in `palio.planning`, and Snakemake is told by a step's inputs. A step that is due
+has its inputs, and among them, if it has a record already, a file that is newer than every record. A step
+that is not due has none, so nothing makes Snakemake run it. The jobs of a run see what its controller
+planned: a file that is edited while they wait changes the next plan.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
-from collections.abc import Callable, Mapping
+import os
+import pickle
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +33,11 @@ from palio.config import (
 from palio.eligibility.check import approved_model
 from palio.entries import AnyEntry, BrokenEntry, Entries
 from palio.evaluation.helm import check_directions, stage_runs
-from palio.layout import STAGES, EntryFolder, Resources, Results
-from palio.pipeline import BY_NAME, steps_of
-from palio.provenance import canonical_json, fingerprint
-from palio.records import CurateRun, read_record
+from palio.layout import RUNS, STAGES, EntryFolder, Resources, Results, Stage
+from palio.pipeline import BY_NAME, Step, steps_of
+from palio.planning import due, made_of
+from palio.provenance import atomic_path, canonical_json, fingerprint
+from palio.records import Made
 from palio.settings import EntryFolders, PlannedEntry, RunOptions, slice_of
 
 MB_PER_GB = 1024
@@ -48,6 +61,123 @@ class Workflow:
         self.results = Results(store=self.competition.store)
         check_directions(self.competition, file)
         self.stage_runs = {stage: stage_runs(self.competition, stage) for stage in STAGES}
+        self.barred: dict[str, str] = {}
+        """Entry id -> why an entry that has something due is left out of this run."""
+        self._due: dict[str, dict[str, str]] = {}
+
+    # --- what a run planned
+
+    @staticmethod
+    def forced() -> bool:
+        """Whether Snakemake was told to run finished steps (--forceall): their order needs their inputs. The
+        rules replace it, since Snakemake knows only when it builds its graph."""
+        return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "forced"}
+
+    def save(self, run: str) -> None:
+        """Write the plan down for the jobs of a run, and remove what earlier runs left."""
+        for path in RUNS.glob("*"):
+            if str(path) != self.__dict__.get("_newer"):
+                path.unlink(missing_ok=True)
+        with atomic_path(_plan_file(run)) as temporary:
+            temporary.write_bytes(pickle.dumps(self))
+        atexit.register(_plan_file(run).unlink, missing_ok=True)
+
+    @classmethod
+    def planned_by(cls, run: str | None) -> Workflow | None:
+        """Return the workflow as the controller of `run` planned it; None without one."""
+        if not run or not _plan_file(run).exists():
+            return None
+        found = pickle.loads(_plan_file(run).read_bytes())  # noqa: S301 (written by this user's controller)
+        assert isinstance(found, cls)
+        return found
+
+    def due_steps(self) -> list[tuple[EntryFolder, Step]]:
+        """Every step that is due, of every entry that takes part."""
+        return [
+            (self.results.entry(track_id, entry_id), BY_NAME[name])
+            for track_id, entries in self.active.items()
+            for entry_id in entries
+            for name in self.due(entry_id)
+            if entry_id not in self.barred
+        ]
+
+    # --- which steps are due
+
+    def due(self, entry_id: str) -> dict[str, str]:
+        """Return why each step of an entry is due; steps that are not are left out."""
+        if entry_id not in self._due:
+            folder = self.results.entry(self.entries[entry_id].track, entry_id)
+            self._due[entry_id] = self.due_in(folder)
+        return self._due[entry_id]
+
+    def due_in(self, folder: EntryFolder) -> dict[str, str]:
+        """Return why each step of the entry in `folder` is due by the records that it has now. A folder that
+        cannot be read or written is the reason of them all."""
+        planned = self.planned(folder.entry_id)
+        try:
+            if found := due(planned, folder, self.resources):
+                _require_writable(folder.path)
+        except OSError as fault:
+            self.barred[folder.entry_id] = f"its folder cannot be used: {fault}"
+            return {step.name: self.barred[folder.entry_id] for step in steps_of(planned.entry)}
+        return found
+
+    @functools.cached_property
+    def _newer(self) -> str:
+        """A file that is newer than every record: what reads it runs."""
+        path = RUNS / f"{uuid.uuid4().hex[:12]}.due"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{path.stem}\n")  # unlike any before, or Snakemake takes it for unchanged
+        atexit.register(path.unlink, missing_ok=True)
+        return str(path)
+
+    def _again(self, record: Path) -> list[str]:
+        """Return the input that makes Snakemake run a step again, if there is a record."""
+        if not record.exists():
+            return []
+        with suppress(OSError):
+            if record.stat().st_mtime >= (now := time.time()) - 1:  # by another clock
+                os.utime(record, (now - 1, now - 1))
+        return [self._newer]
+
+    def again(self, step: str) -> Callable[[Any], list[str]]:
+        """What a step reads only if it is due though it has a record."""
+
+        def of(wildcards: Any) -> list[str]:
+            is_due = step in self.due(wildcards.entry)
+            return self._again(BY_NAME[step].record(self.folder(wildcards))) if is_due else []
+
+        return of
+
+    def if_due(self, step: str, *inputs: str | Callable[[Any], Iterable[str]]) -> Callable[[Any], list[str]]:
+        """What a step reads if it is due: files by name, with wildcards, or functions of them."""
+
+        def of(wildcards: Any) -> list[str]:
+            if not self.forced() and step not in self.due(wildcards.entry):
+                return []
+            names = {"track": wildcards.track, "entry": wildcards.entry}
+            return [
+                path
+                for given in inputs
+                for path in ([given.format(**names)] if isinstance(given, str) else given(wildcards))
+            ]
+
+        return of
+
+    def again_if_changed(self, record: Path, now: Made) -> list[str]:
+        """The same for a record that no entry owns: a stage's, or a leaderboard."""
+        return self._again(record) if made_of(record) != now else []
+
+    def stage_again(self, wildcards: Any) -> list[str]:
+        stage: Stage = wildcards.stage
+        return self.again_if_changed(self.resources.stage_record(stage), self.stage_runs[stage].made)
+
+    def score_again(self, wildcards: Any) -> list[str]:
+        board = self.results.leaderboards.leaderboard(wildcards.track)
+        return self.again_if_changed(board, self.scored_with(wildcards.track))
 
     # --- wildcards and targets
 
@@ -66,10 +196,12 @@ class Workflow:
 
     @property
     def faults(self) -> list[str]:
-        """One line for each broken entry file, and each that is left out."""
+        """One line for each broken entry file, and each entry that is left out of the run."""
+        self.due_steps()  # finds the barred
         entries = (entry for of_track in self.active.values() for entry in of_track.values())
-        broken = [entry.fault for entry in entries if isinstance(entry, BrokenEntry)]
-        return [str(fault) for fault in (*broken, *self.entries.left_out)]
+        broken = [str(entry.fault) for entry in entries if isinstance(entry, BrokenEntry)]
+        left_out = [str(fault) for fault in self.entries.left_out]
+        return [*broken, *left_out, *(f"{entry_id}: {why}" for entry_id, why in self.barred.items())]
 
     def entry(self, wildcards: Any) -> AnyEntry:
         entry = self.entries[wildcards.entry]
@@ -107,15 +239,6 @@ class Workflow:
         wanted = any(given.kind == "open_stage" for _, given in inputs)
         return [str(self.resources.stage_record("open"))] if wanted else []
 
-    def program_files(self, wildcards: Any) -> list[str]:
-        """What the team hands in to be run: a change of it is a change of the entry."""
-        entry = self._valid(wildcards)
-        if entry is None or entry.program is None:
-            return []
-        files, image = entry.program.files, entry.program.image or ""
-        paths = [str(path) for path in Path(files).rglob("*") if path.is_file()] if files else []
-        return sorted(paths) + ([image] if image.endswith(".sif") and Path(image).exists() else [])
-
     def base_model_manifest(self, wildcards: Any) -> list[str]:
         """Nothing for a broken entry file: its check fails, and says why."""
         entry = self._valid(wildcards)
@@ -128,10 +251,15 @@ class Workflow:
         return self.base_model_manifest(wildcards) if approved else []
 
     def records(self, track_id: str) -> list[str]:
-        """Records of both stages of every entry of a track, and the contamination of those with a dataset."""
+        """Records of both stages of every entry of a track, the contamination of those with a dataset, and
+        checks that are due."""
         paths = []
         for entry_id, entry in self.active[track_id].items():
-            folder = self.results.entry(track_id, entry_id)
+            folder, is_due = self.results.entry(track_id, entry_id), self.due(entry_id)
+            if entry_id in self.barred:
+                continue
+            if "check" in is_due:
+                paths.append(folder.check)
             paths += [folder.stage_record(stage) for stage in STAGES]
             if BY_NAME["contamination"] in steps_of(entry):
                 paths.append(folder.contamination)
@@ -140,12 +268,7 @@ class Workflow:
     # --- jobs that share a curation: read, shards of phase 1, join 1, shards of phase 2, …, curate_dataset
 
     def shard_count(self, wildcards: Any) -> int:
-        """How many jobs share the entry's curation, 0 if one does it all. A dataset keeps the number that it
-        was made with while its settings are the same: for other jobs Snakemake would make it again."""
-        made = self.folder(wildcards).run_facts("curate")
-        run = read_record(CurateRun, made) if made.exists() else CurateRun()
-        if run.shards is not None and run.settings == fingerprint(self.settings("curate")(wildcards)):
-            return run.shards
+        """How many jobs share the entry's curation, 0 if one does it all."""
         return self.competition.shards.get(wildcards.entry, 0)
 
     def last_shards(self, wildcards: Any) -> list[str]:
@@ -229,6 +352,10 @@ class Workflow:
             }
         )
 
+    def scored_with(self, track_id: str) -> Made:
+        """What a leaderboard of a track is made with."""
+        return Made(settings={"score": fingerprint([self.whole(), self.teams(track_id)])})
+
     # --- resources
 
     def cpus(self, wildcards: Any) -> int:
@@ -249,3 +376,14 @@ class Workflow:
             return limit(self.competition, wildcards.track).job_minutes
 
         return of
+
+
+def _plan_file(run: str) -> Path:
+    return RUNS / f"{run}.plan"
+
+
+def _require_writable(folder: Path) -> None:
+    """Raise OSError if a folder exists and cannot be written."""
+    if folder.exists():
+        with tempfile.TemporaryFile(dir=folder):
+            pass

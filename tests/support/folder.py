@@ -44,7 +44,7 @@ class WorkingFolder:
         """Run a program of the environment in the folder, `given` on its stdin; never raises for its exit
         code."""
         program, *arguments = command
-        environment = environment or dict(os.environ)
+        environment = dict(environment or os.environ)
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         return subprocess.run(
             [str(Path(sys.executable).with_name(program)), *arguments],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import subprocess
 import sys
@@ -11,20 +12,24 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
+from rich.console import Console
 
 from palio.cli import palio
 from palio.config import load_competition
 from palio.errors import BadInput, Crashed, Interrupted, NotRetried, PalioError, State
 from palio.heartbeat import HeartbeatWriter
-from palio.layout import CONFIG, EntryFolder, Results
+from palio.layout import CONFIG, EntryFolder
 from palio.operating import controller
 from palio.operating.attempt import RUN_VARIABLE, Attempt, attempt, read_attempts, refusal, set_aside
 from palio.operating.controller import Watch
 from palio.operating.doctor import engine_findings
-from palio.operating.status import EntryStatus, StepStatus, competition_status
-from palio.operating.status_view import html_page
+from palio.operating.status import EntryStatus, Status, StepStatus, competition_status
+from palio.operating.status_view import html_page, terminal_view
+from palio.pipeline import BY_NAME, STEPS
 from palio.records import StepFailure, read_record
+from palio.workflow import Workflow
 from tests.support.folder import WorkingFolder
+from tests.support.records import leave_record, leave_shared_records
 
 
 @pytest.fixture
@@ -178,8 +183,12 @@ def test_status_tells_every_state(folder: WorkingFolder, monkeypatch: pytest.Mon
     monkeypatch.chdir(folder.path)
     folder.edit_yaml("config/config.yaml", lambda config: config.update(withdrawn={"untuned": "asked to"}))
     done = folder.path / "results/laptop/curated"
-    (done / "dataset").mkdir(parents=True)
-    (done / "dataset/manifest.json").write_text("{}")
+    workflow = Workflow(Path("config/config.yaml"))
+    leave_shared_records(workflow)
+    curate = BY_NAME["curate"]
+    leave_record(
+        curate, EntryFolder.at(done), curate.settings.of(workflow.planned("curated"), "curate"), workflow
+    )
     with pytest.raises(Crashed), attempt("finetune", EntryFolder.at(folder.path / "results/laptop/raw")):
         raise Crashed("training diverged")
     ledger = done / "work/train/key/ledger.jsonl"
@@ -192,14 +201,15 @@ def test_status_tells_every_state(folder: WorkingFolder, monkeypatch: pytest.Mon
     folder_of_step = EntryFolder.at(done)
     with attempt("finetune", folder_of_step):
         HeartbeatWriter(folder_of_step.heartbeat("finetune"), 40, "steps").beat(10, used_seconds=60)
-        status = competition_status(load_competition(Path("config/config.yaml")), Results())
+        status = competition_status(Workflow(Path("config/config.yaml")))
     found = {(entry.entry, step.step): step for entry in status.entries for step in entry.steps}
     assert found["curated", "curate"].state == "done"
     running = found["curated", "finetune"]
     assert (running.state, running.used, running.budget) == ("running", 60, 600)
     assert running.ends is not None
     assert running.ends - status.time == pytest.approx(180, abs=1)  # 60 s for 10 steps of 40
-    assert found["curated", "open"].state == "waiting"
+    assert (found["curated", "open"].state, found["curated", "open"].wait) == ("waiting", "behind check")
+    assert found["curated", "check"].wait == "for the next run"
     failed = found["raw", "finetune"]
     assert (failed.state, failed.reason) == ("failed", "crashed: training diverged")
     assert failed.log == "results/laptop/raw/logs/finetune.log"
@@ -207,6 +217,26 @@ def test_status_tells_every_state(folder: WorkingFolder, monkeypatch: pytest.Mon
     page = html_page(status)
     for text in ("training diverged", "asked to", "10 % used"):
         assert text in page
+
+
+def test_a_narrow_terminal_shows_one_line_for_each_entry() -> None:
+    names = [step.name for step in STEPS]
+    done = [StepStatus(name, "done", seconds=60.0) for name in names[:3]]
+    here = StepStatus("finetune", "running", node="a100-node17", seconds=7200, used=7000, budget=86400)
+    failed = StepStatus("finetune", "failed", reason="crashed: training diverged", log="finetune.log")
+    behind = [StepStatus(name, "waiting", wait="behind finetune") for name in names[4:]]
+    entries = [
+        EntryStatus("rtx4090", f"entry_{number}", "team", [*done, (here, failed)[number % 2], *behind])
+        for number in range(20)
+    ]
+    console = Console(width=80, file=io.StringIO())
+    console.print(terminal_view(Status("demo", "Palio demo", 0.0, None, entries), console.width))
+    assert isinstance(console.file, io.StringIO)
+    lines = [line for line in console.file.getvalue().splitlines() if line.startswith(" rtx4090")]
+    assert len(lines) == 20
+    assert lines[0].split()[:5] == ["rtx4090", "entry_0", "3/7", "finetune:", "a100-node17,"]
+    assert lines[19].split() == ["rtx4090", "entry_19", "3/7", "finetune:", "crashed"]
+    assert "…" not in console.file.getvalue()
 
 
 def test_status_tells_how_far_the_jobs_are_that_share_a_curation(
@@ -217,7 +247,7 @@ def test_status_tells_how_far_the_jobs_are_that_share_a_curation(
     shards.mkdir(parents=True)
     for done in ("1.1-of-3", "1.2-of-3", "1.3-of-3", "1.joined", "2.2-of-3"):
         (shards / done).touch()
-    status = competition_status(load_competition(Path("config/config.yaml")), Results())
+    status = competition_status(Workflow(Path("config/config.yaml")))
     (raw,) = (entry for entry in status.entries if entry.entry == "raw")
     (curate,) = (step for step in raw.steps if step.step == "curate")
     assert (curate.state, curate.reason) == ("waiting", "1 of 3 shards of phase 2 done")

@@ -1,17 +1,25 @@
-"""What a change re-runs in a finished competition; its outputs are empty files, accepted with --touch."""
+"""What a change re-runs in a finished competition, whose steps have only left their records.
+
+Snakemake remembers nothing of it, as after a controller that died: the records alone decide. One test has
+Snakemake's memory too, and it changes nothing.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from palio.workflow import Workflow
 from tests.support.folder import DEMO_ENTRIES, WorkingFolder
+from tests.support.records import leave_all_records
 
 FINISH = {("score", ""), ("report", ""), ("all", "")}
 TRAINED = ("curated", "open_only", "raw")
@@ -26,6 +34,8 @@ def touch_all(folder: WorkingFolder) -> None:
         (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
         if path.suffix:
             path.touch()
+    with chdir(folder.path):
+        leave_all_records(Workflow(Path("config/config.yaml")))
     accepted = folder.snakemake("--touch", "--forceall")
     assert accepted.returncode == 0, accepted.stderr
 
@@ -38,10 +48,16 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> WorkingFolder:
     return made
 
 
+def forget(folder: WorkingFolder) -> WorkingFolder:
+    """What is left of Snakemake's memory when a controller dies before a job has ended: nothing."""
+    shutil.rmtree(folder.path / ".snakemake/metadata")
+    return folder
+
+
 @pytest.fixture
 def finished(template: WorkingFolder, tmp_path: Path) -> Iterator[WorkingFolder]:
     shutil.copytree(template.path, tmp_path / "competition", symlinks=True)
-    yield WorkingFolder(tmp_path / "competition")
+    yield forget(WorkingFolder(tmp_path / "competition"))
 
 
 def test_a_failed_step_runs_again_with_what_depends_on_it(finished: WorkingFolder) -> None:
@@ -70,19 +86,79 @@ def test_a_scenario_of_the_closed_stage_re_evaluates_closed_only(finished: Worki
     assert finished.plan() == closed | contamination | {("prepare_stage", "")} | FINISH
 
 
-def test_a_stage_limit_re_runs_that_stage_of_each_entry(finished: WorkingFolder) -> None:
+def test_a_limit_starts_nothing_that_is_complete(finished: WorkingFolder) -> None:
+    def longer(config: dict[str, Any]) -> None:
+        config["stages"]["open"].update(time_limit="11m", threads=3)
+        config["tracks"]["laptop"].update(training_budget="20m", ram_gb=8, title="Another title")
+
+    finished.edit_yaml("config/config.yaml", longer)
+    assert finished.plan() == FINISH
+
+
+def test_a_limit_re_runs_what_stopped_at_it(finished: WorkingFolder) -> None:
+    record = finished.path / "results/laptop/raw/open.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"state": "time_limit"}))
+    assert finished.plan() == FINISH
     finished.edit_yaml("config/config.yaml", lambda config: config["stages"]["open"].update(time_limit="11m"))
-    rules = {rule for rule, _ in finished.plan()}
-    assert "helm_open" in rules
-    assert not rules & {"finetune", "build_package", "curate_dataset", "prepare_stage"}
+    assert finished.plan() == {("helm_open", "raw")} | FINISH
+
+
+def test_a_rule_set_checks_every_entry_again_and_starts_nothing_else(finished: WorkingFolder) -> None:
+    finished.edit_yaml("config/rulesets/demo.yaml", lambda rules: rules.update(max_length=1024))
+    assert finished.plan() == {("check_entry", entry) for entry in ENTRIES} | FINISH
+
+
+def test_a_metric_is_scored_again_and_nothing_is_evaluated(finished: WorkingFolder) -> None:
+    def reweigh(config: dict[str, Any]) -> None:
+        config["scoring"] = {**config.get("scoring", {}), "convention": "hidden2023"}
+
+    finished.edit_yaml("config/config.yaml", reweigh)
+    assert finished.plan() == FINISH
+
+
+def test_what_was_deleted_after_its_use_is_not_made_again(finished: WorkingFolder) -> None:
+    entry = finished.path / "results/laptop/raw"
+    for folder in ("dataset", "adapter", "package"):
+        shutil.rmtree(entry / folder, ignore_errors=True)
+    shutil.rmtree(finished.path / "resources/demo_sources")
+    assert finished.plan() == set()
+
+
+def test_what_was_deleted_is_made_again_where_a_change_needs_it(finished: WorkingFolder) -> None:
+    shutil.rmtree(finished.path / "results/laptop/raw/dataset")
+    finished.edit_entry("raw", lambda entry: entry["finetune"].update(learning_rate=5e-4))
+    rules = {
+        "curate_dataset",
+        "measure_contamination",
+        "finetune",
+        "build_package",
+        "helm_open",
+        "helm_closed",
+    }
+    assert finished.plan() == {(rule, "raw") for rule in rules} | FINISH
+
+
+def test_what_was_made_from_another_dataset_is_made_again(finished: WorkingFolder) -> None:
+    """The controller died between the new dataset and its training."""
+    record = finished.path / "results/laptop/raw/dataset/manifest.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"sha256": "of other rows"}))
+    plan = finished.plan()
+    assert {entry for _, entry in plan if entry} == {"raw"}
+    assert ("finetune", "raw") in plan
+    assert ("curate_dataset", "raw") not in plan
 
 
 @pytest.mark.parametrize(
     ("recipe", "value", "first"), [("finetune", 5e-4, "finetune"), ("dataset", 5, "curate_dataset")]
 )
+@pytest.mark.parametrize("remembered", [False, True])
 def test_a_recipe_re_runs_from_its_own_step_on(
-    finished: WorkingFolder, recipe: str, value: float, first: str
+    template: WorkingFolder, tmp_path: Path, recipe: str, value: float, first: str, *, remembered: bool
 ) -> None:
+    shutil.copytree(template.path, tmp_path / "competition", symlinks=True)
+    finished = WorkingFolder(tmp_path / "competition")
+    if not remembered:
+        forget(finished)
     key = "learning_rate" if recipe == "finetune" else "seed"
     finished.edit_entry("raw", lambda entry: entry[recipe].update({key: value}))
     plan = finished.plan()

@@ -25,7 +25,7 @@ from palio.errors import BadInput, PalioError
 from palio.layout import SLURM_PROFILE, STAGES, Boards, Results, Stage
 
 if TYPE_CHECKING:
-    from palio.config import Competition
+    from palio.workflow import Workflow
 
 
 @palio.command(cls=Verb, example="palio score --track laptop")
@@ -35,10 +35,12 @@ if TYPE_CHECKING:
 @click.option("--out", type=ExistingPath, default=Results().leaderboards.path, show_default=True)
 def score(competition: str, track: str, results: Path, out: Path) -> None:
     """The final leaderboard of a track. Every entry must be finished or withdrawn."""
-    settings = competition_of(competition)
-    if track not in settings.tracks:
-        raise BadInput("palio score", "--track", track, fix=f"use one of {', '.join(settings.tracks)}")
-    _score(settings, [track], results, out, final=True)
+    from palio.workflow import Workflow
+
+    workflow = Workflow(competition_content(competition), competition)
+    if track not in workflow.tracks:
+        raise BadInput("palio score", "--track", track, fix=f"use one of {', '.join(workflow.tracks)}")
+    _score(workflow, [track], results, out, final=True)
 
 
 @palio.command(cls=Verb, example="palio standings")
@@ -47,20 +49,30 @@ def score(competition: str, track: str, results: Path, out: Path) -> None:
 @click.option("--out", type=ExistingPath, default=Results().standings.path, show_default=True)
 def standings(competition: str, results: Path, out: Path) -> None:
     """The provisional leaderboard on whatever is finished now, at any time, beside a running workflow."""
-    settings = competition_of(competition)
-    _score(settings, list(settings.tracks), results, out, final=False)
+    from palio.workflow import Workflow
+
+    workflow = Workflow(competition_content(competition), competition)
+    _score(workflow, workflow.tracks, results, out, final=False)
 
 
-def _score(competition: Competition, tracks: list[str], results: Path, out: Path, *, final: bool) -> None:
-    from palio.entries import Entries
+def _score(workflow: Workflow, tracks: list[str], results: Path, out: Path, *, final: bool) -> None:
     from palio.scoring.analysis import analyze_track
     from palio.scoring.leaderboard import score_track
     from palio.scoring.tables import print_leaderboard, write_leaderboard
 
+    competition = workflow.competition
     folders = results_of(competition, results)
-    entries = Entries(competition).by_track()
+    entries = workflow.entries.by_track()
     for track in tracks:
-        board = score_track(competition, track, folders, entries[track], final=final)
+        board = score_track(
+            competition,
+            track,
+            folders,
+            entries[track],
+            final=final,
+            due=lambda folder, _: workflow.due_in(folder),
+        )
+        board = board.model_copy(update={"made": workflow.scored_with(track)})
         try:
             analysis = analyze_track(competition, board, folders)
         except BadInput as error:
@@ -208,10 +220,13 @@ def status(competition: str, results: Path, watch: bool, html: Path | None, as_j
     from palio.operating import controller, status_view
     from palio.operating.status import competition_status
     from palio.provenance import write_text
+    from palio.workflow import Workflow
 
     def look() -> Any:
-        settings = competition_of(competition)
-        now = competition_status(settings, results_of(settings, results), controller.running())
+        workflow = Workflow(competition_content(competition), competition)
+        running = controller.running()
+        last = "" if running else controller.last_run()
+        now = competition_status(workflow, results_of(workflow.competition, results), running, last)
         if html:
             write_text(html, status_view.html_page(now))
         return now
@@ -229,10 +244,14 @@ def status(competition: str, results: Path, watch: bool, html: Path | None, as_j
 @click.argument("entry")
 @click.option("--why", required=True, help="Shown in the leaderboard.")
 def withdraw(competition: str, entry: str, why: str) -> None:
-    """Take an entry out of a running competition, on record in config/overrides/."""
+    """Take an entry out of a running competition, on record in config/overrides/. Cancels its SLURM jobs."""
+    from palio.entries import Entries
     from palio.operating import overrides
 
-    overrides.withdraw(competition_of(competition), entry, why)
+    settings = competition_of(competition)
+    overrides.withdraw(settings, entry, why)
+    for line in overrides.end_work(Results().entry(Entries(settings)[entry].track, entry)):
+        print(line)
     print(f"{entry} is withdrawn; start the workflow again to score without it")
 
 
@@ -245,10 +264,12 @@ def retry(competition: str, entry: str, steps: tuple[str, ...], results: Path) -
     """Grant steps of an entry a fresh start: new budget, nothing kept. On record in config/overrides/."""
     from palio.operating import overrides
     from palio.operating.status import competition_status
+    from palio.workflow import Workflow
 
-    found = competition_of(competition)
+    workflow = Workflow(competition_content(competition), competition)
+    found = workflow.competition
     if not steps:
-        entries = competition_status(found, results_of(found, results)).entries
+        entries = competition_status(workflow, results_of(found, results)).entries
         mine = [one for one in entries if one.entry == entry]
         steps = tuple(step.step for one in mine for step in one.steps if step.state == "failed")
         if mine and not steps:

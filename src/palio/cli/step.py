@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from palio.cli.group import ExistingPath, competition_content, palio
-from palio.errors import BadInput, RuleViolation
+from palio.errors import BadInput, RuleViolation, Withdrawn
 from palio.layout import CONFIG, NO_STORE, EntryFolder
 
 if TYPE_CHECKING:
@@ -66,9 +66,12 @@ def _command(name: str) -> click.Command:
         join: int | None = None,
     ) -> None:
         from palio import steps
+        from palio.config import load_overrides
         from palio.settings import CurateSettings, RunOptions
 
         folder, step_settings = _planned(name, entry_dir, competition, settings)
+        if why := load_overrides(step_settings.competition_id).withdrawn.get(folder.entry_id):
+            raise Withdrawn(f"{folder.entry_id} was withdrawn: {why}")
         given = RunOptions.read(options, **({"threads": threads} if threads else {}))
         if isinstance(step_settings, CurateSettings) and (shard or join is not None):
             steps.curate_ahead(

@@ -126,6 +126,7 @@ def prepare_stage(runs: StageRuns, out: Path) -> StageInstances:
         counts=counts,
         left_out=printed(folder, LEFT_OUT),
         sha256=fingerprint([entries, rows]),
+        made=runs.made,
     )
     record.write(out)
     return record

@@ -8,6 +8,7 @@ work/ folders, and is resumed.
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import json
 import os
@@ -17,16 +18,19 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from palio.config import Competition
 from palio.errors import PalioError
 from palio.guard import CONTROLLER_VARIABLE
-from palio.layout import LOCK, Results
+from palio.layout import LOCK
 from palio.operating import slurm
 from palio.operating.attempt import RUN_VARIABLE
+from palio.operating.kept import keep, put_back
 from palio.operating.status import EntryStatus, competition_status
+from palio.workflow import Workflow
 
 RUN_NAME = "palio_"
 """How names of our SLURM jobs begin: the profile's slurm-jobname-prefix."""
@@ -37,8 +41,8 @@ _lock: IO[str] | None = None
 """Held until the process ends."""
 
 
-def take_over(*, on_slurm: bool) -> None:
-    """Become the folder's controller. Raises `PalioError` if another one is alive."""
+def take_over(*, on_slurm: bool) -> str:
+    """Become the folder's controller; return the id of its run. Raises `PalioError` if another is alive."""
     global _lock  # noqa: PLW0603 (a lock lives as long as its process)
     LOCK.parent.mkdir(exist_ok=True)
     lock = LOCK.open("a+")
@@ -49,15 +53,74 @@ def take_over(*, on_slurm: bool) -> None:
             f"another Snakemake is running in this folder: {running() or 'just starting'}"
         ) from None
     run = uuid.uuid4().hex[:12]
-    lock.truncate(0)
-    json.dump({"host": platform.node(), "pid": os.getpid(), "started": time.time(), "run": run}, lock)
-    lock.flush()
     _lock = lock
+    _write_facts(host=platform.node(), pid=os.getpid(), started=time.time(), run=run)
     os.environ[RUN_VARIABLE] = run
     if on_slurm:
         cancel_orphans()
     else:
         os.environ[CONTROLLER_VARIABLE] = str(os.getpid())
+    return run
+
+
+def begin(workflow: Workflow, run: str) -> None:
+    """Keep what is about to be made again, write the plan down for the jobs, and watch how the run goes."""
+    from palio.operating import hooks  # imports Snakemake
+
+    for folder, step in workflow.due_steps():
+        with suppress(OSError):  # a folder that cannot be written has nothing to lose
+            keep(step, folder)
+    workflow.save(run)
+    hooks.install(workflow, run)
+    watch(workflow)
+    atexit.register(end, workflow, "failure", "the run ended by an exception; Snakemake's log says which")
+
+
+def end(workflow: Workflow, event: str, message: str) -> None:
+    """Tell the organizer and `palio status` how this process's run has ended; only the first call counts."""
+    if _lock is None or "ended" in (facts := _facts()):
+        return
+    put_back_all(workflow)
+    _write_facts(**facts, ended=time.time(), outcome=message)
+    notify(workflow.competition, event, message)
+
+
+def put_back_all(workflow: Workflow) -> None:
+    """Put back what steps had made and have not made again."""
+    for track_id, entries in workflow.active.items():
+        for entry_id in entries:
+            with suppress(OSError):
+                put_back(workflow.results.entry(track_id, entry_id))
+
+
+def _write_facts(**facts: Any) -> None:
+    assert _lock is not None
+    _lock.truncate(0)
+    json.dump(facts, _lock)
+    _lock.flush()
+
+
+def _facts() -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(LOCK.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return found
+
+
+def last_run() -> str:
+    """Say how the last run in this folder ended; empty if there was none."""
+    if not (facts := _facts()):
+        return ""
+    if "ended" in facts:
+        return f"last run ended {_minute(facts['ended'])}: {facts['outcome']}"
+    return (
+        f"last run was killed: process {facts['pid']} on {facts['host']}, begun {_minute(facts['started'])}"
+    )
+
+
+def _minute(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def running() -> str | None:
@@ -70,12 +133,9 @@ def running() -> str | None:
         return None
     except BlockingIOError:
         pass
-    try:
-        facts = json.loads(LOCK.read_text())
-    except json.JSONDecodeError:
+    if not (facts := _facts()):
         return None
-    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(facts["started"]))
-    return f"process {facts['pid']} on {facts['host']} since {since}"
+    return f"process {facts['pid']} on {facts['host']} since {_minute(facts['started'])}"
 
 
 def cancel_orphans() -> list[slurm.Job]:
@@ -134,20 +194,19 @@ class Watch:
         return news
 
 
-def watch(competition: Competition) -> None:
+def watch(workflow: Workflow) -> None:
     """Watch a running workflow in a thread, if the organizer has set `notify`. Ends with the process."""
+    competition = workflow.competition
     if competition.notify is None:
         return
-    watching, results = Watch(competition.stalled_after), Results(store=competition.store)
-    watching.look(
-        competition_status(competition, results).entries, time.time()
-    )  # earlier failures are not news
+    watching = Watch(competition.stalled_after)
+    watching.look(competition_status(workflow).entries, time.time())  # earlier failures are not news
 
     def loop() -> None:
         while True:
             time.sleep(WATCH_SECONDS)
             try:
-                news = watching.look(competition_status(competition, results).entries, time.time())
+                news = watching.look(competition_status(workflow).entries, time.time())
             except (PalioError, OSError) as error:
                 news = [("stall", f"the state of the competition cannot be read: {error}")]
             for event, message in news:

@@ -6,12 +6,20 @@ next run of the workflow follows it.
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
 import yaml
 
 from palio.config import Competition, Overrides, load_overrides
 from palio.entries import Entries
-from palio.errors import BadInput
+from palio.errors import BadInput, PalioError
+from palio.layout import EntryFolder
 from palio.layout import overrides as overrides_file
+from palio.operating import slurm
+from palio.operating.attempt import read_attempts
 from palio.pipeline import LIMITED
 from palio.provenance import write_text
 
@@ -23,6 +31,22 @@ def withdraw(competition: Competition, entry: str, why: str) -> None:
     _known(competition, entry)
     overrides = load_overrides(competition.competition)
     _write(competition, overrides, {"withdrawn": {**overrides.withdrawn, entry: why}})
+
+
+def end_work(folder: EntryFolder) -> Iterator[str]:
+    """Cancel an entry's SLURM jobs. Yield a line for each, and for each step that runs on this machine."""
+    wildcards = f"{folder.track_id}_{folder.entry_id}"
+    try:
+        for job in slurm.jobs(Path.cwd()) if slurm.available() else []:
+            if job.comment.partition("_wildcards_")[2] == wildcards:
+                slurm.ask("scancel", job.id)
+                yield f"cancelled job {job.id} ({job.comment}, {job.state.lower()})"
+    except PalioError as error:
+        yield f"SLURM is not responding, so no job is cancelled: {error}"
+    for attempt in read_attempts(folder):
+        here = attempt.job is None and attempt.node == platform.node()
+        if attempt.state is None and here and psutil.pid_exists(attempt.pid):
+            yield f"{attempt.step} still runs; to end it: kill {attempt.pid}"
 
 
 def retry(competition: Competition, entry: str, steps: list[str]) -> None:

@@ -1,7 +1,7 @@
 """The state of every entry of a competition, read from files and the SLURM queue: no lock, no Snakemake.
 
-A step is `done` when its record exists, `failed` when it left a reason, `running` when its last attempt
-has begun and its process or job is alive, `queued` when SLURM has its job, else `waiting` for other steps.
+A step is `running` when its last attempt has begun and its process or job is alive, `queued` when SLURM has
+its job, `done` when it is not due (`palio.planning`), `failed` when it left a reason, else `waiting`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Literal
 
 from palio.config import Competition
-from palio.entries import BrokenEntry, Entries
+from palio.entries import BrokenEntry
 from palio.errors import PalioError
 from palio.heartbeat import Heartbeat, read_heartbeat
 from palio.layout import EntryFolder, HelmFolder, Results, TrainingFolder, stage_named
 from palio.operating import slurm
 from palio.operating.attempt import Attempt, read_attempts
 from palio.pipeline import Step, steps_of
+from palio.planning import sources_gone
 from palio.records import StepFailure, UsedSeconds, read_record
 from palio.settings import EvaluateSettings
 from palio.training.ledger import charged, read_ledger
+from palio.workflow import Workflow
 
 StepState = Literal["waiting", "queued", "running", "done", "failed", "withdrawn"]
 
@@ -38,6 +40,8 @@ class StepStatus:
     """Number of attempts so far."""
     reason: str = ""
     """Why it failed, or why it is waiting."""
+    wait: str = ""
+    """What a waiting step waits for."""
     log: str = ""
     node: str = ""
     job: str | None = None
@@ -78,10 +82,15 @@ class Status:
     entries: list[EntryStatus]
     notes: list[str] = field(default_factory=list)
     """Problems met while reading the state."""
+    last_run: str = ""
+    """How the last run ended, where none is in progress."""
 
 
-def competition_status(competition: Competition, results: Results, controller: str | None = None) -> Status:
-    """Return the current state of every step of every entry."""
+def competition_status(
+    workflow: Workflow, results: Results | None = None, controller: str | None = None, last_run: str = ""
+) -> Status:
+    """Return the current state of every step of every entry. `last_run` says how the last run ended."""
+    competition, results = workflow.competition, results or workflow.results
     notes: list[str] = []
     queue: dict[str, slurm.Job] = {}
     if slurm.available():
@@ -92,19 +101,23 @@ def competition_status(competition: Competition, results: Results, controller: s
     unknown = bool(notes)
     now = time.time()
     statuses = []
-    all_entries = Entries(competition)
+    all_entries = workflow.entries
     notes += [str(fault) for fault in all_entries.left_out]
     for track_id, entries in all_entries.by_track().items():
         for entry_id, entry in entries.items():
             if isinstance(entry, BrokenEntry):
                 notes.append(str(entry.fault))
-            source = _Source(competition, results.entry(track_id, entry_id), queue, unknown, now)
-            if entry_id in competition.withdrawn:
-                steps = [StepStatus("check", "withdrawn", reason=competition.withdrawn[entry_id])]
-            else:
-                steps = [_step(step, source) for step in steps_of(entry)]
+            folder, withdrawn = results.entry(track_id, entry_id), entry_id in competition.withdrawn
+            due = {} if withdrawn else workflow.due_in(folder)
+            source = _Source(competition, folder, due, queue, unknown, now, controller is not None)
+            steps = [_step(step, source) for step in steps_of(entry)]
+            if withdrawn:  # what still runs is shown too
+                running = [step for step in steps if step.state in ("running", "queued")]
+                steps = [StepStatus("check", "withdrawn", reason=competition.withdrawn[entry_id]), *running]
+            elif gone := sources_gone(workflow.planned(entry_id)):
+                notes.append(f"{entry_id}: {', '.join(gone)} no longer exists; what was made of it is kept")
             statuses.append(EntryStatus(track_id, entry_id, entry.team, steps))
-    return Status(competition.competition, competition.title, now, controller, statuses, notes)
+    return Status(competition.competition, competition.title, now, controller, statuses, notes, last_run)
 
 
 @dataclass(frozen=True)
@@ -113,10 +126,14 @@ class _Source:
 
     competition: Competition
     folder: EntryFolder
+    due: Mapping[str, str]
+    """Step -> why it is due."""
     queue: Mapping[str, slurm.Job]
     """This user's SLURM jobs by comment."""
     queue_unknown: bool
     now: float
+    in_progress: bool
+    """Whether a controller runs."""
 
     def queued(self, step: Step) -> slurm.Job | None:
         # the executor writes wildcards in the order of the rule's output, joined by "_"
@@ -141,15 +158,30 @@ def _step(step: Step, source: _Source) -> StepStatus:
     if job and not ending:
         why = job.reason if job.state == "PENDING" else f"starting on {job.reason}"
         return replace(known, state="queued", job=job.id, reason=why)
-    if (record := step.record(folder)).exists():
-        return replace(known, state="done", reason=_note(step, record))
+    if name not in source.due:
+        took = sum(one.ended - one.started for one in attempts if one.ended) or None
+        return replace(known, state="done", reason=_note(step, step.record(folder)), seconds=took)
     failure = folder.failure(name)
     if failure.exists():
         end = read_record(StepFailure, failure)
         return replace(known, state="failed", reason=f"{end.state}: {end.reason}")
+    return _waiting(replace(known, wait=_wait(step, source)), step, source, last)
+
+
+def _waiting(known: StepStatus, step: Step, source: _Source, last: Attempt | None) -> StepStatus:
+    if step.record(source.folder).exists():  # of other settings, so their time is not this one's
+        return replace(known, used=None, reason=source.due[step.name])
     if last and last.state is None:
         return replace(known, reason=f"lost on {last.node}; will run again")
-    return replace(known, reason=_shards_done(folder)) if name == "curate" else known
+    return replace(known, reason=_shards_done(source.folder)) if step.name == "curate" else known
+
+
+def _wait(step: Step, source: _Source) -> str:
+    """Say what a step waits for that neither runs nor has failed nor is in SLURM's queue."""
+    behind = next(iter(source.due))
+    if behind != step.name:
+        return f"behind {behind}"
+    return "to be submitted" if source.in_progress else "for the next run"
 
 
 def _shards_done(folder: EntryFolder) -> str:

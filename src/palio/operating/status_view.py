@@ -16,6 +16,8 @@ from palio.operating.status import EntryStatus, Status, StepStatus
 from palio.pipeline import STEPS
 from palio.text import duration
 
+NARROW = 100
+"""Columns below which a terminal shows one line for each entry."""
 STYLES = {
     "waiting": "dim",
     "queued": "cyan",
@@ -42,7 +44,7 @@ def cell(step: StepStatus) -> str:
         return step.reason.partition(":")[0]
     if step.state == "queued":
         return f"queued ({step.reason})"
-    return step.state
+    return f"waiting {step.wait}".rstrip()
 
 
 def summary(status: Status) -> str:
@@ -51,6 +53,8 @@ def summary(status: Status) -> str:
         counts[entry.state] = counts.get(entry.state, 0) + 1
     parts = [f"{counts[state]} {state}" for state in STYLES if state in counts]
     running = f"run by {status.controller}" if status.controller else "no run in progress"
+    if status.last_run:
+        running += f"; {status.last_run}"
     return f"{len(status.entries)} entries: {', '.join(parts)}; {running}"
 
 
@@ -70,7 +74,31 @@ def _cells(entry: EntryStatus) -> list[StepStatus | None]:
     return [by_step.get(step.name) for step in STEPS]
 
 
-def terminal_view(status: Status) -> RenderableType:
+def _short_view(status: Status) -> RenderableType:
+    """Each entry by the step that decides its state."""
+    table = Table(title=status.title, title_justify="left", caption=summary(status), caption_justify="left")
+    table.box, rows = None, [(entry.track, entry.entry) for entry in status.entries]
+    for column, name in enumerate(("track", "entry")):
+        table.add_column(name, no_wrap=True, min_width=max((len(row[column]) for row in rows), default=0))
+    for name in ("done", "state"):
+        table.add_column(name, no_wrap=True)
+    for entry in status.entries:
+        done = sum(step.state == "done" for step in entry.steps)
+        step = next((step for step in entry.steps if step.state == entry.state), None)
+        named = step is not None and step.state not in ("done", "withdrawn")
+        state = f"{step.step}: {cell(step)}" if step and named else entry.state
+        table.add_row(*rows.pop(0), f"{done}/{len(entry.steps)}", Text(state, STYLES[entry.state]))
+    return Group(table, *_remarks(status))
+
+
+def _remarks(status: Status) -> list[Text]:
+    return [Text(f"{what}: {why}", "red") for what, why in reasons(status)]
+
+
+def terminal_view(status: Status, width: int) -> RenderableType:
+    """Return a table of entries by steps; a line for each entry where the terminal is narrow."""
+    if width < NARROW:
+        return _short_view(status)
     table = Table(title=status.title, title_justify="left", caption=summary(status), caption_justify="left")
     for column in ("track", "entry"):
         table.add_column(column, no_wrap=True)  # a narrow terminal wraps the steps, not the names
@@ -79,19 +107,22 @@ def terminal_view(status: Status) -> RenderableType:
     for entry in status.entries:
         steps = [Text(cell(step), STYLES[step.state]) if step else Text("–", "dim") for step in _cells(entry)]
         table.add_row(entry.track, entry.entry, *steps)
-    return Group(table, *(Text(f"{what}: {why}", "red") for what, why in reasons(status)))
+    return Group(table, *_remarks(status))
 
 
 def print_status(status: Status) -> None:
-    Console().print(terminal_view(status))
+    console = Console()
+    console.print(terminal_view(status, console.width))
 
 
 def watch_status(look: Callable[[], Status], every: float = 5.0) -> None:
     """Refresh the table until Ctrl-C."""
-    with Live(terminal_view(look()), auto_refresh=False, screen=True) as live, suppress(KeyboardInterrupt):
+    console = Console()
+    first = terminal_view(look(), console.width)
+    with Live(first, console=console, auto_refresh=False, screen=True) as live, suppress(KeyboardInterrupt):
         while True:
             time.sleep(every)
-            live.update(terminal_view(look()), refresh=True)
+            live.update(terminal_view(look(), console.width), refresh=True)
 
 
 def html_page(status: Status) -> str:

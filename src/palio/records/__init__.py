@@ -34,7 +34,7 @@ from palio.records.analysis import (
     Separation,
     Uncertainty,
 )
-from palio.records.common import AnyRecord, EntryRecord, Part, Record, TrackRecord, read_record
+from palio.records.common import AnyRecord, EntryRecord, Made, Part, Record, TrackRecord, read_record
 from palio.records.entry import (
     AdapterManifest,
     BaseModelManifest,
@@ -92,6 +92,7 @@ __all__ = [
     "HelmRun",
     "Interval",
     "Leaderboard",
+    "Made",
     "OperationReport",
     "Overfitting",
     "OverfittingEntry",

@@ -37,11 +37,24 @@ class TrackRecord(Record):
     """Track id."""
 
 
+class Made(Part):
+    """What a record was made with and from. `palio.planning` compares it with the config."""
+
+    settings: dict[str, str]
+    """Fingerprints of the settings of its step and of every step before it that decides its content."""
+    limits: str = ""
+    """Fingerprint of the limits, which decide only where an unfinished step ended."""
+    inputs: dict[str, str] = {}
+    """Identities of the records and handed-in files that the step read."""
+
+
 class EntryRecord(TrackRecord):
     """A record about one entry of a track."""
 
     entry: str
     """Entry id."""
+    made: Made | None = None
+    """What it was made with; None until its step has ended."""
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from palio.errors import State
-from palio.records.common import EntryRecord, Part, Record
+from palio.records.common import EntryRecord, Made, Part, Record
 
 
 class ScenarioCounts(Part):
@@ -56,6 +56,8 @@ class StageInstances(Record):
     """Rows of the data that were left out for want of a text: file and number."""
     sha256: str
     """Digest of the table of normalized texts, which stays in the stage's store."""
+    made: Made | None = None
+    """The settings that it was made with."""
 
 
 class ProbeCheck(Part):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from palio.errors import State
-from palio.records.common import Part, TrackRecord
+from palio.records.common import Made, Part, TrackRecord
 
 
 class Column(Part):
@@ -106,6 +106,8 @@ class Leaderboard(TrackRecord):
     """By entry id."""
     inputs: dict[str, str]
     """sha256 of each stage record and table that was scored, by path."""
+    made: Made | None = None
+    """The settings that it was made with; None outside the workflow."""
 
     @property
     def scenario_keys(self) -> list[tuple[str, str]]:

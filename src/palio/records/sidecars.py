@@ -45,8 +45,6 @@ class RunFacts(Record):
 class CurateRun(RunFacts):
     """curate.run.json"""
 
-    settings: str | None = None
-    """Fingerprint of the settings of a finished curation."""
     shards: int | None = None
     """Jobs that shared it; 0: one job did it all."""
 

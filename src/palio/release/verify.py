@@ -30,7 +30,7 @@ def verify_release(folder: Path) -> Iterator[str]:
         for track_id, entries in Entries(competition).by_track().items():
             shipped = read_record(Leaderboard, results.leaderboards.leaderboard(track_id))
             board = score_track(competition, track_id, results, entries, final=shipped.final)
-            if board == shipped:
+            if board == shipped.model_copy(update={"made": None}):
                 yield f"pass     {track_id}: the identical leaderboard, {len(board.entries)} entries"
             else:
                 wrong.append(track_id)

@@ -7,7 +7,7 @@ the leaderboard.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -253,6 +253,15 @@ class FinishedEntry:
     """sha256 by path relative to the results folder."""
 
 
+Due = Callable[[EntryFolder, AnyEntry], Mapping[str, str]]
+"""Step -> why an entry has no result of it (`palio.planning.due`)."""
+
+
+def unmade(folder: EntryFolder, entry: AnyEntry) -> Mapping[str, str]:
+    """Return the steps that have no record, where there is no config to compare records with."""
+    return {step.name: "not run yet" for step in steps_of(entry) if not step.record(folder).exists()}
+
+
 def score_track(
     competition: Competition,
     track: str,
@@ -260,8 +269,10 @@ def score_track(
     entries: Mapping[str, AnyEntry],
     *,
     final: bool,
+    due: Due = unmade,
 ) -> Leaderboard:
-    """Score the results of a track's entries.
+    """Score the results of a track's entries. What was made with other settings than the config's counts as
+    not finished.
 
     Standings (`final=False`) score the entries that have finished; a final leaderboard needs every entry
     finished or withdrawn.
@@ -271,7 +282,7 @@ def score_track(
             its records, or entries answered different instances.
     """
     outcomes = [
-        _outcome(competition, results.entry(track, name), entry, final=final)
+        _outcome(competition, results.entry(track, name), entry, due, final=final)
         for name, entry in entries.items()
     ]
     finished = [outcome for outcome in outcomes if isinstance(outcome, FinishedEntry)]
@@ -304,14 +315,16 @@ def score_track(
 
 
 def _outcome(
-    competition: Competition, folder: EntryFolder, entry: AnyEntry, *, final: bool
+    competition: Competition, folder: EntryFolder, entry: AnyEntry, due: Due, *, final: bool
 ) -> FinishedEntry | DidNotFinish:
     """Read an entry's results, or say why it has none."""
     name = folder.entry_id
     if name in competition.withdrawn:
         return Candidate(name, entry.team, ()).unscored("", State.WITHDRAWN, competition.withdrawn[name])
     try:
-        return _unfinished_step(folder, entry) or read_finished(competition, folder, entry.team)
+        return _unfinished_step(folder, entry, due(folder, entry)) or read_finished(
+            competition, folder, entry.team
+        )
     except (PalioError, FileNotFoundError) as error:
         if final:
             raise
@@ -319,17 +332,17 @@ def _outcome(
         return Candidate(name, entry.team, ()).unscored("open", State.CRASHED, str(error))
 
 
-def _unfinished_step(folder: EntryFolder, entry: AnyEntry) -> DidNotFinish | None:
-    """Return the first step without a result, and why; None if the entry has finished."""
-    for step in (step for step in steps_of(entry) if step.ranked):
-        state, reason, log = State.NOT_RUN, "not run yet", None
+def _unfinished_step(folder: EntryFolder, entry: AnyEntry, due: Mapping[str, str]) -> DidNotFinish | None:
+    """Return the first step without a result that holds, and why; None if the entry has finished."""
+    for step in (step for step in steps_of(entry) if step.ranked and step.name in due):
+        state, reason, log = State.NOT_RUN, due[step.name], None
         if (path := folder.failure(step.name)).exists():
             failure = read_record(StepFailure, path)
             state, reason, log = failure.state, failure.reason, failure.log
         elif isinstance(entry, BrokenEntry):
             reason = "the entry file is not valid; run `palio check` to see why"
         elif step.record(folder).exists():
-            continue
+            reason = f"{reason}; run again, or restore the config"
         return DidNotFinish(
             entry=folder.entry_id, team=entry.team, step=step.name, state=state, reason=reason, log=log
         )

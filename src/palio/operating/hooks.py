@@ -1,0 +1,61 @@
+"""What Snakemake 9.27 has no setting for, changed in the controller's own process.
+
+- A job that failed by its entry's own fault, or whose entry was withdrawn, is not submitted again.
+- An entry's folder that cannot be read or written (no quota, a stale handle) fails that entry's job.
+Snakemake would end the whole run: it takes only its own exceptions for a job's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from snakemake.exceptions import WorkflowError
+from snakemake.executors.local import Executor
+from snakemake.jobs import Job
+from snakemake.logging import logger
+from snakemake_interface_executor_plugins.executors.base import (  # type: ignore[import-untyped]
+    SubmittedJobInfo,
+)
+
+from palio.config import load_overrides
+from palio.operating.attempt import read_attempts, refusal
+from palio.pipeline import BY_RULE
+from palio.workflow import Workflow
+
+
+def install(workflow: Workflow, run: str) -> None:
+    """Change Snakemake's classes for the rest of this process."""
+    of_rule, postprocess, run_job = Job.restart_times, Job.postprocess, Executor.run_job
+
+    def restart_times(job: Any) -> int:
+        return 0 if is_final(job, workflow, run) else int(of_rule.fget(job))
+
+    async def contained(job: Any, *args: Any, error: bool = False, **options: Any) -> None:
+        try:
+            await postprocess(job, *args, error=error, **options)
+        except OSError as fault:
+            if not error:
+                raise WorkflowError(f"{job}: {fault}") from fault
+            logger.error(f"{job} has failed, and its files cannot be tidied up: {fault}")
+
+    def started(executor: Any, job: Any) -> None:
+        try:
+            run_job(executor, job)
+        except OSError as fault:
+            logger.error(f"{job} cannot start: {fault}")
+            executor.report_job_error(SubmittedJobInfo(job=job))
+
+    Job.restart_times = property(restart_times)
+    Job.postprocess = contained
+    Executor.run_job = started
+
+
+def is_final(job: Any, workflow: Workflow, run: str) -> bool:
+    """Whether another attempt at a failed job would end as this one has."""
+    step = BY_RULE.get(job.rule.name)
+    if step is None:
+        return False
+    if job.wildcards.entry in load_overrides(workflow.competition.competition).withdrawn:
+        return True
+    attempts = [one for one in read_attempts(workflow.folder(job.wildcards)) if one.step == step.name]
+    return refusal(attempts, run, None, "") is not None

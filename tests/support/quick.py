@@ -1,0 +1,99 @@
+"""`palio` whose steps only write records, for the real Snakemake: what runs is tested, not what it makes.
+
+program(path)      installs it as path/palio
+$PALIO_SLOW        `<entry> <step> <seconds>`: that step first takes so long
+$PALIO_FAULTY      `<entry> <step>`: that step breaks a rule
+ran.jsonl          a line for each step that was begun, with its settings
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import palio.base_model
+import palio.cli
+import palio.cli.organizer
+import palio.evaluation.stage
+import palio.steps
+from palio import planning
+from palio.errors import RuleViolation
+from palio.files import append_json_line
+from palio.layout import BaseModelFolder, EntryFolder
+from palio.operating.attempt import attempt
+from palio.pipeline import BY_NAME
+from palio.provenance import write_json
+from palio.settings import RunOptions, StageRuns, StepSettings
+from tests.support.records import leave_payload
+
+RAN = Path("ran.jsonl")
+
+
+def program(folder: Path) -> dict[str, str]:
+    """Install it in `folder`; return the environment in which Snakemake finds it."""
+    folder.mkdir()
+    path = folder / "palio"
+    root = Path(__file__).parents[2]
+    path.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(root)!r})\n"
+        "from tests.support.quick import main\nmain()\n"
+    )
+    path.chmod(0o755)
+    return os.environ | {"PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def main() -> None:
+    palio.steps.run = run
+    palio.base_model.fetch_base_model = fetch
+    palio.evaluation.stage.prepare_stage = prepare
+    palio.cli.organizer._score = score
+    if sys.argv[1] == "report":
+        page = Path("results/report/index.html")
+        (page.parent / "figures").mkdir(parents=True, exist_ok=True)
+        page.write_text("a report")
+        return
+    palio.cli.main()
+
+
+def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOptions) -> None:
+    step = BY_NAME[name]
+    with attempt(name, folder):
+        append_json_line(RAN, {"entry": folder.entry_id, "step": name, "settings": settings.decisive})
+        if os.environ.get("PALIO_SLOW", "").split()[:2] == [folder.entry_id, name]:
+            time.sleep(float(os.environ["PALIO_SLOW"].split()[2]))
+        if os.environ.get("PALIO_FAULTY", "").split() == [folder.entry_id, name]:
+            raise RuleViolation("is not allowed")
+        made = planning.made(step, folder, settings, palio.steps.RESOURCES)
+        leave_payload(step, folder)
+        for path in step.released(folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        write_json(step.record(folder), {"step": name, "of": made.settings})
+        planning.stamp(step, folder, settings, made)
+
+
+def fetch(source: Any, out: Path) -> None:
+    write_json(BaseModelFolder(out).manifest, {"id": out.name})
+
+
+def prepare(runs: StageRuns, out: Path) -> Any:
+    write_json(out, {"made": runs.made.model_dump(mode="json")})
+    sys.exit()
+
+
+def score(workflow: Any, tracks: list[str], results: Path, out: Path, *, final: bool) -> None:
+    for track in tracks:
+        for suffix in ("csv", "parquet", "md", "tex", "analysis.json"):
+            (out / f"{track}.{suffix}").touch()
+        made = workflow.scored_with(track).model_dump(mode="json")
+        write_json(out / f"{track}.json", {"made": made})
+
+
+def ran(folder: Path) -> list[tuple[str, str]]:
+    """Return (entry, step) of every step that was begun."""
+    lines = (folder / RAN).read_text().splitlines()
+    return [(line["entry"], line["step"]) for line in map(json.loads, lines)]

@@ -1,0 +1,52 @@
+"""Steps that only write their records: a competition's life in milliseconds."""
+
+from __future__ import annotations
+
+import shutil
+
+from palio import planning
+from palio.layout import EntryFolder
+from palio.pipeline import Step, steps_of
+from palio.provenance import write_json
+from palio.settings import StepSettings
+from palio.workflow import Workflow
+
+
+def leave_record(step: Step, folder: EntryFolder, settings: StepSettings, workflow: Workflow) -> None:
+    """What a step leaves: its payload, then its record, then what it was made with."""
+    made = planning.made(step, folder, settings, workflow.resources)
+    leave_payload(step, folder)
+    write_json(step.record(folder), {"step": step.name, "of": made.settings})
+    planning.stamp(step, folder, settings, made)
+
+
+def leave_payload(step: Step, folder: EntryFolder) -> None:
+    for path in step.payload(folder):
+        if path.suffix:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True)
+
+
+def leave_shared_records(workflow: Workflow) -> None:
+    """The records of base models, stages and leaderboards."""
+    for entry_id in workflow.entries:
+        base_model = workflow.planned(entry_id).base_model_id
+        write_json(workflow.resources.base_model(base_model).manifest, {"id": base_model})
+    for stage, runs in workflow.stage_runs.items():
+        write_json(workflow.resources.stage_record(stage), {"made": runs.made.model_dump(mode="json")})
+    for track in workflow.tracks:
+        made = workflow.scored_with(track).model_dump(mode="json")
+        write_json(workflow.results.leaderboards.leaderboard(track), {"made": made})
+
+
+def leave_all_records(workflow: Workflow) -> None:
+    """Every record of a finished competition, in the order of the steps."""
+    leave_shared_records(workflow)
+    for track, entries in workflow.active.items():
+        for entry_id, entry in entries.items():
+            planned, folder = workflow.planned(entry_id), workflow.results.entry(track, entry_id)
+            for step in steps_of(entry):
+                leave_record(step, folder, step.settings.of(planned, step.name), workflow)
