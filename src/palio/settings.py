@@ -209,6 +209,8 @@ class FinetuneSettings(StepSettings):
     isolation: Isolation | None = None
     network: bool = False
     """Whether the program may reach the network."""
+    team_folders: tuple[str, ...] = ()
+    """Folders that the program's files must be in."""
     fresh_start: PositiveInt | None = None
 
     @classmethod
@@ -223,6 +225,7 @@ class FinetuneSettings(StepSettings):
             program=entry.command,
             isolation=planned.isolation,
             network=entry.command is not None and planned.rules.network_in_training,
+            team_folders=planned.rules.team_folders if entry.command else (),
             fresh_start=planned.fresh_start(step),
         )
 
@@ -232,6 +235,8 @@ class PackageSettings(StepSettings):
     adapter: bool
     """Whether an adapter is merged; else the base model, or the team's server, is the package."""
     server: ServerProgram | None = None
+    team_folders: tuple[str, ...] = ()
+    """Folders that the server's files must be in."""
 
     @classmethod
     def of(cls, planned: PlannedEntry, step: str) -> Self:
@@ -241,6 +246,7 @@ class PackageSettings(StepSettings):
             base_model_id=planned.base_model_id,
             adapter=entry is not None and entry.trained,
             server=entry.server if entry else None,
+            team_folders=planned.rules.team_folders if entry and entry.server else (),
         )
 
 
@@ -329,6 +335,10 @@ class RunOptions(Strict):
     shards: int = 0
     """How many jobs shared the curation, for the record."""
     telemetry: Telemetry = Telemetry()
+    memory_mb: PositiveInt | None = None
+    """Memory of a process in MB, for steps that run Palio's own code on a team's files; None: no limit."""
+    minutes: PositiveInt | None = None
+    """Time for such a step; None: no limit."""
     among: EntryFolders | None = None
     """Where the entries are that a check sees the entry beside; None: in the file's own folder."""
 

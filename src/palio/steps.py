@@ -7,6 +7,7 @@ since each step has heavy libraries of its own.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 from palio.errors import PalioError, RuleViolation
@@ -29,11 +30,16 @@ RESOURCES = Resources()
 
 
 def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOptions) -> None:
-    """Run a step as one attempt, on record whatever ends it."""
+    """Run a step as one attempt, on record whatever ends it, and within the limits of its job if given."""
+    from palio.limits import in_child
     from palio.operating.attempt import attempt
 
+    work = partial(globals()[BY_NAME[name].function], folder, settings, options)
     with attempt(name, folder):
-        globals()[BY_NAME[name].function](folder, settings, options)
+        if options.memory_mb is not None and options.minutes is not None:
+            in_child(work, memory=options.memory_mb << 20, seconds=60 * options.minutes)
+        else:
+            work()
 
 
 def check(folder: EntryFolder, settings: CheckSettings, options: RunOptions) -> None:

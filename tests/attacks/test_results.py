@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from palio.errors import BadInput, RuleViolation
+from palio.errors import RuleViolation
 from palio.records import StepFailure, read_record
-from palio.sandbox.handed_in import check_files, take_model
+from palio.sandbox.handed_in import take_files, take_model
 from tests.support.programs import program_of, start_command
 from tests.support.training import Entry, tiny_base_model
 
@@ -120,8 +120,8 @@ def test_links_among_the_files_a_team_hands_in_are_refused(tmp_path: Path, targe
     files = tmp_path / "files"
     (files / "data").mkdir(parents=True)
     (files / "data" / "link").symlink_to(target)
-    with pytest.raises(BadInput, match="data/link: is a symbolic link"):
-        check_files(files, "command.files")
+    with pytest.raises(RuleViolation, match="data/link is a symbolic link"):
+        take_files(str(files), "command.files", tmp_path / "copy", roots=[], limit=1 << 20)
 
 
 def test_what_was_refused_is_on_record_with_its_reason(

@@ -32,6 +32,11 @@ MAX_LINE = 16 << 20
 """Bytes of one line; a longer one is a broken file, not a question and an answer."""
 
 
+UNFOLDED, MOST_UNFOLDED = 256 << 20, 200
+"""A compressed file may unfold to that many bytes, or to so many times its size if that is more."""
+MAX_COLUMNS = 1000
+
+
 class Malformed(ValueError):
     """A record that is no row; the message is the reason shown in the quarantine."""
 
@@ -175,8 +180,11 @@ def _saved(folder: Incoming) -> Iterator[tuple[int, Record | Malformed]]:
         for table in saved_tables(folder):
             with table.open() as stream:
                 mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            allowance = _Allowance(str(table), table.size())
             for batch in pa.ipc.open_stream(pa.py_buffer(mapped)):
+                _require_few_columns(str(table), batch.num_columns)
                 batch.validate(full=True)
+                allowance.take(batch.nbytes)
                 for record in batch.to_pylist():
                     line += 1
                     yield line, record
@@ -191,10 +199,11 @@ def _records(source: Incoming) -> Iterator[tuple[int, Record | Malformed]]:
             yield from _saved(source)
             return
         with source.open() as file:
+            allowance = _Allowance(shown, source.size())
             if name.endswith(".parquet"):
-                yield from _parquet(shown, file)
+                yield from _parquet(shown, file, allowance)
                 return
-            stream = _decompressed(file, name)
+            stream = _decompressed(file, name, allowance)
             name = name.removesuffix(".gz").removesuffix(".zst")
             if not name.endswith((".jsonl", ".csv")):
                 raise BadInput(
@@ -205,12 +214,49 @@ def _records(source: Incoming) -> Iterator[tuple[int, Record | Malformed]]:
         raise BadInput(shown, why=f"is broken or cut short ({error})", fix="fetch it again") from None
 
 
-def _decompressed(file: BinaryIO, name: str) -> IO[bytes]:
+class _Allowance:
+    """What a compressed file may still unfold to. Raises BadInput where it unfolds further."""
+
+    def __init__(self, shown: str, size: int) -> None:
+        self.shown, self.size = shown, size
+        self.left = max(UNFOLDED, MOST_UNFOLDED * size)
+
+    def take(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            most = max(UNFOLDED, MOST_UNFOLDED * self.size) >> 20
+            why = f"has {self.size} bytes and unfolds to more than {most} MB"
+            raise BadInput(self.shown, why=why, fix="give the file without compression")
+
+
+class _Unfolded(io.RawIOBase):
+    """A decompressed stream that keeps to an allowance."""
+
+    def __init__(self, stream: Any, allowance: _Allowance) -> None:
+        self._stream, self._allowance = stream, allowance
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._stream.read(len(buffer))
+        self._allowance.take(len(content))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+def _decompressed(file: BinaryIO, name: str, allowance: _Allowance) -> IO[bytes]:
     if name.endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=file))
+        return io.BufferedReader(_Unfolded(gzip.GzipFile(fileobj=file), allowance), 1 << 20)
     if name.endswith(".zst"):
-        return io.BufferedReader(pa.input_stream(file, compression="zstd"))
+        stream = pa.input_stream(file, compression="zstd")
+        return io.BufferedReader(_Unfolded(stream, allowance), 1 << 20)
     return file
+
+
+def _require_few_columns(shown: str, count: int) -> None:
+    if count > MAX_COLUMNS:
+        raise BadInput(shown, why=f"has {count} columns", fix=f"keep at most {MAX_COLUMNS}")
 
 
 def _jsonl(stream: IO[bytes]) -> Iterator[tuple[int, Record | Malformed]]:
@@ -238,6 +284,7 @@ def _csv(path: str, stream: IO[bytes]) -> Iterator[tuple[int, Record | Malformed
     csv.field_size_limit(MAX_LINE)
     reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
     try:
+        _require_few_columns(path, len(reader.fieldnames or ()))
         for record in reader:
             whole = None not in record and None not in record.values()
             yield (
@@ -252,14 +299,19 @@ def _csv(path: str, stream: IO[bytes]) -> Iterator[tuple[int, Record | Malformed
         raise BadInput(path, f"line {reader.line_num}", why=f"is not CSV: {error}") from None
 
 
-def _parquet(path: str, file: BinaryIO) -> Iterator[tuple[int, Record | Malformed]]:
+def _parquet(path: str, file: BinaryIO, allowance: _Allowance) -> Iterator[tuple[int, Record | Malformed]]:
     line = 0
     try:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
+        opened = pq.ParquetFile(file)
+        _require_few_columns(path, opened.metadata.num_columns)
+        for batch in opened.iter_batches(batch_size=1024):
+            allowance.take(batch.nbytes)
             for record in batch.to_pylist():
                 line += 1
                 yield line, record
-    except pa.ArrowException as error:
+    except pa.ArrowMemoryError:
+        raise
+    except (pa.ArrowException, OSError) as error:
         raise BadInput(path, why=f"is not a whole Parquet file ({error})", fix="fetch it again") from None
 
 
@@ -402,8 +454,13 @@ def _shape(source: DataSource) -> Shape:
 
     def rendered(record: Record) -> Turns:
         try:
-            return prompt.render(record), completion.render(record)
-        except (jinja2.TemplateError, TypeError) as error:
+            turns = prompt.render(record), completion.render(record)
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise Malformed(f"does not fit the template: {error}") from None
+        except (AttributeError, RecursionError) as error:
+            raise Malformed(f"does not fit the template: {type(error).__name__}") from None
+        if max(map(len, turns)) > MAX_LINE:
+            raise Malformed(f"the template makes more than {MAX_LINE >> 20} MiB of it")
+        return turns
 
     return _each(rendered)

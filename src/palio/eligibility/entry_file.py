@@ -174,13 +174,9 @@ def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
             ("program.path", f"{entry.kind}.image", "" if image.startswith("docker://") else image)
         )
     for rule, key, path in brought:
-        if path and not _inside(path, rules.team_folders):
-            yield Violation(
-                rule=rule,
-                key=key,
-                why=f"{path} does not lie in {' or '.join(rules.team_folders)}",
-                fix=f"put it into a folder of your team there, {rules.team_folders[0]}/<team>/",
-            )
+        if path and (refused := _refused(path, rules.team_folders)):
+            fix = refused.fix or f"put it into a folder of your team, {rules.team_folders[0]}/<team>/"
+            yield Violation(rule=rule, key=key, why=refused.why, fix=fix)
     for key, given in inputs:
         if given.kind == "open_stage" and not _inside(given.path, (str(RESOURCES.open_stage),)):
             yield Violation(

@@ -9,16 +9,18 @@ package.json          PackageManifest, written last
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 from palio.config import ServerProgram
 from palio.layout import BaseModelFolder, EntryFolder
 from palio.provenance import folder_sha256, write_json
 from palio.records import BaseModelManifest, PackageManifest, RunFacts, read_record, timed_run
-from palio.sandbox.handed_in import check_files
+from palio.sandbox.handed_in import take_files
 from palio.sandbox.image import fetch_image
 from palio.sandbox.server import FILES, IMAGE, PROGRAM
 from palio.settings import PackageSettings
+
+SERVER_BYTES = 200 << 30
+"""The most that a server's files have, and its image."""
 
 
 def package_server(
@@ -29,13 +31,14 @@ def package_server(
     building = folder.unfinished("package")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
+    roots = settings.team_folders
     folder.package_manifest.unlink(missing_ok=True)
     with timed_run(folder.run_facts("package"), RunFacts()):
         if program.files is not None:
-            check_files(Path(program.files), "server.files")
-            shutil.copytree(program.files, building / FILES, symlinks=True)
-            check_files(building / FILES, "server.files")  # nothing slipped in while it was copied
-        if program.image is not None:
+            take_files(program.files, "server.files", building / FILES, roots=roots, limit=SERVER_BYTES)
+        if program.image is not None and not program.image.startswith("docker://"):
+            take_files(program.image, "server.image", building / IMAGE, roots=roots, limit=SERVER_BYTES)
+        elif program.image is not None:
             fetch_image(program.image, building / IMAGE)
         write_json(building / PROGRAM, program.model_dump(mode="json", exclude_none=True))
         shutil.rmtree(folder.package, ignore_errors=True)

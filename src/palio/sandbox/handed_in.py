@@ -1,17 +1,16 @@
 """Files that come from a team. Nothing of them is trusted: a link is not followed, a pickle is not opened,
 code is not taken, and a weight file must be what its name says.
 
-    check_files    a team's folder before it is shown to its program or copied
+    take_files     a team's folder or image, as a copy that its program is shown
     take_model     what a training program left, into a folder of ours
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import stat
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from palio.errors import BadInput, RuleViolation
@@ -33,6 +32,7 @@ from palio.sandbox.model_files import (
 )
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FILES_LIMIT = 100_000
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -52,23 +52,40 @@ def _is_taken(name: str) -> bool:
     return name in (CONFIG, ADAPTER, GENERATION, *TOKENIZER) or name.endswith((".safetensors", ".model"))
 
 
-def check_files(folder: Path, key: str) -> None:
-    """A team's folder holds plain files and folders, and its program will be able to read them.
+def take_files(path: str, key: str, target: Path, *, roots: Sequence[str], limit: int) -> Path:
+    """Copy a team's folder, or its image, to `target`, which is shown to its program: what the team changes
+    later changes nothing.
 
-    Raises BadInput with `key`, the place in the entry file.
+    Args:
+        key: its place in the entry file.
+        roots: the rule set's `team_folders`; without them only a link in the folder, or in place of it, is
+            refused.
+        limit: bytes.
+
+    Raises:
+        BadInput: there is no such folder or image.
+        RuleViolation: it is outside the roots, too large, a link, or holds anything but files and folders.
     """
-    if not folder.is_dir():
-        raise BadInput("entry", key, str(folder), why="no such folder", fix="correct the path")
-    for where, folders, files in os.walk(folder):
-        for path in (Path(where), *(Path(where, name) for name in (*folders, *files))):
-            mode = path.lstat().st_mode
-            if stat.S_ISLNK(mode):
-                raise BadInput(path, why="is a symbolic link", fix="put the file itself there")
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise BadInput(path, why="is neither a file nor a folder", fix="remove it")
-            readable = stat.S_IROTH | (stat.S_IXOTH if stat.S_ISDIR(mode) else 0)
-            if os.geteuid() == 0 and mode & readable != readable:  # the program is not root
-                raise BadInput(path, why="is for its owner only", fix=f"run chmod -R o+rX {folder}")
+    given = Incoming.locate(Path(path), [Path(root) for root in roots])
+    shutil.rmtree(target, ignore_errors=True)
+    target.unlink(missing_ok=True) if target.is_file() else None
+    try:
+        if not given.is_folder():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy_files([given], target.parent, limit, name=target.name)
+            return target
+        files = list(given.files())
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput("entry", key, path, why="no such file or folder", fix="correct the path") from None
+    if len(files) > FILES_LIMIT:
+        raise RuleViolation(f"{given} holds {len(files)} files, more than {FILES_LIMIT}", "pack them")
+    target.mkdir(parents=True)
+    left = limit
+    for file in files:
+        inside = target / PurePosixPath(file.name).relative_to(given.name)
+        inside.parent.mkdir(parents=True, exist_ok=True)
+        left -= copy_files([file], inside.parent, left)
+    return target
 
 
 def take_model(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from palio.config import Pattern
 from palio.curation.operations import OperationContext, RowOperation, Verdict
 from palio.curation.rows import FIELDS, Batch, Side
+from palio.limits import bounded
 
 
 class ReplaceMatches(RowOperation):
@@ -19,7 +22,7 @@ class ReplaceMatches(RowOperation):
     op: Literal["replace_matches"]
     pattern: Pattern
     """Python regular expression."""
-    by: str = ""
+    by: Annotated[str, Field(max_length=1000)] = ""
     """Replacement; may refer to groups, as in `\\1`."""
     field: Side = "both"
     """Side of the row."""
@@ -32,7 +35,8 @@ class ReplaceMatches(RowOperation):
 def rewritten(batch: Batch, rewrite: Callable[[str], str], field: Side, without: str) -> Verdict:
     """Rewrite the turns of a field, and drop rows with an empty turn."""
     rows = [list(turns) for turns in batch.turns]
-    for turns in rows:
-        turns[FIELDS[field]] = map(rewrite, turns[FIELDS[field]])
+    with bounded() as watched:
+        for turns in watched(rows):
+            turns[FIELDS[field]] = map(rewrite, turns[FIELDS[field]])
     reasons = [None if all(map(str.strip, turns)) else f"nothing is left {without}" for turns in rows]
     return Verdict(reasons, batch.rewritten(rows))
