@@ -182,7 +182,7 @@ class CurateSettings(StepSettings):
             competition_id=planned.competition.competition,
             dataset=entry.dataset,
             base_model_id=planned.base_model_id,
-            team_folders=planned.rules.team_folders,
+            team_folders=planned.rules.folders_of(entry.team),
         )
 
 
@@ -225,7 +225,7 @@ class FinetuneSettings(StepSettings):
             program=entry.command,
             isolation=planned.isolation,
             network=entry.command is not None and planned.rules.network_in_training,
-            team_folders=planned.rules.team_folders if entry.command else (),
+            team_folders=planned.rules.folders_of(entry.team) if entry.command else (),
             fresh_start=planned.fresh_start(step),
         )
 
@@ -246,7 +246,7 @@ class PackageSettings(StepSettings):
             base_model_id=planned.base_model_id,
             adapter=entry is not None and entry.trained,
             server=entry.server if entry else None,
-            team_folders=planned.rules.team_folders if entry and entry.server else (),
+            team_folders=planned.rules.folders_of(entry.team) if entry and entry.server else (),
         )
 
 
@@ -299,6 +299,9 @@ class EvaluateSettings(StepSettings):
     base_model_id: str | None = None
     """For a team's own server, which is given the base model."""
     isolation: Isolation | None = None
+    metrics: dict[str, tuple[str, ...]] | None = None
+    """Of the closed stage: HELM's names of the metrics that leave it, by scenario. Others could carry what the
+    server makes of a prompt. None: all."""
     fresh_start: PositiveInt | None = None
 
     @classmethod
@@ -319,11 +322,16 @@ class EvaluateSettings(StepSettings):
     def of_package(cls, competition: Competition, runs: StageRuns, track_id: str) -> Self:
         """Settings of a stage for any model's package of a track."""
         stage = competition.stage(runs.stage)
+        metrics = {
+            name: tuple(sorted({column.metric for column in scenario.metrics.values()}))
+            for name, scenario in stage.scenarios.items()
+        }
         return cls(
             competition_id=competition.competition,
             runs=runs,
             limits=StageLimits(**{name: getattr(stage, name) for name in StageLimits.model_fields}),
             track=limits_of(competition.tracks[track_id]),
+            metrics=metrics if runs.stage == "closed" else None,
         )
 
 

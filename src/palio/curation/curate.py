@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from palio.base_model import weight_files
 from palio.config import (
     DatasetRecipe,
     Input,
@@ -202,14 +203,16 @@ def _model_copy(op: str, given: Input, context: OperationContext) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         files = []
     names = {Path(file.name).name for file in files}
+    why, fix = "no model with safetensors weights in this folder", "give one in Hugging Face format"
     # Given an adapter, transformers would load the base model from wherever its config says.
-    if "config.json" not in names or "adapter_config.json" in names or "model.safetensors" not in names:
-        why, fix = "no model with model.safetensors in this folder", "give one in Hugging Face format"
+    if "config.json" not in names or "adapter_config.json" in names:
         raise BadInput(*where, why=why, fix=fix)
     building = context.scratch / f"model-{os.getpid()}.tmp"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     copy_files(files, building, MODEL_BYTES)
+    if not weight_files(building):
+        raise BadInput(*where, why=why, fix=fix)
     try:
         config = json.loads((building / "config.json").read_text(encoding="utf-8"))
         check_claims(config if isinstance(config, dict) else {}, folder_tensors(building))
