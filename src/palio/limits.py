@@ -23,6 +23,8 @@ from palio.guard import end_with_parent
 
 ITEM_SECONDS = 4.0
 """CPU time for one record, row or text; honest ones take milliseconds."""
+WORK_SECONDS = 60.0
+"""CPU time for an operation on a batch of rows; an honest one takes a second."""
 WORK_MEMORY = 4 << 30
 """Bytes that reading a source, or an operation on a batch of rows, may take on top of what is in use."""
 
@@ -51,19 +53,25 @@ class Watched:
 
 
 @contextmanager
-def bounded(seconds: float = ITEM_SECONDS, memory: int = WORK_MEMORY) -> Iterator[Watched]:
+def bounded(
+    seconds: float = ITEM_SECONDS, memory: int = WORK_MEMORY, total: float = WORK_SECONDS
+) -> Iterator[Watched]:
     """Watch the items of a loop. Regular expressions and templates look for signals, so they can be
     interrupted; outside the main thread, where no signal arrives, only memory is limited.
 
     Raises:
-        TooMuch: an item took more than `seconds` of CPU time, or all together more than `memory` bytes.
+        TooMuch: an item took more than `seconds` of CPU time, or all together more than `total` seconds or
+            `memory` bytes.
     """
     watched = Watched()
     in_main_thread = threading.current_thread() is threading.main_thread()
-    last = 0
+    last = looks = 0
 
     def look(signum: int, frame: object) -> None:
-        nonlocal last
+        nonlocal last, looks
+        looks += 1
+        if looks * seconds / 2 > total:
+            raise TooMuch(f"the items up to {watched.item} take more than {total:g} s")
         if watched.item == last:
             raise TooMuch(f"item {last} takes more than {seconds / 2:g} s")
         last = watched.item

@@ -300,8 +300,8 @@ class EvaluateSettings(StepSettings):
     """For a team's own server, which is given the base model."""
     isolation: Isolation | None = None
     metrics: dict[str, tuple[str, ...]] | None = None
-    """Of the closed stage: HELM's names of the metrics that leave it, by scenario. Others could carry what the
-    server makes of a prompt. None: all."""
+    """Of the closed stage: HELM's names of the metrics that leave it, by scenario. Others could carry what
+    the server makes of a prompt. None: all."""
     fresh_start: PositiveInt | None = None
 
     @classmethod

@@ -6,11 +6,30 @@ import re
 import unicodedata
 
 _LATIN = {
-    "a": "\u0430\u03b1\u0251", "b": "\u0432", "c": "\u0441", "d": "\u0501", "e": "\u0435", "g": "\u0261", "h": "\u043d\u04bb",
-    "i": "\u0456\u03b9\u0131\u0269", "j": "\u0458", "k": "\u043a\u03ba", "l": "\u04cf1", "m": "\u043c", "n": "\u03b7",
-    "o": "\u043e\u03bf0", "p": "\u0440\u03c1", "q": "\u051b", "s": "\u0455", "t": "\u0442\u03c4", "u": "\u03c5", "v": "\u03bd",
-    "w": "\u051d", "x": "\u0445\u03c7", "y": "\u0443",
-}  # fmt: skip
+    "a": "\u0430\u03b1\u0251",
+    "b": "\u0432",
+    "c": "\u0441",
+    "d": "\u0501",
+    "e": "\u0435",
+    "g": "\u0261",
+    "h": "\u043d\u04bb",
+    "i": "\u0456\u03b9\u0131\u0269",
+    "j": "\u0458",
+    "k": "\u043a\u03ba",
+    "l": "\u04cf1",
+    "m": "\u043c",
+    "n": "\u03b7",
+    "o": "\u043e\u03bf0",
+    "p": "\u0440\u03c1",
+    "q": "\u051b",
+    "s": "\u0455",
+    "t": "\u0442\u03c4",
+    "u": "\u03c5",
+    "v": "\u03bd",
+    "w": "\u051d",
+    "x": "\u0445\u03c7",
+    "y": "\u0443",
+}
 _LOOKALIKES = str.maketrans({other: letter for letter, others in _LATIN.items() for other in others})
 """Cyrillic, Greek and other letters, and digits, that look like a Latin one."""
 

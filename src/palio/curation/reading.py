@@ -10,6 +10,7 @@ The folder's name is the hash of what decides the rows: content of the sources' 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,7 +171,7 @@ def _within_limits(source: DataSource, team_folders: Sequence[Path]) -> Iterator
     """Read a source. Raises BadInput for a record, or its template, that takes too much time or memory."""
     line = 0
     try:
-        with bounded() as watched:
+        with bounded(total=math.inf) as watched:
             for record in watched(read_source(source, team_folders)):
                 line = record.line
                 yield record
