@@ -1,6 +1,6 @@
 """Twenty hostile entries beside two honest ones, through the whole workflow: each hostile one ends with its
-own reason, and the honest ones have the results that they have alone. HELM and the sandbox are real; the model
-is tiny."""
+own reason, and the honest ones have the results that they have alone. HELM and the sandbox are real; the
+model is tiny."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Hostile:
 
 def hostile(make: Hostile) -> dict[str, str]:
     """Make twenty entries. Returns what the standings say of each."""
-    folder, teams = make.folder, make.folder / TEAMS
+    teams = make.folder / TEAMS
     teams.mkdir(parents=True)
     reasons: dict[str, str] = {}
 
