@@ -41,6 +41,8 @@ rule curate_dataset:
         " --settings {params.settings:q}"
         " --options {resources.options:q}"
         " --threads {threads}"
+        " --memory-mb {resources.mem_mb}"
+        " --minutes {resources.runtime}"
         " {params.ahead:q}"
         " > {log:q} 2>&1"
 

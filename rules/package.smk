@@ -20,4 +20,6 @@ rule build_package:
         "exec palio step package results/{wildcards.track}/{wildcards.entry}"
         " --settings {params.settings:q}"
         " --threads {threads}"
+        " --memory-mb {resources.mem_mb}"
+        " --minutes {resources.runtime}"
         " > {log:q} 2>&1"

@@ -40,6 +40,8 @@ def entry_files(
         BadInput: a folder does not exist; `file` is the config that names the folders.
     """
     paths: dict[str, Path] = {}
+    taken: dict[str, Path] = {}
+    """By the id without case: on some disks, and to a reader, Acme and acme are one."""
     left_out: list[BadInput] = []
     for folder in folders:
         if not Path(folder).is_dir():
@@ -48,12 +50,12 @@ def entry_files(
             if not ID_PATTERN.fullmatch(path.stem) or path.suffix != ".yaml":
                 fix = "rename it to <id>.yaml, the id of letters, digits, - and _"
                 left_out.append(BadInput(ascii(str(path)).strip("'"), fix=fix))
-            elif other := paths.get(path.stem):
+            elif other := taken.get(path.stem.casefold()):
                 left_out.append(
                     BadInput(path, "id", path.stem, why=f"is taken by {other}", fix="rename one of them")
                 )
             else:
-                paths[path.stem] = path
+                paths[path.stem] = taken[path.stem.casefold()] = path
     return dict(sorted(paths.items())), left_out
 
 

@@ -151,17 +151,25 @@ def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100 (Path.absolute keeps `..`)
 
 
-def copy_files(files: Sequence[Incoming], target: Path, limit: int) -> None:
-    """Copy files into the folder `target`, or none of them if they have more than `limit` bytes in all."""
+def copy_files(files: Sequence[Incoming], target: Path, limit: int, *, name: str | None = None) -> int:
+    """Copy files into the folder `target`, or none of them if they have more than `limit` bytes in all.
+
+    Everybody may read the copies, and execute those that their owner could. Returns the bytes copied.
+    """
     if (total := sum(file.size() for file in files)) > limit:
         raise RuleViolation(f"the files to take have {total >> 20} MB, more than the {limit >> 20} allowed")
+    copied = 0
     for file in files:
-        with file.open() as reader, (target / PurePosixPath(file.name).name).open("wb") as writer:
+        copy = target / (name or PurePosixPath(file.name).name)
+        with file.open() as reader, copy.open("wb") as writer:
             while chunk := reader.read(CHUNK):
-                limit -= len(chunk)
-                if limit < 0:
+                copied += len(chunk)
+                if copied > limit:
                     raise RuleViolation(f"{file} grew while it was copied", "stop writing before the end")
                 writer.write(chunk)
+            executable = os.fstat(reader.fileno()).st_mode & stat.S_IXUSR
+            os.fchmod(writer.fileno(), 0o755 if executable else 0o644)
+    return copied
 
 
 def names_beside(index: object, names: Iterable[object]) -> list[str]:

@@ -256,6 +256,16 @@ class EntryFolder:
     def training(self, key: str) -> TrainingFolder:
         return TrainingFolder(self.trainings / key)
 
+    @property
+    def program_files(self) -> Path:
+        """Our copy of the folder of a team's own training program."""
+        return self.work / "files"
+
+    @property
+    def program_image(self) -> Path:
+        """Our copy of the image of a team's own training program."""
+        return self.work / "image.sif"
+
     def unfinished(self, name: str) -> Path:
         """A folder in the making, moved to its place when it is complete."""
         return self.work / f"{name}.tmp"

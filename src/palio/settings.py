@@ -211,7 +211,7 @@ class CurateSettings(StepSettings):
             competition_id=planned.competition.competition,
             dataset=entry.dataset,
             base_model_id=planned.base_model_id,
-            team_folders=planned.rules.team_folders,
+            team_folders=planned.rules.folders_of(entry.team),
         )
 
     def records(self, resources: Resources) -> dict[str, Path]:
@@ -288,6 +288,8 @@ class FinetuneSettings(StepSettings):
     isolation: Isolation | None = None
     network: bool = False
     """Whether the program may reach the network."""
+    team_folders: tuple[str, ...] = ()
+    """Folders that the program's files must be in."""
     fresh_start: PositiveInt | None = None
 
     @classmethod
@@ -302,6 +304,7 @@ class FinetuneSettings(StepSettings):
             program=entry.command,
             isolation=planned.isolation,
             network=entry.command is not None and planned.rules.network_in_training,
+            team_folders=planned.rules.folders_of(entry.team) if entry.command else (),
             fresh_start=planned.fresh_start(step),
         )
 
@@ -317,6 +320,8 @@ class PackageSettings(StepSettings):
     adapter: bool
     """Whether an adapter is merged; else the base model, or the team's server, is the package."""
     server: ServerProgram | None = None
+    team_folders: tuple[str, ...] = ()
+    """Folders that the server's files must be in."""
 
     @classmethod
     def of(cls, planned: PlannedEntry, step: str) -> Self:
@@ -326,6 +331,7 @@ class PackageSettings(StepSettings):
             base_model_id=planned.base_model_id,
             adapter=entry is not None and entry.trained,
             server=entry.server if entry else None,
+            team_folders=planned.rules.folders_of(entry.team) if entry and entry.server else (),
         )
 
     def records(self, resources: Resources) -> dict[str, Path]:
@@ -357,6 +363,9 @@ class EvaluateSettings(StepSettings):
     base_model_id: str | None = None
     """For a team's own server, which is given the base model."""
     isolation: Isolation | None = None
+    metrics: dict[str, tuple[str, ...]] | None = None
+    """Of the closed stage: HELM's names of the metrics that leave it, by scenario. Others could carry what
+    the server makes of a prompt. None: all."""
     fresh_start: PositiveInt | None = None
 
     @classmethod
@@ -377,11 +386,16 @@ class EvaluateSettings(StepSettings):
     def of_package(cls, competition: Competition, runs: StageRuns, track_id: str) -> Self:
         """Settings of a stage for any model's package of a track."""
         stage = competition.stage(runs.stage)
+        metrics = {
+            name: tuple(sorted({column.metric for column in scenario.metrics.values()}))
+            for name, scenario in stage.scenarios.items()
+        }
         return cls(
             competition_id=competition.competition,
             runs=runs,
             limits=StageLimits(**{name: getattr(stage, name) for name in StageLimits.model_fields}),
             track=limits_of(competition.tracks[track_id]),
+            metrics=metrics if runs.stage == "closed" else None,
         )
 
     def records(self, resources: Resources) -> dict[str, Path]:
@@ -396,6 +410,10 @@ class RunOptions(Strict):
     shards: int = 0
     """How many jobs shared the curation, for the record."""
     telemetry: Telemetry = Telemetry()
+    memory_mb: PositiveInt | None = None
+    """Memory of a process in MB, for steps that run Palio's own code on a team's files; None: no limit."""
+    minutes: PositiveInt | None = None
+    """Time for such a step; None: no limit."""
     among: EntryFolders | None = None
     """Where the entries are that a check sees the entry beside; None: in the file's own folder."""
 

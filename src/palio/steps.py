@@ -7,6 +7,7 @@ since each step has heavy libraries of its own.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 from palio import planning
@@ -29,17 +30,20 @@ RESOURCES = Resources()
 
 
 def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOptions) -> None:
-    """Run a step as one attempt, on record whatever ends it."""
+    """Run a step as one attempt, on record whatever ends it, and within the limits of its job if given."""
+    from palio.limits import in_child
     from palio.operating.attempt import attempt
 
     step = BY_NAME[name]
+    work = partial(globals()[step.function], folder, settings, options)
     with attempt(name, folder):
         if gone := planning.vanished(step, folder, settings):
-            raise Interrupted(
-                f"{gone[0]} was read before and is gone; bring it back and start again"
-            )
+            raise Interrupted(f"{gone[0]} was read before and is gone; bring it back and start again")
         made = planning.made(step, folder, settings, RESOURCES)  # of what it is about to read
-        globals()[step.function](folder, settings, options)
+        if options.memory_mb is not None and options.minutes is not None:
+            in_child(work, memory=options.memory_mb << 20, seconds=60 * options.minutes)
+        else:
+            work()
         planning.stamp(step, folder, settings, made)
 
 

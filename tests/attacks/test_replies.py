@@ -123,6 +123,31 @@ def test_a_reply_made_to_break_a_parser_does_not_pass(server: Server, tmp_path: 
     assert faults(tmp_path) == {"a reply that is not JSON": 1}
 
 
+@pytest.mark.parametrize(
+    ("status", "header", "why"),
+    [
+        (302, "Location", "HTTP 302, which is a redirect"),
+        (307, "Location", "HTTP 307, which is a redirect"),
+        (101, "Upgrade", "HTTP 101, which is an upgrade"),
+        (204, "X", "HTTP 204, which is no answer"),
+        (999, "X", "a status that HTTP does not have"),
+    ],
+)
+def test_redirects_and_upgrades_are_counted_and_named_and_not_followed(
+    server: Server, tmp_path: Path, status: int, header: str, why: str
+) -> None:
+    reply = f"""
+    def reply(self):
+        self.send_response({status})
+        self.send_header("{header}", "http://192.0.2.1/process")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+"""
+    with server(reply) as running:
+        assert ask(running).json() == {"error": why}
+    assert faults(tmp_path) == {why: 1}
+
+
 def test_what_a_server_did_wrong_is_counted_over_its_attempts_and_ends_in_the_reason(
     server: Server, tmp_path: Path
 ) -> None:

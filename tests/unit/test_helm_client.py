@@ -50,7 +50,7 @@ def test_an_answer_is_asked_for_once_and_a_torn_line_of_the_journal_again(tmp_pa
         answers = [again.make_request(request) for request in (first, second)]
     assert [one.completions for one in answers] == [one.completions for one in given]
     assert [one.cached for one in answers] == [True, False]
-    assert len(Journal(journal).replies) == 2
+    assert len(Journal(journal).places) == 2
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ def _command(name: str) -> click.Command:
         click.Option(["--settings"], metavar="JSON", help="The step's settings; default: the config's."),
         click.Option(["--options"], metavar="JSON", default="{}", help="How it runs here."),
         click.Option(["--threads"], type=click.IntRange(min=1), help="CPU threads; default: all."),
+        click.Option(["--memory-mb"], type=click.IntRange(min=1), help="Memory of each of its processes."),
+        click.Option(["--minutes"], type=click.IntRange(min=1), help="Time, with --memory-mb."),
     ]
     if name == "curate":
         parameters += [
@@ -61,9 +63,9 @@ def _command(name: str) -> click.Command:
         competition: str,
         settings: str | None,
         options: str,
-        threads: int | None,
         shard: str | None = None,
         join: int | None = None,
+        **here: int | None,
     ) -> None:
         from palio import steps
         from palio.config import load_overrides
@@ -72,7 +74,7 @@ def _command(name: str) -> click.Command:
         folder, step_settings = _planned(name, entry_dir, competition, settings)
         if why := load_overrides(step_settings.competition_id).withdrawn.get(folder.entry_id):
             raise Withdrawn(f"{folder.entry_id} was withdrawn: {why}")
-        given = RunOptions.read(options, **({"threads": threads} if threads else {}))
+        given = RunOptions.read(options, **{key: value for key, value in here.items() if value})
         if isinstance(step_settings, CurateSettings) and (shard or join is not None):
             steps.curate_ahead(
                 folder, step_settings, given, shard=shard_of(shard) if shard else None, join=join or 0

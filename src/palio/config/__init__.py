@@ -33,6 +33,7 @@ from palio.config.reading import (
     parse,
 )
 from palio.config.ruleset import ApprovedModel, RuleSet
+from palio.config.team import team_id, team_skeleton
 from palio.config.yaml_file import read_yaml
 
 __all__ = [
@@ -76,4 +77,6 @@ __all__ = [
     "operation_names",
     "parse",
     "read_yaml",
+    "team_id",
+    "team_skeleton",
 ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from palio.config.base_model import BaseModelSource
 from palio.config.common import PlainText, Strict
 from palio.config.dataset import DatasetRecipe
 from palio.config.finetune import FinetuneRecipe
 from palio.config.program import Program, ServerProgram
+from palio.config.team import team_id
 from palio.errors import InvalidValue
 
 PARTS = {
@@ -21,11 +22,17 @@ PARTS = {
 """The sections that entries of each kind have beside those that all entries have."""
 
 
+def _team(value: str) -> str:
+    if not team_id(value):
+        raise InvalidValue(why="has neither letters nor digits", fix="name the team")
+    return value
+
+
 class Entry(Strict):
     """One submission of one team to one track. Its id is the name of its file."""
 
-    team: Annotated[PlainText, Field(min_length=1)]
-    """Name of the team."""
+    team: Annotated[PlainText, Field(min_length=1), AfterValidator(_team)]
+    """Name of the team. Case, blanks and punctuation tell no two teams apart."""
     team_members: tuple[PlainText, ...] = ()
     """Names of the people in the team, where the rules limit their number."""
     track: str

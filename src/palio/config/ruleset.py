@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, PositiveInt, model_validator
 
 from palio.config.common import Strict
+from palio.config.team import team_id
 from palio.layout import TEAMS
 
 
@@ -36,8 +37,10 @@ class RuleSet(Strict):
     data_licences: tuple[str, ...] = Field(min_length=1)
     """SPDX ids that a data source may have."""
     team_folders: tuple[str, ...] = (TEAMS,)
-    """Folders that teams' data and programs must be in, symbolic links resolved. Never a folder with stage
-    instances or anyone's home."""
+    """Folders that teams' data and programs must be in. In one that ends in `<team>` each team has its own,
+    named for it in lower case with `-` for blanks and punctuation: `resources/teams/<team>` is
+    `resources/teams/nobile-oca` for the team Nobile Oca, and another team's is refused. Never a folder with
+    stage instances or anyone's home."""
     require_url: bool = True
     """Require a data source, unless generated, to say where the public finds it."""
     refused_generators: tuple[str, ...] = ()
@@ -53,6 +56,10 @@ class RuleSet(Strict):
     """Let `command` entries use the network while they train."""
     max_team_size: PositiveInt | None = None
     """Maximum number of people in a team, counted over its entries; omit for no limit."""
+
+    def folders_of(self, team: str) -> tuple[str, ...]:
+        """Return the `team_folders` of a team."""
+        return tuple(folder.replace("<team>", team_id(team)) for folder in self.team_folders)
 
     @model_validator(mode="after")
     def _families_exist(self) -> RuleSet:

@@ -15,6 +15,8 @@ machines share the work folder: each works ahead on a shard of the batches as fa
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -33,11 +35,15 @@ from palio.curation.reading import Progress, Sources, find_sources, read_sources
 from palio.curation.step import Step
 from palio.curation.store import Pool, Stored, Tick, batch_file, pool, unheard
 from palio.errors import BadInput
-from palio.incoming import Incoming
+from palio.incoming import Incoming, copy_files
 from palio.layout import DatasetFolder
-from palio.provenance import file_sha256, fingerprint, write_text
+from palio.provenance import file_sha256, fingerprint, folder_sha256, write_text
 from palio.records import DatasetManifest, OperationReport
+from palio.sandbox.model_files import check_claims, folder_tensors
 
+MODEL_FILES = (".safetensors", ".json", ".txt", ".model")
+MODEL_BYTES = 20 << 30
+"""The most that an operation's model has."""
 RECIPE_VERSION = "4"
 """Raised when equal recipes give other rows than before."""
 
@@ -142,13 +148,20 @@ def curate_ahead(
 def _steps(
     recipe: DatasetRecipe, sources: Sources, base_model: Path, team_folders: Sequence[Path], work: Path
 ) -> list[Step]:
+    models: dict[str, Path] = {}
     context = OperationContext(
-        base_model=base_model, team_folders=team_folders, seed=recipe.seed, scratch=work
+        base_model=base_model, team_folders=team_folders, seed=recipe.seed, scratch=work, models=models
     )
     steps: list[Step] = []
     rows, key = sources.folder, sources.key
     for index, operation in enumerate(recipe.operations):
-        digests = [_digest(operation.op, given, context) for given in operation.inputs]
+        digests = []
+        for given in operation.inputs:
+            if given.kind == "model_folder":
+                models[given.path] = _model_copy(operation.op, given, context)
+                digests.append(fingerprint(folder_sha256(models[given.path])))
+            else:
+                digests.append(_digest(operation.op, given, context))
         key = fingerprint([key, recipe.seed, operation.model_dump(mode="json"), digests])
         folder = work / f"{index:02}-{operation.op}-{key[:16]}"
         steps.append(Step(index, operation, rows, folder, context))
@@ -161,7 +174,6 @@ def _digest(op: str, given: Input, context: OperationContext) -> str:
 
     Raises:
         BadInput: there is no such input.
-        RuleViolation: a file of the team is outside the team folders, or a link.
     """
     if given.kind == "tokenizer":
         files = sorted(context.base_model.glob("token*"))
@@ -171,17 +183,47 @@ def _digest(op: str, given: Input, context: OperationContext) -> str:
             )
         return fingerprint({path.name: file_sha256(path) for path in files})
     path = Path(given.path)
-    if given.kind == "open_stage":
-        if not path.is_file():
-            raise BadInput(path, why="no such table of instances", fix="prepare the open stage first")
-        return file_sha256(path)
-    model = Incoming.locate(path, context.team_folders)
-    folder = model.root / model.name
+    if not path.is_file():
+        raise BadInput(path, why="no such table of instances", fix="prepare the open stage first")
+    return file_sha256(path)
+
+
+def _model_copy(op: str, given: Input, context: OperationContext) -> Path:
+    """Copy an operation's model into the work folder, once for each content.
+
+    Raises:
+        BadInput: it is no model, or its config claims more than its weights hold.
+        RuleViolation: a file of it is outside the team folders, a link, or not what its name says.
+    """
+    where = ("dataset", f"{op}.{given.key}", given.path)
+    folder = Incoming.locate(Path(given.path), context.team_folders)
+    try:
+        files = [folder / name for name in folder.names()]
+        files = [file for file in files if file.name.endswith(MODEL_FILES) and not file.is_folder()]
+    except (FileNotFoundError, NotADirectoryError):
+        files = []
+    names = {Path(file.name).name for file in files}
+    why, fix = "no model with safetensors weights in this folder", "give one in Hugging Face format"
     # Given an adapter, transformers would load the base model from wherever its config says.
-    if (folder / "adapter_config.json").exists() or not weight_files(folder):
-        why, fix = "no model with safetensors weights in this folder", "give one in Hugging Face format"
-        raise BadInput("dataset", f"{op}.{given.key}", given.path, why=why, fix=fix)
-    return model.sha256()
+    if "config.json" not in names or "adapter_config.json" in names:
+        raise BadInput(*where, why=why, fix=fix)
+    building = context.scratch / f"model-{os.getpid()}.tmp"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    copy_files(files, building, MODEL_BYTES)
+    if not weight_files(building):
+        raise BadInput(*where, why=why, fix=fix)
+    try:
+        config = json.loads((building / "config.json").read_text(encoding="utf-8"))
+        check_claims(config if isinstance(config, dict) else {}, folder_tensors(building))
+    except (ValueError, RecursionError):
+        raise BadInput(*where, why="its config.json is not JSON", fix="save the model again") from None
+    kept = context.scratch / f"model-{fingerprint(folder_sha256(building))[:16]}"
+    if kept.exists():
+        shutil.rmtree(building)
+    else:
+        building.rename(kept)
+    return kept
 
 
 def _carry_out(

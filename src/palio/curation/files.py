@@ -31,6 +31,9 @@ from palio.incoming import Incoming, saved_tables
 MAX_LINE = 16 << 20
 """Bytes of a line, characters of a JSON value or a CSV field; a longer one is a broken file, not a question
 and an answer."""
+UNFOLDED, MOST_UNFOLDED = 256 << 20, 200
+"""A compressed file may unfold to that many bytes, or to so many times its size if that is more."""
+MAX_COLUMNS = 1000
 FILE_TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst")
 
@@ -50,10 +53,11 @@ def file_records(source: Incoming) -> Iterator[Numbered]:
             yield from _saved(source)
             return
         with source.open() as file:
+            allowance = _Allowance(shown, source.size())
             if name.endswith(".parquet"):
-                yield from _parquet(shown, file)
+                yield from _parquet(shown, file, allowance)
                 return
-            stream = _decompressed(file, name)
+            stream = _decompressed(file, name, allowance)
             for ending in COMPRESSED:
                 name = name.removesuffix(ending)
             if not name.endswith(FILE_TYPES):
@@ -64,6 +68,8 @@ def file_records(source: Incoming) -> Iterator[Numbered]:
         raise BadInput(shown, why="no such file", fix="correct the path, or fetch it again") from None
     except UnicodeDecodeError:
         raise BadInput(shown, why="is not UTF-8", fix="save the file as UTF-8") from None
+    except pa.ArrowMemoryError:
+        raise
     except (EOFError, OSError, zlib.error, pa.ArrowException) as error:
         raise BadInput(shown, why=f"is broken or cut short ({error})", fix="fetch it again") from None
 
@@ -80,12 +86,49 @@ def _text_records(shown: str, name: str, stream: io.BufferedReader) -> Iterator[
         yield from _json_lines(stream)
 
 
-def _decompressed(file: BinaryIO, name: str) -> io.BufferedReader:
+class _Allowance:
+    """What a compressed file may still unfold to. Raises BadInput where it unfolds further."""
+
+    def __init__(self, shown: str, size: int) -> None:
+        self._shown, self._size = shown, size
+        self._left = max(UNFOLDED, MOST_UNFOLDED * size)
+
+    def take(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            most = max(UNFOLDED, MOST_UNFOLDED * self._size) >> 20
+            why = f"has {self._size} bytes and unfolds to more than {most} MB"
+            raise BadInput(self._shown, why=why, fix="give the file without compression")
+
+
+class _Unfolded(io.RawIOBase):
+    """A decompressed stream that keeps to an allowance."""
+
+    def __init__(self, stream: Any, allowance: _Allowance) -> None:
+        self._stream, self._allowance = stream, allowance
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._stream.read(len(buffer))
+        self._allowance.take(len(content))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+def _decompressed(file: BinaryIO, name: str, allowance: _Allowance) -> io.BufferedReader:
     if name.endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=file))
+        return io.BufferedReader(_Unfolded(gzip.GzipFile(fileobj=file), allowance), 1 << 20)
     if name.endswith(".zst"):
-        return io.BufferedReader(pa.input_stream(file, compression="zstd"))
+        stream = pa.input_stream(file, compression="zstd")
+        return io.BufferedReader(_Unfolded(stream, allowance), 1 << 20)
     return io.BufferedReader(file)  # type: ignore[arg-type]  # what Incoming opens is one already
+
+
+def _require_few_columns(shown: str, count: int) -> None:
+    if count > MAX_COLUMNS:
+        raise BadInput(shown, why=f"has {count} columns", fix=f"keep at most {MAX_COLUMNS}")
 
 
 # --- JSON -----------------------------------------------------------------------------------------------
@@ -219,6 +262,7 @@ def _csv(shown: str, stream: BinaryIO, delimiter: str) -> Iterator[Numbered]:
         for values in reader:
             if header is None:
                 header = values if values else None
+                _require_few_columns(shown, len(values))
                 if twice := {name for name in values if values.count(name) > 1}:
                     why = f"two columns are called {min(twice)!r}"
                     raise BadInput(shown, f"line {line}", why=why, fix="rename one")
@@ -279,13 +323,18 @@ class _Swallowed:
 # --- Arrow ----------------------------------------------------------------------------------------------
 
 
-def _parquet(shown: str, file: BinaryIO) -> Iterator[Numbered]:
+def _parquet(shown: str, file: BinaryIO, allowance: _Allowance) -> Iterator[Numbered]:
     number = 0
     try:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
+        opened = pq.ParquetFile(file)
+        _require_few_columns(shown, opened.metadata.num_columns)
+        for batch in opened.iter_batches(batch_size=1024):
+            allowance.take(batch.nbytes)
             for record in _arrow_records(shown, batch, number):
                 number += 1
                 yield number, record
+    except pa.ArrowMemoryError:
+        raise
     except (pa.ArrowException, OSError) as error:
         raise BadInput(shown, why=f"is not a whole Parquet file ({error})", fix="fetch it again") from None
 
@@ -318,8 +367,11 @@ def _saved(folder: Incoming) -> Iterator[Numbered]:
         for table in saved_tables(folder):
             with table.open() as stream:
                 mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            allowance = _Allowance(str(table), table.size())
             for batch in pa.ipc.open_stream(pa.py_buffer(mapped)):
+                _require_few_columns(str(table), batch.num_columns)
                 batch.validate(full=True)
+                allowance.take(batch.nbytes)
                 for record in batch.to_pylist():
                     number += 1
                     yield number, record

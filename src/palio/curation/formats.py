@@ -18,8 +18,9 @@ import jinja2
 import jinja2.sandbox
 
 from palio.config import DataSource, RowTemplate
-from palio.curation.files import Numbered
+from palio.curation.files import MAX_LINE, Numbered
 from palio.curation.rows import Malformed, Record, Turns
+from palio.limits import TooMuch
 
 Reader = Callable[[Record], list[Turns]]
 """Returns the rows of a record, most often one."""
@@ -321,9 +322,14 @@ def _template(template: RowTemplate) -> Callable[[Record], Turns]:
     def rendered(record: Record) -> Turns:
         values = _filled(record)
         try:
-            return prompt.render(values), completion.render(values)
+            turns = prompt.render(values), completion.render(values)
+        except (MemoryError, TooMuch):
+            raise
         except Exception as error:  # a template may raise anything
             said = str(error) or type(error).__name__
             raise Malformed(f"does not fit the template: {said}") from None
+        if max(map(len, turns)) > MAX_LINE:
+            raise Malformed(f"the template makes more than {MAX_LINE >> 20} MiB of it")
+        return turns
 
     return rendered

@@ -10,6 +10,7 @@ The folder's name is the hash of what decides the rows: content of the sources' 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,12 @@ from palio.curation.source import Quarantined, SourceRow, read_source, source_di
 from palio.curation.store import batch_file, write_batches
 from palio.errors import BadInput
 from palio.layout import DatasetFolder
+from palio.limits import TooMuch, bounded
 from palio.provenance import canonical_json, fingerprint, write_json, write_text
 from palio.records import SourceReport
+
+MANY_MALFORMED = 100_000
+"""Malformed lines, each kept with its reason, after which a source that has too many is given up."""
 
 
 class Progress(Protocol):
@@ -125,10 +130,12 @@ class _Reading:
         for source, digest in zip(sources, digests, strict=True):
             rows = quarantined = size = 0
             batch: list[SourceRow] = []
-            for record in read_source(source, team_folders):
+            for record in _within_limits(source, team_folders):
                 if isinstance(record, Quarantined):
                     quarantined += 1
                     self.quarantine.append({"source": source.label, **record.__dict__})
+                    if quarantined % MANY_MALFORMED == 0 and quarantined > most * (rows + quarantined):
+                        break  # a file of nothing else is not read to its end
                     continue
                 if rows == self.limit:
                     break
@@ -158,6 +165,20 @@ class _Reading:
                     quarantined=quarantined,
                 )
             )
+
+
+def _within_limits(source: DataSource, team_folders: Sequence[Path]) -> Iterator[SourceRow | Quarantined]:
+    """Read a source. Raises BadInput for a record, or its template, that takes too much time or memory."""
+    line = 0
+    try:
+        with bounded(total=math.inf) as watched:
+            for record in watched(read_source(source, team_folders)):
+                line = record.line
+                yield record
+    except TooMuch as error:
+        key = "template" if source.template else f"record {line + 1}"
+        fix = "correct the template" if source.template else "split the file into smaller records"
+        raise BadInput(source.address, key, why=f"takes too much: {error}", fix=fix) from None
 
 
 def _record_batch(source: DataSource, rows: Sequence[SourceRow]) -> pa.RecordBatch:

@@ -24,6 +24,8 @@ from palio.curation.dataset import EXAMPLES
 from palio.curation.operations import OperationContext, RowOperation, TableOperation, Verdict
 from palio.curation.rows import ROW, Batch, asked, shortened, texts_of
 from palio.curation.store import Stored, batch_file, read_batch, write_batches
+from palio.errors import BadInput
+from palio.limits import TooMuch
 from palio.records import OperationReport
 
 _REASON = pa.schema([pa.field("reason", pa.string())])
@@ -81,7 +83,12 @@ class Step:
         """Carry out the verdict on a batch; return its number of rows."""
         batch = self._batch(number)
         if isinstance(self.operation, RowOperation):
-            verdict = self.operation.apply(batch, self.context)
+            try:
+                verdict = self.operation.apply(batch, self.context)
+            except TooMuch as error:
+                key, why = f"operations.{self.index}", f"takes too much: {error} of batch {number}"
+                fix = "simplify its patterns"
+                raise BadInput("dataset", key, self.operation.op, why=why, fix=fix) from None
         else:
             verdict = Verdict(read_batch(self._reasons, number)["reason"].to_pylist())
         kept, dropped, account = self._carried_out(batch.table, verdict)

@@ -162,8 +162,9 @@ def _schema_violation(fault: Fault) -> Violation:
 
 def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
     """Check that a team's files lie in the teams' folders: not in a stage's store or somebody's home."""
+    folders = rules.folders_of(entry.team)
     for index, source in enumerate(entry.dataset.sources if entry.dataset else ()):
-        if source.path and (refused := _refused(source.path, rules.team_folders)):
+        if source.path and (refused := _refused(source.path, folders)):
             key = f"dataset.sources.{index}.path"
             yield Violation(rule="data.path", key=key, why=refused.why, fix=refused.fix)
     inputs = entry.dataset.inputs if entry.dataset else []
@@ -177,15 +178,9 @@ def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
             ("program.path", f"{entry.kind}.image", "" if image.startswith("docker://") else image)
         )
     for rule, key, path in brought:
-        if path and not _inside(path, rules.team_folders):
-            yield Violation(
-                rule=rule,
-                key=key,
-                why=f"{path} does not lie in {' or '.join(rules.team_folders)}",
-                fix=f"put it into a folder of your team there, {rules.team_folders[0]}/<team>/",
-            )
-        elif path and (refused := _refused(path, rules.team_folders)):
-            yield Violation(rule=rule, key=key, why=refused.why, fix=refused.fix)
+        if path and (refused := _refused(path, folders)):
+            fix = refused.fix or f"put it into a folder of your team, {folders[0]}"
+            yield Violation(rule=rule, key=key, why=refused.why, fix=fix)
     for key, given in inputs:
         if given.kind == "open_stage" and not _inside(given.path, (str(RESOURCES.open_stage),)):
             yield Violation(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from palio.config import Entry, RuleSet
+from palio.config import Entry, RuleSet, team_id, team_skeleton
 from palio.provenance import canonical_json
 from palio.records import Violation
 
@@ -41,6 +41,8 @@ class Neighbours:
     """Entries of the same team in the same track, this one included."""
     alike: tuple[Alike, ...]
     """By entry id."""
+    lookalikes: tuple[str, ...] = ()
+    """Names of other teams that can be taken for this one's."""
 
 
 class Participants:
@@ -53,7 +55,10 @@ class Participants:
         self, entries: Mapping[str, Entry], content: Callable[[str], str] = lambda path: path
     ) -> None:
         self.entries = entries
-        self._of_team = Counter((entry.team, entry.track) for entry in entries.values())
+        self._of_team = Counter((team_id(entry.team), entry.track) for entry in entries.values())
+        self._lookalikes: defaultdict[str, set[str]] = defaultdict(set)
+        for entry in entries.values():
+            self._lookalikes[team_skeleton(entry.team)].add(entry.team)
         self._training = {name: _training(entry) for name, entry in entries.items()}
         # Opens files of data: of entries that choose alike only, and once.
         self._data = functools.cache(lambda name: _data(entries[name], content))
@@ -69,7 +74,9 @@ class Participants:
             for other in self._groups[self._group(name)]
             if other != name and (differs := self._differs(name, other)) is not None
         ]
-        return Neighbours(self._of_team[entry.team, entry.track], tuple(alike))
+        own_id = team_id(entry.team)
+        others = {team for team in self._lookalikes[team_skeleton(entry.team)] if team_id(team) != own_id}
+        return Neighbours(self._of_team[own_id, entry.track], tuple(alike), tuple(sorted(others)))
 
     def _group(self, name: str) -> tuple[str, str, str]:
         entry = self.entries[name]
@@ -108,9 +115,18 @@ def violations_among(
                 fix=f"keep at most {rules.max_entries_per_team}",
             )
         )
+    for team in around.lookalikes:
+        notices.append(
+            Violation(
+                rule="team.name",
+                key="team",
+                why=f"{entry.team!a} looks like {team!a}, another team's name",
+                fix="ask both teams",
+            )
+        )
     for other in around.alike:
         what = f" but for {', '.join(other.differs)}" if other.differs else ""
-        own = other.team == entry.team
+        own = team_id(other.team) == team_id(entry.team)
         if own and other.entry > name:
             continue
         (broken if own else notices).append(

@@ -28,6 +28,9 @@ from palio.provenance import fingerprint
 
 REPLY_SECONDS = 600.0
 """A reply that takes longer is not waited for."""
+TOKEN_CHARACTERS = 256
+"""Most characters of a token, on average over a reply; the longest tokens of known vocabularies are runs of
+128 blanks."""
 BUSY = (429, 503)
 BUSY_SECONDS = 2.0
 """Between attempts at a server whose queue is full: back-pressure, not a failure."""
@@ -65,11 +68,11 @@ class EntryClient(Client):  # type: ignore[misc]
         }
         # HELM sets `random` where equal requests are to be answered anew.
         key = fingerprint([body, request.random])
-        reply = self.journal.replies.get(key)
+        reply = self.journal.reply(key)
         cached = reply is not None
         try:
             if reply is None:
-                reply = self._ask(body)
+                reply = held_to(self._ask(body), body)
             completion = whole = completion_of(reply)
         except Unanswered as why:
             return unanswered(str(why))
@@ -95,7 +98,7 @@ class EntryClient(Client):  # type: ignore[misc]
             raise Unanswered(f"HTTP {answer.status_code}")
         try:
             reply = answer.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Unanswered("the reply is not JSON") from None
         if not isinstance(reply, dict):
             raise Unanswered("the reply is not a JSON object")
@@ -110,7 +113,10 @@ class EntryClient(Client):  # type: ignore[misc]
                 raise Unanswered(LIMIT)
             try:
                 answer = requests.post(
-                    f"{self.base_url}/process", json=body, timeout=min(left, REPLY_SECONDS)
+                    f"{self.base_url}/process",
+                    json=body,
+                    timeout=min(left, REPLY_SECONDS),
+                    allow_redirects=False,
                 )
             except requests.Timeout:
                 late = LIMIT if left < REPLY_SECONDS else f"no reply in {REPLY_SECONDS:.0f} s"
@@ -137,6 +143,25 @@ def unanswered(why: str) -> RequestResult:
     )
 
 
+def held_to(reply: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a reply that HELM's contract has.
+
+    Raises:
+        Unanswered: a field is missing or of another kind, or the reply is longer than was asked for.
+    """
+    completion_of(reply)
+    echoed = body["prompt"] if body["echo_prompt"] else ""
+    tokens = body["max_new_tokens"] + len(echoed.encode())  # at most one a byte
+    if len(reply["tokens"]) > tokens:
+        raise Unanswered("the reply has more tokens than were asked for")
+    characters = tokens * TOKEN_CHARACTERS
+    spelt = sum(len(token["text"]) for token in reply["tokens"])
+    if max(len(reply["text"]), spelt) > characters:
+        raise Unanswered("the reply has more characters than the tokens that were asked for")
+    kept = {key: reply[key] for key in ("text", "logprob", "request_time")}
+    return kept | {"tokens": [{key: token[key] for key in ("text", "logprob")} for token in reply["tokens"]]}
+
+
 def completion_of(reply: dict[str, Any]) -> GeneratedOutput:
     """A server's reply as HELM takes it.
 
@@ -145,16 +170,24 @@ def completion_of(reply: dict[str, Any]) -> GeneratedOutput:
     """
     try:
         text = reply["text"]
-        tokens = [
-            Token(text=str(token["text"]), logprob=float(token["logprob"])) for token in reply["tokens"]
-        ]
-        logprob = float(reply["logprob"])
-        float(reply["request_time"])
-    except (KeyError, TypeError, ValueError) as error:
+        tokens = [Token(text=token["text"], logprob=_number(token["logprob"])) for token in reply["tokens"]]
+        logprob = _number(reply["logprob"])
+        seconds = _number(reply["request_time"])
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise Unanswered(f"the reply lacks a field or has it wrong ({type(error).__name__})") from None
-    if not isinstance(text, str):
+    if not isinstance(text, str) or not all(isinstance(token.text, str) for token in tokens):
         raise Unanswered("the reply's text is not a string")
+    if not 0 <= seconds < REPLY_SECONDS * 10:
+        raise Unanswered("the reply's request_time is no time that it can have taken")
     return GeneratedOutput(text=text, logprob=logprob, tokens=tokens)
+
+
+def _number(value: Any) -> float:
+    """Return an int or float as a float. A string or a truth value is neither: raises TypeError. Raises
+    OverflowError for an integer that no float holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError
+    return float(value)
 
 
 def cut_completion(completion: GeneratedOutput, stops: list[str], kept: int = 0) -> GeneratedOutput:

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +121,8 @@ def evaluate(
         run.answered = sum(outcome.run.answered for outcome in outcomes)
 
     incidents = Contained.beside(work.server_log)
+    if stage == "closed":  # an exact count could carry what the server makes of a prompt
+        incidents = incidents.coarse()
     if any(outcome.run.state is State.CRASHED for outcome in outcomes):
         raise _failure(work, stage, outcomes, ending, incidents)
     return _write_results(folder, settings, work, package, prepared, engine, outcomes, incidents)
@@ -227,7 +229,7 @@ def _write_results(
         "entry": folder.entry_id,
         "stage": stage,
     }
-    metrics, instances = _tables(work, where)
+    metrics, instances = _tables(work, where, settings.metrics)
     tables = folder.tables(stage)
     _write_table(tables.metrics, metrics, METRICS_SCHEMA)
     _write_table(tables.instances, instances, INSTANCES_SCHEMA)
@@ -394,21 +396,31 @@ def _error(folder: HelmFolder, stage: str, planned: PlannedRun) -> str:
     return error if stage == "open" else helm.public_error(error)
 
 
-def _tables(folder: HelmFolder, where: dict[str, str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of METRICS_SCHEMA and INSTANCES_SCHEMA of all finished runs, in a fixed order."""
+def _tables(
+    folder: HelmFolder, where: dict[str, str], leaving: Mapping[str, Sequence[str]] | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of METRICS_SCHEMA and INSTANCES_SCHEMA of all finished runs, in a fixed order.
+
+    `leaving` are the metrics that leave the stage, by scenario; None: all.
+    """
     metrics: list[dict[str, Any]] = []
     instances: list[dict[str, Any]] = []
     for name, run in sorted(_finished(folder).items()):
         at = {**where, "scenario": run.scenario, "run": name}
         counts: dict[tuple[str, str, str | None], int] = {}
-        for row in _sorted(helm.instance_statistics(run)):
+        allowed = None if leaving is None else leaving.get(run.scenario, ())
+        for row in _sorted(_only(allowed, helm.instance_statistics(run))):
             instances.append({**at, **row})
             key = (row["metric"], row["split"], row["perturbation"])
             counts[key] = counts.get(key, 0) + (row["value"] is not None)
-        for row in _sorted(helm.statistics(run)):
+        for row in _sorted(_only(allowed, helm.statistics(run))):
             key = (row["metric"], row["split"], row["perturbation"])
             metrics.append({**at, **row, "n": counts.get(key, 0)})
     return metrics, instances
+
+
+def _only(metrics: Sequence[str] | None, rows: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    return rows if metrics is None else (row for row in rows if row["metric"] in metrics)
 
 
 def _sorted(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

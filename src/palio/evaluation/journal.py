@@ -7,6 +7,7 @@ of an unanswered request goes through HELM's scenario_state.json, see `RunFolder
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Answer:
     cut: bool
     """The server went on behind a stop sequence, and the completion was cut there."""
     reply: dict[str, Any]
-    """The server's own, before any cut."""
+    """The server's own, before any cut: `text`, `tokens`, `logprob` and `request_time`, nothing else."""
 
 
 class JournalReader:
@@ -53,19 +54,34 @@ class JournalReader:
 
 
 class Journal:
-    """Keeps answers on disk, safe against threads of this process and a kill at any time."""
+    """Keeps answers on disk, safe against threads of this process and a kill at any time. In memory is only
+    where each of them lies."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lock = threading.Lock()
+        self.places: dict[str, int] = {}
+        """First byte of the line of each answer, by its key."""
         reader = JournalReader(path)
-        self.replies = {answer.key: answer.reply for answer in reader.answers()}
+        before = 0
+        for answer in reader.answers():
+            self.places[answer.key] = before
+            before = reader.offset
         with path.open("ab") as lines:
             lines.truncate(reader.offset)  # a line torn by a kill never happened
 
+    def reply(self, key: str) -> dict[str, Any] | None:
+        with self.lock:
+            place = self.places.get(key)
+        if place is None:
+            return None
+        with self.path.open("rb") as lines:
+            lines.seek(place)
+            return Answer(**json.loads(lines.readline())).reply
+
     def add(self, answer: Answer) -> None:
         line = json.dumps(vars(answer)) + "\n"
-        with self.lock:
-            self.replies[answer.key] = answer.reply
-            with self.path.open("ab") as lines:
-                lines.write(line.encode())
+        with self.lock, self.path.open("ab") as lines:
+            lines.seek(0, os.SEEK_END)
+            self.places[answer.key] = lines.tell()
+            lines.write(line.encode())

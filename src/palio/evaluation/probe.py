@@ -7,7 +7,6 @@ seconds of a GPU, and about half a minute of a small model on one CPU core.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +47,9 @@ class Client:
             Defect: no reply, another status, or not a JSON object.
         """
         try:
-            reply = requests.post(f"{self.base_url}/{path}", json=body, timeout=REPLY_SECONDS)
+            reply = requests.post(
+                f"{self.base_url}/{path}", json=body, timeout=REPLY_SECONDS, allow_redirects=False
+            )
         except requests.Timeout:
             raise Defect(f"/{path} gave no reply in {REPLY_SECONDS:.0f} s") from None
         except requests.RequestException as error:
@@ -61,7 +62,7 @@ class Client:
             raise Defect(f"/{path} answered HTTP {reply.status_code}")
         try:
             content = reply.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Defect(f"/{path} did not answer with JSON") from None
         if not isinstance(content, dict):
             raise Defect(f"/{path} answered with a JSON {type(content).__name__}, not an object")
@@ -74,9 +75,19 @@ class Client:
         for key in ("text", "tokens", "logprob", "request_time"):
             if key not in content:
                 raise Defect(f"/process answered without {key}")
+        for key in ("logprob", "request_time"):
+            if not _is_finite(content[key]):
+                raise Defect(f"/process: {key} is {content[key]!r:.50}, no finite number")
         if not isinstance(content["text"], str) or not isinstance(content["tokens"], list):
             raise Defect("/process: text must be a string and tokens a list")
         return content
+
+
+def _is_finite(value: object) -> bool:
+    """Return False for truth values, and for integers that no float holds, too."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 1e300
 
 
 def helm_body(prompt: str, **settings: Any) -> dict[str, Any]:
@@ -116,8 +127,8 @@ def numbers_are_finite(client: Client) -> None:
         token.get("logprob") if isinstance(token, dict) else None for token in content["tokens"]
     ]
     for value in [content["logprob"], content["request_time"], *parts]:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise Defect(f"a log-probability or time is {value!r}")
+        if not _is_finite(value):
+            raise Defect(f"a log-probability or time is {value!r:.50}")
     if abs(sum(parts) - content["logprob"]) > max(0.05, 0.02 * abs(content["logprob"])):
         raise Defect(f"logprob is {content['logprob']:.3f}, its tokens' add up to {sum(parts):.3f}")
 

@@ -7,7 +7,6 @@ package/image.sif     the image, if any
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ from palio.layout import BaseModelFolder, EntryFolder
 from palio.packaging.step import package_of
 from palio.provenance import write_json
 from palio.records import BaseModelManifest, PackageManifest
-from palio.sandbox.handed_in import check_files
+from palio.sandbox.handed_in import take_files
 from palio.sandbox.image import fetch_image
 from palio.sandbox.server import FILES, IMAGE, PROGRAM
 from palio.settings import PackageSettings
 
 NOT_A_MODEL = ("adapter_fingerprint", "dtype", "parameters", "max_logit_difference")
+SERVER_BYTES = 200 << 30
+"""The most that a server's files have, and its image."""
 
 
 def package_server(
@@ -30,11 +31,12 @@ def package_server(
     """Make package/ and package.json in the entry's folder. Raises BadInput for files that are refused."""
 
     def fill(building: Path, base: BaseModelManifest) -> dict[str, Any]:
+        roots = settings.team_folders
         if program.files is not None:
-            check_files(Path(program.files), "server.files")
-            shutil.copytree(program.files, building / FILES, symlinks=True)
-            check_files(building / FILES, "server.files")  # in case they changed during the copy
-        if program.image is not None:
+            take_files(program.files, "server.files", building / FILES, roots=roots, limit=SERVER_BYTES)
+        if program.image is not None and not program.image.startswith("docker://"):
+            take_files(program.image, "server.image", building / IMAGE, roots=roots, limit=SERVER_BYTES)
+        elif program.image is not None:
             fetch_image(program.image, building / IMAGE)
         write_json(building / PROGRAM, program.model_dump(mode="json", exclude_none=True))
         return {"kind": "server", **dict.fromkeys(NOT_A_MODEL)}

@@ -24,6 +24,7 @@ from palio.layout import BaseModelFolder, EntryFolder, PublishedPackage, Resourc
 from palio.packaging.container import PINNED
 from palio.provenance import file_differences, folder_sha256
 from palio.records import AdapterManifest, BaseModelManifest, PackageManifest, read_record
+from palio.sandbox.model_files import check_claims, check_tokenizer, folder_tensors
 
 RESOURCES = Resources()
 NEEDED = ("config.json", "generation_config.json", "tokenizer_config.json", "README.md")
@@ -83,6 +84,8 @@ def verify_package(
     checks: list[tuple[str, Callable[[], str]]] = [
         ("files", lambda: _files(folder, manifest)),
         ("no code", lambda: _no_code(folder)),
+        ("weights", lambda: _weights(folder)),
+        ("tokenizer", lambda: _tokenizer(folder)),
         ("complete", lambda: _complete(folder)),
         ("cards", lambda: _cards(folder, manifest)),
         ("container", lambda: _container(folder)),
@@ -94,7 +97,9 @@ def verify_package(
         checks = checks[:1]
     findings: list[Finding] = []
     for name, check in checks:
-        if name in ("loads without Palio", "is what was trained") and (why := _not_loaded(findings, load)):
+        if name in ("tokenizer", "loads without Palio", "is what was trained") and (
+            why := _not_loaded(findings, load)
+        ):
             findings.append(Finding(name, "skipped", why))
             continue
         try:
@@ -108,8 +113,9 @@ def verify_package(
 
 def _not_loaded(findings: list[Finding], load: bool) -> str:
     """Return why the model must not be loaded; empty if it may be."""
+    first = ("files", "no code", "weights", "tokenizer")
     for finding in findings:
-        if finding.state == "fail" and finding.check in ("files", "no code"):
+        if finding.state == "fail" and finding.check in first:
             return f"nothing is loaded while '{finding.check}' fails"
     return "" if load else "not requested"
 
@@ -145,6 +151,25 @@ def _no_code(folder: Path) -> str:
         if "auto_map" in _json(folder / name):
             raise Fault(f"{name} asks for custom code (auto_map); use a model that transformers knows")
     return "no pickles, no Python, no auto_map"
+
+
+def _weights(folder: Path) -> str:
+    """The library reads every weight file, and the config claims no more than they hold."""
+    try:
+        held = folder_tensors(folder)
+        check_claims(_json(folder / "config.json"), held)
+    except RuleViolation as refused:
+        raise Fault(str(refused)) from None
+    return f"{len(held)} tensors, as many layers as config.json says"
+
+
+def _tokenizer(folder: Path) -> str:
+    vocabulary = _number(_json(folder / "config.json"), "vocab_size")
+    try:
+        check_tokenizer(folder, vocabulary)
+    except RuleViolation as refused:
+        raise Fault(str(refused)) from None
+    return "loads and encodes in seconds; its chat template ends"
 
 
 def _complete(folder: Path) -> str:

@@ -156,6 +156,14 @@ class Contained(Record):
     def __str__(self) -> str:
         return ", ".join(f"{count} × {what}" for what, count in self.counts.items())
 
+    def coarse(self) -> Contained:
+        """Return the counts rounded up to powers of ten."""
+        return Contained(
+            counts={
+                what: 1 if count == 1 else 10 ** len(str(count - 1)) for what, count in self.counts.items()
+            }
+        )
+
     @staticmethod
     def file(log: Path) -> Path:
         """Return the path of the record next to `log`."""

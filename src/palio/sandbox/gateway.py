@@ -1,7 +1,8 @@
 """HTTP on our loopback in front of a confined server: what passes is a JSON reply of bounded size and time.
 
-A reply that is too large, too slow or no JSON becomes a short 502 or 504 with the reason, which the probe and
-HELM's client report; the gateway counts its faults. It never keeps or prints a prompt or a reply.
+A reply that is too large, too slow, no JSON, a redirect or an upgrade becomes a short 502 or 504 with the
+reason, which the probe and HELM's client report; the gateway counts its faults. It never keeps or prints a
+prompt or a reply.
 """
 
 from __future__ import annotations
@@ -137,6 +138,11 @@ class _Handler(BaseHTTPRequestHandler):
             status, content = self.of.ask(method, self.path, body)
             if status == 200:
                 _check_json(content)
+            elif status < 400:
+                kind = "a redirect" if status >= 300 else "an upgrade" if status == 101 else "no answer"
+                raise BadReply(502, f"HTTP {status}, which is {kind}")
+            if not 200 <= status < 600:
+                raise BadReply(502, "a status that HTTP does not have")
             if status >= 500:
                 self.of.count(f"HTTP {status} of the server's own")
         except BadReply as bad:

@@ -1,48 +1,91 @@
 """Files that come from a team. Nothing of them is trusted: a link is not followed, a pickle is not opened,
 code is not taken, and a weight file must be what its name says.
 
-    check_files    a team's folder before it is shown to its program or copied
+    take_files     a team's folder or image, as a copy that its program is shown
     take_model     what a training program left, into a folder of ours
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import stat
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from palio.errors import BadInput, RuleViolation
 from palio.incoming import INDEX_BYTES, Incoming, copy_files, shard_names
 from palio.provenance import write_json
+from palio.sandbox.model_files import (
+    ADAPTER,
+    CONFIG,
+    GENERATION,
+    Tensors,
+    adapter_settings,
+    check_adapter,
+    check_tokenizer,
+    check_weights,
+    folder_tensors,
+    generation_config,
+    model_config,
+    tensors,
+)
 
-TAKEN = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model"})
-"""Suffixes of files that are taken over; tokenizers are `.json`, `.txt` and `.model`."""
-PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"})
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-HEADER_BYTES = 100 << 20
-"""safetensors' own limit."""
+FILES_LIMIT = 100_000
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"})
 
 
-def check_files(folder: Path, key: str) -> None:
-    """A team's folder holds plain files and folders, and its program will be able to read them.
+def _is_taken(name: str) -> bool:
+    """True for weights, the configs, and the files of a tokenizer."""
+    return name in (CONFIG, ADAPTER, GENERATION, *TOKENIZER) or name.endswith((".safetensors", ".model"))
 
-    Raises BadInput with `key`, the place in the entry file.
+
+def take_files(path: str, key: str, target: Path, *, roots: Sequence[str], limit: int) -> Path:
+    """Copy a team's folder, or its image, to `target`, which is shown to its program: what the team changes
+    later changes nothing.
+
+    Args:
+        key: its place in the entry file.
+        roots: the rule set's `team_folders`; without them only a link in the folder, or in place of it, is
+            refused.
+        limit: bytes.
+
+    Raises:
+        BadInput: there is no such folder or image.
+        RuleViolation: it is outside the roots, too large, a link, or holds anything but files and folders.
     """
-    if not folder.is_dir():
-        raise BadInput("entry", key, str(folder), why="no such folder", fix="correct the path")
-    for where, folders, files in os.walk(folder):
-        for path in (Path(where), *(Path(where, name) for name in (*folders, *files))):
-            mode = path.lstat().st_mode
-            if stat.S_ISLNK(mode):
-                raise BadInput(path, why="is a symbolic link", fix="put the file itself there")
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise BadInput(path, why="is neither a file nor a folder", fix="remove it")
-            readable = stat.S_IROTH | (stat.S_IXOTH if stat.S_ISDIR(mode) else 0)
-            if os.geteuid() == 0 and mode & readable != readable:  # the program is not root
-                raise BadInput(path, why="is for its owner only", fix=f"run chmod -R o+rX {folder}")
+    given = Incoming.locate(Path(path), [Path(root) for root in roots])
+    shutil.rmtree(target, ignore_errors=True)
+    target.unlink(missing_ok=True) if target.is_file() else None
+    try:
+        if not given.is_folder():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy_files([given], target.parent, limit, name=target.name)
+            return target
+        files = list(given.files())
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput("entry", key, path, why="no such file or folder", fix="correct the path") from None
+    if len(files) > FILES_LIMIT:
+        raise RuleViolation(f"{given} holds {len(files)} files, more than {FILES_LIMIT}", "pack them")
+    target.mkdir(parents=True)
+    left = limit
+    for file in files:
+        inside = target / PurePosixPath(file.name).relative_to(given.name)
+        inside.parent.mkdir(parents=True, exist_ok=True)
+        left -= copy_files([file], inside.parent, left)
+    return target
 
 
 def take_model(
@@ -77,25 +120,36 @@ def take_model(
     if not weights:
         found = f"{_some(pickles)}: a pickle runs code when it is opened" if pickles else _some(names)
         raise RuleViolation(f"the result has no .safetensors weights but {found}; save safetensors")
-    tensors = {path: _tensors(path) for path in weights}
+    held = {path: tensors(path) for path in weights}
     for path in sorted(out.glob("*.json")):
         content = _json(path)
         if isinstance(content, dict) and content.get("auto_map"):
             raise RuleViolation(f"{path.name} has auto_map, code of its own; hand in a model without")
+    base = _json(base_model / CONFIG)
+    base_tensors = folder_tensors(base_model)
     if kind == "lora":
-        _settle_adapter(out / "adapter_config.json", base_model_id)
+        hidden_size = next((base[key] for key in ("hidden_size", "n_embd") if key in base), 1 << 16)
+        settings = adapter_settings(_json(out / ADAPTER), base_model_id, hidden_size)
+        check_adapter(_joined(held), settings, base_tensors)
+        write_json(out / ADAPTER, settings)
+        _remove(out, [CONFIG, GENERATION])  # the base model's serve
     else:
-        _check_architecture(_json(out / "config.json"), _json(base_model / "config.json"))
+        config = model_config(_json(out / CONFIG), base_model, _joined(held))
+        check_weights(_joined(held), base_tensors)
+        write_json(out / CONFIG, config)
+        if (out / GENERATION).exists():
+            kept = generation_config(_json(out / GENERATION), base.get("vocab_size", 0))
+            write_json(out / GENERATION, kept)
         if WEIGHTS not in names:
-            _write_index(out / INDEX, tensors)
+            _write_index(out / INDEX, held)
+    if (out / TOKENIZER[0]).exists() or list(out.glob("*.model")):
+        check_tokenizer(out, base.get("vocab_size", 0))
     return kind, pickles
 
 
 def _taken(result: Incoming, names: list[str], *, sharded: bool) -> list[Incoming]:
     """Return the files to copy. Of a sharded model with an index, its weights are those named there."""
-    files = [
-        result / name for name in names if Path(name).suffix in TAKEN and not name.endswith(".index.json")
-    ]
+    files = [result / name for name in names if _is_taken(name)]
     for file in files:
         if not file.name.endswith(".safetensors") and (size := file.size()) > INDEX_BYTES:
             raise RuleViolation(f"{file} has {size >> 20} MB; at most {INDEX_BYTES >> 20} are taken")
@@ -112,37 +166,28 @@ def _some(names: list[str]) -> str:
     return (", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")) if names else "nothing"
 
 
-def _tensors(path: Path) -> list[str]:
-    """Read the names of a weight file's tensors.
-
-    Its header must be JSON and its tensors fill the file exactly: no pickle, not torn.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 0 < length <= min(HEADER_BYTES, size - 8):
-            raise RuleViolation(f"{path.name} is not safetensors; save with save_pretrained")
-        header = stream.read(length)
-    try:
-        tensors = {name: of for name, of in json.loads(header).items() if name != "__metadata__"}
-        end = max((int(of["data_offsets"][1]) for of in tensors.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        raise RuleViolation(f"{path.name} is not safetensors; save with save_pretrained") from None
-    if not tensors or 8 + length + end != size:
-        raise RuleViolation(f"{path.name} is torn; save to another folder, then rename it to the result's")
-    return list(tensors)
-
-
-def _write_index(path: Path, tensors: dict[Path, list[str]]) -> None:
-    """Write which of the weight files holds which tensor."""
-    weight_map: dict[str, str] = {}
-    for shard, names in tensors.items():
-        for name in names:
-            if name in weight_map:
-                files = f"{weight_map[name]} and {shard.name}"
+def _joined(held: dict[Path, Tensors]) -> Tensors:
+    """Return the tensors of all weight files. Raises RuleViolation for a name that two files hold."""
+    joined: Tensors = {}
+    holders: dict[str, Path] = {}
+    for path, found in held.items():
+        for name in found:
+            if (other := holders.setdefault(name, path)) is not path:
+                files = f"{other.name} and {path.name}"
                 raise RuleViolation(f"{files} both hold the tensor {name!r}; leave one model in the result")
-            weight_map[name] = shard.name
-    size = sum(shard.stat().st_size for shard in tensors)
+        joined |= found
+    return joined
+
+
+def _remove(folder: Path, names: list[str]) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _write_index(path: Path, held: dict[Path, Tensors]) -> None:
+    """Write which of the weight files holds which tensor."""
+    weight_map = {name: shard.name for shard, found in held.items() for name in found}
+    size = sum(shard.stat().st_size for shard in held)
     write_json(path, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
@@ -151,20 +196,3 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         raise RuleViolation(f"the result's {path.name} is not JSON") from None
-
-
-def _settle_adapter(config: Path, base_model_id: str) -> None:
-    """The adapter is LoRA's and names no path and no module to import."""
-    settings = _json(config)
-    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-        raise RuleViolation("adapter_config.json: peft_type is not LORA; hand in the merged model instead")
-    settings |= {"base_model_name_or_path": base_model_id, "auto_mapping": None}
-    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _check_architecture(ours: Any, base: Any) -> None:
-    for key in ("model_type", "architectures"):
-        if not isinstance(ours, dict) or ours.get(key) != base.get(key):
-            raise RuleViolation(
-                f"config.json: {key} is not {base.get(key)!r}, the base model's; tune the entry's base model"
-            )

@@ -30,11 +30,8 @@ def image_folder(image: str | None, work: Path) -> Path | None:
 
 
 def fetch_image(image: str, target: Path) -> None:
-    """An image as one `.sif` file: pulled from a registry, or copied."""
-    if image.startswith("docker://"):
-        _apptainer("pull", str(target), image)
-    else:
-        shutil.copyfile(image, target)
+    """Pull an image from a registry, as one `.sif` file."""
+    _apptainer("pull", str(target), image)
 
 
 def _apptainer(*arguments: str) -> None:

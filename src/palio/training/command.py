@@ -25,10 +25,10 @@ from palio.layout import TrainingFolder
 from palio.provenance import atomic_path, fingerprint, folder_sha256
 from palio.records import AdapterManifest, Contained
 from palio.sandbox.gpu import track_gpu
-from palio.sandbox.handed_in import check_files, take_model
+from palio.sandbox.handed_in import take_files, take_model
 from palio.sandbox.image import image_folder
 from palio.sandbox.process import Confined
-from palio.sandbox.room import OUTPUT, Limits, Room
+from palio.sandbox.room import GIB, OUTPUT, Limits, Room
 from palio.text import last_lines
 from palio.training.ledger import Ledger
 from palio.training.step import Trained, TrainingStep, adapter_of, caught_signals
@@ -51,9 +51,10 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
     Raises BadInput, RuleViolation, OutOfMemory, Crashed or Interrupted.
     """
     isolation = step.settings.isolation or Isolation()
-    files = Path(program.files) if program.files else None
-    if files is not None:
-        check_files(files, "command.files")
+    files = _taken(program.files, "command.files", step.folder.program_files, step, isolation)
+    image = program.image
+    if image and not image.startswith("docker://"):
+        image = str(_taken(image, "command.image", step.folder.program_image, step, isolation))
     gpu = track_gpu(step.track)
     recipe = {
         "kind": "command",
@@ -70,7 +71,7 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
             output=work.program,
             network=step.settings.network,
             visible=isolation.visible,
-            system=image_folder(program.image, step.folder.work),
+            system=image_folder(image, step.folder.work),
         )
         facts, log = gpu.facts() if gpu else {"device": "cpu"}, work.program_log
         budget, meter = float(step.track.training_budget), gpu.joules if gpu else None
@@ -97,6 +98,13 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
         return Trained(manifest, seconds, facts)
 
     return adapter_of(step, recipe, RECIPE_VERSION, train)
+
+
+def _taken(path: str | None, key: str, target: Path, step: TrainingStep, isolation: Isolation) -> Path | None:
+    if path is None:
+        return None
+    limit = int(isolation.output_gb * GIB)
+    return take_files(path, key, target, roots=step.settings.team_folders, limit=limit)
 
 
 def _run(

@@ -8,8 +8,8 @@ Verdicts and sketches depend on one batch only, so they can be made on any machi
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -45,6 +45,9 @@ class OperationContext:
     """Seed of the recipe."""
     scratch: Path
     """Folder for temporary files."""
+    models: Mapping[str, Path] = field(default_factory=dict)
+    """Copies of the model folders that operations name, by their path in the recipe: a team can replace its
+    own at any time."""
 
 
 class RowOperation(Operation):

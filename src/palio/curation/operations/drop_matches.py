@@ -11,6 +11,7 @@ from pydantic import Field
 from palio.config import Pattern
 from palio.curation.operations import OperationContext, Reasons, RowOperation, Verdict
 from palio.curation.rows import FIELDS, Batch, Side
+from palio.limits import bounded
 
 
 class DropMatches(RowOperation):
@@ -30,9 +31,10 @@ def without_matches(batch: Batch, patterns: Sequence[str], field: Side, why: str
     """Drop rows in which a turn of the field matches a pattern; the reason is `why` and the match."""
     compiled = [re.compile(pattern, re.IGNORECASE) for pattern in patterns]
     reasons: Reasons = []
-    for turns in batch.turns:
-        texts = [text.strip() for text in turns[FIELDS[field]]]
-        matches = (match for text in texts for pattern in compiled if (match := pattern.search(text)))
-        first = next(matches, None)
-        reasons.append(f"{why}: {first[0]!r}" if first else None)
+    with bounded() as watched:
+        for turns in watched(batch.turns):
+            texts = [text.strip() for text in turns[FIELDS[field]]]
+            matches = (match for text in texts for pattern in compiled if (match := pattern.search(text)))
+            first = next(matches, None)
+            reasons.append(f"{why}: {first[0]!r:.200}" if first else None)
     return Verdict(reasons)

@@ -43,7 +43,7 @@ class DropSemanticDuplicates(TableOperation):
     def sketch(self, batch: Batch, context: OperationContext) -> pa.RecordBatch:
         """Return the embedding of what the user says in each row; of text without a prompt, of the text."""
         texts = ["\n".join(turns[FIELDS["prompt"]]) or turns[-1] for turns in batch.turns]
-        vectors = [row for part in _embedder(Path(self.model)).vectors(texts) for row in part]
+        vectors = [row for part in _embedder(context.models[self.model]).vectors(texts) for row in part]
         return pa.record_batch({"vector": pa.array(vectors, pa.list_(pa.float32())), "id": batch.table["id"]})
 
     def decide(self, sketches: Sketches, context: OperationContext) -> Iterator[Reasons]:
@@ -80,7 +80,7 @@ class _Embedder:
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self._tokenizer.pad_token = self._tokenizer.pad_token or self._tokenizer.eos_token
-        self._model: Any = AutoModel.from_pretrained(folder).eval()
+        self._model: Any = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
 
     def vectors(self, texts: list[str]) -> Iterator[Vectors]:
         """Yield unit vectors, so that a dot product is a cosine: the mean of the last hidden states over a
