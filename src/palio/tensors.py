@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -14,6 +16,29 @@ def mean_divergence(reference: Sequence[torch.Tensor], other: Sequence[torch.Ten
     """
     log_p, log_q = (torch.cat([*logits]).double().log_softmax(-1) for logits in (reference, other))
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@contextmanager
+def last_bits_flipped(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Change the embeddings of the passes inside by one unit in the last place of `dtype`, up or down at
+    random: what it changes in the logits is how far rounding moves them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def hook(module: Any, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+        signs = torch.randint(0, 2, embedded.shape, generator=generator).to(embedded) * 2 - 1
+        return embedded * (1 + torch.finfo(dtype).eps * signs)
+
+    handle = model.get_input_embeddings().register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def largest_difference(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the largest difference of two (positions, vocabulary) logits where the reference is finite."""
+    finite = reference.isfinite().all(-1)
+    return float((reference - other)[finite].abs().max()) if finite.any() else 0.0
 
 
 def gpu_memory_share(gpu_memory_gb: float) -> float:

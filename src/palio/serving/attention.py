@@ -21,6 +21,8 @@ from palio.serving.prefix_tree import Node
 
 NAME = "palio_tree"
 """Name of this attention in transformers' registry."""
+HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_router_logits", "cache_position"}
+"""Arguments that layers pass on and that do not change causal attention."""
 MIN_WINDOW = 2048
 """Tokens. A model whose sliding window is at least this long is served up to its window."""
 
@@ -99,19 +101,24 @@ def tree_attention(
     plan: Plan,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **settings: Any,
+    dropout: float = 0.0,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: (1, heads, rows, size) tensors in, (1, rows, heads, size) out.
 
     Stores the new keys and values in the chunks' nodes.
 
     Raises:
-        NotImplementedError: attention with capped scores, sinks, or a window shorter than a prompt.
+        NotImplementedError: a window shorter than a prompt, or any argument that may change the result, as
+            soft caps, sinks and biases do.
     """
-    if softcap is not None or s_aux is not None or (sliding_window or MIN_WINDOW) < MIN_WINDOW:
-        raise NotImplementedError("its attention has a soft cap, sinks or a short window")
+    given = {name for name, value in others.items() if value is not None} - HARMLESS
+    if (sliding_window or MIN_WINDOW) < MIN_WINDOW:
+        given.add("a short sliding_window")
+    if not getattr(module, "is_causal", True):
+        given.add("is_causal=False")
+    if given:
+        raise NotImplementedError(f"{type(module).__name__} asks for {', '.join(sorted(given))}")
     plan.window = min(plan.window, sliding_window or plan.window)
     layer: int = module.layer_idx  # type: ignore[assignment]
     for chunk, (first, last) in zip(plan.chunks, plan.rows, strict=True):

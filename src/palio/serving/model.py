@@ -1,4 +1,8 @@
-"""A loaded model that computes chunks of a prefix tree: all in one pass, or one after the other."""
+"""A loaded model that computes chunks of a prefix tree, in the fastest way that gives its own logits.
+
+TreeModel    all chunks in one pass, sequences share prefixes     PlainModel   one sequence after the other
+WholeModel   each sequence from its beginning at every step: for a model without a key-value cache
+"""
 
 from __future__ import annotations
 
@@ -9,22 +13,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from palio.causal_model import load_causal_model
 from palio.errors import BadInput, OutOfMemory
 from palio.serving import attention
 from palio.serving.attention import Chunk, Plan
 from palio.serving.prefix_tree import Node, PrefixTree
-from palio.tensors import cap_gpu_memory, mean_divergence
+from palio.tensors import cap_gpu_memory, largest_difference, last_bits_flipped
 
 DEFAULT_CONTEXT = 2048
 """Tokens, for a model that states no limit."""
 CPU_CACHE_GB = 2.0
 GPU_SPARE = 0.1
 """Share of the GPU memory cap left for activations."""
-MAX_DIVERGENCE = 1e-2
-"""Mean KL divergence, in nats, allowed for tree attention. A model it does not suit is off by more than 1."""
+TOLERANCE = 10.0
+"""Largest difference of a logit from a whole pass, in units of rounding noise: `last_bits_flipped`."""
 PROBE = list(range(5, 53))
 """Tokens of the start-up check: ids that every vocabulary has."""
 
@@ -64,9 +68,7 @@ def load_model(package: Path, device: str, gpu_memory_gb: float | None) -> Model
     disable_progress_bar()
     try:
         dtype = "auto" if on_gpu else torch.float32
-        loaded = AutoModelForCausalLM.from_pretrained(
-            package, dtype=dtype, trust_remote_code=False, use_safetensors=True
-        )
+        loaded = load_causal_model(package, dtype=dtype)
         loaded.eval().to("cuda" if on_gpu else "cpu")
         return choose_model(loaded)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -74,21 +76,37 @@ def load_model(package: Path, device: str, gpu_memory_gb: float | None) -> Model
 
 
 def choose_model(loaded: Any) -> Model:
-    """Return a `TreeModel` if its logits equal the model's own, else a `PlainModel`."""
-    plain = PlainModel(loaded)
+    """Return the fastest model that computes the logits of whole passes, and say on stderr why not a faster.
+
+    Raises BadInput if the model cannot compute a text at all.
+    """
     original = loaded.config._attn_implementation
+    whole = WholeModel(loaded)
     try:
-        expected = _probe_plain(plain)
-        tree = TreeModel(loaded)
-        divergence = mean_divergence([expected], [_probe_tree(tree)])
-        if divergence <= MAX_DIVERGENCE:
-            return tree
-        reason = f"tree attention would be off by {divergence:.2g} nats"
-    except (TypeError, KeyError, ValueError, AttributeError, NotImplementedError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    print(f"served one sequence at a time, without shared prefixes: {reason}", file=sys.stderr)
-    loaded.set_attn_implementation(original)
-    return plain
+        expected = _probe(whole)
+        with last_bits_flipped(loaded, loaded.dtype):
+            bound = TOLERANCE * largest_difference(expected, _probe(whole))
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # another team's model may raise anything
+        why = f"it cannot compute a text of {len(PROBE)} tokens ({type(error).__name__}: {error})"
+        raise BadInput("package", "model", why=why, fix="use another base model") from error
+    for kind, probe in ((TreeModel, _probe_shared), (PlainModel, _probe)):
+        try:
+            model = kind(loaded)
+            difference = largest_difference(expected, probe(model))
+            if difference <= bound:
+                return model
+            reason = (
+                f"a logit would be off by {difference:.2g}, rounding changes it by {bound / TOLERANCE:.2g}"
+            )
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        print(f"served without {kind.gives}: {reason}", file=sys.stderr)
+        loaded.set_attn_implementation(original)
+    return whole
 
 
 def check_model(model: Model) -> None:
@@ -100,11 +118,14 @@ def _new_leaf(tokens: list[int]) -> Node:
     return Node(Node(None, [], 0, 0), tokens, 0, len(tokens))
 
 
-def _probe_plain(model: Model) -> torch.Tensor:
-    return model.forward([Chunk(_new_leaf(PROBE), 0, len(PROBE), 16)])[0]
+def _probe(model: Model) -> torch.Tensor:
+    """Compute the last logits of a known text in three chunks, the last of one token."""
+    leaf = _new_leaf(PROBE)
+    bounds = ((0, 32, 0), (32, 40, 8), (40, 47, 7), (47, 48, 1))
+    return torch.cat([model.forward([Chunk(leaf, start, stop, keep)])[0] for start, stop, keep in bounds])
 
 
-def _probe_tree(model: Model) -> torch.Tensor:
+def _probe_shared(model: Model) -> torch.Tensor:
     """Compute the same logits in every way: a node and its child in one pass, part of a node, one token."""
     (leaf,) = PrefixTree(len(PROBE)).acquire(PROBE[:32], 16) or []
     leaf.tokens = PROBE[32:]
@@ -138,6 +159,7 @@ class TreeModel:
     """One forward pass for all chunks, with attention over the tree."""
 
     shares = True
+    gives = "shared prefixes"
 
     def __init__(self, loaded: Any) -> None:
         loaded.set_attn_implementation(attention.NAME)
@@ -182,15 +204,15 @@ class TreeModel:
 
 
 class PlainModel:
-    """One chunk after the other, each sequence with its own transformers cache: for any causal model."""
+    """One chunk after the other, each sequence with its own transformers cache."""
 
     shares = False
+    gives = "key-value caches"
 
     def __init__(self, loaded: Any) -> None:
         self._model = loaded
-        config = loaded.config
-        self.context = context_of(config)
-        self.token_bytes = 2 * config.num_hidden_layers * config.hidden_size * loaded.dtype.itemsize
+        self.context = context_of(loaded.config)
+        self.token_bytes = _token_bytes(loaded)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
@@ -203,6 +225,36 @@ class PlainModel:
         chunk.node.filled = chunk.stop
         logits: torch.Tensor = output.logits[0, len(chunk) - chunk.keep :].float()
         return logits
+
+
+class WholeModel:
+    """Every chunk with all tokens before it, without a cache: what the others are compared with."""
+
+    shares = False
+    token_bytes = 1
+
+    def __init__(self, loaded: Any) -> None:
+        self._model = loaded
+        self.context = context_of(loaded.config)
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
+        return [self._forward(chunk) for chunk in chunks]
+
+    def _forward(self, chunk: Chunk) -> torch.Tensor:
+        ids = torch.tensor([chunk.node.tokens[: chunk.stop]], device=self._model.device)
+        output = self._model(input_ids=ids, use_cache=False)
+        chunk.node.filled = chunk.stop
+        logits: torch.Tensor = output.logits[0, chunk.stop - chunk.keep :].float()
+        return logits
+
+
+def _token_bytes(loaded: Any) -> int:
+    """Return the memory of the keys and values of one token, by the heads that have their own."""
+    config = loaded.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size * loaded.dtype.itemsize)
 
 
 def context_of(config: Any) -> int:

@@ -7,8 +7,7 @@ rounding alone moves a logit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ import torch
 
 from palio.errors import BadInput
 from palio.quantization import evaluation_mode
+from palio.tensors import largest_difference, last_bits_flipped
 from palio.training.attention import NAME, row_bounds
 from palio.training.model import compute_dtype
 from palio.training.rows import Batch, Row, flat_batch, padded_batch
@@ -53,20 +53,20 @@ def choose_batching(model: Any, rows: Sequence[Row], batch_size: int, device: to
     evaluation_mode(model)
     try:
         alone = _logits(model, probes, 1, padded_batch, device)
-        with _last_bits_flipped(inner):
-            noise = _largest(alone, _logits(model, probes, 1, padded_batch, device))
+        with last_bits_flipped(inner, compute_dtype(device)):
+            noise = largest_difference(alone, _logits(model, probes, 1, padded_batch, device))
         reason = _obstacle(inner)
         if not reason:
             try:
                 inner.set_attn_implementation(NAME)
-                difference = _largest(alone, _logits(model, probes, batch_size, flat_batch, device))
+                difference = largest_difference(alone, _logits(model, probes, batch_size, flat_batch, device))
                 if difference <= TOLERANCE * noise:
                     return Batching("end to end", difference)
                 reason = f"a logit would change by {difference:.2g}, rounding changes it by {noise:.2g}"
             except (NotImplementedError, TypeError, ValueError, KeyError, AttributeError) as error:
                 reason = f"{type(error).__name__}: {error}"
             inner.set_attn_implementation(own)
-        difference = _largest(alone, _logits(model, probes, batch_size, padded_batch, device))
+        difference = largest_difference(alone, _logits(model, probes, batch_size, padded_batch, device))
     finally:
         model.train()
     if difference <= TOLERANCE * noise:
@@ -115,26 +115,3 @@ def _logits(
         ):
             parts.append(model(**batch.inputs, use_cache=False).logits.flatten(0, 1)[batch.predict].float())
     return torch.cat(parts)
-
-
-@contextmanager
-def _last_bits_flipped(inner: Any) -> Iterator[None]:
-    """Change the embeddings of the passes inside by one unit in the last place, up or down at random."""
-    generator = torch.Generator().manual_seed(0)
-
-    def hook(module: Any, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
-        signs = torch.randint(0, 2, embedded.shape, generator=generator).to(embedded) * 2 - 1
-        eps = torch.finfo(compute_dtype(embedded.device)).eps
-        return embedded * (1 + eps * signs)
-
-    handle = inner.get_input_embeddings().register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _largest(alone: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the largest difference at positions that are finite alone: training finds broken weights."""
-    finite = alone.isfinite().all(-1)
-    return float((alone - other)[finite].abs().max()) if finite.any() else 0.0
