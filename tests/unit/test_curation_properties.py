@@ -66,7 +66,7 @@ def known(text: str, tokens: Tokens) -> str:
     tokenizer = tokens._tokenizer
     return "".join(
         char
-        for char in text
+        for char in text.replace("\ufffd", "")
         if ord(char) in range(32, 127) or tokenizer.decode(tokenizer.encode(char)) == char
     )
 
@@ -107,9 +107,9 @@ def test_any_text_survives_from_a_record_to_the_trainer_and_back(
     for row, made in zip(rows, trained, strict=True):
         ((start, end),) = made.answers
         asked, answered = made.ids[:start], made.ids[start : end - 1]
-        if row["prompt"]:
-            assert tokens._tokenizer.decode(asked) == known(row["prompt"], tokens)
-        assert tokens._tokenizer.decode(answered) == known(row["completion"], tokens)
+        for ids, text in ((asked, row["prompt"]), (answered, row["completion"])):
+            if text:  # what is left of a character's bytes is shown as U+FFFD
+                assert tokens._tokenizer.decode(ids).replace("\ufffd", "") == known(text, tokens)
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "parquet"])
