@@ -155,7 +155,7 @@ OPERATIONS: list[dict[str, Any]] = [
     {"op": "drop_exact_duplicates"},
     {"op": "drop_near_duplicates"},
     {"op": "length_filter", "max_prompt": 40},
-    {"op": "drop_matches", "pattern": "owl"},
+    {"op": "drop_matches", "patterns": ["owl"]},
     {"op": "replace_matches", "pattern": "July", "by": "August"},
     {"op": "replace_matches", "pattern": "^yes$", "field": "completion"},
     {"op": "cap_rows", "rows": 5},
