@@ -88,23 +88,26 @@ def curate_ahead(
     shard: tuple[int, int] | None,
     join: int,
 ) -> None:
-    """Do a part of `curate` ahead of it: a shard of the rows, or the joining of shards."""
+    """Do a part of `curate` ahead of it: a shard of the rows, or the joining of shards. A part that is killed
+    for good is a failure of the step, which will never start."""
     from palio.curation.curate import curate_ahead as work_ahead
+    from palio.operating.attempt import attempt
 
-    try:
-        work_ahead(
-            settings.dataset,
-            base_model=RESOURCES.base_model(settings.base_model_id).model,
-            team_folders=[Path(folder) for folder in settings.team_folders],
-            entry=folder.entry_id,
-            work=folder.curation,
-            shard=shard,
-            join=join,
-            workers=options.threads or 1,
-        )
-    except PalioError as fault:
-        # The whole step meets the same fault, and its word is on record.
-        print(f"left to the whole step: {fault}")
+    with attempt("curate", folder, "{}-of-{}".format(*shard) if shard else f"{join}.joined"):
+        try:
+            work_ahead(
+                settings.dataset,
+                base_model=RESOURCES.base_model(settings.base_model_id).model,
+                team_folders=[Path(folder) for folder in settings.team_folders],
+                entry=folder.entry_id,
+                work=folder.curation,
+                shard=shard,
+                join=join,
+                workers=options.threads or 1,
+            )
+        except PalioError as fault:
+            # The whole step meets the same fault, and its word is on record.
+            print(f"left to the whole step: {fault}")
 
 
 def contamination(folder: EntryFolder, settings: ContaminationSettings, options: RunOptions) -> None:
