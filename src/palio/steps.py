@@ -35,9 +35,7 @@ def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOpti
     step = BY_NAME[name]
     with attempt(name, folder):
         if gone := planning.vanished(step, folder, settings):
-            raise Interrupted(
-                f"{gone[0]} was read before and is gone; bring it back and start again"
-            )
+            raise Interrupted(f"{gone[0]} was read before and is gone; bring it back and start again")
         made = planning.made(step, folder, settings, RESOURCES)  # of what it is about to read
         globals()[step.function](folder, settings, options)
         planning.stamp(step, folder, settings, made)
