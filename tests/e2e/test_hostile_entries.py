@@ -74,7 +74,7 @@ def hostile(make: Hostile) -> dict[str, str]:
         ("h02", "team: " + "9" * 5000, "not what YAML takes it for"),
         ("h03", "team: 2023-99-99", "not what YAML takes it for"),
         ("h04", "team: !!python/object/apply:os.system ['true']", "is not YAML"),
-        ("h05", "a: &a [*a]", "base_model"),
+        ("h05", "a: &a [*a]", "recursive"),
     ):
         add(name, reason, lambda name, text=text: make.text(name, text))  # type: ignore[misc]
     add("h06", "invisible character", lambda name: make.text(name, 'team: "\\e[2J"'))
@@ -125,9 +125,9 @@ def hostile(make: Hostile) -> dict[str, str]:
         "(result / 'config.json').write_text(json.dumps(config))"
     )
     add("h17", "num_hidden_layers is 1000000", lambda name: make.command(name, layers))
-    add("h18", "memory", lambda name: make.command(name, "x = [bytearray(1 << 28) for _ in range(64)]"))
+    add("h18", "MemoryError", lambda name: make.command(name, "x = [bytearray(1 << 28) for _ in range(64)]"))
     fork = "import os, time\nfor _ in range(5000):\n    os.fork() or time.sleep(30)"
-    add("h19", "", lambda name: make.command(name, fork))
+    add("h19", "Resource temporarily unavailable", lambda name: make.command(name, fork))
 
     def server(name: str) -> None:
         (teams / name).mkdir()
