@@ -37,7 +37,8 @@ def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOpti
     work = partial(globals()[BY_NAME[name].function], folder, settings, options)
     with attempt(name, folder):
         if options.memory_mb is not None and options.minutes is not None:
-            in_child(work, memory=options.memory_mb << 20, seconds=60 * options.minutes)
+            # The limit counts reserved memory, too: about 1.5 times what a process really uses.
+            in_child(work, memory=2 * options.memory_mb << 20, seconds=60 * options.minutes)
         else:
             work()
 

@@ -244,7 +244,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = sys.argv[1]
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder).eval()
+model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
 with torch.inference_mode():
     prompt = tokenizer("The capital of Italy is", return_tensors="pt")
     finite = bool(model(**prompt).logits.isfinite().all())
@@ -330,7 +330,7 @@ def _same_answers(folder: Path, base: Path, adapter: Path, trained: AdapterManif
     from palio.tensors import mean_divergence
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    package = AutoModelForCausalLM.from_pretrained(folder)
+    package = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
     exact = package.dtype.is_floating_point and package.dtype.itemsize == 4
     ours = probe_logits(package, tokenizer)
     adapted, as_trained = adapted_model(base, adapter, trained)
