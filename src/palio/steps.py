@@ -184,6 +184,7 @@ def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOption
             isolation=settings.isolation,
             log=log,
             work=folder.work,
+            exact=settings.runs.stage == "open",
         )
 
     engine = _engine(settings.limits.engine) if handed_in.kind == "model" else ""

@@ -47,6 +47,7 @@ from palio.records.entry import (
     SourceReport,
     StepFailure,
     Violation,
+    coarse,
 )
 from palio.records.evaluation import HelmRun, ProbeCheck, ProbeReport, StageInstances, StageRecord
 from palio.records.scores import Cell, Column, DidNotFinish, Leaderboard, Panel, PanelEntry, ScoredEntry
@@ -112,6 +113,7 @@ __all__ = [
     "Uncertainty",
     "UsedSeconds",
     "Violation",
+    "coarse",
     "read_record",
     "timed_run",
 ]
