@@ -193,7 +193,7 @@ def standings(folder: WorkingFolder) -> Any:
 
 
 TABLES = ("metrics_sha256", "instances_table_sha256")
-"""Of the open stage they hold log-probabilities, whose last digits depend on which requests shared a batch."""
+"""Of the open stage they hold log-probabilities, whose last digits depend on the requests beside."""
 
 
 def test_the_honest_have_the_results_that_they_have_alone(finished: Finished) -> None:
