@@ -41,7 +41,8 @@ def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOpti
             raise Interrupted(f"{gone[0]} was read before and is gone; bring it back and start again")
         made = planning.made(step, folder, settings, RESOURCES)  # of what it is about to read
         if options.memory_mb is not None and options.minutes is not None:
-            in_child(work, memory=options.memory_mb << 20, seconds=60 * options.minutes)
+            # The limit counts reserved memory, too: about 1.5 times what a process really uses.
+            in_child(work, memory=2 * options.memory_mb << 20, seconds=60 * options.minutes)
         else:
             work()
         planning.stamp(step, folder, settings, made)
@@ -189,6 +190,7 @@ def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOption
             isolation=settings.isolation,
             log=log,
             work=folder.work,
+            exact=settings.runs.stage == "open",
         )
 
     engine = _engine(settings.limits.engine) if handed_in.kind == "model" else ""
