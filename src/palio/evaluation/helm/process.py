@@ -84,7 +84,7 @@ def _command(folder: HelmFolder, threads: int, dry_run: bool) -> list[str]:
 
 
 def _nltk_environment(folder: HelmFolder) -> dict[str, str]:
-    """NLTK_DATA with a copy of the tokenizer punkt_tab, which the package llama_index ships; empty without it.
+    """NLTK_DATA with a copy of punkt_tab, which the package llama_index ships; empty without that package.
 
     A copy, since NLTK refuses a file with several hard links, which is how uv installs packages.
     """
