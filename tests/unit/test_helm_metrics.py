@@ -29,7 +29,8 @@ PROBLEMS = {
     "Two thirds of three?": ("So \\boxed{2}.", "The answer is \\boxed{2}.", 1.0),
     "Seven?": ("\\boxed{7}", "It is \\boxed{8}.", 0.0),
 }
-# Asked as they are and perturbed: the first is always answered right, the second only as it is, the third never.
+# Asked as they are and perturbed: the first is always answered right, the second only as it is, the third
+# never.
 QUESTIONS = (
     "Mary said that her mother is not going to do anything about the doctor.",
     "John thinks that he is going to tell his father that there is nothing to do.",
