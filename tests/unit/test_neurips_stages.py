@@ -102,14 +102,15 @@ def test_the_winners_base_models_are_pinned() -> None:
         assert re.fullmatch("[0-9a-f]{40}", load_entry(path).base_model.revision or "")
 
 
-def test_the_competition_plans_from_a_fresh_clone_without_the_teams_data(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["neurips2023", "neurips2023_fair"])
+def test_the_competition_plans_from_a_fresh_clone_without_the_teams_data(tmp_path: Path, name: str) -> None:
     clone = tmp_path / "clone"
     clone.mkdir()
-    for name in ("Snakefile", "rules", "config", "profiles"):
-        (clone / name).symlink_to(ROOT / name)
+    for part in ("Snakefile", "rules", "config", "profiles"):
+        (clone / part).symlink_to(ROOT / part)
     python = Path(sys.executable)
     ended = subprocess.run(
-        [str(python.with_name("snakemake")), "--configfile", "config/neurips2023.yaml", "-n", "--quiet"],
+        [str(python.with_name("snakemake")), "--configfile", f"config/{name}.yaml", "-n", "--quiet"],
         cwd=clone,
         env={**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}", "HOME": str(tmp_path)},
         capture_output=True,
