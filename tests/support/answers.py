@@ -13,7 +13,7 @@ def knowing_server(store: StageStore) -> Toy:
     """Answers every prompt of a stage with what its scenario takes for right.
 
     A prompt that lost examples to the window is recognised by its question: what follows the last mark that
-    begins one.
+    begins one; a question that was cut, by its beginning.
     """
     known: dict[str, str] = {}
     marks: set[str] = set()
@@ -28,8 +28,12 @@ def knowing_server(store: StageStore) -> Toy:
                 known[prompt.rpartition(mark)[2]] = answer
 
     def answer(prompt: str) -> str:
-        questions = (prompt.rpartition(mark)[2] for mark in marks if mark in prompt)
-        return known.get(prompt) or next((known[question] for question in questions if question in known), "")
+        if prompt in known:
+            return known[prompt]
+        asked = [prompt.rpartition(mark)[2] for mark in marks if mark in prompt]
+        whole = (known[question] for question in asked if question in known)
+        cut = (of for text, of in known.items() for start in asked if text.startswith(start) and start)
+        return next(whole, "") or next(cut, "")
 
     return Toy(answer=answer)
 
