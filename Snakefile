@@ -7,8 +7,8 @@ from snakemake.utils import min_version
 min_version("9.27")
 
 
-# --configfile replaces the demo's config instead of being merged into it
-if "competition" not in config:
+# --configfile replaces the demo's config instead of being merged into it; a job reads what its run planned
+if "competition" not in config and workflow.is_main_process:
 
     configfile: "config/config.yaml"
 

@@ -6,8 +6,9 @@
 
 No step is run. A plan is a dry run on a fresh clone. A job's start is the Snakemake that a SLURM job begins
 with (it begins with two, one after the other), up to the step's command. For the run with nothing to do,
-every output is made as an empty file and accepted with --touch (a tenth of a second each, asleep), which also
-tells what the controller does for each job. Prints wall-clock and CPU seconds and Snakemake's peak memory.
+every output is made, empty but for the records, and accepted with --touch (a tenth of a second each, asleep),
+which also tells what the controller does for each job. Prints wall-clock and CPU seconds and Snakemake's peak
+memory.
 """
 
 from __future__ import annotations
@@ -20,9 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import chdir
 from pathlib import Path
 
+from palio.layout import CONFIG
+from palio.workflow import Workflow
+
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))
+from tests.support.records import leave_all_records  # noqa: E402 (a script's path is its own folder)
+
 ENTRY = "config/entries/demo/curated.yaml"
 LIMIT_SECONDS = 30.0
 """What 200 entries may take."""
@@ -81,6 +89,8 @@ def make_outputs(folder: Path, local: list[str]) -> float:
         (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
         if path.suffix:
             path.touch()
+    with chdir(folder):
+        leave_all_records(Workflow(CONFIG))
     return snakemake(folder, *local, "--touch", "--forceall", "--quiet", "all")[1]
 
 

@@ -19,14 +19,19 @@ from snakemake.settings.types import RerunTrigger
 
 from palio.demo.data import FAMILIES as DEMO_FAMILIES
 from palio.errors import BadInput, PalioError
+from palio.layout import CONFIG
 from palio.operating import controller
 from palio.operating.attempt import RUN_VARIABLE
 from palio.workflow import Workflow
 
 try:
     # a job does what its run planned, whatever has been edited since
-    W = None if workflow.is_main_process else Workflow.planned_by(os.environ.get(RUN_VARIABLE))
-    W = W or Workflow(config)
+    W = (
+        None
+        if workflow.is_main_process
+        else Workflow.planned_by(os.environ.get(RUN_VARIABLE))
+    )
+    W = W or Workflow(config or CONFIG)
 except BadInput as fault:
     raise WorkflowError(str(fault)) from None
 if workflow.is_main_process:
@@ -49,10 +54,14 @@ wildcard_constraints:
 # Of a run, never of its jobs. Standings run beside another run, so they take nothing over.
 onstart:
     if workflow.rerun_triggers != {RerunTrigger.MTIME}:
-        raise WorkflowError("Start with a profile of profiles/, or with --rerun-triggers mtime.")
+        raise WorkflowError(
+            "Start with a profile of profiles/, or with --rerun-triggers mtime."
+        )
     if any(job.rule.name != "standings" for job in workflow.dag.needrun_jobs()):
         try:
-            controller.begin(W, controller.take_over(on_slurm=not workflow.local_exec))
+            controller.begin(
+                W, controller.take_over(on_slurm=not workflow.local_exec)
+            )
         except PalioError as fault:
             raise WorkflowError(str(fault)) from None
 

@@ -82,7 +82,9 @@ use rule curate_dataset as join_shards with:
 rule measure_contamination:
     input:
         again=W.again("contamination"),
-        dataset=W.if_due("contamination", "results/{track}/{entry}/dataset/manifest.json"),
+        dataset=W.if_due(
+            "contamination", "results/{track}/{entry}/dataset/manifest.json"
+        ),
         stages=W.if_due(
             "contamination",
             *expand("resources/stages/{stage}/stage.json", stage=["open", "closed"]),

@@ -9,7 +9,9 @@ for stage in ["open", "closed"]:
             again=W.again(stage),
             package=W.if_due(stage, "results/{track}/{entry}/package.json"),
             instances=W.if_due(stage, f"resources/stages/{stage}/stage.json"),
-            before=W.if_due(stage, *["results/{track}/{entry}/open.json"] * (stage == "closed")),
+            before=W.if_due(
+                stage, *["results/{track}/{entry}/open.json"] * (stage == "closed")
+            ),
         output:
             record=f"results/{{track}}/{{entry}}/{stage}.json",
             metrics=f"results/{{track}}/{{entry}}/helm/{stage}/metrics.parquet",

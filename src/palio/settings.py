@@ -411,7 +411,8 @@ class RunOptions(Strict):
     """How many jobs shared the curation, for the record."""
     telemetry: Telemetry = Telemetry()
     memory_mb: PositiveInt | None = None
-    """Memory of a process in MB, for steps that run Palio's own code on a team's files; None: no limit."""
+    """Memory of the job in MB, for steps that run Palio's own code on a team's files: a process ends that
+    reserves twice as much. None: no limit."""
     minutes: PositiveInt | None = None
     """Time for such a step; None: no limit."""
     among: EntryFolders | None = None

@@ -41,7 +41,8 @@ def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOpti
             raise Interrupted(f"{gone[0]} was read before and is gone; bring it back and start again")
         made = planning.made(step, folder, settings, RESOURCES)  # of what it is about to read
         if options.memory_mb is not None and options.minutes is not None:
-            in_child(work, memory=options.memory_mb << 20, seconds=60 * options.minutes)
+            # The limit counts reserved memory, too: about 1.5 times what a process really uses.
+            in_child(work, memory=2 * options.memory_mb << 20, seconds=60 * options.minutes)
         else:
             work()
         planning.stamp(step, folder, settings, made)
@@ -88,23 +89,26 @@ def curate_ahead(
     shard: tuple[int, int] | None,
     join: int,
 ) -> None:
-    """Do a part of `curate` ahead of it: a shard of the rows, or the joining of shards."""
+    """Do a part of `curate` ahead of it: a shard of the rows, or the joining of shards. A part that is killed
+    for good is a failure of the step, which will never start."""
     from palio.curation.curate import curate_ahead as work_ahead
+    from palio.operating.attempt import attempt
 
-    try:
-        work_ahead(
-            settings.dataset,
-            base_model=RESOURCES.base_model(settings.base_model_id).model,
-            team_folders=[Path(folder) for folder in settings.team_folders],
-            entry=folder.entry_id,
-            work=folder.curation,
-            shard=shard,
-            join=join,
-            workers=options.threads or 1,
-        )
-    except PalioError as fault:
-        # The whole step meets the same fault, and its word is on record.
-        print(f"left to the whole step: {fault}")
+    with attempt("curate", folder, "{}-of-{}".format(*shard) if shard else f"{join}.joined"):
+        try:
+            work_ahead(
+                settings.dataset,
+                base_model=RESOURCES.base_model(settings.base_model_id).model,
+                team_folders=[Path(folder) for folder in settings.team_folders],
+                entry=folder.entry_id,
+                work=folder.curation,
+                shard=shard,
+                join=join,
+                workers=options.threads or 1,
+            )
+        except PalioError as fault:
+            # The whole step meets the same fault, and its word is on record.
+            print(f"left to the whole step: {fault}")
 
 
 def contamination(folder: EntryFolder, settings: ContaminationSettings, options: RunOptions) -> None:
@@ -186,6 +190,7 @@ def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOption
             isolation=settings.isolation,
             log=log,
             work=folder.work,
+            exact=settings.runs.stage == "open",
         )
 
     engine = _engine(settings.limits.engine) if handed_in.kind == "model" else ""

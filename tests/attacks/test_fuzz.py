@@ -75,13 +75,13 @@ def mutated(draw: st.DrawFn, content: Any) -> Any:
                 continue
             what = draw(st.sampled_from(["replace", "remove", "add"]))
             if what == "replace":
-                place[key] = draw(ODD)
+                place[key] = copy.deepcopy(draw(ODD))
             elif what == "remove":
                 del place[key]
             elif isinstance(place, dict):
-                place[draw(st.text(max_size=12))] = draw(ODD)
+                place[draw(st.text(max_size=12))] = copy.deepcopy(draw(ODD))
             else:
-                place.append(draw(ODD))
+                place.append(copy.deepcopy(draw(ODD)))
             break
     return content
 

@@ -85,7 +85,7 @@ def test_the_record_counts_what_is_asked_and_what_it_lacks(asked: Asked) -> None
             assert counts.prepared == of.scenarios[name] <= counts.asked
             assert counts.examples_min <= counts.examples_median <= max(counts.examples_asked, 0)
             if counts.constant_answer is not None:
-                assert sum(counts.labels.values()) == counts.prepared
+                assert 0 < sum(counts.labels.values()) <= counts.prepared, "BIG-bench has other runs too"
     fair = asked.competition.competition.endswith("fair")
     corr2cause = asked.prepared["closed"].counts["corr2cause"]
     assert corr2cause.examples_asked == (5 if fair else 1)
@@ -117,5 +117,8 @@ def test_prompts_are_shown_by_scenario(asked: Asked) -> None:
 
 
 def test_lost_examples_are_in_the_record(asked: Asked) -> None:
-    lost = sum(run.prompts_short for run in asked.records["knows"]["closed"].runs if run.scenario == "MATH")
-    assert lost > 0 or asked.competition.competition.endswith("fair")
+    runs = asked.records["knows"]["closed"].runs
+    if not asked.competition.competition.endswith("fair"):
+        assert sum(run.prompts_short for run in runs if run.scenario == "MATH") > 0
+    ignorant = asked.records["ignorant"]["closed"].runs
+    assert not any(run.empty_answers for run in ignorant), "an answer that is wrong is not empty"

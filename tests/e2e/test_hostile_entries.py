@@ -74,7 +74,7 @@ def hostile(make: Hostile) -> dict[str, str]:
         ("h02", "team: " + "9" * 5000, "not what YAML takes it for"),
         ("h03", "team: 2023-99-99", "not what YAML takes it for"),
         ("h04", "team: !!python/object/apply:os.system ['true']", "is not YAML"),
-        ("h05", "a: &a [*a]", "base_model"),
+        ("h05", "a: &a [*a]", "recursive"),
     ):
         add(name, reason, lambda name, text=text: make.text(name, text))  # type: ignore[misc]
     add("h06", "invisible character", lambda name: make.text(name, 'team: "\\e[2J"'))
@@ -125,9 +125,9 @@ def hostile(make: Hostile) -> dict[str, str]:
         "(result / 'config.json').write_text(json.dumps(config))"
     )
     add("h17", "num_hidden_layers is 1000000", lambda name: make.command(name, layers))
-    add("h18", "memory", lambda name: make.command(name, "x = [bytearray(1 << 28) for _ in range(64)]"))
+    add("h18", "MemoryError", lambda name: make.command(name, "x = [bytearray(1 << 28) for _ in range(64)]"))
     fork = "import os, time\nfor _ in range(5000):\n    os.fork() or time.sleep(30)"
-    add("h19", "", lambda name: make.command(name, fork))
+    add("h19", "Resource temporarily unavailable", lambda name: make.command(name, fork))
 
     def server(name: str) -> None:
         (teams / name).mkdir()
@@ -192,6 +192,10 @@ def standings(folder: WorkingFolder) -> Any:
     return json.loads((folder.path / "results/standings/laptop.json").read_text())
 
 
+TABLES = ("metrics_sha256", "instances_table_sha256")
+"""Of the open stage they hold log-probabilities, whose last digits depend on the requests beside."""
+
+
 def test_the_honest_have_the_results_that_they_have_alone(finished: Finished) -> None:
     folders = (finished.beside, finished.alone)
     for name in HONEST:
@@ -199,10 +203,10 @@ def test_the_honest_have_the_results_that_they_have_alone(finished: Finished) ->
             file = f"results/laptop/{name}/{stage}.json"
             beside, alone = (json.loads((folder.path / file).read_text()) for folder in folders)
             assert beside["state"] == "finished"
-            assert beside == alone
-    ranks = [[(row["entry"], row["rank"]) for row in standings(folder)["entries"]] for folder in folders]
-    assert ranks[0] == ranks[1]
-    assert len(ranks[0]) == 2
+            assert {key for key in beside if beside[key] != alone[key]} <= set(TABLES)
+    beside, alone = (standings(folder)["entries"] for folder in folders)
+    assert beside == alone  # every value, win rate and rank
+    assert [row["entry"] for row in sorted(beside, key=lambda row: row["entry"])] == list(HONEST)
 
 
 def test_each_hostile_entry_has_its_own_reason(finished: Finished) -> None:

@@ -28,7 +28,7 @@ MINUTE = 60
 def test_a_minute_keeps_what_it_answered_and_a_lifted_limit_asks_only_the_rest(
     tmp_path: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    competition = competition_of_2023(tmp_path, scale=0.1)
+    competition = competition_of_2023(tmp_path, scale=0.03)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PALIO_HELM_DATA", raising=False)
     runs = real_stage(competition, "open", tmp_path)

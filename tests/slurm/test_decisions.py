@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,8 +31,8 @@ class Decided:
 
 
 @pytest.fixture(scope="module")
-def decided(finished: Any, cluster: Cluster, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Decided:
-    folder = competition.copy(finished.folder, tmp_path_factory.mktemp("decided") / "competition")
+def decided(cluster: Cluster, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Decided:
+    folder = competition.create(tmp_path_factory.mktemp("decided") / "competition", tiny)
     folder.edit_yaml(
         "config/config.yaml", lambda config: config["tracks"]["rtx4090"].update(training_budget="30s")
     )

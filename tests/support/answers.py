@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from palio.layout import StageStore
 from tests.support.toy import Toy
 
-TAILS = (3000, 1500, 800, 400, 250, 150)
-"""Ends of a prompt by which one is recognised that lost examples to the window."""
-
 
 def knowing_server(store: StageStore) -> Toy:
-    """Answers every prompt of a stage with what its scenario takes for right."""
+    """Answers every prompt of a stage with what its scenario takes for right.
+
+    A prompt that lost examples to the window is recognised by its question: what follows the last mark that
+    begins one; a question that was cut, by its beginning.
+    """
     known: dict[str, str] = {}
-    for path in sorted(Path(store.path).glob("helm/*/output/runs/*/*/scenario_state.json")):
+    marks: set[str] = set()
+    for path in sorted(store.path.glob("helm/*/output/runs/*/*/scenario_state.json")):
+        adapter = json.loads(path.with_name("run_spec.json").read_text())["adapter_spec"]
+        mark = adapter["input_prefix"]
+        marks |= {mark} - {""}
         for state in json.loads(path.read_text())["request_states"]:
             prompt, answer = state["request"]["prompt"], right_answer(state)
             known[prompt] = answer
-            known |= {prompt[-length:]: answer for length in TAILS if len(prompt) > length}
+            if mark:
+                known[prompt.rpartition(mark)[2]] = answer
 
     def answer(prompt: str) -> str:
-        ends = (prompt[-length:] for length in TAILS)
-        return known.get(prompt) or next((known[end] for end in ends if end in known), "")
+        if prompt in known:
+            return known[prompt]
+        asked = [prompt.rpartition(mark)[2] for mark in marks if mark in prompt]
+        whole = (known[question] for question in asked if question in known)
+        cut = (of for text, of in known.items() for start in asked if text.startswith(start) and start)
+        return next(whole, "") or next(cut, "")
 
     return Toy(answer=answer)
 

@@ -21,7 +21,7 @@ import palio.cli.organizer
 import palio.evaluation.stage
 import palio.steps
 from palio import planning
-from palio.errors import RuleViolation
+from palio.errors import PalioError, RuleViolation
 from palio.files import append_json_line
 from palio.layout import BaseModelFolder, EntryFolder
 from palio.operating.attempt import attempt
@@ -87,6 +87,9 @@ def prepare(runs: StageRuns, out: Path) -> Any:
 
 def score(workflow: Any, tracks: list[str], results: Path, out: Path, *, final: bool) -> None:
     for track in tracks:
+        for entry_id in workflow.active[track]:
+            if due := workflow.due_in(workflow.results.entry(track, entry_id)):
+                raise PalioError(f"{entry_id} is neither finished nor withdrawn: {due}")
         for suffix in ("csv", "parquet", "md", "tex", "analysis.json"):
             (out / f"{track}.{suffix}").touch()
         made = workflow.scored_with(track).model_dump(mode="json")

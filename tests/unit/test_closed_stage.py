@@ -67,7 +67,7 @@ def test_no_text_of_the_closed_stage_is_seen_when_it_runs_fails_or_dies(
     assert "6 unanswered: the reply is not JSON; the logs are in the closed store" in said[0]
     assert "the model server died; first" in said[1]
 
-    finished = run_stage(closed_stage, record, entry_dir, Toy(answer=lambda prompt: f"A {prompt}"))
+    finished = run_stage(closed_stage, record, entry_dir, Toy(answer=lambda prompt: f"A {CANARY}"))
     assert finished.state is State.FINISHED
 
     captured = capfd.readouterr()

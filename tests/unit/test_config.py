@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from palio.config import (
     load_entry,
     load_rules,
     parse,
+    read_yaml,
 )
 from palio.entries import Entries
 from palio.errors import BadInput
@@ -215,3 +217,27 @@ def test_base_models_of_different_revisions_have_different_ids() -> None:
     ids = {BaseModelSource(hub=f"org/name@{digit * 40}").id for digit in "0123"}
     assert len(ids) == 4
     assert all(name.startswith("org-name-") for name in ids)
+
+
+def test_a_competition_that_extends_another_says_only_what_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = read_yaml(ROOT / "config/config.yaml")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text(json.dumps(base))
+    scenario = next(iter(base["stages"]["open"]["scenarios"]))
+    content = {
+        "extends": "base.yaml",
+        "title": "Another",
+        "stages": {"open": {"weight": 0, "scenarios": {scenario: None}}, "closed": {"weight": 1}},
+    }
+    made = load_competition(content)
+    assert made.title == "Another"
+    assert made.tracks == load_competition(base).tracks
+    assert set(made.stages.open.scenarios) == set(base["stages"]["open"]["scenarios"]) - {scenario}
+    assert made.stage_weights == {"closed": 1}
+    with pytest.raises(BadInput, match=r"extends is .nowhere\.yaml.: no such file"):
+        load_competition({"extends": "nowhere.yaml"})
+    (tmp_path / "loop.yaml").write_text('{"extends": "loop.yaml"}')
+    with pytest.raises(BadInput, match="extends itself"):
+        load_competition(tmp_path / "loop.yaml")

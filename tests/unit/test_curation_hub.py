@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -72,9 +72,9 @@ def hub() -> Iterator[str]:
         thread.join()
 
 
-def read(revision: str, out: Path, **environment: str) -> str:
+def read(revision: str, out: Path, source: Mapping[str, str] | None = None, **environment: str) -> str:
     """Curate the dataset at a revision in a process of its own; its last line of output."""
-    given = recipe([{"hub": f"palio/contrade@{revision}"}]).model_dump_json()
+    given = recipe([{"hub": f"palio/contrade@{revision}", **(source or {})}]).model_dump_json()
     program = (
         "import sys; from pathlib import Path; from palio.config import DatasetRecipe; "
         "from palio.errors import BadInput; from tests.support.curation import curate\n"
@@ -121,3 +121,20 @@ def test_offline_a_revision_that_is_not_in_the_cache_is_never_replaced_by_anothe
         "fetch it on a node with network\n"
     )
     assert not (tmp_path / "dataset").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "there"), [({"split": "test"}, "['train']"), ({"config": "italian"}, "default")]
+)
+def test_a_wrong_split_or_config_is_told_with_those_that_there_are(
+    source: dict[str, str], there: str, home: str, tmp_path: Path
+) -> None:
+    said = read(SECOND, tmp_path / "dataset", source, HF_HOME=home, HF_HUB_OFFLINE="1")
+    (value,) = source.values()
+    assert f"hub:palio/contrade@{SECOND}: could not be read" in said
+    assert value in said
+    assert there in said
+    with hub() as address:
+        said = read(FIRST, tmp_path / "other", source, HF_HOME=str(tmp_path), HF_ENDPOINT=address)
+    assert value in said
+    assert there in said

@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 
 from palio.config import DatasetRecipe, operation_names
 from palio.curation.curate import curate_ahead
-from palio.errors import BadInput
+from palio.errors import BadInput, NotRetried
+from palio.layout import EntryFolder
+from palio.operating.attempt import read_attempts
+from palio.records import StepFailure, read_record
 from palio.settings import CurateSettings, slice_of
 from tests.support.curation import curate, digests, finished, pairs_of, recipe, write_jsonl
 from tests.support.training import tiny_base_model
@@ -222,3 +225,38 @@ def test_what_a_shard_cannot_do_is_left_to_the_run_that_tells_why(tmp_path: Path
         ends.append((done.returncode, "gone.jsonl: no such file" in done.stdout + done.stderr))
     assert ends == [(0, True), (0, True), (0, True), (2, True)]
     assert (entry_dir / "work/failures/curate.json").is_file()
+
+
+def test_a_shard_that_is_killed_for_good_is_on_record(tmp_path: Path) -> None:
+    """As one that needs more memory than its job has: with retries the third attempt says so, and another
+    shard of the same run leaves that word alone."""
+    lines = ({"prompt": f"What is {n} + {n}?", "completion": str(2 * n)} for n in range(200_000))
+    source = write_jsonl(tmp_path / "many.jsonl", lines)
+    given = recipe([{"path": str(source)}], "drop_exact_duplicates")
+    settings = CurateSettings(
+        competition_id="demo", dataset=given, base_model_id="none", team_folders=(str(tmp_path),)
+    )
+    folder = EntryFolder.at(tmp_path / "results/laptop/civetta")
+
+    def start(shard: str, run: str = "one") -> subprocess.Popen[bytes]:
+        arguments = ["step", "curate", str(folder.path), "--settings", slice_of(settings), "--shard", shard]
+        environment = {**os.environ, "PALIO_RUN": run}
+        return subprocess.Popen([sys.executable, "-m", "palio.cli", *arguments], cwd=ROOT, env=environment)
+
+    for number in (1, 2):
+        process = start("1-of-2")
+        while len(read_attempts(folder)) < number:
+            assert process.poll() is None, "ended before it could be killed"
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+    assert not folder.failure("curate").exists()
+    assert start("1-of-2").wait() == NotRetried.exit_code
+    failure = read_record(StepFailure, folder.failure("curate"))
+    assert (failure.step, failure.state) == ("curate", "crashed")
+    assert failure.reason == "killed twice, no error reported: out of memory, or a faulty node"
+    write_jsonl(source, [{"prompt": "1 + 1 =", "completion": "2"}])
+    assert start("2-of-2").wait() == 0
+    assert folder.failure("curate").exists()
+    assert start("1-of-2", run="another").wait() == 0  # started again, perhaps with more memory
+    assert not folder.failure("curate").exists()

@@ -6,7 +6,7 @@ import codecs
 import gzip
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +114,13 @@ PAIRS = [{"prompt": f'Who\nran "{n}"?', "completion": f"Ündine, {n}"} for n in 
 EXPECTED = [(pair["prompt"], pair["completion"]) for pair in PAIRS]
 
 
+def csv_line(fields: Sequence[str], delimiter: str = ",") -> str:
+    """A line by RFC 4180, every field quoted."""
+    return delimiter.join('"' + field.replace('"', '""') + '"' for field in fields) + "\r\n"
+
+
 def csv_text(delimiter: str = ",") -> str:
-    quoted = ['"' + text.replace('"', '""') + '"' for pair in EXPECTED for text in pair]
-    rows = [delimiter.join(quoted[n : n + 2]) for n in range(0, len(quoted), 2)]
-    return "\r\n".join([f"prompt{delimiter}completion", *rows]) + "\r\n"
+    return "".join(csv_line(row, delimiter) for row in [("prompt", "completion"), *EXPECTED])
 
 
 TEXTS = {

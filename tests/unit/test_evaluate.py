@@ -9,7 +9,7 @@ import pytest
 
 from palio.errors import Crashed, RuleViolation, State
 from palio.evaluation.evaluate import UsedTime, Watch
-from palio.evaluation.helm import error_class, log_error
+from palio.evaluation.helm import log_error, public_error
 from palio.evaluation.stage import StagePlan, prepare_stage
 from palio.heartbeat import HeartbeatWriter, read_heartbeat
 from palio.layout import EntryFolder, HelmFolder
@@ -203,4 +203,4 @@ def test_the_log_tells_the_error_of_the_run_that_is_asked_for(tmp_path: Path) ->
     assert log_error(folder, "gsm") == "ValueError: no train file"
     assert log_error(folder, "mmlu:subject=anatomy") == "helm.common.cache.CacheError: broken"
     assert log_error(folder, "bbq") == ""
-    assert error_class(log_error(folder)) == "CacheError"
+    assert public_error(log_error(folder)) == "CacheError"

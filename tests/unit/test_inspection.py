@@ -146,9 +146,17 @@ def test_what_is_cut_and_dropped_is_counted_and_named(dataset: Path, base_model:
         r"--- talks talks:1: \d+ tokens, \d+ learned; part 2 of 2; 1 of 3 answers left out", text
     )
     assert "learned  The│ owl│.│⏎│⟦<|im_end|>⟧" in text
+    assert "lost" not in text
     truncated = "\n".join(text_lines(found(dataset, base_model, over_length="truncate")))
     assert "truncated after the last answer that fits" in truncated
     assert "part" not in truncated
+
+
+def test_characters_that_the_tokenizer_does_not_know_are_told(base_model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}?", "completion": text} for n, text in enumerate(["yes", "\x1dé🦉", "no\x1d"])]
+    curate(recipe([{"path": str(write_jsonl(tmp_path / "a.jsonl", rows))}]), tmp_path / "dataset")
+    text = "\n".join(found(tmp_path / "dataset", base_model).lines)
+    assert "characters lost or changed, which the tokenizer does not know: U+001D in 2 rows" in text
 
 
 class Spans(HTMLParser):

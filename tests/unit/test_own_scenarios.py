@@ -135,3 +135,20 @@ def test_a_setting_that_is_wrong_is_named() -> None:
         needs(["palio_sam_sum:part=3"])
     with pytest.raises(DataError, match="subset=law: use one of commonsense"):
         needs(["palio_ethics:subset=law"])
+
+
+def test_what_a_run_reads_is_known_without_a_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = needs(
+        [
+            "big_bench:task=emoji_movie,subtask=,max_train_instances=big_bench_few_shot_setting",
+            "mmlu:subject=anatomy,data_augmentation=canonical",
+            "truthful_qa:task=mc_single,data_augmentation=robustness",
+            "palio_ethics:subset=justice,edition=2023,max_eval_instances=3",
+        ]
+    )
+    names = [need.name for need in found]
+    assert names == ["big_bench", "mmlu", "perturbations", "truthful_qa", "ethics"]
+    assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palio.config import BaseModelSource, Competition, Entry, load_competition
+from palio.config import BaseModelSource, Competition, Entry, Metric, load_competition
 from palio.entries import AnyEntry, BrokenEntry
 from palio.errors import BadInput, PalioError, State
 from palio.layout import Boards, Results
@@ -90,6 +90,29 @@ def test_exclude_leaves_the_column_out_and_says_so() -> None:
     a = board.entries[0]
     assert (a.entry, a.stage_scores["open"], a.cells[1].win_rate) == ("a", 1.0, None)
     assert "left out" in a.notes[0]
+
+
+def test_no_mention_of_a_group_is_no_loss_unless_the_metric_or_a_convention_of_2023_says_so() -> None:
+    def share(missing: str | None, convention: str = "midrank") -> float:
+        columns = [*COLUMNS[:3], COLUMNS[3].model_copy(update={"missing": missing})]
+        silent, other = candidate("a", 0.9, 0.9, 0.9, None), candidate("b", 0.1, 0.1, 0.1, 0.2)
+        board = board_of(silent, other, columns=columns, convention=convention)
+        (found,) = [entry for entry in board.entries if entry.entry == "a"]
+        return found.scenario_win_rates["closed"]["math"]
+
+    assert share("exclude") == 1.0
+    assert share("worst") == share(None) == 0.5
+    assert share("exclude", "hidden2023") == 0.25  # (1 of 2 worse + 0) / 2 columns: its rule is its own
+
+
+def test_a_bias_column_excludes_no_mention_by_default_and_does_not_block() -> None:
+    settings = competition()
+    scenario = next(iter(settings.stages.open.scenarios.values()))
+    bias = Metric(metric="bias_metric:mode=representation,demographic_category=race", higher_is_better=False)
+    scenario.metrics["Representation"] = bias
+    scenario.metrics["Strict"] = bias.model_copy(update={"missing": "worst"})
+    by_name = {column.metric: column.missing for column in columns_of(settings, "open")}
+    assert (by_name["Representation"], by_name["Strict"]) == ("exclude", "worst")
 
 
 def test_an_entry_without_any_value_in_a_stage_did_not_finish_under_exclude() -> None:

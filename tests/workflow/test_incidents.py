@@ -148,7 +148,7 @@ def test_a_broken_folder_of_one_entry_harms_nobody(competition: Competition) -> 
 
 
 def test_a_withdrawn_entry_ends_with_its_own_code_and_the_others_go_on(competition: Competition) -> None:
-    controller = competition.start("--retries", "2", PALIO_SLOW="raw curate 6")
+    controller = competition.start("--retries", "2", PALIO_SLOW="raw curate 40")
     competition.wait_for(controller, ("raw", "curate"))
     command = ("palio", "withdraw", "raw", "--why", "asked to")
     said = competition.run(*command, environment=competition.environment).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from palio.layout import CONFIG
+from palio.operating.attempt import RUN_VARIABLE
 from palio.workflow import Workflow
 from tests.support.folder import DEMO_ENTRIES, WorkingFolder
 
@@ -76,6 +79,37 @@ def test_a_job_of_one_entry_reads_no_other_entrys_file(
     assert "learning_rate" in rules.settings("finetune")(curated)
     assert rules.base_model_manifest(curated)
     assert len(rules.faults) == 3, "only now are the others missed"
+
+
+def test_a_job_does_what_its_run_planned_whatever_the_files_say_now(
+    folder: WorkingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.path)
+    Workflow(CONFIG).save("tonight")
+    (folder.path / CONFIG).write_text("competition: [in the middle of an edit")
+    (folder.path / DEMO_ENTRIES / "raw.yaml").unlink()
+    job = ("--target-jobs", "check_entry:track=laptop,entry=raw", "--allowed-rules", "check_entry", "--force")
+    inside = (
+        "--mode",
+        "remote",
+        "--executor",
+        "local",
+        "--cores",
+        "1",
+        "--nolock",
+        "--dry-run",
+        "--printshellcmds",
+    )
+    done = folder.run(
+        "snakemake",
+        "--snakefile",
+        "Snakefile",
+        *job,
+        *inside,
+        environment=os.environ | {RUN_VARIABLE: "tonight"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "exec palio step check results/laptop/raw --settings" in done.stdout + done.stderr
 
 
 def test_data_held_against_the_open_stage_waits_for_its_instances(folder: WorkingFolder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,8 +213,11 @@ def prompts(competition: str, stage: Stage, scenario: str | None, number: int) -
 @results_option
 @click.option("--watch", is_flag=True, help="Show it again every few seconds, until Ctrl-C.")
 @click.option("--html", type=ExistingPath, help="Write the same as one HTML page.")
+@click.option("--every", type=click.IntRange(min=1), help="With --html: write it every so many seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-def status(competition: str, results: Path, watch: bool, html: Path | None, as_json: bool) -> None:
+def status(
+    competition: str, results: Path, watch: bool, html: Path | None, every: int | None, as_json: bool
+) -> None:
     """Where every entry is: waiting, running (node, budget, end), done, or failed and why. Takes no lock."""
     from dataclasses import asdict
 
@@ -231,7 +235,13 @@ def status(competition: str, results: Path, watch: bool, html: Path | None, as_j
             write_text(html, status_view.html_page(now))
         return now
 
-    if watch:
+    if every and not html:
+        raise click.UsageError("--every needs --html")
+    if every:
+        while True:
+            look()
+            time.sleep(every)
+    elif watch:
         status_view.watch_status(look)
     elif as_json:
         print(json.dumps(asdict(look()), indent=2))

@@ -36,6 +36,7 @@ UNFOLDED, MOST_UNFOLDED = 256 << 20, 200
 MAX_COLUMNS = 1000
 FILE_TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst")
+_ARRAY = re.compile(rb"\s*\[\s*\{")
 
 Numbered = tuple[int, Record | Malformed]
 """A record with the line it begins in, from 1; of arrays, Parquet and datasets with its own number."""
@@ -80,7 +81,7 @@ def _text_records(shown: str, name: str, stream: io.BufferedReader) -> Iterator[
         raise BadInput(shown, why="is UTF-16", fix="save the file as UTF-8")
     if name.endswith((".csv", ".tsv")):
         yield from _csv(shown, stream, "," if name.endswith(".csv") else "\t")
-    elif name.endswith(".json") or head.lstrip().startswith(b"["):
+    elif name.endswith(".json") or _ARRAY.match(head):
         yield from _json_values(shown, _JsonText(stream))
     else:
         yield from _json_lines(stream)

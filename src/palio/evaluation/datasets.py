@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -163,7 +164,7 @@ def needs(descriptions: Iterable[str]) -> list[Need]:
             need = found.setdefault((scenario.name, scenario.data), Need(scenario.name, scenario.data))
             need.readers.append(scenario)
         else:
-            folder = _helm_folder(name, args)
+            folder = _helm_folder(name)
             found.setdefault((folder, ""), Need(folder))
         if args.get("data_augmentation", "robustness") not in PLAIN_AUGMENTATIONS:
             found.setdefault((PERTURBATIONS, ""), Need(PERTURBATIONS))
@@ -181,21 +182,23 @@ def _settings_of(scenario: type) -> set[str]:
     return {name for base in scenario.__mro__ for name in inspect.signature(base.__init__).parameters}  # type: ignore[misc]
 
 
-def _helm_folder(name: str, args: Mapping[str, str]) -> str:
-    """Return the cache folder of HELM's or a plug-in's scenario; the run spec's name if it does not say."""
+def _helm_folder(name: str) -> str:
+    """Return the cache folder of HELM's or a plug-in's scenario; the run spec's name if it does not say.
+
+    The class is read from the source of the run spec's function: calling it may download data.
+    """
     from helm.benchmark.run_spec import get_run_spec_function
     from helm.common.object_spec import get_class_by_name
 
     for plug_in in metadata.entry_points(group="helm"):
         importlib.import_module(plug_in.module)
     function = get_run_spec_function(name)
-    if function is None:
+    found = re.search(r"""class_name=["']([\w.]+)["']""", inspect.getsource(function)) if function else None
+    if found is None:
         return name
-    wanted = inspect.signature(function).parameters
     try:
-        spec = function(**{key: value for key, value in args.items() if key in wanted})
-        return str(get_class_by_name(spec.scenario_spec.class_name).name)
-    except Exception:  # of another's code, which HELM's dry run will report in full
+        return str(get_class_by_name(found[1]).name)
+    except (ImportError, AttributeError, ValueError):  # HELM's dry run will say what is wrong
         return name
 
 

@@ -40,6 +40,7 @@ from palio.records import (
     StageRecord,
     StageRun,
     UsedSeconds,
+    coarse,
     read_record,
     timed_run,
 )
@@ -233,6 +234,7 @@ def _write_results(
     tables = folder.tables(stage)
     _write_table(tables.metrics, metrics, METRICS_SCHEMA)
     _write_table(tables.instances, instances, INSTANCES_SCHEMA)
+    cut = sum(answer.cut for answer in JournalReader(work.journal).answers())
     planned = sum(outcome.run.instances for outcome in outcomes)
     missing = planned - sum(outcome.run.answered for outcome in outcomes)
     record = StageRecord(
@@ -245,7 +247,7 @@ def _write_results(
         reason=f"{missing} of {planned} instances unanswered" if missing else "",
         unanswered=limits.unanswered,
         cut_at_stop_sequences=limits.cut_at_stop_sequences,
-        completions_cut=sum(answer.cut for answer in JournalReader(work.journal).answers()),
+        completions_cut=cut if stage == "open" else coarse(cut),
         contained=incidents.counts,
         runs=[outcome.run for outcome in outcomes],
         metrics_sha256=file_sha256(tables.metrics),

@@ -205,7 +205,7 @@ def prepared_prompts(runs: StageRuns, scenario: str | None, number: int) -> Iter
         raise BadInput(path, why="is open to the organizer only", fix="ask who owns it") from None
     except FileNotFoundError:
         raise BadInput(
-            path, why="the stage is not prepared", fix="run snakemake prepare_stage first"
+            path, why="the stage is not prepared", fix="start the workflow, which prepares it"
         ) from None
     shown: Counter[str] = Counter()
     for row in table.to_pylist():

@@ -115,13 +115,15 @@ def set_aside(work: Path, grant: int) -> None:
 
 
 @contextmanager
-def attempt(step: str, folder: EntryFolder) -> Iterator[None]:
+def attempt(step: str, folder: EntryFolder, part: str = "") -> Iterator[None]:
     """Run a step's body as one attempt, and record how it ends for the standings.
+
+    A `part` of a step that several jobs share has attempts of its own; its failure is the step's.
 
     Raises:
         NotRetried: the step already failed in this run of the workflow through the entry's own fault.
     """
-    record = _Record(step, folder)
+    record = _Record(step, folder, part)
     record.refuse_what_failed()
     record.begin()
 
@@ -177,12 +179,20 @@ def _interruption(reason: str) -> tuple[State, str]:
 class _Record:
     """The files that record an attempt."""
 
-    def __init__(self, step: str, folder: EntryFolder) -> None:
-        self.step, self.folder = step, folder
-        self.log, self.failure = folder.log(step), folder.failure(step)
-        self.earlier = [one for one in read_attempts(folder) if one.step == step]
+    def __init__(self, step: str, folder: EntryFolder, part: str) -> None:
+        self.step, self.folder, self.failure = step, folder, folder.failure(step)
+        self.name = f"{step}.{part}" if part else step
+        self.log = folder.log(self.name)
+        if part and not self.log.exists():  # a shard's has the phase in its name
+            logs = sorted(self.log.parent.glob(f"{step}.*.{part}.log"), key=lambda path: path.stat().st_mtime)
+            self.log = logs[-1] if logs else self.log
+        everything = read_attempts(folder)
+        self.earlier = [one for one in everything if one.step == self.name]
         self.number = len(self.earlier) + 1
         self.run, self.job = os.environ.get(RUN_VARIABLE, ""), slurm.own_job()
+        # Another part may have failed in this run; the whole step starts only once all are done.
+        others = (one for one in everything if one.step.startswith(f"{step}."))
+        self.keeps_failure = bool(part and self.run) and any(one.run == self.run for one in others)
 
     def refuse_what_failed(self) -> None:
         last = self.earlier[-1] if self.earlier else None
@@ -195,7 +205,8 @@ class _Record:
             raise NotRetried(f"not tried again in this run of the workflow: {reason}")
 
     def begin(self) -> None:
-        self.failure.unlink(missing_ok=True)
+        if not self.keeps_failure:
+            self.failure.unlink(missing_ok=True)
         self._keep_log()
         self._append(
             event="start",
@@ -217,12 +228,12 @@ class _Record:
         StepFailure(step=self.step, state=state, reason=reason, log=str(self.log)).write(self.failure)
 
     def _append(self, **line: Any) -> None:
-        append_json_line(self.folder.attempts, {"step": self.step, "number": self.number, **line})
+        append_json_line(self.folder.attempts, {"step": self.name, "number": self.number, **line})
 
     def _keep_log(self) -> None:
         """Hard-link the log that the rule has just opened: Snakemake deletes the first name."""
         if self.log.exists():
-            kept = self.folder.attempt_log(self.step, self.number)
+            kept = self.folder.attempt_log(self.name, self.number)
             kept.parent.mkdir(parents=True, exist_ok=True)
             with suppress(OSError):  # a file system without hard links keeps only the last log
                 os.link(self.log, kept)

@@ -48,6 +48,7 @@ from palio.records.entry import (
     StepFailure,
     Unsupported,
     Violation,
+    coarse,
 )
 from palio.records.evaluation import (
     HelmRun,
@@ -123,6 +124,7 @@ __all__ = [
     "Unsupported",
     "UsedSeconds",
     "Violation",
+    "coarse",
     "read_record",
     "timed_run",
 ]

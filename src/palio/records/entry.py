@@ -144,6 +144,11 @@ class Contamination(EntryRecord):
     """Of these, how many share their whole text or an n-gram of words with a training row."""
 
 
+def coarse(count: int) -> int:
+    """Round up to a power of ten: what leaves the closed stage of a count that a server decides on."""
+    return count if count <= 1 else 10 ** len(str(count - 1))
+
+
 class Contained(Record):
     """What the confinement of a team's program or server held back, over all attempts.
 
@@ -157,12 +162,8 @@ class Contained(Record):
         return ", ".join(f"{count} × {what}" for what, count in self.counts.items())
 
     def coarse(self) -> Contained:
-        """Return the counts rounded up to powers of ten."""
-        return Contained(
-            counts={
-                what: 1 if count == 1 else 10 ** len(str(count - 1)) for what, count in self.counts.items()
-            }
-        )
+        """Return the counts as `coarse` makes them."""
+        return Contained(counts={what: coarse(count) for what, count in self.counts.items()})
 
     @staticmethod
     def file(log: Path) -> Path:

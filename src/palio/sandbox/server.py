@@ -36,7 +36,8 @@ class ConfinedServer:
     """`with ConfinedServer(package, …) as server: server.base_url`, once it answers on its port.
 
     The server's output is appended to `log`, and what it did wrong is counted in the `Contained` record
-    beside it. It sees prompts: for the closed stage both lie in the closed store.
+    beside it. It sees prompts: for the closed stage both lie in the closed store, and what is said of them
+    elsewhere is not `exact`.
 
     Raises:
         Crashed, OutOfMemory: it ended, did not get ready, or broke a limit. Any PalioError raised inside the
@@ -54,7 +55,9 @@ class ConfinedServer:
         work: Path,
         ready_seconds: float = READY_SECONDS,
         reply_seconds: float = REPLY_SECONDS,
+        exact: bool = True,
     ) -> None:
+        self._exact = exact
         program = read_program(package)
         self._port = free_port() if isolation.unconfined else program.port
         self._ready_seconds, self._reply_seconds = ready_seconds, reply_seconds
@@ -93,7 +96,8 @@ class ConfinedServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if faults := self._confined.contained:
-            seen = f"of the server: {Contained(counts=faults)}"
+            held_back = Contained(counts=faults)
+            seen = f"of the server: {held_back if self._exact else held_back.coarse()}"
             print(seen, file=sys.stderr, flush=True)
             if isinstance(error, PalioError):
                 error.add_note(seen)

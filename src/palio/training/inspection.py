@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +71,8 @@ class Inspection:
     """Number of answers of every row of the dataset."""
     lengths: dict[int, int]
     """Of the dropped rows, by row: tokens of the whole row."""
+    lost: Counter[str]
+    """Characters that the tokenizer has no tokens for, and in how many rows of the dataset they are."""
     _texts: dict[int, str] = field(default_factory=dict)
 
     @cached_property
@@ -91,6 +93,12 @@ class Inspection:
                 f"{self.too_long.cut} rows {done[self.recipe.over_length]}: {over}; "
                 f"{self.too_long.answers} of their answers are left out"
             )
+        if self.lost:
+            which = ", ".join(
+                f"U+{ord(char):04X} in {count} rows" for char, count in self.lost.most_common(5)
+            )
+            more = " and others" if len(self.lost) > 5 else ""
+            lines.append(f"characters lost or changed, which the tokenizer does not know: {which}{more}")
         low, middle, high, most = np.percentile(lengths, [0, 50, 95, 100])
         lines.append(f"tokens a row: {low:.0f} to {most:.0f}, median {middle:.0f}, 95 % up to {high:.0f}")
         lines.append(
@@ -179,22 +187,37 @@ def inspection(dataset: Path, model_folder: Path, recipe: FinetuneRecipe) -> Ins
     if not model_folder.is_dir():
         raise BadInput(model_folder, why="no such base model", fix="fetch it first, or give --base-model")
     rows, too_long = dataset_rows(dataset, model_folder, recipe)
-    table = pq.read_table(dataset, columns=["source", "id", "history"])
-    sources, ids, histories = (column.to_pylist() for column in table.columns)
+    table = pq.read_table(dataset, columns=["source", "id", "history", "prompt", "completion"])
+    sources, ids, histories, *sides = (column.to_pylist() for column in table.columns)
     lengths = {}
     if too_long.dropped:
         kept = {row.number for row in rows}
         whole, _ = dataset_rows(dataset, model_folder, recipe.model_copy(update={"max_length": sys.maxsize}))
         lengths = {row.number: len(row.ids) for row in whole if row.number not in kept}
+    tokenizer = load_tokenizer(model_folder)
+    texts = ("".join((*history, *pair)) for history, *pair in zip(histories, *sides, strict=True))
     return Inspection(
         recipe=recipe,
-        tokenizer=load_tokenizer(model_folder),
+        tokenizer=tokenizer,
         rows=rows,
         too_long=too_long,
         names=list(zip(sources, ids, strict=True)),
         answers=[len(history) // 2 + 1 for history in histories],
         lengths=lengths,
+        lost=_lost(tokenizer, texts),
     )
+
+
+def _lost(tokenizer: Any, texts: Iterable[str]) -> Counter[str]:
+    """Count the texts that have a character which does not come back from its tokens, by character."""
+
+    @cache
+    def survives(char: str) -> bool:
+        # Between letters: some tokenizers drop a space at the start or the end.
+        ids = tokenizer.encode(f"a{char}a", add_special_tokens=False)
+        return char in tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    return Counter(char for text in texts for char in set(text) if not survives(char))
 
 
 # --- text and HTML ----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from palio.guard import guarded
 from palio.layout import HelmFolder
 
 POLL_SECONDS = 0.5
+PUNKT = Path("tokenizers/punkt_tab/english")
+"""In NLTK's data: what splits English into sentences."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
@@ -52,7 +55,7 @@ def run_helm(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env=os.environ | _nltk_environment() | (OFFLINE if offline else {}),
+            env=os.environ | _nltk_environment(folder) | (OFFLINE if offline else {}),
         )
         try:
             while (code := process.poll()) is None:
@@ -80,18 +83,21 @@ def _command(folder: HelmFolder, threads: int, dry_run: bool) -> list[str]:
     ]
 
 
-def _nltk_environment() -> dict[str, str]:
-    """NLTK_DATA with the tokenizer punkt_tab, which the package llama_index ships; empty without it."""
+def _nltk_environment(folder: HelmFolder) -> dict[str, str]:
+    """NLTK_DATA with a copy of punkt_tab, which the package llama_index ships; empty without that package.
+
+    A copy, since NLTK refuses a file with several hard links, which is how uv installs packages.
+    """
     spec = importlib.util.find_spec("llama_index")
-    shipped = [
-        str(path)
-        for folder in (spec.submodule_search_locations or [] if spec else [])
-        if (path := Path(folder) / "core" / "_static" / "nltk_cache").is_dir()
-    ]
-    if not shipped:
+    copy = folder.config / "nltk_data"
+    for package in spec.submodule_search_locations or [] if spec else []:
+        shipped = Path(package) / "core" / "_static" / "nltk_cache" / PUNKT
+        if shipped.is_dir() and not (copy / PUNKT).exists():
+            shutil.copytree(shipped, copy / PUNKT, copy_function=shutil.copyfile)
+    if not copy.exists():
         return {}
     given = os.environ.get("NLTK_DATA")
-    return {"NLTK_DATA": os.pathsep.join([*([given] if given else []), *shipped])}
+    return {"NLTK_DATA": os.pathsep.join([*([given] if given else []), str(copy.resolve())])}
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
