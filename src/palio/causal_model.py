@@ -1,4 +1,4 @@
-"""Causal language models of transformers: how they are loaded, and which of them Palio can work with."""
+"""Which causal language models of transformers Palio can work with."""
 
 from __future__ import annotations
 
@@ -7,19 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from palio.errors import BadInput
 from palio.records import Unsupported
+from palio.tensors import load_causal_model
 from palio.tokens import Tokens, load_tokenizer
-
-
-def load_causal_model(folder: Path, **settings: Any) -> Any:
-    """Load a model folder: safetensors only, and no code from it."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=False, use_safetensors=True, **settings
-    )
 
 
 def unsupported(folder: Path) -> Unsupported | None:

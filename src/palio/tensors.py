@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
+
+
+def load_causal_model(folder: Path, **settings: Any) -> Any:
+    """Load a model folder: safetensors only, and no code from it."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=False, use_safetensors=True, **settings
+    )
 
 
 def mean_divergence(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:

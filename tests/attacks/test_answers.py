@@ -31,10 +31,10 @@ def test_a_reply_as_asked_for_is_kept_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"tokens": [TOKEN] * 3}, "more tokens"),
+        ({"tokens": [TOKEN] * 9}, "more tokens"),
         ({"tokens": [TOKEN] * 100_000}, "more tokens"),
-        ({"text": "x" * 1000}, "more characters"),
-        ({"tokens": [{"text": "x" * 1000, "logprob": 0}]}, "more characters"),
+        ({"text": "x" * 10_000}, "more characters"),
+        ({"tokens": [{"text": "x" * 10_000, "logprob": 0}]}, "more characters"),
         ({"logprob": 10**400}, "OverflowError"),
         ({"logprob": "1e9"}, "TypeError"),
         ({"logprob": True}, "TypeError"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,15 +15,18 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     OPTConfig,
     PersimmonConfig,
     PhiConfig,
     Qwen2Config,
+    RwkvConfig,
 )
 
-from palio.serving.attention import attend, attend_unfused
-from palio.serving.model import PlainModel, TreeModel, choose_model
+from palio.errors import BadInput
+from palio.serving.attention import Chunk, attend, attend_unfused
+from palio.serving.model import PROBE, PlainModel, TreeModel, WholeModel, choose_model
 from palio.serving.prefix_tree import Node, PrefixTree
 
 SMALL: dict[str, Any] = {
@@ -168,4 +172,47 @@ def test_a_model_whose_attention_is_special_is_served_one_by_one(
     torch.manual_seed(0)
     model = choose_model(AutoModelForCausalLM.from_config(config).eval())
     assert isinstance(model, PlainModel)
-    assert "one sequence at a time" in capfd.readouterr().err
+    assert "not served with shared prefixes" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4),
+        RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_without_keys_and_values_is_computed_anew_at_every_token(config: Any) -> None:
+    torch.manual_seed(0)
+    loaded = AutoModelForCausalLM.from_config(config).eval()
+    model = choose_model(loaded)
+    assert isinstance(model, WholeModel)
+    with torch.inference_mode():
+        expected = loaded(torch.tensor([PROBE])).logits[0, -1]
+    leaf = Node(Node(None, [], 0, 0), PROBE, 0, len(PROBE))
+    model.forward([Chunk(leaf, 0, 40, 0)])
+    torch.testing.assert_close(model.forward([Chunk(leaf, 40, 48, 1)])[0][0], expected)
+
+
+@pytest.mark.parametrize("error", [1e-4, 1e-2])
+def test_a_way_that_is_off_by_more_than_rounding_is_not_taken(
+    error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = TreeModel.forward
+
+    def slightly_wrong(model: TreeModel, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
+        return [logits * (1 + error) for logits in forward(model, chunks)]
+
+    monkeypatch.setattr(TreeModel, "forward", slightly_wrong)
+    torch.manual_seed(0)
+    assert isinstance(
+        choose_model(AutoModelForCausalLM.from_config(LlamaConfig(**GROUPED)).eval()), PlainModel
+    )
+
+
+def test_a_model_that_cannot_compute_a_text_is_refused() -> None:
+    broken = AutoModelForCausalLM.from_config(LlamaConfig(**GROUPED)).eval()
+    broken.lm_head = torch.nn.Linear(7, 64)
+    with pytest.raises(BadInput, match=r"it cannot compute a text of 48 tokens .*; use another base model"):
+        choose_model(broken)

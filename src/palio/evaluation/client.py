@@ -150,8 +150,8 @@ def held_to(reply: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
         Unanswered: a field is missing or of another kind, or the reply is longer than was asked for.
     """
     completion_of(reply)
-    echoed = body["prompt"] if body["echo_prompt"] else ""
-    tokens = body["max_new_tokens"] + len(echoed.encode())  # at most one a byte
+    # Many servers list the prompt's tokens too, echoed or not; a token is at least a byte.
+    tokens = body["max_new_tokens"] + len(body["prompt"].encode())
     if len(reply["tokens"]) > tokens:
         raise Unanswered("the reply has more tokens than were asked for")
     characters = tokens * TOKEN_CHARACTERS

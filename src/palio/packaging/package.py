@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from palio.base_model import card_facts
-from palio.causal_model import load_causal_model
 from palio.errors import Crashed
 from palio.files import link_or_copy
 from palio.layout import BaseModelFolder, EntryFolder
@@ -41,7 +41,7 @@ from palio.records import (
     read_record,
 )
 from palio.settings import PackageSettings
-from palio.tensors import mean_divergence
+from palio.tensors import load_causal_model, mean_divergence
 from palio.tokens import Tokens, load_tokenizer
 
 TOLERANCE = 1e-3
@@ -61,9 +61,14 @@ PROBES = (
 
 
 def build_package(
-    folder: EntryFolder, settings: PackageSettings, base_model: BaseModelFolder
+    folder: EntryFolder,
+    settings: PackageSettings,
+    base_model: BaseModelFolder,
+    way_of: Callable[[Path], str],
 ) -> PackageManifest:
     """Make package/ and package.json in the entry's folder; without an adapter, package the base model.
+
+    `way_of` tries to serve a package and returns how; it raises if that is impossible.
 
     Raises Crashed if the package differs from what was trained.
     """
@@ -90,6 +95,7 @@ def build_package(
             "parameters": parameters,
             "max_logit_difference": difference,
             "divergence": divergence,
+            "served": way_of(building),
         }
 
     return package_of(folder, settings, base_model, fill)

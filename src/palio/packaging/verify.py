@@ -313,7 +313,6 @@ def _same_weights(folder: Path, other: Path) -> str:
 
 
 def _same_answers(folder: Path, base: Path, adapter: Path, trained: AdapterManifest) -> str:
-    from palio.causal_model import load_causal_model
     from palio.packaging.package import (
         DIVERGENCE,
         TOLERANCE,
@@ -321,7 +320,7 @@ def _same_answers(folder: Path, base: Path, adapter: Path, trained: AdapterManif
         largest_difference,
         probe_logits,
     )
-    from palio.tensors import mean_divergence
+    from palio.tensors import load_causal_model, mean_divergence
     from palio.tokens import load_tokenizer
 
     tokenizer = load_tokenizer(folder)

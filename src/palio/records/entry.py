@@ -242,6 +242,9 @@ class PackageManifest(EntryRecord):
     divergence: float | None = None
     """Mean KL divergence, in nats on the probe prompts, of the package from the model as it was trained:
     what the cast to `dtype` and, after qlora, dequantizing changed. None where neither was done."""
+    served: str | None = None
+    """How `palio serve` computes it, as tried when it was packaged: with shared prefixes, one sequence at a
+    time, or each sequence anew at every token. None for a server."""
     files: dict[str, str]
     """sha256 by relative path."""
 

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from palio.causal_model import load_causal_model
 from palio.errors import BadInput, OutOfMemory
 from palio.serving import attention
 from palio.serving.attention import Chunk, Plan
 from palio.serving.prefix_tree import Node, PrefixTree
-from palio.tensors import cap_gpu_memory, largest_difference, last_bits_flipped
+from palio.tensors import cap_gpu_memory, largest_difference, last_bits_flipped, load_causal_model
 
 DEFAULT_CONTEXT = 2048
 """Tokens, for a model that states no limit."""
@@ -36,6 +35,8 @@ PROBE = list(range(5, 53))
 class Model(Protocol):
     """What the engine needs of a model."""
 
+    way: str
+    """How it computes, in words for records."""
     context: int
     """Tokens of prompt and completion together."""
     shares: bool
@@ -85,28 +86,34 @@ def choose_model(loaded: Any) -> Model:
     try:
         expected = _probe(whole)
         with last_bits_flipped(loaded, loaded.dtype):
-            bound = TOLERANCE * largest_difference(expected, _probe(whole))
+            flipped = largest_difference(expected, _probe(whole))
+        noise = max(flipped, torch.finfo(loaded.dtype).eps * float(expected.nan_to_num().abs().max()))
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # another team's model may raise anything
         why = f"it cannot compute a text of {len(PROBE)} tokens ({type(error).__name__}: {error})"
         raise BadInput("package", "model", why=why, fix="use another base model") from error
-    for kind, probe in ((TreeModel, _probe_shared), (PlainModel, _probe)):
+    ways: tuple[tuple[type[TreeModel | PlainModel], Callable[[Model], torch.Tensor]], ...]
+    ways = ((TreeModel, _probe_shared), (PlainModel, _probe))
+    for kind, probe in ways:
         try:
             model = kind(loaded)
             difference = largest_difference(expected, probe(model))
-            if difference <= bound:
+            if difference <= TOLERANCE * noise:
                 return model
-            reason = (
-                f"a logit would be off by {difference:.2g}, rounding changes it by {bound / TOLERANCE:.2g}"
-            )
+            reason = f"a logit would be off by {difference:.2g}, rounding changes it by {noise:.2g}"
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-        print(f"served without {kind.gives}: {reason}", file=sys.stderr)
+        print(f"not served with {kind.way}: {reason}", file=sys.stderr)
         loaded.set_attn_implementation(original)
     return whole
+
+
+def way_of(package: Path) -> str:
+    """Return how `palio serve` computes a package on this machine. Raises as `load_model` does."""
+    return load_model(package, "auto", None).way
 
 
 def check_model(model: Model) -> None:
@@ -159,7 +166,7 @@ class TreeModel:
     """One forward pass for all chunks, with attention over the tree."""
 
     shares = True
-    gives = "shared prefixes"
+    way = "shared prefixes"
 
     def __init__(self, loaded: Any) -> None:
         loaded.set_attn_implementation(attention.NAME)
@@ -207,7 +214,7 @@ class PlainModel:
     """One chunk after the other, each sequence with its own transformers cache."""
 
     shares = False
-    gives = "key-value caches"
+    way = "one sequence at a time"
 
     def __init__(self, loaded: Any) -> None:
         self._model = loaded
@@ -231,6 +238,7 @@ class WholeModel:
     """Every chunk with all tokens before it, without a cache: what the others are compared with."""
 
     shares = False
+    way = "each sequence anew at every token"
     token_bytes = 1
 
     def __init__(self, loaded: Any) -> None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from palio.causal_model import load_causal_model
 from palio.errors import BadInput
 from palio.quantization import quantization
+from palio.tensors import load_causal_model
 
 if TYPE_CHECKING:
     from palio.config import FinetuneRecipe
