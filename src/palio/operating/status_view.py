@@ -76,7 +76,7 @@ def _cells(entry: EntryStatus) -> list[StepStatus | None]:
 
 def _short_view(status: Status) -> RenderableType:
     """Each entry by the step that decides its state."""
-    table = Table(title=status.title, title_justify="left", caption=summary(status), caption_justify="left")
+    table = Table(title=status.title, title_justify="left")
     table.box, rows = None, [(entry.track, entry.entry) for entry in status.entries]
     for column, name in enumerate(("track", "entry")):
         table.add_column(name, no_wrap=True, min_width=max((len(row[column]) for row in rows), default=0))
@@ -88,7 +88,7 @@ def _short_view(status: Status) -> RenderableType:
         named = step is not None and step.state not in ("done", "withdrawn")
         state = f"{step.step}: {cell(step)}" if step and named else entry.state
         table.add_row(*rows.pop(0), f"{done}/{len(entry.steps)}", Text(state, STYLES[entry.state]))
-    return Group(table, *_remarks(status))
+    return Group(table, Text(summary(status), "italic"), *_remarks(status))
 
 
 def _remarks(status: Status) -> list[Text]:
@@ -99,7 +99,7 @@ def terminal_view(status: Status, width: int) -> RenderableType:
     """Return a table of entries by steps; a line for each entry where the terminal is narrow."""
     if width < NARROW:
         return _short_view(status)
-    table = Table(title=status.title, title_justify="left", caption=summary(status), caption_justify="left")
+    table = Table(title=status.title, title_justify="left")
     for column in ("track", "entry"):
         table.add_column(column, no_wrap=True)  # a narrow terminal wraps the steps, not the names
     for step in STEPS:
@@ -107,7 +107,7 @@ def terminal_view(status: Status, width: int) -> RenderableType:
     for entry in status.entries:
         steps = [Text(cell(step), STYLES[step.state]) if step else Text("–", "dim") for step in _cells(entry)]
         table.add_row(entry.track, entry.entry, *steps)
-    return Group(table, *_remarks(status))
+    return Group(table, Text(summary(status), "italic"), *_remarks(status))
 
 
 def print_status(status: Status) -> None:
