@@ -25,10 +25,12 @@ class RowTemplate(Strict):
     def _is_jinja(self) -> RowTemplate:
         import jinja2
 
+        # The optimizer would compute constants, and 9**9**9 for hours.
+        environment = jinja2.Environment(autoescape=False, optimized=False)  # noqa: S701 (never rendered)
         for key in ("prompt", "completion"):
             try:
-                jinja2.Environment(autoescape=False).from_string(getattr(self, key))  # noqa: S701 (never rendered)
-            except (jinja2.TemplateSyntaxError, RecursionError) as error:
+                environment.from_string(getattr(self, key))
+            except (jinja2.TemplateSyntaxError, SyntaxError, RecursionError, MemoryError) as error:
                 raise ValueError(f"{key} is not a Jinja template: {error}") from None
         return self
 

@@ -313,7 +313,7 @@ def _filled(value: Any) -> Any:
 def _template(template: RowTemplate) -> Callable[[Record], Turns]:
     # Sandboxed: an entry's template is somebody else's program.
     environment = jinja2.sandbox.SandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False, optimized=False
     )
     environment.tests["none"] = lambda value: value is None or isinstance(value, Null)
     prompt = environment.from_string(template.prompt)
