@@ -194,8 +194,8 @@ def test_a_poisoned_entry_trains_once_and_is_refused_after(night: Night) -> None
     (attempt,) = night.attempts("diverges")
     assert attempt.state is State.CRASHED
     assert "diverged" in night.failure("diverges").reason
-    assert night.submitted("diverges") == 3, "Snakemake tried twice more; the step ended at once"
-    again = "nothing: Snakemake's two retries end at once with the first reason"
+    assert night.submitted("diverges") == 1
+    again = "nothing: no further job is submitted"
     fault_row("a poisoned entry that crashes every time", "nothing", again, None)
 
 
@@ -220,7 +220,7 @@ def test_a_hanging_entry_ends_at_the_time_limit_and_is_not_tried_again(night: Ni
     assert heard or states[attempt.job or ""] == "TIMEOUT", "a job lasts as long as the Palio in it"
     failure = night.failure("hangs")
     assert failure.state is State.TIME_LIMIT, failure.reason
-    assert night.submitted("hangs") > 1
+    assert night.submitted("hangs") == 1 or not heard
     again = "nothing: refused as `time_limit`"
     fault_row("an entry that hangs, until the job's time limit", "nothing", again, None)
 

@@ -103,6 +103,18 @@ def refusal(earlier: list[Attempt], run: str, job: str | None, job_state: str) -
     return ended_by_slurm.get(job_state, (State.CRASHED, unknown))
 
 
+def is_refused(step: str, folder: EntryFolder, run: str) -> bool:
+    """Return whether the next attempt in `run` must not start. What a killed one died of goes on record: no
+    attempt follows that would write it."""
+    record = _Record(step, folder, "", run)
+    found = refusal(record.earlier, run, None, "")
+    if found is not None and not record.failure.exists():
+        last = record.earlier[-1]
+        told = slurm.state(last.job) if last.job else ""
+        record.fail(*(refusal(record.earlier, run, None, told) or found))
+    return found is not None
+
+
 def set_aside(work: Path, grant: int) -> None:
     """Move a step's work out of the way, once for each fresh start that the organizer has granted."""
     kept = work.with_name(f"{work.name}.before-{grant}")
@@ -123,7 +135,7 @@ def attempt(step: str, folder: EntryFolder, part: str = "") -> Iterator[None]:
     Raises:
         NotRetried: the step already failed in this run of the workflow through the entry's own fault.
     """
-    record = _Record(step, folder, part)
+    record = _Record(step, folder, part, os.environ.get(RUN_VARIABLE, ""))
     record.refuse_what_failed()
     record.begin()
 
@@ -179,7 +191,7 @@ def _interruption(reason: str) -> tuple[State, str]:
 class _Record:
     """The files that record an attempt."""
 
-    def __init__(self, step: str, folder: EntryFolder, part: str) -> None:
+    def __init__(self, step: str, folder: EntryFolder, part: str, run: str) -> None:
         self.step, self.folder, self.failure = step, folder, folder.failure(step)
         self.name = f"{step}.{part}" if part else step
         self.log = folder.log(self.name)
@@ -189,7 +201,7 @@ class _Record:
         everything = read_attempts(folder)
         self.earlier = [one for one in everything if one.step == self.name]
         self.number = len(self.earlier) + 1
-        self.run, self.job = os.environ.get(RUN_VARIABLE, ""), slurm.own_job()
+        self.run, self.job = run, slurm.own_job()
         # Another part may have failed in this run; the whole step starts only once all are done.
         others = (one for one in everything if one.step.startswith(f"{step}."))
         self.keeps_failure = bool(part and self.run) and any(one.run == self.run for one in others)
@@ -201,7 +213,7 @@ class _Record:
         if found := refusal(self.earlier, self.run, self.job, state_of_job):
             state, reason = found
             if not self.failure.exists():
-                self._fail(state, reason)
+                self.fail(state, reason)
             raise NotRetried(f"not tried again in this run of the workflow: {reason}")
 
     def begin(self) -> None:
@@ -221,10 +233,10 @@ class _Record:
     def end(self, state: State, reason: str = "") -> None:
         with suppress(OSError):  # a full disk may have ended the step
             if state is not State.FINISHED:
-                self._fail(state, reason)
+                self.fail(state, reason)
             self._append(event="end", ended=round(time.time(), 3), state=state, reason=reason)
 
-    def _fail(self, state: State, reason: str) -> None:
+    def fail(self, state: State, reason: str) -> None:
         StepFailure(step=self.step, state=state, reason=reason, log=str(self.log)).write(self.failure)
 
     def _append(self, **line: Any) -> None:

@@ -18,7 +18,7 @@ from snakemake_interface_executor_plugins.executors.base import (  # type: ignor
 )
 
 from palio.config import load_overrides
-from palio.operating.attempt import read_attempts, refusal
+from palio.operating.attempt import is_refused
 from palio.pipeline import BY_RULE
 from palio.workflow import Workflow
 
@@ -57,5 +57,4 @@ def is_final(job: Any, workflow: Workflow, run: str) -> bool:
         return False
     if job.wildcards.entry in load_overrides(workflow.competition.competition).withdrawn:
         return True
-    attempts = [one for one in read_attempts(workflow.folder(job.wildcards)) if one.step == step.name]
-    return refusal(attempts, run, None, "") is not None
+    return is_refused(step.name, workflow.folder(job.wildcards), run)
