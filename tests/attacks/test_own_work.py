@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from palio.curation import reading, source
+from palio.curation import files, reading
 from palio.curation.operations import drop_matches
 from palio.errors import BadInput, Crashed, OutOfMemory, RuleViolation, TimeLimit
 from palio.limits import TooMuch, bounded, in_child
@@ -180,8 +180,8 @@ BOMBS: list[Callable[[Path], Path]] = [gz, gz_of_lines, zst, csv_gz, parquet, wi
 def test_a_file_that_unfolds_beyond_measure_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], Path]
 ) -> None:
-    monkeypatch.setattr(source, "UNFOLDED", 4 << 20)
-    monkeypatch.setattr(source, "MOST_UNFOLDED", 2)
+    monkeypatch.setattr(files, "UNFOLDED", 4 << 20)
+    monkeypatch.setattr(files, "MOST_UNFOLDED", 2)
     path = make(tmp_path)
     with pytest.raises(BadInput, match=r"unfolds to more than \d+ MB|has \d+ columns|malformed") as stop:
         curate(recipe([{"path": str(path)}]), tmp_path / "dataset")

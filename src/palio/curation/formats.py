@@ -20,6 +20,7 @@ import jinja2.sandbox
 from palio.config import DataSource, RowTemplate
 from palio.curation.files import MAX_LINE, Numbered
 from palio.curation.rows import Malformed, Record, Turns
+from palio.errors import BadInput
 from palio.limits import TooMuch
 
 Reader = Callable[[Record], list[Turns]]
@@ -46,7 +47,10 @@ class Format(NamedTuple):
 def format_of(source: DataSource) -> Format:
     """Return the format of a source. Raises BadInput if its template is not Jinja."""
     if source.template is not None:
-        return Format(_each(_template(source.template)))
+        try:
+            return Format(_each(_template(source.template)))
+        except (jinja2.TemplateSyntaxError, SyntaxError, RecursionError) as error:
+            raise BadInput(source.address, "template", why=f"is not a Jinja template: {error}") from None
     conversation = partial(_conversation, roles=source.roles, drop_greeting=source.drop_greeting)
     formats = {
         "pairs": Format(_each(_pairs)),
@@ -313,7 +317,7 @@ def _filled(value: Any) -> Any:
 def _template(template: RowTemplate) -> Callable[[Record], Turns]:
     # Sandboxed: an entry's template is somebody else's program.
     environment = jinja2.sandbox.SandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False, optimized=False
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
     )
     environment.tests["none"] = lambda value: value is None or isinstance(value, Null)
     prompt = environment.from_string(template.prompt)
