@@ -81,7 +81,9 @@ def prepare(folder: WorkingFolder, tiny: Path) -> None:
     def tracks(config: dict[str, Any]) -> None:
         known = config["tracks"]
         plain = {name: value for name, value in known["a100"].items() if name != "gpu_model"}
-        known["rtx4090"]["training_budget"] = "120s"
+        known["rtx4090"]["training_budget"] = (
+            "120s"  # still training when its node is lost, on a busy machine
+        )
         known["narrow"] = {**plain, "ram_gb": 2}
         known["short"] = {**plain, "training_budget": "60s", "training_margin": "60s"}
         known["typo"] = plain

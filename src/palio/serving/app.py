@@ -220,7 +220,7 @@ def serve(package: Path, *, host: str, port: int, engine: str = "transformers", 
         listener.bind((host, port))
     except OSError as error:
         raise BadInput(
-            "--port", "", port, why=f"{error.strerror}", fix="choose another, or 0 for any"
+            "--port", "", port, why=str(error.strerror), fix="choose another, or 0 for any"
         ) from None
     loaded: Engine
     if engine == "vllm":

@@ -8,7 +8,7 @@ import torch
 
 
 def seeded(text: str) -> torch.Generator:
-    """A source of random numbers, the same ones for equal texts."""
+    """Return a source of random numbers, the same ones for equal texts."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]))
 
 
