@@ -18,8 +18,9 @@ slurm-demo: env system
 	python -m tests.slurm.cluster sh -c "snakemake --profile slurm && python benchmarks/chain.py"
 	@cat results/leaderboard/laptop.md
 
+# Three processes on two cores: SLURM jobs in a queue and limits that run out leave cores idle.
 test: env system
-	python -m pytest --numprocesses 2
+	python -m pytest --numprocesses 3
 
 test-setup:
 	$(PYTHON) tests/setup/bare_debian.py

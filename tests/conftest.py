@@ -30,6 +30,10 @@ class TogetherScheduling(LoadScopeScheduling):  # type: ignore[misc]
         return "slurm" if nodeid.startswith("tests/slurm/") else nodeid.partition("::")[0]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/slurm/"))  # what takes longest begins first
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TogetherScheduling:
     return TogetherScheduling(config, log)
 

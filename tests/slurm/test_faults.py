@@ -57,8 +57,8 @@ class Night:
     """Seconds."""
     lost_at: float
     again_at: float
-    slurm_jobs: list[str]
-    """rule with wildcards of every job of the night."""
+    slurm_jobs: dict[str, str]
+    """job -> rule with wildcards, of the night."""
     status: str
     first_log: str
 
@@ -71,8 +71,9 @@ class Night:
     def failure(self, entry: str) -> StepFailure:
         return read_record(StepFailure, self.of(entry) / "work" / "failures" / "finetune.json")
 
-    def submitted(self, entry: str) -> int:
-        return self.slurm_jobs.count(f"rule_finetune_wildcards_{ENTRIES[entry]}_{entry}")
+    def last_job(self, entry: str) -> str:
+        rule = f"rule_finetune_wildcards_{ENTRIES[entry]}_{entry}"
+        return max((job for job, of in self.slurm_jobs.items() if of == rule), key=int)
 
 
 def prepare(folder: WorkingFolder, tiny: Path) -> None:
@@ -166,8 +167,8 @@ def night(
         again_at = time.time()
         with controller(folder, cluster, adapter("full"), adapter("refused"), adapter("good")) as snakemake:
             again_exit_code = snakemake.wait(600)
-        lines = [line.split("|") for line in cluster.jobs("%i|%k")]
-        mine = [comment for job, comment in lines if job not in known]
+        jobs = dict(line.split("|") for line in cluster.jobs("%i|%k"))
+        mine = {job: of for job, of in jobs.items() if job not in known}
         yield Night(
             folder=folder,
             cluster=cluster,
@@ -199,7 +200,7 @@ def test_a_poisoned_entry_trains_once_and_is_refused_after(night: Night) -> None
     (attempt,) = night.attempts("diverges")
     assert attempt.state is State.CRASHED
     assert "diverged" in night.failure("diverges").reason
-    assert night.submitted("diverges") == 1
+    assert night.last_job("diverges") == attempt.job
     again = "nothing: no further job is submitted"
     fault_row("a poisoned entry that crashes every time", "nothing", again, None)
 
@@ -225,7 +226,7 @@ def test_a_hanging_entry_ends_at_the_time_limit_and_is_not_tried_again(night: Ni
     assert heard or states[attempt.job or ""] == "TIMEOUT", "a job lasts as long as the Palio in it"
     failure = night.failure("hangs")
     assert failure.state is State.TIME_LIMIT, failure.reason
-    assert night.submitted("hangs") == 1 or not heard
+    assert night.last_job("hangs") == attempt.job or not heard
     again = "nothing: refused as `time_limit`"
     fault_row("an entry that hangs, until the job's time limit", "nothing", again, None)
 

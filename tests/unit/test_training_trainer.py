@@ -235,7 +235,7 @@ def compiled_and_not(device: torch.device, **settings: object) -> tuple[list[flo
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"gradient_checkpointing": True}, {"lora_dropout": 0.1}, {"dora": True}, {"method": "full"}],
+    [{}, {"gradient_checkpointing": True, "lora_dropout": 0.1}, {"dora": True}, {"method": "full"}],
 )
 def test_compiled_layers_train_as_the_others_do(
     settings: dict[str, object], monkeypatch: pytest.MonkeyPatch

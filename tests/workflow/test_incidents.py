@@ -6,7 +6,9 @@ In the morning the same command is typed again, and what ran is what the config 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -145,6 +147,23 @@ def test_a_broken_folder_of_one_entry_harms_nobody(competition: Competition) -> 
     shutil.move(competition.path / "raw.away", folder)
     assert competition.live() == 0, competition.log()[-3000:]
     competition.assert_what_ran_is_what_the_config_says()
+
+
+def test_a_failure_that_cannot_be_recorded_ends_nothing_but_its_entry(competition: Competition) -> None:
+    """Killed twice, as where memory is short, and the disk of its folder is full."""
+    folder = EntryFolder.at(competition.path / "results/laptop/raw")
+    folder.work.mkdir(parents=True)
+    folder.failures.symlink_to("/proc/sys/kernel")  # nobody can write there
+    controller = competition.start("--retries", "2", PALIO_SLOW="raw finetune 60")
+    for number in (1, 2):
+        while len(trained := [one for one in read_attempts(folder) if one.step == "finetune"]) < number:
+            assert controller.poll() is None, competition.log()[-3000:]
+            time.sleep(0.1)
+        os.kill(trained[-1].pid, signal.SIGKILL)
+    assert controller.wait(200) != 0
+    assert competition.begun("untuned", "closed")
+    assert "is not tried again, its records cannot be read or written" in competition.log()
+    assert "Traceback" not in competition.log()
 
 
 def test_a_withdrawn_entry_ends_with_its_own_code_and_the_others_go_on(competition: Competition) -> None:

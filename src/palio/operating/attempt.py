@@ -105,7 +105,10 @@ def refusal(earlier: list[Attempt], run: str, job: str | None, job_state: str) -
 
 def is_refused(step: str, folder: EntryFolder, run: str) -> bool:
     """Return whether the next attempt in `run` must not start. What a killed one died of goes on record: no
-    attempt follows that would write it."""
+    attempt follows that would write it.
+
+    Raises OSError where the entry's folder cannot be read or written.
+    """
     record = _Record(step, folder, "", run)
     found = refusal(record.earlier, run, None, "")
     if found is not None and not record.failure.exists():

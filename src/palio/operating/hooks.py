@@ -28,7 +28,11 @@ def install(workflow: Workflow, run: str) -> None:
     of_rule, postprocess, run_job = Job.restart_times, Job.postprocess, Executor.run_job
 
     def restart_times(job: Any) -> int:
-        return 0 if is_final(job, workflow, run) else int(of_rule.fget(job))
+        try:
+            return 0 if is_final(job, workflow, run) else int(of_rule.fget(job))
+        except OSError as fault:
+            logger.error(f"{job} is not tried again, its records cannot be read or written: {fault}")
+            return 0
 
     async def contained(job: Any, *args: Any, error: bool = False, **options: Any) -> None:
         try:
