@@ -24,13 +24,17 @@ class RowTemplate(Strict):
     @model_validator(mode="after")
     def _is_jinja(self) -> RowTemplate:
         import jinja2
+        from jinja2 import nodes
 
         # Parsed only: compiling computes constants, and 9**9**9 for hours. Curation compiles, within limits.
         environment = jinja2.Environment(autoescape=False)  # noqa: S701 (never rendered)
         for key in ("prompt", "completion"):
             try:
-                environment.parse(getattr(self, key))
-            except (jinja2.TemplateSyntaxError, RecursionError) as error:
+                tree = environment.parse(getattr(self, key))
+                for kind, known in ((nodes.Filter, environment.filters), (nodes.Test, environment.tests)):
+                    for unknown in {node.name for node in tree.find_all(kind)} - set(known):
+                        raise ValueError(f"no {kind.__name__.lower()} is named {unknown!r}")
+            except (jinja2.TemplateSyntaxError, RecursionError, ValueError) as error:
                 raise ValueError(f"{key} is not a Jinja template: {error}") from None
         return self
 
