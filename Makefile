@@ -20,7 +20,7 @@ slurm-demo: env system
 
 # Three processes on two cores: SLURM jobs in a queue and limits that run out leave cores idle.
 test: env system
-	python -m pytest --numprocesses 3
+	python -m pytest --numprocesses 3 --no-loadscope-reorder
 
 test-setup:
 	$(PYTHON) tests/setup/bare_debian.py
