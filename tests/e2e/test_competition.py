@@ -150,7 +150,8 @@ def test_changes_in_several_places_are_all_seen_by_the_next_run(untouched: Worki
 
     def change(config: dict[str, Any]) -> None:
         for stage in config["stages"].values():
-            stage["time_limit"] = "11m"
+            for scenario in stage["scenarios"].values():
+                scenario["max_eval_instances"] += 1
 
     untouched.edit_yaml("config/rulesets/demo.yaml", lambda rules: rules.update(version="demo-next"))
     untouched.edit_yaml("config/config.yaml", change)
