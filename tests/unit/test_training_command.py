@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from palio.config import Program
-from palio.errors import BadInput, Crashed, Interrupted, OutOfMemory
+from palio.errors import BadInput, Crashed, Interrupted, OutOfMemory, RuleViolation
 from palio.records import AdapterManifest, read_record
 from palio.training import command
 from palio.training.ledger import charged, read_ledger
@@ -192,7 +192,7 @@ hand_in()
 def test_a_link_among_the_teams_files_is_refused(entry: Entry, tmp_path: Path) -> None:
     program = program_of(tmp_path / "files", "")
     (tmp_path / "files" / "data").symlink_to("/etc")
-    with pytest.raises(BadInput, match="is a symbolic link; put the file itself there"):
+    with pytest.raises(RuleViolation, match="is a symbolic link; put the file or folder itself there"):
         run_command(entry, program)
 
 

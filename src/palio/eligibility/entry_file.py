@@ -29,6 +29,7 @@ from palio.eligibility.neighbours import Participants, violations_among
 from palio.errors import BadInput, RuleViolation
 from palio.incoming import Incoming, saved_tables
 from palio.layout import Resources
+from palio.markup import terminal
 from palio.records import BaseModelManifest, Check, Violation, read_record
 from palio.settings import CheckedAgainst, EntryFolders
 
@@ -64,7 +65,8 @@ class Checked:
         """One line for each violation and notice, or that the file is clean."""
         lines = [f"notice: {self.file}: {notice}" for notice in self.notices]
         lines += [f"error: {self.file}: {violation}" for violation in self.violations]
-        return lines if self.record is None else [*lines, f"{self.file}: clean"]
+        lines += [f"{self.file}: clean"] if self.record is not None else []
+        return [terminal(line) for line in lines]
 
 
 def check_file(file: Path, against: CheckedAgainst, among: EntryFolders | None = None) -> Checked:
