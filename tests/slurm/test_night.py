@@ -23,6 +23,7 @@ import pytest
 from tests.slurm import competition
 from tests.slurm.cluster import Cluster
 from tests.slurm.competition import TRACKS, controller, output
+from tests.slurm.conftest import Finished
 from tests.support.folder import DEMO_ENTRIES, WorkingFolder
 from tests.support.quick import program, ran
 
@@ -71,8 +72,6 @@ class Night:
     """Of the starts of the morning."""
     after_crash: str
     """`palio status` after the crash."""
-    doubled: dict[tuple[str, str, str], int]
-    """(entry, step, settings) that ran more than once -> how often."""
 
     def board(self, folder: WorkingFolder, track: str) -> Any:
         return json.loads((folder.path / f"results/leaderboard/{track}.json").read_text())
@@ -124,7 +123,7 @@ def night(cluster: Cluster, tiny: Path, tmp_path_factory: pytest.TempPathFactory
         return controller(folder, cluster, **(environment | variables))
 
     # the evening: everybody decides something, and the controller is killed
-    slow = "edited finetune 90,withdrawn open 90,retried closed 90"
+    slow = "edited finetune 600,withdrawn open 600,retried closed 600"  # until they are cancelled
     with start(PALIO_SLOW=slow) as snakemake:
         begun = ("edited", "finetune"), ("withdrawn", "open"), ("retried", "closed"), ("removed", "closed")
         wait_for(cluster, folder, snakemake, *begun, ("redata", "open"), ("sourceless", "finetune"))
@@ -162,16 +161,13 @@ def night(cluster: Cluster, tiny: Path, tmp_path_factory: pytest.TempPathFactory
         folder.path,
         reference.path,
         symlinks=True,
-        ignore=shutil.ignore_patterns("results", "resources", "private", "logs", ".snakemake", "ran.jsonl"),
+        ignore=shutil.ignore_patterns("results", "resources", "private", "logs", ".snakemake", "*.jsonl"),
     )
     (reference.path / SOURCE).parent.mkdir(parents=True)
     (reference.path / "rows.away").rename(reference.path / SOURCE)
     done = reference.run("snakemake", "--profile", "local", environment=quick)
     assert done.returncode == 0, done.stderr[-5000:]
-    lines = [json.loads(line) for line in (folder.path / "ran.jsonl").read_text().splitlines()]
-    times = Counter((line["entry"], line["step"], json.dumps(line["settings"])) for line in lines)
-    doubled = {key: count for key, count in times.items() if count > 1}
-    return Night(folder, environment, reference, logs, exit_codes, after_crash, doubled)
+    return Night(folder, environment, reference, logs, exit_codes, after_crash)
 
 
 def test_the_leaderboards_are_those_of_a_run_without_incident(night: Night) -> None:
@@ -182,3 +178,50 @@ def test_the_leaderboards_are_those_of_a_run_without_incident(night: Night) -> N
         expected = {entry for entry, of in (TUNED | UNTUNED | {"late": "a100"}).items() if of == track}
         assert set(board["entries"]) == expected - {"removed", "withdrawn"}
     assert night.folder.plan(profile="slurm") == set()
+
+
+def test_what_was_finished_was_not_done_again(night: Night) -> None:
+    lines = (night.folder.path / "done.jsonl").read_text().splitlines()
+    assert [line for line, times in Counter(lines).items() if times > 1] == []
+
+
+def test_what_waited_or_ran_as_the_controller_died_was_cancelled_and_no_withdrawn_step_ran_again(
+    night: Night,
+) -> None:
+    assert "cancelling job" in night.logs[1]
+    assert ran(night.folder.path).count(("withdrawn", "open")) == 1
+    assert ("withdrawn", "closed") not in ran(night.folder.path)
+    assert (night.folder.path / "results/a100/removed/closed.json").exists(), "its file was removed, not it"
+
+
+def test_the_crash_is_told_and_the_lost_folder_stopped_nobody_else(night: Night) -> None:
+    assert "last run ended" in night.after_crash
+    assert "by an exception" in night.after_crash
+    assert "broken: its folder cannot be used" in night.logs[2]
+    assert night.exit_codes[0] != 0, "no final leaderboard while an entry is left out"
+    assert ("edited", "closed") in ran(night.folder.path)
+
+
+def test_real_steps_after_a_killed_controller_and_an_edit_score_as_without_either(
+    finished: Finished, cluster: Cluster, tmp_path: Path
+) -> None:
+    """A trained entry is trained anew: first by another recipe, until the controller is killed."""
+    folder = competition.copy(finished.folder, tmp_path / "competition")
+    shutil.rmtree(folder.path / "results/a100/tuned")
+    recipe = (folder.path / DEMO_ENTRIES / "tuned.yaml").read_text()
+    folder.edit_entry("tuned", lambda entry: entry["finetune"].update(max_steps=100_000, learning_rate=7e-4))
+    log = folder.path / "results/a100/tuned/logs/finetune.log"
+    with controller(folder, cluster) as snakemake:
+        cluster.wait(lambda: log.exists() and "step " in log.read_text(), "training to begin", 900)
+        snakemake.kill()
+        snakemake.wait()
+    (folder.path / DEMO_ENTRIES / "tuned.yaml").write_text(recipe)
+    with controller(folder, cluster) as snakemake:
+        assert snakemake.wait(900) == 0, output(folder)[-5000:]
+    for track in TRACKS:
+        again, before = (
+            json.loads((one.path / f"results/leaderboard/{track}.json").read_text())
+            for one in (folder, finished.folder)
+        )
+        assert again["final"]
+        assert again["entries"] == before["entries"]

@@ -3,7 +3,8 @@
 program(path)      installs it as path/palio
 $PALIO_SLOW        `<entry> <step> <seconds>`, several with commas between: that step first takes so long
 $PALIO_FAULTY      `<entry> <step>`: that step breaks a rule
-ran.jsonl          a line for each step that was begun, with its settings
+ran.jsonl          a line for each step that was begun
+done.jsonl         a line for each step that was completed, with what its record was made with
 
 A record's content follows from the step's settings and from the content that it read, a leaderboard's from
 its entries' records: two competitions that end alike ran the same settings on the same inputs, step by step.
@@ -33,7 +34,7 @@ from palio.provenance import write_json
 from palio.settings import RunOptions, StageRuns, StepSettings
 from tests.support.records import leave_payload
 
-RAN = Path("ran.jsonl")
+RAN, DONE = Path("ran.jsonl"), Path("done.jsonl")
 
 
 def program(folder: Path) -> dict[str, str]:
@@ -65,7 +66,7 @@ def main() -> None:
 def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOptions) -> None:
     step = BY_NAME[name]
     with attempt(name, folder):
-        append_json_line(RAN, {"entry": folder.entry_id, "step": name, "settings": settings.decisive})
+        append_json_line(RAN, {"entry": folder.entry_id, "step": name})
         for slow in os.environ.get("PALIO_SLOW", "").split(","):
             if slow.split()[:2] == [folder.entry_id, name]:
                 time.sleep(float(slow.split()[2]))
@@ -78,6 +79,7 @@ def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOpti
             path.touch()
         write_json(step.record(folder), {"step": name, "of": made.settings, "from": made.inputs})
         planning.stamp(step, folder, settings, made)
+        append_json_line(DONE, {"entry": folder.entry_id, "step": name, "made": made.model_dump(mode="json")})
 
 
 def fetch(source: Any, out: Path) -> None:

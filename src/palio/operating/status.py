@@ -97,8 +97,12 @@ def competition_status(
     last_run: str = "",
     plan: Workflow | None = None,
 ) -> Status:
-    """Return the current state of every step of every entry. `last_run` says how the last run ended, `plan` is
-    what the run in progress has planned: an entry that came later waits for the next one."""
+    """Return the current state of every step of every entry.
+
+    Args:
+        last_run: how the last run ended.
+        plan: what the run in progress has planned. An entry that came later waits for the next one.
+    """
     competition, results = workflow.competition, results or workflow.results
     notes: list[str] = []
     queue: dict[str, slurm.Job] = {}
