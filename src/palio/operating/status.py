@@ -29,6 +29,8 @@ from palio.settings import EvaluateSettings
 from palio.training.ledger import charged, read_ledger
 from palio.workflow import Workflow
 
+FILE_CLOCK_SECONDS = 1.0
+"""How far the time of a file may be behind the clock of the node that wrote it."""
 StepState = Literal["waiting", "queued", "running", "done", "failed", "withdrawn"]
 
 
@@ -255,7 +257,7 @@ def _used(step: Step, source: _Source, last: Attempt | None) -> tuple[float | No
     if step.limit is None:
         return None, None
     budget = float(step.limit(source.competition, source.folder.track_id).seconds)
-    since = last.started if last else source.now
+    since = last.started - FILE_CLOCK_SECONDS if last else source.now
     if step.name == "finetune":
         ledger = _newest(source.folder.trainings, TrainingFolder.ledger.name, since)
         return (sum(charged(read_ledger(ledger)).values()) if ledger else None), budget
