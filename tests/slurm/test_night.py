@@ -125,8 +125,10 @@ def night(cluster: Cluster, tiny: Path, tmp_path_factory: pytest.TempPathFactory
     # the evening: everybody decides something, and the controller is killed
     slow = "edited finetune 600,withdrawn open 600,retried closed 600"  # until they are cancelled
     with start(PALIO_SLOW=slow) as snakemake:
-        begun = ("edited", "finetune"), ("withdrawn", "open"), ("retried", "closed"), ("removed", "closed")
-        wait_for(cluster, folder, snakemake, *begun, ("redata", "open"), ("sourceless", "finetune"))
+        begun = ("edited", "finetune"), ("withdrawn", "open"), ("retried", "closed"), ("redata", "open")
+        wait_for(cluster, folder, snakemake, *begun, ("sourceless", "finetune"))
+        removed = folder.path / "results/a100/removed/closed.json"
+        cluster.wait(removed.exists, "an entry to be finished", 300)
         decide(folder, tiny, environment)
         snakemake.kill()
         snakemake.wait()

@@ -79,14 +79,15 @@ def begin(workflow: Workflow, run: str) -> None:
 def end(workflow: Workflow, event: str, message: str) -> None:
     """Tell the organizer and `palio status` how this process's run has ended; only the first call counts.
 
-    Nothing runs any more, so the folder is free for the next run: not only once the organizer's command and
-    Snakemake's own end are over.
+    The folder is then free for the next run: not only once the organizer's command and Snakemake's own end
+    are over.
     """
     global _lock  # noqa: PLW0603
     if _lock is None:
         return
     put_back_all(workflow)
     _write_facts(**_facts(), ended=time.time(), outcome=message)
+    fcntl.flock(_lock, fcntl.LOCK_UN)  # closing is not enough: a forked process may hold it too
     _lock.close()
     _lock = None
     notify(workflow.competition, event, message)
@@ -147,7 +148,10 @@ def running() -> str | None:
 
 def plan() -> Workflow | None:
     """Return what the run in progress has planned; None without one, or if it is another user's."""
-    return Workflow.planned_by(_facts().get("run")) if running() else None
+    try:
+        return Workflow.planned_by(_facts().get("run")) if running() else None
+    except (AttributeError, ImportError, TypeError):  # planned by another version of Palio
+        return None
 
 
 def cancel_orphans() -> list[slurm.Job]:
