@@ -146,7 +146,7 @@ def test_a_late_entry_a_removed_one_and_a_source_that_is_gone_wait_for_the_next_
     status = competition.run(
         "palio", "status", environment=competition.environment | {"COLUMNS": "80"}
     ).stdout
-    assert "late     0/4  check: waiting for the next run" in status
+    assert "late  0/4  check: waiting for the next run" in status
     assert f"raw: {source} no longer exists; what was made of it is kept" in " ".join(status.split())
     assert controller.wait(200) == 0, competition.log()[-3000:]
     board = competition.path / "results/leaderboard/laptop.json"
