@@ -86,7 +86,7 @@ def summary(status: Status) -> str:
 
 def reasons(status: Status) -> list[tuple[str, str]]:
     """Return (entry and step, reason and log) of every step with a reason, and the notes."""
-    lines = []
+    lines: list[tuple[str, str]] = []
     for entry in status.entries:
         for step in entry.steps:
             reason = step.reason if step.state != "queued" else ""
