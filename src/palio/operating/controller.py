@@ -193,11 +193,9 @@ class Watch:
         news = []
         for entry in entries:
             for step in entry.steps:
-                key = (entry.track, entry.entry, step.step, str(step.attempt), step.state)
+                key = (entry.track, entry.entry, step.step, str(step.attempt), step.state, step.obstacle)
                 heard = step.heard if step.state == "running" else None
                 silent = now - heard if heard is not None else 0.0
-                if step.obstacle:
-                    key = (*key, step.obstacle)
                 if key in self._reported:
                     continue
                 if step.state == "failed":
