@@ -5,8 +5,8 @@
 #   results/<track>/<entry>/                one entry; logs/ and work/ inside it
 #   results/{leaderboard,standings,report}/
 #
-# A step of an entry is `palio step <name> results/<track>/<entry>`. Its only parameter is its settings, the slice of
-# the competition and the entry that decides its result; --options is how it runs here, a resource, and re-runs nothing.
+# A step of an entry is `palio step <name> results/<track>/<entry> --settings …`: the slice of the competition and the
+# entry that decides its result, which its record then names. --options is how it runs here, and changes no result.
 #
 # Every command is `exec palio`: a signal reaches all processes of a job. A shell in between would die of it at once,
 # and the job with it, while Palio still saves.

@@ -1,8 +1,8 @@
 """Settings of the steps: the slice of a competition and an entry that decides a step's result.
 
-Their `of` is the only place that makes them. A rule passes them on as canonical JSON, its only parameter:
-a step re-runs when its settings change and at no other time. How a step runs here (`RunOptions`) is not among
-them.
+Their `of` is the only place that makes them. A rule passes them on as canonical JSON, and the step's record
+names their fingerprint: it is void once they change (`palio.planning`). How a step runs here (`RunOptions`)
+is not among them.
 """
 
 from __future__ import annotations

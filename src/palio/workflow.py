@@ -87,10 +87,11 @@ class Workflow:
 
     @classmethod
     def planned_by(cls, run: str | None) -> Workflow | None:
-        """Return the workflow as the controller of `run` planned it; None without one."""
-        if not run or not _plan_file(run).exists():
+        """Return the workflow as this user's controller of `run` planned it; None without one."""
+        file = _plan_file(run or "no run")
+        if not file.exists() or file.stat().st_uid != os.getuid():
             return None
-        found = pickle.loads(_plan_file(run).read_bytes())  # noqa: S301 (written by this user's controller)
+        found = pickle.loads(file.read_bytes())  # noqa: S301 (written by this user's controller)
         assert isinstance(found, cls)
         return found
 
@@ -301,7 +302,7 @@ class Workflow:
         )
 
     def settings(self, step: str) -> Callable[[Any], str]:
-        """Settings of a step for an entry, as its rule's only parameter; empty where it cannot run."""
+        """Settings of a step for an entry, as its rule passes them on; empty where it cannot run."""
 
         def of(wildcards: Any) -> str:
             if step != "check" and not isinstance(self.entry(wildcards), Entry):

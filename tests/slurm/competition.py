@@ -64,13 +64,13 @@ def add_entry(folder: WorkingFolder, name: str, track: str, tiny: Path, **recipe
 
 @contextmanager
 def controller(
-    folder: WorkingFolder, cluster: Cluster, *arguments: str, code: Path | None = None
+    folder: WorkingFolder, cluster: Cluster, *arguments: str, **variables: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """`snakemake --profile slurm`, as typed, running; killed at the end if it still does. `code` is where
-    Palio lies, if not in the environment."""
+    """`snakemake --profile slurm`, as typed, running; killed at the end if it still does. `variables` are of
+    its environment."""
     command = [str(Path(sys.executable).with_name("snakemake")), "--profile", "slurm", *arguments]
     with (folder.path / "snakemake.log").open("ab") as log:
-        environment = cluster.environment | ({"PYTHONPATH": str(code)} if code else {})
+        environment = cluster.environment | variables
         process = subprocess.Popen(command, cwd=folder.path, env=environment, stdout=log, stderr=log)
         try:
             yield process

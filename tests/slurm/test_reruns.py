@@ -65,7 +65,7 @@ def changed(finished: Any, cluster: Cluster, tiny: Path, tmp_path_factory: pytes
     with (code / "palio/training/trainer.py").open("a") as trainer:
         trainer.write("# rewritten, same recipe\n")
     before, known = adapters(folder), set(cluster.jobs("%i"))
-    with controller(folder, cluster, code=code) as snakemake:
+    with controller(folder, cluster, PYTHONPATH=str(code)) as snakemake:
         exit_code = snakemake.wait(900)
     jobs = [line.split("|") for line in cluster.jobs("%i|%k")]
     return Changed(folder, exit_code, {rule for job, rule in jobs if job not in known}, before)

@@ -1,9 +1,13 @@
 """`palio` whose steps only write records, for the real Snakemake: what runs is tested, not what it makes.
 
 program(path)      installs it as path/palio
-$PALIO_SLOW        `<entry> <step> <seconds>`: that step first takes so long
+$PALIO_SLOW        `<entry> <step> <seconds>`, several with commas between: that step first takes so long
 $PALIO_FAULTY      `<entry> <step>`: that step breaks a rule
-ran.jsonl          a line for each step that was begun, with its settings
+ran.jsonl          a line for each step that was begun
+done.jsonl         a line for each step that was completed, with what its record was made with
+
+A record's content follows from the step's settings and from the content that it read, a leaderboard's from
+its entries' records: two competitions that end alike ran the same settings on the same inputs, step by step.
 """
 
 from __future__ import annotations
@@ -25,12 +29,12 @@ from palio.errors import PalioError, RuleViolation
 from palio.files import append_json_line
 from palio.layout import BaseModelFolder, EntryFolder
 from palio.operating.attempt import attempt
-from palio.pipeline import BY_NAME
+from palio.pipeline import BY_NAME, steps_of
 from palio.provenance import write_json
 from palio.settings import RunOptions, StageRuns, StepSettings
 from tests.support.records import leave_payload
 
-RAN = Path("ran.jsonl")
+RAN, DONE = Path("ran.jsonl"), Path("done.jsonl")
 
 
 def program(folder: Path) -> dict[str, str]:
@@ -62,9 +66,10 @@ def main() -> None:
 def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOptions) -> None:
     step = BY_NAME[name]
     with attempt(name, folder):
-        append_json_line(RAN, {"entry": folder.entry_id, "step": name, "settings": settings.decisive})
-        if os.environ.get("PALIO_SLOW", "").split()[:2] == [folder.entry_id, name]:
-            time.sleep(float(os.environ["PALIO_SLOW"].split()[2]))
+        append_json_line(RAN, {"entry": folder.entry_id, "step": name})
+        for slow in os.environ.get("PALIO_SLOW", "").split(","):
+            if slow.split()[:2] == [folder.entry_id, name]:
+                time.sleep(float(slow.split()[2]))
         if os.environ.get("PALIO_FAULTY", "").split() == [folder.entry_id, name]:
             raise RuleViolation("is not allowed")
         made = planning.made(step, folder, settings, palio.steps.RESOURCES)
@@ -72,8 +77,9 @@ def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOpti
         for path in step.released(folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-        write_json(step.record(folder), {"step": name, "of": made.settings})
+        write_json(step.record(folder), {"step": name, "of": made.settings, "from": made.inputs})
         planning.stamp(step, folder, settings, made)
+        append_json_line(DONE, {"entry": folder.entry_id, "step": name, "made": made.model_dump(mode="json")})
 
 
 def fetch(source: Any, out: Path) -> None:
@@ -93,7 +99,14 @@ def score(workflow: Any, tracks: list[str], results: Path, out: Path, *, final: 
         for suffix in ("csv", "parquet", "md", "tex", "analysis.json"):
             (out / f"{track}.{suffix}").touch()
         made = workflow.scored_with(track).model_dump(mode="json")
-        write_json(out / f"{track}.json", {"made": made})
+        entries = {
+            entry_id: [
+                json.loads(step.record(workflow.results.entry(track, entry_id)).read_text())
+                for step in steps_of(entry)
+            ]
+            for entry_id, entry in workflow.active[track].items()
+        }
+        write_json(out / f"{track}.json", {"made": made, "entries": entries})
 
 
 def ran(folder: Path) -> list[tuple[str, str]]:

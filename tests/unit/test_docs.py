@@ -15,6 +15,8 @@ import yaml
 from palio.config.reading import extended
 from palio.config.reference import FILES, README, json_schema, with_tables
 from palio.layout import schema_file
+from tests.support.proven import PAGES
+from tests.support.proven import with_tables as with_proven_tables
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +40,14 @@ def test_the_tables_of_the_configs_readme_are_those_of_the_models() -> None:
     """Make them anew with `python -m palio.config.reference`."""
     readme = (ROOT / README).read_text()
     assert readme == with_tables(readme)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_tables_of_what_runs_again_are_those_of_the_tests(page: str) -> None:
+    """Make them anew with `python -m tests.support.proven`."""
+    text = (ROOT / page).read_text()
+    assert text == with_proven_tables(text)
+    assert text.count("<!-- proven by") == 1
 
 
 @pytest.mark.parametrize("kind", FILES)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,9 @@ from rich.console import Console
 from palio.cli import palio
 from palio.config import load_competition
 from palio.errors import BadInput, Crashed, Interrupted, NotRetried, PalioError, State
-from palio.heartbeat import HeartbeatWriter
+from palio.heartbeat import HeartbeatWriter, read_heartbeat
 from palio.layout import CONFIG, EntryFolder
-from palio.operating import controller
+from palio.operating import controller, slurm
 from palio.operating.attempt import RUN_VARIABLE, Attempt, attempt, read_attempts, refusal, set_aside
 from palio.operating.controller import Watch
 from palio.operating.doctor import engine_findings
@@ -153,6 +155,20 @@ def test_a_second_controller_is_refused_until_the_first_is_gone_however_it_went(
     assert second.stdout == "held\n"
 
 
+def test_the_folder_is_free_once_a_run_has_ended_however_long_the_news_take(
+    folder: WorkingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.path)
+    lock = "flock --nonblock .snakemake/palio.lock echo free > seen.txt"
+    folder.edit_yaml("config/config.yaml", lambda config: config.update(notify=lock))
+    controller.take_over(on_slurm=False)
+    monkeypatch.delenv("PALIO_CONTROLLER")
+    monkeypatch.delenv(RUN_VARIABLE)
+    controller.end(Workflow(CONFIG), "finish", "every step is done")
+    assert (folder.path / "seen.txt").read_text() == "free\n"
+    assert "every step is done" in controller.last_run()
+
+
 def test_failures_and_silence_are_told_once() -> None:
     failed = StepStatus("open", "failed", attempt=1, reason="crashed: the server died", log="open.log")
     silent = StepStatus("finetune", "running", attempt=1, node="a1", heard=0.0, log="finetune.log")
@@ -163,6 +179,20 @@ def test_failures_and_silence_are_told_once() -> None:
         ("stall", "x: finetune: no output for 120 min on a1 (log: finetune.log)")
     ]
     assert watch.look(entries, now=9999) == []
+
+
+def test_a_job_that_will_not_start_by_itself_is_told_once() -> None:
+    held = slurm.Job("12", "palio", "PENDING", Path(), "JobHeldUser", "rule_finetune", "a100")
+    drained = replace(held, reason="Resources")
+    assert held.obstacle(closed=[]) == "job 12 is held (JobHeldUser): scontrol release 12"
+    assert drained.obstacle(closed=["rtx4090"]) == ""
+    obstacle = drained.obstacle(closed=["a100"])
+    assert obstacle == "job 12: no node of partition a100 takes jobs: sinfo -R says why"
+    queued = StepStatus("finetune", "queued", obstacle=obstacle)
+    watch = Watch(stalled_after=3600)
+    entries = [EntryStatus("a100", "x", "team", [queued])]
+    assert watch.look(entries, now=60) == [("stall", f"x: finetune: {obstacle}")]
+    assert watch.look(entries, now=120) == []
 
 
 def test_the_organizers_command_gets_event_and_message(
@@ -197,17 +227,18 @@ def test_status_tells_every_state(folder: WorkingFolder, monkeypatch: pytest.Mon
         {"event": "start", "attempt": "1", "interval": 5},
         {"event": "beat", "attempt": "1", "seconds": 55},
     ]
-    ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
     folder_of_step = EntryFolder.at(done)
     with attempt("finetune", folder_of_step):
+        ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
         HeartbeatWriter(folder_of_step.heartbeat("finetune"), 40, "steps").beat(10, used_seconds=60)
         status = competition_status(Workflow(Path("config/config.yaml")))
     found = {(entry.entry, step.step): step for entry in status.entries for step in entry.steps}
     assert found["curated", "curate"].state == "done"
     running = found["curated", "finetune"]
     assert (running.state, running.used, running.budget) == ("running", 60, 600)
-    assert running.ends is not None
-    assert running.ends - status.time == pytest.approx(180, abs=1)  # 60 s for 10 steps of 40
+    heartbeat = read_heartbeat(folder_of_step.heartbeat("finetune"), since=0)
+    assert heartbeat is not None
+    assert running.ends == pytest.approx(heartbeat.time + 180, abs=1)  # 60 s for 10 steps of 40
     assert (found["curated", "open"].state, found["curated", "open"].wait) == ("waiting", "behind check")
     assert found["curated", "check"].wait == "for the next run"
     failed = found["raw", "finetune"]
@@ -219,10 +250,36 @@ def test_status_tells_every_state(folder: WorkingFolder, monkeypatch: pytest.Mon
         assert text in page
 
 
+def test_status_keeps_the_reason_of_an_attempt_while_the_next_one_runs_in_its_own_budget(
+    folder: WorkingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.path)
+    raw = EntryFolder.at(folder.path / "results/laptop/raw")
+    with pytest.raises(Interrupted), attempt("finetune", raw):
+        ledger = raw.training("of the first recipe").ledger
+        ledger.parent.mkdir(parents=True)
+        ledger.write_text('{"event": "start", "attempt": "1", "interval": 5}\n')
+        raise Interrupted("the disk is full")
+    os.utime(ledger, (1.0, 1.0))
+    with attempt("finetune", raw):
+        status = competition_status(Workflow(Path("config/config.yaml")))
+    (step,) = (
+        step
+        for entry in status.entries
+        for step in entry.steps
+        if (entry.entry, step.step) == ("raw", "finetune")
+    )
+    assert (step.state, step.attempt, step.used, step.budget) == ("running", 2, None, 600)
+    assert step.before == "attempt 1 ended, and it is tried again: interrupted: the disk is full"
+    assert step.before in html_page(status)
+
+
 def test_a_narrow_terminal_shows_one_line_for_each_entry() -> None:
     names = [step.name for step in STEPS]
     done = [StepStatus(name, "done", seconds=60.0) for name in names[:3]]
-    here = StepStatus("finetune", "running", node="a100-node17", seconds=7200, used=7000, budget=86400)
+    here = StepStatus(
+        "finetune", "running", node="a100-node17.cluster", seconds=7200, used=7000, budget=86400
+    )
     failed = StepStatus("finetune", "failed", reason="crashed: training diverged", log="finetune.log")
     behind = [StepStatus(name, "waiting", wait="behind finetune") for name in names[4:]]
     entries = [
@@ -232,10 +289,10 @@ def test_a_narrow_terminal_shows_one_line_for_each_entry() -> None:
     console = Console(width=80, file=io.StringIO())
     console.print(terminal_view(Status("demo", "Palio demo", 0.0, None, entries), console.width))
     assert isinstance(console.file, io.StringIO)
-    lines = [line for line in console.file.getvalue().splitlines() if line.startswith(" rtx4090")]
-    assert len(lines) == 20
-    assert lines[0].split()[:5] == ["rtx4090", "entry_0", "3/7", "finetune:", "a100-node17,"]
-    assert lines[19].split() == ["rtx4090", "entry_19", "3/7", "finetune:", "crashed"]
+    heading, track, *lines = console.file.getvalue().splitlines()
+    assert (heading, track) == ("Palio demo", "rtx4090")
+    assert lines[0] == "  entry_0   3/7  finetune: 8 % used, 2.0 h on a100-node17"
+    assert lines[19] == "  entry_19  3/7  finetune: crashed"
     assert "…" not in console.file.getvalue()
 
 

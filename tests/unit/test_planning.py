@@ -205,7 +205,10 @@ class Night:
 
 
 def test_a_source_that_vanished_is_no_rule_violation_of_the_entry(workflow: Workflow, tmp_path: Path) -> None:
-    """What was made of it holds; where it must be made again, that is interrupted until the file is back."""
+    """
+    | a team's file that is gone | nothing: `palio status` warns; if it must be read again, that step is
+      `interrupted` |
+    """
     with chdir(tmp_path):
         leave_shared_records(workflow)
         source = Path("resources/demo_sources/pattern_match.jsonl")

@@ -86,6 +86,10 @@ def faster(entry: dict[str, Any]) -> None:
 def test_after_a_killed_controller_a_changed_recipe_is_trained_and_nothing_else_runs_twice(
     competition: Competition,
 ) -> None:
+    """
+    | kill the controller | its jobs on this machine end; `palio status` says that it was killed | SLURM
+      jobs that it left are cancelled, and what is missing runs |
+    """
     controller = competition.start(PALIO_SLOW="raw open 60")
     competition.wait_for(controller, ("raw", "open"), ("untuned", "closed"))
     controller.kill()
@@ -102,6 +106,10 @@ def test_after_a_killed_controller_a_changed_recipe_is_trained_and_nothing_else_
 
 
 def test_an_edit_in_mid_run_waits_for_the_next_start(competition: Competition) -> None:
+    """
+    | edit an entry, a rule set, a stage, a metric | nothing, queued jobs included; `palio status` shows
+      what no longer holds | what the change makes due |
+    """
     controller = competition.start(PALIO_SLOW="raw curate 5")
     competition.wait_for(controller, ("raw", "curate"))
     competition.edit_entry("raw", faster)
@@ -113,7 +121,48 @@ def test_an_edit_in_mid_run_waits_for_the_next_start(competition: Competition) -
     assert Counter(ran(competition.path))["untuned", "open"] == 1
 
 
+def test_a_late_entry_a_removed_one_and_a_source_that_is_gone_wait_for_the_next_start(
+    competition: Competition,
+) -> None:
+    """
+    | add an entry file | nothing; the entry waits for the next run | its own chain |
+    | remove an entry file | nothing: its jobs go on, and it is scored as planned | scored without it;
+      its results stay |
+    | remove a source that has been read | nothing; `palio status` warns | nothing, until its dataset
+      must be made again: then `interrupted` |
+    """
+    entries = competition.path / DEMO_ENTRIES
+    source = "resources/teams/rows.jsonl"
+    (competition.path / source).parent.mkdir(parents=True)
+    (competition.path / source).write_text('{"prompt": "1 + 1 =", "completion": "2"}\n')
+    handed_in = {"path": source, "licence": "CC0-1.0", "generator": "palio demo-data"}
+    competition.edit_entry("raw", lambda entry: entry["dataset"].update(sources=[handed_in]))
+    controller = competition.start(PALIO_SLOW="raw finetune 15")
+    competition.wait_for(controller, ("raw", "finetune"))
+    text = (entries / "untuned.yaml").read_text()
+    (entries / "late.yaml").write_text(text.replace("Tartuca", "Giraffa"))
+    (entries / "untuned.yaml").unlink()
+    (competition.path / source).unlink()
+    status = competition.run(
+        "palio", "status", environment=competition.environment | {"COLUMNS": "80"}
+    ).stdout
+    assert "late  0/4  check: waiting for the next run" in status
+    assert f"raw: {source} no longer exists; what was made of it is kept" in " ".join(status.split())
+    assert controller.wait(200) == 0, competition.log()[-3000:]
+    board = competition.path / "results/leaderboard/laptop.json"
+    assert set(json.loads(board.read_text())["entries"]) == {"raw", "untuned"}
+    before = Counter(ran(competition.path))
+    assert competition.live() == 0, competition.log()[-3000:]
+    again = set((Counter(ran(competition.path)) - before).elements())
+    assert {entry for entry, _ in again} == {"late"}
+    assert set(json.loads(board.read_text())["entries"]) == {"raw", "late"}
+    assert (competition.path / "results/laptop/untuned/closed.json").exists()
+
+
 def test_a_grant_takes_effect_on_the_next_start(competition: Competition) -> None:
+    """
+    | `palio retry ENTRY` | nothing | a fresh start of the step, always |
+    """
     assert competition.live() == 0
     shutil.rmtree(competition.path / ".snakemake")
     before = Counter(ran(competition.path))
@@ -131,7 +180,10 @@ def test_a_rule_violation_costs_one_job(competition: Competition) -> None:
 
 
 def test_a_broken_folder_of_one_entry_harms_nobody(competition: Competition) -> None:
-    """It breaks in mid-run, and is still broken at the next start."""
+    """
+    | an entry's folder cannot be read or written | its job fails, the others go on | the entry is left
+      out, with the reason, until the folder is mended |
+    """
     controller = competition.start(PALIO_SLOW="raw curate 4")
     competition.wait_for(controller, ("raw", "curate"))
     folder = competition.path / "results/laptop/raw"
@@ -167,6 +219,10 @@ def test_a_failure_that_cannot_be_recorded_ends_nothing_but_its_entry(competitio
 
 
 def test_a_withdrawn_entry_ends_with_its_own_code_and_the_others_go_on(competition: Competition) -> None:
+    """
+    | `palio withdraw ENTRY` | cancels its SLURM jobs; prints how to end a step on this machine; its
+      later steps end with code 10 | scored without it |
+    """
     controller = competition.start("--retries", "2", PALIO_SLOW="raw curate 40")
     competition.wait_for(controller, ("raw", "curate"))
     command = ("palio", "withdraw", "raw", "--why", "asked to")

@@ -61,6 +61,7 @@ def finished(template: WorkingFolder, tmp_path: Path) -> Iterator[WorkingFolder]
 
 
 def test_a_failed_step_runs_again_with_what_depends_on_it(finished: WorkingFolder) -> None:
+    """| a step without a result: failed, or lost | it, and what reads its record; score, report |"""
     (finished.path / "results/laptop/raw/closed.json").unlink()
     for made_after in ("leaderboard", "report"):  # the run in which the step failed had none
         shutil.rmtree(finished.path / "results" / made_after)
@@ -68,6 +69,7 @@ def test_a_failed_step_runs_again_with_what_depends_on_it(finished: WorkingFolde
 
 
 def test_a_new_entry_runs_its_own_chain_and_the_scoring(finished: WorkingFolder) -> None:
+    """| a new entry file | its own chain; score, report |"""
     entries = finished.path / DEMO_ENTRIES
     text = (entries / "untuned.yaml").read_text()
     (entries / "late.yaml").write_text(text.replace("Tartuca", "Giraffa"))
@@ -77,6 +79,11 @@ def test_a_new_entry_runs_its_own_chain_and_the_scoring(finished: WorkingFolder)
 
 
 def test_a_scenario_of_the_closed_stage_re_evaluates_closed_only(finished: WorkingFolder) -> None:
+    """
+    | a stage's run entries or instance budget | `prepare_stage`, that stage of every entry, overlap;
+      score, report |
+    """
+
     def more(config: dict[str, Any]) -> None:
         config["stages"]["closed"]["scenarios"]["parity"]["max_eval_instances"] = 41
 
@@ -87,6 +94,8 @@ def test_a_scenario_of_the_closed_stage_re_evaluates_closed_only(finished: Worki
 
 
 def test_a_limit_starts_nothing_that_is_complete(finished: WorkingFolder) -> None:
+    """| a limit of a stage or a track | score, report |"""
+
     def longer(config: dict[str, Any]) -> None:
         config["stages"]["open"].update(time_limit="11m", threads=3)
         config["tracks"]["laptop"].update(training_budget="20m", ram_gb=8, title="Another title")
@@ -96,6 +105,7 @@ def test_a_limit_starts_nothing_that_is_complete(finished: WorkingFolder) -> Non
 
 
 def test_a_limit_re_runs_what_stopped_at_it(finished: WorkingFolder) -> None:
+    """| the same, where a step had stopped at it | that step too |"""
     record = finished.path / "results/laptop/raw/open.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"state": "time_limit"}))
     assert finished.plan() == FINISH
@@ -104,11 +114,14 @@ def test_a_limit_re_runs_what_stopped_at_it(finished: WorkingFolder) -> None:
 
 
 def test_a_rule_set_checks_every_entry_again_and_starts_nothing_else(finished: WorkingFolder) -> None:
+    """| the rules of the competition | every check; score, report |"""
     finished.edit_yaml("config/rulesets/demo.yaml", lambda rules: rules.update(max_length=1024))
     assert finished.plan() == {("check_entry", entry) for entry in ENTRIES} | FINISH
 
 
 def test_a_metric_is_scored_again_and_nothing_is_evaluated(finished: WorkingFolder) -> None:
+    """| weights, conventions, metrics of the open stage | score, report |"""
+
     def reweigh(config: dict[str, Any]) -> None:
         config["scoring"] = {**config.get("scoring", {}), "convention": "hidden2023"}
 
@@ -116,7 +129,56 @@ def test_a_metric_is_scored_again_and_nothing_is_evaluated(finished: WorkingFold
     assert finished.plan() == FINISH
 
 
+def test_a_metric_that_has_not_left_the_closed_stage_is_fetched_from_it(finished: WorkingFolder) -> None:
+    """
+    | a HELM metric new to the closed stage | that stage's jobs, which find HELM's runs complete; score,
+      report |
+    """
+
+    def other(config: dict[str, Any]) -> None:
+        scenario = config["stages"]["closed"]["scenarios"]["parity"]
+        scenario["metrics"]["quasi-exact match"] = {"metric": "quasi_exact_match"}
+
+    finished.edit_yaml("config/config.yaml", other)
+    assert finished.plan() == {("helm_closed", entry) for entry in ENTRIES} | FINISH
+
+
+def test_a_team_or_a_title_is_shown_and_nothing_is_run(finished: WorkingFolder) -> None:
+    """| titles of entries, tracks and stages | score, report |"""
+    finished.edit_entry("raw", lambda entry: entry.update(title="As it comes"))
+    finished.edit_yaml("config/config.yaml", lambda config: config["stages"]["open"].update(title="First"))
+    assert finished.plan() == FINISH
+
+
+def test_another_base_model_runs_the_whole_chain(finished: WorkingFolder) -> None:
+    """| an entry's `base_model` | its whole chain; score, report |"""
+    another = {"path": "resources/teams/another_model"}
+    finished.edit_yaml(
+        "config/rulesets/demo.yaml",
+        lambda rules: rules["base_models"][0]["sources"].append(f"path:{another['path']}"),
+    )
+    with_the_rules = finished.plan() - {("check_entry", entry) for entry in ENTRIES}
+    assert with_the_rules == FINISH
+    finished.edit_entry("raw", lambda entry: entry.update(base_model=another))
+    plan = finished.plan()
+    rules = {rule for rule, entry in plan if entry == "raw"}
+    assert rules >= {"check_entry", "curate_dataset", "finetune", "build_package", "helm_open", "helm_closed"}
+    assert {entry for rule, entry in plan if rule != "check_entry"} == {"raw", ""}
+
+
+def test_a_removed_entry_file_costs_scoring_only_and_its_results_stay(finished: WorkingFolder) -> None:
+    """| a removed entry file | score, report; its results stay, and hold if the file comes back |"""
+    file = finished.path / DEMO_ENTRIES / "raw.yaml"
+    text = file.read_text()
+    file.unlink()
+    assert finished.plan() == FINISH
+    assert (finished.path / "results/laptop/raw/closed.json").exists()
+    file.write_text(text)
+    assert finished.plan() == set()
+
+
 def test_what_was_deleted_after_its_use_is_not_made_again(finished: WorkingFolder) -> None:
+    """| a dataset, adapter, package or source deleted after its use | nothing |"""
     entry = finished.path / "results/laptop/raw"
     for folder in ("dataset", "adapter", "package"):
         shutil.rmtree(entry / folder, ignore_errors=True)
@@ -125,6 +187,7 @@ def test_what_was_deleted_after_its_use_is_not_made_again(finished: WorkingFolde
 
 
 def test_what_was_deleted_is_made_again_where_a_change_needs_it(finished: WorkingFolder) -> None:
+    """| the same, where a change needs it | it is made again first |"""
     shutil.rmtree(finished.path / "results/laptop/raw/dataset")
     finished.edit_entry("raw", lambda entry: entry["finetune"].update(learning_rate=5e-4))
     rules = {
@@ -139,7 +202,9 @@ def test_what_was_deleted_is_made_again_where_a_change_needs_it(finished: Workin
 
 
 def test_what_was_made_from_another_dataset_is_made_again(finished: WorkingFolder) -> None:
-    """The controller died between the new dataset and its training."""
+    """
+    | a record made from another one than the one that is there | it, and what follows; score, report |
+    """
     record = finished.path / "results/laptop/raw/dataset/manifest.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"sha256": "of other rows"}))
     plan = finished.plan()
@@ -155,6 +220,10 @@ def test_what_was_made_from_another_dataset_is_made_again(finished: WorkingFolde
 def test_a_recipe_re_runs_from_its_own_step_on(
     template: WorkingFolder, tmp_path: Path, recipe: str, value: float, first: str, *, remembered: bool
 ) -> None:
+    """
+    | an entry's `finetune` | its fine-tuning, package, both stages; score, report |
+    | an entry's `dataset` | the same, from curation on, and its overlap |
+    """
     shutil.copytree(template.path, tmp_path / "competition", symlinks=True)
     finished = WorkingFolder(tmp_path / "competition")
     if not remembered:
@@ -169,18 +238,20 @@ def test_a_recipe_re_runs_from_its_own_step_on(
 
 
 def test_a_grant_of_a_fresh_start_re_runs_that_step(finished: WorkingFolder) -> None:
+    """| a grant of `palio retry` | that step, and what reads its record; score, report |"""
     granted = finished.run("palio", "retry", "raw", "--step", "closed")
     assert granted.returncode == 0, granted.stderr
     assert finished.plan() == {("helm_closed", "raw")} | FINISH
 
 
 def test_a_withdrawn_entry_costs_scoring_only(finished: WorkingFolder) -> None:
+    """| `palio withdraw` | score, report |"""
     finished.run("palio", "withdraw", "raw", "--why", "asked to")
     assert finished.plan() == FINISH
 
 
 def test_what_changes_no_content_re_runs_nothing(finished: WorkingFolder) -> None:
-    """The time of a large input, new notification settings, another profile, comments."""
+    """| comments, key order, profiles, `notify`, `shards`, times of files | nothing |"""
     rows = finished.path / "results/laptop/curated/dataset/train.parquet"
     os.utime(rows, (time.time() + 60, time.time() + 60))
     finished.edit_yaml("config/config.yaml", lambda config: config.update(notify="true", stalled_after="2h"))

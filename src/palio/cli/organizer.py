@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from itertools import chain
@@ -36,9 +37,12 @@ if TYPE_CHECKING:
 @click.option("--out", type=ExistingPath, default=Results().leaderboards.path, show_default=True)
 def score(competition: str, track: str, results: Path, out: Path) -> None:
     """The final leaderboard of a track. Every entry must be finished or withdrawn."""
+    from palio.operating.attempt import RUN_VARIABLE
     from palio.workflow import Workflow
 
-    workflow = Workflow(competition_content(competition), competition)
+    # in a run: what it planned, whatever has been edited since
+    planned = Workflow.planned_by(os.environ.get(RUN_VARIABLE))
+    workflow = planned or Workflow(competition_content(competition), competition)
     if track not in workflow.tracks:
         raise BadInput("palio score", "--track", track, fix=f"use one of {', '.join(workflow.tracks)}")
     _score(workflow, [track], results, out, final=True)
@@ -230,7 +234,8 @@ def status(
         workflow = Workflow(competition_content(competition), competition)
         running = controller.running()
         last = "" if running else controller.last_run()
-        now = competition_status(workflow, results_of(workflow.competition, results), running, last)
+        folders = results_of(workflow.competition, results)
+        now = competition_status(workflow, folders, running, last, controller.plan())
         if html:
             write_text(html, status_view.html_page(now))
         return now

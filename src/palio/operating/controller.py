@@ -77,11 +77,19 @@ def begin(workflow: Workflow, run: str) -> None:
 
 
 def end(workflow: Workflow, event: str, message: str) -> None:
-    """Tell the organizer and `palio status` how this process's run has ended; only the first call counts."""
-    if _lock is None or "ended" in (facts := _facts()):
+    """Tell the organizer and `palio status` how this process's run has ended; only the first call counts.
+
+    The folder is then free for the next run: not only once the organizer's command and Snakemake's own end
+    are over.
+    """
+    global _lock  # noqa: PLW0603
+    if _lock is None:
         return
     put_back_all(workflow)
-    _write_facts(**facts, ended=time.time(), outcome=message)
+    _write_facts(**_facts(), ended=time.time(), outcome=message)
+    fcntl.flock(_lock, fcntl.LOCK_UN)  # closing is not enough: a forked process may hold it too
+    _lock.close()
+    _lock = None
     notify(workflow.competition, event, message)
 
 
@@ -138,6 +146,14 @@ def running() -> str | None:
     return f"process {facts['pid']} on {facts['host']} since {_minute(facts['started'])}"
 
 
+def plan() -> Workflow | None:
+    """Return what the run in progress has planned; None without one, or if it is another user's."""
+    try:
+        return Workflow.planned_by(_facts().get("run")) if running() else None
+    except (AttributeError, ImportError, TypeError):  # planned by another version of Palio
+        return None
+
+
 def cancel_orphans() -> list[slurm.Job]:
     """Cancel the jobs of earlier controllers of this folder; only the holder of its lock may."""
     orphans = [job for job in slurm.jobs(Path.cwd()) if job.name.startswith(RUN_NAME)]
@@ -166,7 +182,7 @@ def notify(competition: Competition, event: str, message: str) -> None:
 
 
 class Watch:
-    """Steps that failed or stalled since the last look; each is reported once."""
+    """Steps that failed, stalled, or whose job cannot start, since the last look; each is reported once."""
 
     def __init__(self, stalled_after: float) -> None:
         self.stalled_after = stalled_after
@@ -177,7 +193,7 @@ class Watch:
         news = []
         for entry in entries:
             for step in entry.steps:
-                key = (entry.track, entry.entry, step.step, str(step.attempt), step.state)
+                key = (entry.track, entry.entry, step.step, str(step.attempt), step.state, step.obstacle)
                 heard = step.heard if step.state == "running" else None
                 silent = now - heard if heard is not None else 0.0
                 if key in self._reported:
@@ -185,6 +201,8 @@ class Watch:
                 if step.state == "failed":
                     text = f"{step.reason} (log: {step.log})"
                     news.append(("failure", f"{entry.entry}: {step.step}: {text}"))
+                elif step.obstacle:
+                    news.append(("stall", f"{entry.entry}: {step.step}: {step.obstacle}"))
                 elif silent > self.stalled_after:
                     text = f"no output for {silent / 60:.0f} min on {step.node} (log: {step.log})"
                     news.append(("stall", f"{entry.entry}: {step.step}: {text}"))

@@ -6,13 +6,15 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from palio.errors import PalioError
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "STOPPED")
+NO_JOBS = ("down", "drain", "fail", "maint", "inval", "unknown")
+"""How states of nodes begin that start no job."""
 COMMAND_SECONDS = 30.0
 """A restarting slurmctld answers late."""
 
@@ -30,6 +32,18 @@ class Job:
     """Why it is waiting, or the node it runs on."""
     comment: str
     """The rule and its wildcards, as the executor writes them."""
+    partition: str = ""
+
+    def obstacle(self, closed: Collection[str]) -> str:
+        """Return why a pending job will not start by itself, and what to do; `closed` are partitions that
+        start nothing."""
+        if self.state != "PENDING":
+            return ""
+        if "held" in self.reason.lower():
+            return f"job {self.id} is held ({self.reason}): scontrol release {self.id}"
+        if set(self.partition.split(",")) <= set(closed):
+            return f"job {self.id}: no node of partition {self.partition} takes jobs: sinfo -R says why"
+        return ""
 
 
 def available() -> bool:
@@ -61,15 +75,25 @@ def ask(*command: str, seconds: float = COMMAND_SECONDS) -> str:
 
 def jobs(folder: Path) -> list[Job]:
     """Return this user's queued and running jobs that were submitted in `folder`."""
-    fields = "%i|%j|%T|%R|%k|%Z"
+    fields = "%i|%j|%T|%R|%k|%P|%Z"
     found = ask("squeue", "--noheader", "--me", f"--states={','.join(ACTIVE)}", f"--format={fields}")
     here = folder.resolve()
     listed = []
     for line in found.splitlines():
-        identity, name, state, reason, comment, at = line.split("|", 5)
+        identity, name, state, reason, comment, partition, at = line.split("|", 6)
         if Path(at).resolve() == here:
-            listed.append(Job(identity, name, state, Path(at), reason.strip("()"), comment))
+            listed.append(Job(identity, name, state, Path(at), reason.strip("()"), comment, partition))
     return listed
+
+
+def closed_partitions() -> set[str]:
+    """Return the partitions that start no job: themselves not up, or each of their nodes drained or down."""
+    open_ones: dict[str, bool] = {}
+    for line in ask("sinfo", "--noheader", "--format=%R|%a|%T").splitlines():
+        name, available, node = line.strip().split("|")
+        takes = available == "up" and not node.startswith(NO_JOBS)
+        open_ones[name] = open_ones.get(name, False) or takes
+    return {name for name, takes in open_ones.items() if not takes}
 
 
 def cancel(ids: Iterable[str], seconds: float = 180) -> None:

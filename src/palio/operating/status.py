@@ -10,14 +10,14 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from palio.config import Competition
 from palio.entries import BrokenEntry
-from palio.errors import PalioError
+from palio.errors import PalioError, State
 from palio.heartbeat import Heartbeat, read_heartbeat
 from palio.layout import EntryFolder, HelmFolder, Results, TrainingFolder, stage_named
 from palio.operating import slurm
@@ -29,6 +29,8 @@ from palio.settings import EvaluateSettings
 from palio.training.ledger import charged, read_ledger
 from palio.workflow import Workflow
 
+FILE_CLOCK_SECONDS = 1.0
+"""How far the time of a file may be behind the clock of the node that wrote it."""
 StepState = Literal["waiting", "queued", "running", "done", "failed", "withdrawn"]
 
 
@@ -42,6 +44,10 @@ class StepStatus:
     """Why it failed, or why it is waiting."""
     wait: str = ""
     """What a waiting step waits for."""
+    before: str = ""
+    """How the last attempt ended, where another one is under way."""
+    obstacle: str = ""
+    """Why its SLURM job will not start by itself, and what to do."""
     log: str = ""
     node: str = ""
     job: str | None = None
@@ -87,15 +93,27 @@ class Status:
 
 
 def competition_status(
-    workflow: Workflow, results: Results | None = None, controller: str | None = None, last_run: str = ""
+    workflow: Workflow,
+    results: Results | None = None,
+    controller: str | None = None,
+    last_run: str = "",
+    plan: Workflow | None = None,
 ) -> Status:
-    """Return the current state of every step of every entry. `last_run` says how the last run ended."""
+    """Return the current state of every step of every entry.
+
+    Args:
+        last_run: how the last run ended.
+        plan: what the run in progress has planned. An entry that came later waits for the next one.
+    """
     competition, results = workflow.competition, results or workflow.results
     notes: list[str] = []
     queue: dict[str, slurm.Job] = {}
+    closed: set[str] = set()
     if slurm.available():
         try:
             queue = {job.comment: job for job in slurm.jobs(Path.cwd())}
+            if any(job.state == "PENDING" for job in queue.values()):
+                closed = slurm.closed_partitions()
         except PalioError as error:
             notes.append(f"SLURM is not responding: {error}")
     unknown = bool(notes)
@@ -109,7 +127,8 @@ def competition_status(
                 notes.append(str(entry.fault))
             folder, withdrawn = results.entry(track_id, entry_id), entry_id in competition.withdrawn
             due = {} if withdrawn else workflow.due_in(folder)
-            source = _Source(competition, folder, due, queue, unknown, now, controller is not None)
+            planned = plan.due(entry_id) if plan and entry_id in plan.entries else {}
+            source = _Source(competition, folder, due, queue, closed, unknown, now, planned)
             steps = [_step(step, source) for step in steps_of(entry)]
             if withdrawn:  # what still runs is shown too
                 running = [step for step in steps if step.state in ("running", "queued")]
@@ -130,10 +149,12 @@ class _Source:
     """Step -> why it is due."""
     queue: Mapping[str, slurm.Job]
     """This user's SLURM jobs by comment."""
+    closed: Collection[str]
+    """SLURM partitions that start nothing."""
     queue_unknown: bool
     now: float
-    in_progress: bool
-    """Whether a controller runs."""
+    planned: Collection[str]
+    """Steps that the run in progress will submit."""
 
     def queued(self, step: Step) -> slurm.Job | None:
         # the executor writes wildcards in the order of the rule's output, joined by "_"
@@ -145,7 +166,7 @@ def _step(step: Step, source: _Source) -> StepStatus:
     attempts = [attempt for attempt in read_attempts(folder) if attempt.step == name]
     last = attempts[-1] if attempts else None
     job, log = source.queued(step), folder.log(name)
-    used, budget = _used(step, source)
+    used, budget = _used(step, source, last)
     known = StepStatus(name, "waiting", attempt=len(attempts), log=str(log), used=used, budget=budget)
     if last:
         seconds = (last.ended or source.now) - last.started
@@ -153,11 +174,14 @@ def _step(step: Step, source: _Source) -> StepStatus:
     if last and last.state is None and _alive(last, job, source):
         heard = log.stat().st_mtime if log.exists() else last.started
         heartbeat = read_heartbeat(folder.heartbeat(name), since=last.started)
-        return replace(known, state="running", ends=_end(heartbeat, source.now, used, budget), heard=heard)
+        ends = _end(heartbeat, source.now, used, budget)
+        return replace(known, state="running", ends=ends, heard=heard, before=_before(attempts[:-1]))
     ending = job is not None and last is not None and last.job == job.id and last.state is not None
     if job and not ending:
         why = job.reason if job.state == "PENDING" else f"starting on {job.reason}"
-        return replace(known, state="queued", job=job.id, reason=why)
+        obstacle = job.obstacle(source.closed)
+        before = _before(attempts)
+        return replace(known, state="queued", job=job.id, reason=why, obstacle=obstacle, before=before)
     if name not in source.due:
         took = sum(one.ended - one.started for one in attempts if one.ended) or None
         return replace(known, state="done", reason=_note(step, step.record(folder)), seconds=took)
@@ -166,6 +190,14 @@ def _step(step: Step, source: _Source) -> StepStatus:
         end = read_record(StepFailure, failure)
         return replace(known, state="failed", reason=f"{end.state}: {end.reason}")
     return _waiting(replace(known, wait=_wait(step, source)), step, source, last)
+
+
+def _before(attempts: list[Attempt]) -> str:
+    """Say how the last of these attempts ended, if it did not finish."""
+    if not attempts or (last := attempts[-1]).state is State.FINISHED:
+        return ""
+    how = f"{last.state}: {last.reason}" if last.state else f"lost on {last.node}"
+    return f"attempt {last.number} ended, and it is tried again: {how}"
 
 
 def _waiting(known: StepStatus, step: Step, source: _Source, last: Attempt | None) -> StepStatus:
@@ -181,7 +213,7 @@ def _wait(step: Step, source: _Source) -> str:
     behind = next(iter(source.due))
     if behind != step.name:
         return f"behind {behind}"
-    return "to be submitted" if source.in_progress else "for the next run"
+    return "to be submitted" if step.name in source.planned else "for the next run"
 
 
 def _shards_done(folder: EntryFolder) -> str:
@@ -219,21 +251,25 @@ def _note(step: Step, record: Path) -> str:
         return ""
 
 
-def _used(step: Step, source: _Source) -> tuple[float | None, float | None]:
-    """Return the seconds used of the step's budget, and the budget; None without a budget or a start."""
+def _used(step: Step, source: _Source, last: Attempt | None) -> tuple[float | None, float | None]:
+    """Return the seconds used of the step's budget, and the budget; None without a budget, or while the last
+    attempt has used none: a changed recipe has a budget of its own."""
     if step.limit is None:
         return None, None
     budget = float(step.limit(source.competition, source.folder.track_id).seconds)
+    since = last.started - FILE_CLOCK_SECONDS if last else source.now
     if step.name == "finetune":
-        ledger = _newest(source.folder.trainings, TrainingFolder.ledger.name)
+        ledger = _newest(source.folder.trainings, TrainingFolder.ledger.name, since)
         return (sum(charged(read_ledger(ledger)).values()) if ledger else None), budget
-    clock = _newest(source.folder.helm_runs(stage_named(step.name)), HelmFolder.used_seconds.name)
+    clock = _newest(source.folder.helm_runs(stage_named(step.name)), HelmFolder.used_seconds.name, since)
     return (read_record(UsedSeconds, clock).seconds if clock else None), budget
 
 
-def _newest(folder: Path, name: str) -> Path | None:
-    """Return the most recent file of this name in the subfolders of `folder`."""
-    return max(folder.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime, default=None)
+def _newest(folder: Path, name: str, since: float) -> Path | None:
+    """Return the most recent file of this name in the subfolders of `folder`; None if it is older than
+    `since`, in seconds since 1970."""
+    files = [path for path in folder.glob(f"*/{name}") if path.stat().st_mtime >= since]
+    return max(files, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _end(heartbeat: Heartbeat | None, now: float, used: float | None, budget: float | None) -> float | None:

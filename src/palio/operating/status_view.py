@@ -16,6 +16,8 @@ from palio.operating.status import EntryStatus, Status, StepStatus
 from palio.pipeline import STEPS
 from palio.text import duration
 
+REASON_WIDTH = 24
+"""Characters of SLURM's reason why a job waits: some are sentences."""
 NARROW = 100
 """Columns below which a terminal shows one line for each entry."""
 STYLES = {
@@ -34,17 +36,41 @@ def cell(step: StepStatus) -> str:
         took = f" {duration(step.seconds)}" if step.seconds is not None else ""
         return f"done{took}{' *' if step.reason else ''}"
     if step.state == "running":
-        parts = [step.node, duration(step.seconds or 0)]
-        if step.used is not None and step.budget:
-            parts.append(f"{100 * step.used / step.budget:.0f} % used")
-        if step.ends is not None:
-            parts.append(f"ends {time.strftime('%H:%M', time.localtime(step.ends))}")
-        return ", ".join(parts)
+        return ", ".join(filter(None, [_node(step), duration(step.seconds or 0), _used(step), _end(step)]))
     if step.state == "failed":
         return step.reason.partition(":")[0]
     if step.state == "queued":
-        return f"queued ({step.reason})"
+        return f"queued ({_cut(step.reason, REASON_WIDTH)})"
+    if step.state == "withdrawn" or step.wait.startswith("behind"):
+        return step.wait or step.state
     return f"waiting {step.wait}".rstrip()
+
+
+def _short_cell(step: StepStatus) -> str:
+    """The same for the end of a line that may be cut there."""
+    if step.state != "running":
+        return cell(step)
+    since = f"{duration(step.seconds or 0)} on {_node(step)}"
+    return ", ".join(filter(None, [_used(step), _end(step), since]))
+
+
+def _node(step: StepStatus) -> str:
+    return step.node.partition(".")[0]
+
+
+def _used(step: StepStatus) -> str:
+    return f"{100 * step.used / step.budget:.0f} % used" if step.used is not None and step.budget else ""
+
+
+def _end(step: StepStatus) -> str:
+    if step.ends is None:
+        return ""
+    today = time.localtime(step.ends)[:3] == time.localtime()[:3]
+    return time.strftime("ends %H:%M" if today else "ends %a %H:%M", time.localtime(step.ends))
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def summary(status: Status) -> str:
@@ -60,12 +86,13 @@ def summary(status: Status) -> str:
 
 def reasons(status: Status) -> list[tuple[str, str]]:
     """Return (entry and step, reason and log) of every step with a reason, and the notes."""
-    lines = []
+    lines: list[tuple[str, str]] = []
     for entry in status.entries:
         for step in entry.steps:
-            if step.reason and step.state != "queued":
-                log = f" (log: {step.log})" if step.state == "failed" else ""
-                lines.append((f"{entry.entry} {step.step}", f"{step.reason}{log}"))
+            reason = step.reason if step.state != "queued" else ""
+            log = f" (log: {step.log})" if step.state == "failed" else ""
+            what = f"{entry.entry} {step.step}"
+            lines += [(what, why) for why in (reason and reason + log, step.before, step.obstacle) if why]
     return lines + [("note", note) for note in status.notes]
 
 
@@ -74,21 +101,26 @@ def _cells(entry: EntryStatus) -> list[StepStatus | None]:
     return [by_step.get(step.name) for step in STEPS]
 
 
-def _short_view(status: Status) -> RenderableType:
-    """Each entry by the step that decides its state."""
-    table = Table(title=status.title, title_justify="left")
-    table.box, rows = None, [(entry.track, entry.entry) for entry in status.entries]
-    for column, name in enumerate(("track", "entry")):
-        table.add_column(name, no_wrap=True, min_width=max((len(row[column]) for row in rows), default=0))
-    for name in ("done", "state"):
-        table.add_column(name, no_wrap=True)
-    for entry in status.entries:
-        done = sum(step.state == "done" for step in entry.steps)
-        step = next((step for step in entry.steps if step.state == entry.state), None)
-        named = step is not None and step.state not in ("done", "withdrawn")
-        state = f"{step.step}: {cell(step)}" if step and named else entry.state
-        table.add_row(*rows.pop(0), f"{done}/{len(entry.steps)}", Text(state, STYLES[entry.state]))
-    return Group(table, Text(summary(status), "italic"), *_remarks(status))
+def _short_view(status: Status, width: int) -> RenderableType:
+    """Each entry on one line, by the step that decides its state; its track is in the line above."""
+    names = max((len(entry.entry) for entry in status.entries), default=0)
+    names = min(names, width // 3)
+    lines = [Text(status.title, "italic")]
+    for track in dict.fromkeys(entry.track for entry in status.entries):
+        lines.append(Text(track, "bold"))
+        for entry in (entry for entry in status.entries if entry.track == track):
+            done = f"{sum(step.state == 'done' for step in entry.steps)}/{len(entry.steps)}"
+            line = f"  {_cut(entry.entry, names):{names}}  {done}  {_deciding(entry)}"
+            lines.append(Text(_cut(line, width), STYLES[entry.state]))
+    return Group(*lines, Text(summary(status), "italic"), *_remarks(status))
+
+
+def _deciding(entry: EntryStatus) -> str:
+    step = next((step for step in entry.steps if step.state == entry.state), None)
+    if step is None or step.state in ("done", "withdrawn"):
+        running = [step for step in entry.steps if step.state in ("running", "queued")]
+        return ", ".join([entry.state, *(f"{step.step} still {step.state}" for step in running)])
+    return f"{step.step}: {_short_cell(step)}"
 
 
 def _remarks(status: Status) -> list[Text]:
@@ -98,7 +130,7 @@ def _remarks(status: Status) -> list[Text]:
 def terminal_view(status: Status, width: int) -> RenderableType:
     """Return a table of entries by steps; a line for each entry where the terminal is narrow."""
     if width < NARROW:
-        return _short_view(status)
+        return _short_view(status, width)
     table = Table(title=status.title, title_justify="left")
     for column in ("track", "entry"):
         table.add_column(column, no_wrap=True)  # a narrow terminal wraps the steps, not the names
