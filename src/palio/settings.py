@@ -21,6 +21,7 @@ from palio.config import (
     Entry,
     FinetuneRecipe,
     Isolation,
+    Probe,
     Program,
     RuleSet,
     ServerProgram,
@@ -30,6 +31,7 @@ from palio.config import (
     expand,
     parse,
 )
+from palio.config import Stage as StageConfig
 from palio.entries import AnyEntry
 from palio.errors import BadInput
 from palio.layout import STAGES, ClosedStore, Resources, Stage, StageStore, stage_named
@@ -351,6 +353,10 @@ class StageLimits(Strict):
     unanswered: Literal["missing", "wrong"] = "missing"
     cut_at_stop_sequences: bool = True
 
+    @classmethod
+    def of(cls, stage: StageConfig) -> Self:
+        return cls(**{name: getattr(stage, name) for name in cls.model_fields})
+
 
 class EvaluateSettings(StepSettings):
     LIMITS: ClassVar = {"track": True, "isolation": True, "limits": {"time_limit", "threads"}}
@@ -366,6 +372,8 @@ class EvaluateSettings(StepSettings):
     metrics: dict[str, tuple[str, ...]] | None = None
     """Of the closed stage: HELM's names of the metrics that leave it, by scenario. Others could carry what
     the server makes of a prompt. None: all."""
+    probe: Probe | None = None
+    """Checks of the server before the open stage."""
     fresh_start: PositiveInt | None = None
 
     @classmethod
@@ -393,9 +401,10 @@ class EvaluateSettings(StepSettings):
         return cls(
             competition_id=competition.competition,
             runs=runs,
-            limits=StageLimits(**{name: getattr(stage, name) for name in StageLimits.model_fields}),
+            limits=StageLimits.of(stage),
             track=limits_of(competition.tracks[track_id]),
             metrics=metrics if runs.stage == "closed" else None,
+            probe=competition.probe if runs.stage == "open" else None,
         )
 
     def records(self, resources: Resources) -> dict[str, Path]:

@@ -17,7 +17,7 @@ from palio.records import StageRecord
 from palio.scoring.columns import columns_of, stage_cells
 from palio.serving.process import ServerProcess
 from palio.settings import EvaluateSettings, StageLimits
-from tests.support.entry import packaged_entry
+from tests.support.entry import UNPROBED, packaged_entry
 from tests.support.serving import metric, one_core
 from tests.support.stages import competition_of_2023, needs_data, real_stage
 
@@ -47,9 +47,13 @@ def test_a_minute_keeps_what_it_answered_and_a_lifted_limit_asks_only_the_rest(
         """The stage's record, the seconds it used in all, and the answers it has."""
         limits = StageLimits(time_limit=seconds, threads=4, unanswered="wrong")
         settings = EvaluateSettings(
-            competition_id=runs.competition, runs=runs, limits=limits, track=competition.tracks["a100"]
+            competition_id=runs.competition,
+            runs=runs,
+            limits=limits,
+            track=competition.tracks["a100"],
+            probe=UNPROBED,
         )
-        record = evaluate(folder, settings, tmp_path / "open.json", counted)
+        record = evaluate(folder, settings, tmp_path / "open.json", counted, folder.package)
         used = json.loads((entry_dir / "open.run.json").read_text())["used_seconds"]
         (journal,) = entry_dir.glob("work/helm/open/*/answers.jsonl")
         return record, used, len(journal.read_text().splitlines())

@@ -21,11 +21,13 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from palio.config import Probe
 from palio.errors import Crashed, RuleViolation, State
 from palio.evaluation import helm
 from palio.evaluation.journal import BROKEN, LIMIT, JournalReader
-from palio.evaluation.probe import probe
+from palio.evaluation.probe import Asked, levels, lines, probe
 from palio.evaluation.stage import PlannedRun, PromptKey, StagePlan, verify_data
+from palio.evaluation.window import Window
 from palio.heartbeat import HeartbeatWriter
 from palio.layout import EntryFolder, HelmFolder
 from palio.provenance import atomic_path, file_sha256, fingerprint
@@ -44,8 +46,8 @@ from palio.records import (
     read_record,
     timed_run,
 )
+from palio.sandbox.death import last_words
 from palio.settings import EvaluateSettings, StageLimits
-from palio.text import last_lines
 
 TAIL_CHARACTERS = 60
 """End of a prompt by which a cut one is told: HELM drops examples first, then cuts from the right."""
@@ -64,6 +66,8 @@ class Server(Protocol):
 
     def alive(self) -> bool: ...
 
+    def exit_code(self) -> int | None: ...
+
 
 StartServer = Callable[[Path], AbstractContextManager[Server]]
 """Log file -> a context in which the server of the entry's package answers."""
@@ -74,13 +78,15 @@ def evaluate(
     settings: EvaluateSettings,
     instances: Path,
     start_server: StartServer,
+    tokenizer: Path,
     engine: str = "",
 ) -> StageRecord:
     """Run the stage on the entry's package, write its tables and its record.
 
-    `instances` is the stage's record written by `prepare_stage`, `engine` the name and version of what serves
-    a model; answers of another engine are not taken over. A stage whose limit ran out is a
-    finished step with the state `time_limit`. The open stage writes the probe's record first.
+    `instances` is the stage's record written by `prepare_stage`, `tokenizer` the model folder whose tokenizer
+    shortens prompts to the window, `engine` the name and version of what serves a model; answers of another
+    engine are not taken over. A stage whose limit ran out is a finished step with the state `time_limit`. The
+    open stage writes the probe's record first.
 
     Raises:
         RuleViolation: the server fails a required check of the probe.
@@ -97,6 +103,10 @@ def evaluate(
     work.path.mkdir(parents=True, exist_ok=True)
     _forget_unanswered(work)
 
+    window = Window.of_model(tokenizer)
+    if window.estimated:
+        print(f"tokens are estimated: {window.estimated}", file=sys.stderr, flush=True)
+
     with timed_run(folder.run_facts(stage), StageRun(limit_seconds=limits.time_limit)) as run:
         ending = Ending()
         clock = UsedTime(work.used_seconds)
@@ -104,13 +114,14 @@ def evaluate(
         while not _complete(work, plan):
             with start_server(work.server_log) as server:
                 if stage == "open":
-                    _check_conformance(server, plan, limits, package, folder.probe)
+                    _check_conformance(server, plan, settings, window, package, folder.probe, work)
                 heartbeat = HeartbeatWriter(folder.heartbeat(stage), plan.requests, "requests")
                 clock = UsedTime(work.used_seconds)
                 watch = Watch(work, plan, limits.time_limit, clock, server, heartbeat)
-                code = _run_helm(work, limits, watch).code
+                code = _run_helm(work, limits, watch, window).code
                 alive = server.alive()
-            ending = Ending(code, code is None and alive, "" if alive else _death(work, stage))
+            died = "" if alive else _death(work, stage, server.exit_code())
+            ending = Ending(code, code is None and alive, died)
             if alive or not restarts or watch.answered == watch.answered_before:
                 break
             restarts -= 1
@@ -150,11 +161,13 @@ class Outcome:
     """The stage's limit kept instances from being answered."""
 
 
-def _run_helm(folder: HelmFolder, limits: StageLimits, watch: Watch) -> helm.HelmExit:
+def _run_helm(folder: HelmFolder, limits: StageLimits, watch: Watch, window: Window) -> helm.HelmExit:
     """Ask what is not answered, in what is left of the stage's limit."""
     plan, clock = watch.plan, watch.clock
     left = max(0.0, limits.time_limit - clock.used)
-    requests = helm.RequestSettings(watch.server.base_url, limits.cut_at_stop_sequences, time.time() + left)
+    requests = helm.RequestSettings(
+        watch.server.base_url, limits.cut_at_stop_sequences, time.time() + left, window
+    )
     helm.write_helm_folder(folder, plan.entries, plan.data, requests)
     helm_exit = helm.run_helm(
         folder,
@@ -169,12 +182,10 @@ def _run_helm(folder: HelmFolder, limits: StageLimits, watch: Watch) -> helm.Hel
     return helm_exit
 
 
-def _death(folder: HelmFolder, stage: str) -> str:
+def _death(folder: HelmFolder, stage: str, code: int | None) -> str:
     """Return what is known of the model server's death. Of the closed stage it quotes no log."""
-    if stage == "closed" or not folder.server_log.exists():
-        return "the model server died"
-    log = folder.server_log.read_text("utf-8", "replace")
-    return f"the model server died, its last lines: {last_lines(log)}"
+    ended = "the model server died" if code is None else f"the model server died with exit code {code}"
+    return ended if stage == "closed" else ended + last_words(folder.server_log)
 
 
 def _failure(
@@ -184,31 +195,49 @@ def _failure(
     failed = [outcome.run for outcome in outcomes if outcome.run.state is State.CRASHED]
     what = ending.died or f"{len(failed)} of {len(outcomes)} HELM runs failed"
     why = failed[0].reason or ("no result" if ending.code is None else f"HELM ended with code {ending.code}")
-    where = f"see {folder.log}" if stage == "open" else "the logs are in the closed store"
-    error = Crashed(f"{what}; first {failed[0].run}: {why}; {where}")
+    where = "" if stage == "open" else "; the logs are in the closed store"
+    error = Crashed(f"{what}; first {failed[0].run}: {why}{where}")
+    if stage == "open":
+        error.log = folder.server_log if ending.died else folder.log
     if incidents.counts:
         error.add_note(f"of the server: {incidents}")
     return error
 
 
 def _check_conformance(
-    server: Server, plan: StagePlan, limits: StageLimits, package: PackageManifest, record: Path
+    server: Server,
+    plan: StagePlan,
+    settings: EvaluateSettings,
+    window: Window,
+    package: PackageManifest,
+    record: Path,
+    work: HelmFolder,
 ) -> None:
-    """Probe the server and keep the report; one of the same package that passed is not repeated."""
+    """Probe the server and keep the report, unless there is one of this package that passed these checks."""
+    limits, checks = settings.limits, settings.probe or Probe()
+    asked = Asked(plan.requests, limits.time_limit, plan.kinds, limits.cut_at_stop_sequences)
     if record.exists():
         before = read_record(ProbeReport, record)
-        if before.conforms and before.package_fingerprint == package.fingerprint:
+        same = before.package_fingerprint == package.fingerprint and before.required == levels(checks, asked)
+        if before.conforms and same:
             return
-    report = probe(server.base_url, planned_requests=plan.requests, time_limit=limits.time_limit)
+    report = probe(server.base_url, asked, window, checks, server.alive)
     report = report.model_copy(update={"package_fingerprint": package.fingerprint})
     report.write(record)
-    for check in report.checks:
-        if check.state == "fail":
-            print(f"probe: {check.name}: {check.why}; {check.fix}", file=sys.stderr, flush=True)
-    if not report.conforms:
-        first = next(check for check in report.checks if check.required and check.state != "pass")
-        broken = [check.name for check in report.checks if check.required and check.state == "fail"]
-        others = f" (and {len(broken) - 1} more, see {record})" if len(broken) > 1 else ""
+    for line in lines(report):
+        print(f"probe: {line}", file=sys.stderr, flush=True)
+    if report.died:
+        first = next((check for check in report.checks if check.state == "fail"), None)
+        seen = f": {first.why}" if first and first.name == report.died else ""
+        death = Crashed(
+            f"{_death(work, 'open', server.exit_code())}; at the probe's check {report.died}{seen}"
+        )
+        death.log = work.server_log
+        raise death
+    broken = [check for check in report.checks if check.required and check.state == "fail"]
+    if broken:
+        first = broken[0]
+        others = f" (and {', '.join(check.name for check in broken[1:])})" if broken[1:] else ""
         raise RuleViolation(f"the server fails the check {first.name}: {first.why}; {first.fix}{others}")
 
 

@@ -16,6 +16,7 @@ from palio.config import Isolation, ServerProgram
 from palio.errors import Crashed, PalioError
 from palio.network import free_port
 from palio.records import Contained
+from palio.sandbox.death import last_words
 from palio.sandbox.door import Door
 from palio.sandbox.gateway import REPLY_SECONDS, BadReply, Gateway
 from palio.sandbox.image import image_folder
@@ -40,8 +41,8 @@ class ConfinedServer:
     elsewhere is not `exact`.
 
     Raises:
-        Crashed, OutOfMemory: it ended, did not get ready, or broke a limit. Any PalioError raised inside the
-            block leaves it with a note of what was held back.
+        Crashed, OutOfMemory: it ended, did not get ready, or broke a limit; with its last lines, if `exact`.
+            Any PalioError raised inside the block leaves it with a note of what was held back.
     """
 
     def __init__(
@@ -57,7 +58,8 @@ class ConfinedServer:
         reply_seconds: float = REPLY_SECONDS,
         exact: bool = True,
     ) -> None:
-        self._exact = exact
+        self._exact, self._log = exact, log
+        self._log_start = log.stat().st_size if log.exists() else 0
         program = read_program(package)
         self._port = free_port() if isolation.unconfined else program.port
         self._ready_seconds, self._reply_seconds = ready_seconds, reply_seconds
@@ -117,6 +119,9 @@ class ConfinedServer:
     def alive(self) -> bool:
         return self._confined.poll() is None
 
+    def exit_code(self) -> int | None:
+        return self._confined.poll()
+
     def _wait(self) -> None:
         """Until the server answers anything at all on its port."""
         deadline = time.monotonic() + self._ready_seconds
@@ -124,9 +129,17 @@ class ConfinedServer:
             if not self.alive():
                 if self._confined.broken is not None:
                     raise self._confined.broken
-                raise Crashed(f"the server ended with code {self._confined.poll()} before it answered")
+                raise self._crashed(f"the server ended with code {self.exit_code()} before it answered")
             with contextlib.suppress(BadReply, OSError, http.client.HTTPException):
                 self._gateway.ask("GET", "/health", b"")
                 return
             time.sleep(0.1)
-        raise Crashed(f"the server did not answer on port {self._port} in {self._ready_seconds:.0f} s")
+        raise self._crashed(f"the server did not answer on port {self._port} in {self._ready_seconds:.0f} s")
+
+    def _crashed(self, what: str) -> Crashed:
+        if not self._exact:
+            return Crashed(f"{what}; its log is in the closed store")
+        self._confined.finish_log()
+        error = Crashed(f"{what}{last_words(self._log, self._log_start)}")
+        error.log = self._log
+        return error
