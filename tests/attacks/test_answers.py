@@ -13,7 +13,7 @@ import pytest
 from palio.config import load_competition
 from palio.evaluation.evaluate import _only
 from palio.evaluation.journal import Answer, Journal
-from palio.evaluation.reply import Unanswered, checked_reply, number
+from palio.evaluation.reply import Unanswered, as_number, checked_reply
 from palio.records import Contained
 from palio.settings import EvaluateSettings, StageRuns
 from tests.support.folder import ROOT
@@ -50,7 +50,7 @@ BAD_NUMBERS = [10**400, "1e9", True, None, [1], math.inf, math.nan]
 
 @pytest.mark.parametrize("value", BAD_NUMBERS)
 def test_a_number_that_is_none_is_missing_and_breaks_no_arithmetic(value: object) -> None:
-    assert not math.isfinite(number(value))
+    assert not math.isfinite(as_number(value))
     kept = checked_reply(
         {"text": " yes", "tokens": [{"text": " yes", "logprob": value}], "logprob": value}, BODY
     )

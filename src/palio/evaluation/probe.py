@@ -22,7 +22,7 @@ from rich.table import Table
 
 from palio.config import Probe
 from palio.evaluation.helm.folder import CONTEXT_TOKENS
-from palio.evaluation.reply import Unanswered, checked_reply, number
+from palio.evaluation.reply import Unanswered, as_number, checked_reply
 from palio.evaluation.window import Window
 from palio.records import ProbeCheck, ProbeReport
 
@@ -156,6 +156,14 @@ class Client:
             self.texts.append(kept["text"])
         return kept
 
+    def fails(self) -> Defect | None:
+        """Return why HELM's usual request has no answer."""
+        try:
+            self.complete()
+        except Defect as defect:
+            return defect
+        return None
+
 
 def _refusal(path: str, reply: requests.Response) -> Defect:
     """Return the defect that an HTTP status stands for, each with its own fix."""
@@ -231,18 +239,15 @@ def any_prompt(client: Client) -> None:
         "no word": "",
         "emoji and a null character": "\U0001f40e\U0001f3fd ü \u0000 ok",
     }
-    client.complete()
+    if client.fails() is not None:
+        raise CannotTell("a usual request has no answer either")
     for name, prompt in odd.items():
         try:
             client.complete(prompt, max_new_tokens=2)
         except Defect as defect:
             client.refused[name] = defect
-            if client.broken:
-                raise Defect(f"prompt of {name}: {defect}") from None
-    try:
-        client.complete()
-    except Defect as defect:
-        raise Defect(f"after odd prompts, {defect}") from None
+            if (afterwards := client.fails()) is not None:
+                raise Defect(f"since a prompt of {name}, {afterwards}") from None
 
 
 def odd_prompts(client: Client) -> None:
@@ -262,8 +267,8 @@ def log_probabilities(client: Client) -> None:
     ranks = client.asked.ranks
     content = client.raw(max_new_tokens=1 if ranks else 8, echo_prompt=ranks)
     tokens = content.get("tokens")
-    parts = [number(token.get("logprob")) for token in tokens or () if isinstance(token, dict)]
-    total = number(content.get("logprob"))
+    parts = [as_number(token.get("logprob")) for token in tokens or () if isinstance(token, dict)]
+    total = as_number(content.get("logprob"))
     if not isinstance(tokens, list) or len(parts) != len(tokens):
         raise Defect("tokens is not a list of objects with text and logprob")
     if not all(map(math.isfinite, [total, *parts])):
@@ -325,7 +330,7 @@ def request_time(client: Client) -> None:
     started = time.monotonic()
     said = client.raw().get("request_time")
     took = time.monotonic() - started
-    if not 0 <= number(said) <= took + 0.05:
+    if not 0 <= as_number(said) <= took + 0.05:
         raise Defect(f"request_time says {said!r:.20}, the whole request took {took:.3f} s")
 
 
@@ -400,16 +405,6 @@ CHECKS = (
     ),
     Check(any_prompt, "the run ends at such a question", "never end, whatever the prompt"),
     Check(
-        odd_prompts,
-        "such questions stay unanswered",
-        "shorten what does not fit in the context; assert nothing",
-    ),
-    Check(
-        not_empty,
-        "an empty answer counts as a wrong one",
-        "return the completion; an exception that is caught must not become an empty text",
-    ),
-    Check(
         log_probabilities,
         NOTHING + "no score of this stage is made of them",
         "return each token's log-probability, and their sum",
@@ -418,6 +413,16 @@ CHECKS = (
         echo_prompt,
         NOTHING + "no question of this stage asks for an echo",
         "accept true, false and null; echo only when it is true",
+    ),
+    Check(
+        not_empty,
+        "an empty answer counts as a wrong one",
+        "return the completion; an exception that is caught must not become an empty text",
+    ),
+    Check(
+        odd_prompts,
+        "such questions stay unanswered",
+        "shorten what does not fit in the context; assert nothing",
     ),
     Check(stop_sequences, "time", "stop at the first stop sequence"),
     Check(
@@ -502,7 +507,7 @@ def probe(
             checks.append(_skipped(check.name, required[check.name], died))
             continue
         client.broken = False
-        checks.append(_made(check, client, required[check.name], checks))
+        checks.append(_made(check, client, required[check.name]))
         if not _lives(alive, DEATH_SECONDS if client.broken else 0.0):
             died = check.name
     if speed.__name__ in required:
@@ -517,15 +522,16 @@ def probe(
     )
 
 
-def _made(check: Check, client: Client, required: bool, earlier: Sequence[ProbeCheck]) -> ProbeCheck:
+def _made(check: Check, client: Client, required: bool) -> ProbeCheck:
     cost = RANKED.get(check.name, check.cost) if client.asked.ranks else check.cost
     try:
         check.run(client)
     except CannotTell as reason:
         return ProbeCheck(name=check.name, required=required, state="unknown", why=f"cannot tell: {reason}")
     except Defect as defect:
-        if any((done.name, done.why) == (answers.__name__, str(defect)) for done in earlier):
-            why = f"cannot tell: {defect}, as at {answers.__name__}"  # named once
+        # The control: where the usual request fails too, this check has found nothing of its own.
+        if check.run not in (answers, any_prompt, tokenizer) and (usual := client.fails()) is not None:
+            why = f"cannot tell: the usual request fails ({usual})"
             return ProbeCheck(name=check.name, required=required, state="unknown", why=why)
         return ProbeCheck(
             name=check.name,

@@ -51,7 +51,7 @@ def checked_reply(reply: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]
     characters = most * TOKEN_CHARACTERS
     if max(len(text), sum(len(token["text"]) for token in tokens)) > characters:
         raise Unanswered("the reply has more characters than the tokens that were asked for")
-    kept = {"text": text, "tokens": tokens, "logprob": number(reply.get("logprob"))}
+    kept = {"text": text, "tokens": tokens, "logprob": as_number(reply.get("logprob"))}
     if body["echo_prompt"]:
         numbers = [kept["logprob"], *(token["logprob"] for token in tokens)]
         if not tokens or not all(map(math.isfinite, numbers)):
@@ -67,10 +67,10 @@ def _tokens(listed: Any, most: int) -> list[dict[str, Any]]:
     whole = all(isinstance(token, dict) and isinstance(token.get("text"), str) for token in listed)
     if not whole:
         return []
-    return [{"text": token["text"], "logprob": number(token.get("logprob"))} for token in listed]
+    return [{"text": token["text"], "logprob": as_number(token.get("logprob"))} for token in listed]
 
 
-def number(value: Any) -> float:
+def as_number(value: Any) -> float:
     """Return an int or float as a float; NaN for anything else, truth values and integers that no float holds
     included."""
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
