@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from palio.config import Probe
 from palio.errors import Crashed, RuleViolation, State
 from palio.evaluation.evaluate import UsedTime, Watch
 from palio.evaluation.helm import log_error, public_error
@@ -117,10 +118,10 @@ def test_a_server_that_ignores_stop_sequences_is_cut_and_counted(stage: StageRun
 
 
 def test_a_server_that_does_not_conform_is_named_before_helm_starts(stage: StageRuns, tmp_path: Path) -> None:
-    entry_dir = packaged_entry(tmp_path, probed=False)
-    with pytest.raises(RuleViolation, match="check decode: /decode answered HTTP 404; serve /tokenize"):
-        run(stage, entry_dir, Toy("no decode"))
-    assert read_record(ProbeReport, entry_dir / "probe.json").failed == ["decode"]
+    entry_dir = packaged_entry(tmp_path)
+    with pytest.raises(RuleViolation, match="check same_answer: . different answers to 5 equal requests"):
+        run(stage, entry_dir, Toy("samples at 0"), probe=Probe())
+    assert read_record(ProbeReport, entry_dir / "probe.json").failed == ["same_answer"]
     assert not list(entry_dir.glob("work/helm/open/*/helm.log"))
 
 
@@ -151,7 +152,7 @@ def test_a_dead_server_ends_the_stage_at_once_with_its_last_words(
     with pytest.raises(Crashed) as death:
         run(stage, packaged_entry(tmp_path), Toy("dies after 20 requests"))
     assert time.monotonic() - started < 15 + 4 * helm_seconds, "HELM alone would try for minutes"
-    assert "the model server died, its last lines: loading | ToyError: out of words" in str(death.value)
+    assert "the model server died with exit code 1, its last lines: loading | ToyError: out of words" in str(death.value)
 
 
 def test_a_server_that_dies_is_started_again_and_asked_only_the_rest(
@@ -162,7 +163,7 @@ def test_a_server_that_dies_is_started_again_and_asked_only_the_rest(
     whole = run(stage, entry_dir, dying, healthy)
     assert (whole.state, [one.answered for one in whole.runs]) == (State.FINISHED, [SMALL, LARGE])
     assert SMALL + LARGE - 20 <= healthy.served < SMALL + LARGE
-    assert "the model server died, its last lines: loading | ToyError: out of words; it is started again" in (
+    assert "the model server died with exit code 1, its last lines: loading | ToyError: out of words; it is started again" in (
         capfd.readouterr().err
     )
 

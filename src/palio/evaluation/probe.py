@@ -97,6 +97,8 @@ class Client:
     asked: Asked
     window: Window
     """The tokenizer of the declared base model."""
+    alive: Callable[[], bool]
+    """Whether the server's process lives."""
     refused: dict[str, Defect] = field(default_factory=dict)
     """What odd prompts came to that were not answered, by the prompt's name."""
     texts: list[str] = field(default_factory=list)
@@ -155,6 +157,16 @@ class Client:
         if not body["echo_prompt"]:
             self.texts.append(kept["text"])
         return kept
+
+    def lives(self) -> bool:
+        """Return whether the server lives; a process takes a moment to end after its connections broke."""
+        deadline = time.monotonic() + (DEATH_SECONDS if self.broken else 0.0)
+        while alive := self.alive():
+            if time.monotonic() >= deadline:
+                self.broken = False
+                break
+            time.sleep(0.1)
+        return alive
 
     def fails(self) -> Defect | None:
         """Return why HELM's usual request has no answer."""
@@ -495,8 +507,7 @@ def probe(
         window: the tokenizer of the declared base model.
         alive: whether the server's process lives; default: whether anybody listens.
     """
-    client = Client(base_url.rstrip("/"), asked, window)
-    alive = alive or (lambda: _listens(client.base_url))
+    client = Client(base_url.rstrip("/"), asked, window, alive or (lambda: _listens(base_url)))
     required = levels(settings or Probe(), asked)
     checks: list[ProbeCheck] = []
     died, projected = "", None
@@ -508,7 +519,7 @@ def probe(
             continue
         client.broken = False
         checks.append(_made(check, client, required[check.name]))
-        if not _lives(alive, DEATH_SECONDS if client.broken else 0.0):
+        if not client.lives():
             died = check.name
     if speed.__name__ in required:
         timed, projected = _speed_check(client, required[speed.__name__], died)
@@ -530,7 +541,8 @@ def _made(check: Check, client: Client, required: bool) -> ProbeCheck:
         return ProbeCheck(name=check.name, required=required, state="unknown", why=f"cannot tell: {reason}")
     except Defect as defect:
         # The control: where the usual request fails too, this check has found nothing of its own.
-        if check.run not in (answers, any_prompt, tokenizer) and (usual := client.fails()) is not None:
+        own = check.run in (answers, any_prompt, tokenizer) or not client.lives()
+        if not own and (usual := client.fails()) is not None:
             why = f"cannot tell: the usual request fails ({usual})"
             return ProbeCheck(name=check.name, required=required, state="unknown", why=why)
         return ProbeCheck(
@@ -561,16 +573,6 @@ def _speed_check(client: Client, required: bool, died: str) -> tuple[ProbeCheck,
     cost = "questions: it is asked until the limit, and keeps what it answered"
     fix = "batch requests, or use a smaller or quantised model"
     return ProbeCheck(name=name, required=required, state="fail", why=timed, cost=cost, fix=fix), projected
-
-
-def _lives(alive: Callable[[], bool], seconds: float) -> bool:
-    """Return whether a server lives after so many seconds; a process takes a moment to end."""
-    deadline = time.monotonic() + seconds
-    while lives := alive():
-        if time.monotonic() >= deadline:
-            break
-        time.sleep(0.1)
-    return lives
 
 
 def _listens(base_url: str) -> bool:
