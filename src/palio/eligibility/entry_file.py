@@ -23,6 +23,7 @@ from palio.config import (
     load_rules,
     read_yaml,
 )
+from palio.credentials import FIX, credentials, credentials_in
 from palio.eligibility.check import approved_model, violations
 from palio.eligibility.lineage import lineage_violations, model_facts, unsupported_violations
 from palio.eligibility.neighbours import Participants, violations_among
@@ -77,6 +78,7 @@ def check_file(file: Path, against: CheckedAgainst, among: EntryFolders | None =
     others = participants(among or EntryFolders(folders=(str(file.parent.resolve()),)))
     broken, notices = violations_among(file.stem, entry, rules, others.beside(file.stem))
     found = [*violations(entry, rules, tracks=against.track_ids), *broken, *_places(entry, rules)]
+    found += _credentials(file, entry, rules)
     for folder in (
         RESOURCES.base_model(entry.base_model.id).model,
         Path(entry.base_model.path or os.devnull),
@@ -189,6 +191,19 @@ def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
                 why=f"{given.path} is not the open stage's",
                 fix="leave it out: the open stage's instances are the default",
             )
+
+
+def _credentials(path: Path, entry: Entry, rules: RuleSet) -> Iterator[Violation]:
+    """Look for tokens and keys in the entry file and in the files of its program."""
+    for found in credentials(path.read_bytes()):
+        yield Violation(rule="credentials", key="", why=found.why, fix=FIX)
+    if entry.program is None or entry.program.files is None:
+        return
+    roots = [Path(folder) for folder in rules.folders_of(entry.team)]
+    with suppress(RuleViolation, OSError):  # a path that is refused, or absent, is named by another check
+        for file, found in credentials_in(Incoming.locate(Path(entry.program.files), roots)):
+            why = f"{file}: {found.why}"
+            yield Violation(rule="credentials", key=f"{entry.kind}.files", why=why, fix=FIX)
 
 
 def _refused(source: str, folders: tuple[str, ...]) -> RuleViolation | None:

@@ -1,7 +1,7 @@
 """The folder of one `helm-run`: the files we write for it, and the run folders that it writes.
 
 run_entries.conf   what we ask for
-config/            model_deployments.yaml, model_metadata.yaml, tokenizer_configs.yaml, tokenizer.json
+config/            model_deployments.yaml, model_metadata.yaml, tokenizer_configs.yaml, window.json
 output/            HELM's own: scenarios/ and perturbations/ (data), runs/stage/<run>/*.json
 answers.jsonl      the client's journal, see `palio.evaluation.journal`
 helm.log           may show prompts: never copied anywhere
@@ -81,8 +81,8 @@ def write_helm_folder(
     write_text(config / "model_deployments.yaml", yaml.safe_dump({"model_deployments": [deployment]}))
     write_text(config / "model_metadata.yaml", yaml.safe_dump({"models": [_model()]}))
     if requests is not None:
-        requests.window.write(folder.tokenizer)
-    tokenizer = _tokenizer(folder.tokenizer)
+        requests.window.write(folder.window)
+    tokenizer = _tokenizer(folder.window)
     write_text(config / "tokenizer_configs.yaml", yaml.safe_dump({"tokenizer_configs": [tokenizer]}))
 
 
