@@ -88,8 +88,8 @@ class PlannedEntry:
 
     @property
     def isolation(self) -> Isolation | None:
-        """Confinement of the team's own program, if the entry has one."""
-        return self.competition.isolation if self.valid and self.valid.program else None
+        """Confinement of the team's own programs, if the entry has any."""
+        return self.competition.isolation if self.valid and self.valid.programs else None
 
     def fresh_start(self, step: str) -> int | None:
         """How many fresh starts of the step `palio retry` has granted."""
@@ -304,7 +304,7 @@ class FinetuneSettings(StepSettings):
             track=planned.limits,
             recipe=entry.finetune,
             program=entry.command,
-            isolation=planned.isolation,
+            isolation=planned.isolation if entry.command else None,
             network=entry.command is not None and planned.rules.network_in_training,
             team_folders=planned.rules.folders_of(entry.team) if entry.command else (),
             fresh_start=planned.fresh_start(step),
@@ -320,7 +320,8 @@ class FinetuneSettings(StepSettings):
 class PackageSettings(StepSettings):
     base_model_id: str
     adapter: bool
-    """Whether an adapter is merged; else the base model, or the team's server, is the package."""
+    """Whether an adapter is merged, or handed to the team's server; else the base model, or the server alone,
+    is the package."""
     server: ServerProgram | None = None
     team_folders: tuple[str, ...] = ()
     """Folders that the server's files must be in."""

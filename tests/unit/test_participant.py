@@ -45,8 +45,8 @@ def test_a_new_entry_of_each_kind_is_clean(folder: WorkingFolder, kind: str) -> 
     assert (entry.kind, entry.team, entry.track) == (kind, "Contrada del Drago", "laptop")
     for source in entry.dataset.sources if entry.dataset else ():
         assert Path(source.path).stat().st_size
-    if entry.program:
-        assert list(Path(entry.program.files or "").glob("*.py"))
+    for program in entry.programs.values():
+        assert list(Path(program.files or "").glob("*.py"))
 
 
 def test_a_new_entry_tells_editors_its_schema(folder: WorkingFolder) -> None:

@@ -87,7 +87,7 @@ def check_file(file: Path, against: CheckedAgainst, among: EntryFolders | None =
             found += lineage_violations(entry.base_model, model_facts(folder), rules)
             break
     manifest = RESOURCES.base_model(entry.base_model.id).manifest
-    if entry.server is None and manifest.is_file():
+    if (entry.finetune or entry.server is None) and manifest.is_file():
         found += unsupported_violations(read_record(BaseModelManifest, manifest))
     family = approved_model(entry.base_model, rules)
     if found or family is None:
@@ -173,12 +173,10 @@ def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
     brought = [
         ("data.path", f"dataset.{key}", given.path) for key, given in inputs if given.kind == "model_folder"
     ]
-    if entry.program:
-        brought.append(("program.path", f"{entry.kind}.files", entry.program.files or ""))
-        image = entry.program.image or ""
-        brought.append(
-            ("program.path", f"{entry.kind}.image", "" if image.startswith("docker://") else image)
-        )
+    for section, program in entry.programs.items():
+        brought.append(("program.path", f"{section}.files", program.files or ""))
+        image = program.image or ""
+        brought.append(("program.path", f"{section}.image", "" if image.startswith("docker://") else image))
     for rule, key, path in brought:
         if path and (refused := _refused(path, folders)):
             fix = refused.fix or f"put it into a folder of your team, {folders[0]}"
@@ -197,13 +195,12 @@ def _credentials(path: Path, entry: Entry, rules: RuleSet) -> Iterator[Violation
     """Look for tokens and keys in the entry file and in the files of its program."""
     for found in credentials(path.read_bytes()):
         yield Violation(rule="credentials", key="", why=found.why, fix=FIX)
-    if entry.program is None or entry.program.files is None:
-        return
     roots = [Path(folder) for folder in rules.folders_of(entry.team)]
-    with suppress(RuleViolation, OSError):  # a path that is refused, or absent, is named by another check
-        for file, found in credentials_in(Incoming.locate(Path(entry.program.files), roots)):
-            why = f"{file}: {found.why}"
-            yield Violation(rule="credentials", key=f"{entry.kind}.files", why=why, fix=FIX)
+    for section, program in entry.programs.items():
+        with suppress(RuleViolation, OSError):  # a path that is refused, or absent, is named by another check
+            for file, found in credentials_in(Incoming.locate(Path(program.files or os.devnull), roots)):
+                why = f"{file}: {found.why}"
+                yield Violation(rule="credentials", key=f"{section}.files", why=why, fix=FIX)
 
 
 def _refused(source: str, folders: tuple[str, ...]) -> RuleViolation | None:

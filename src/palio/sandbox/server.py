@@ -25,6 +25,8 @@ from palio.sandbox.room import Limits, Room
 
 PROGRAM, FILES, IMAGE = "server.json", "files", "image.sif"
 """What a server's package consists of."""
+TRAINED = {"adapter": "PALIO_ADAPTER", "model": "PALIO_MODEL"}
+"""Folder of what was trained for it, at the same name in the room, and the variable that says where."""
 READY_SECONDS = 1800.0
 CONNECT_SECONDS = 10.0
 
@@ -66,13 +68,15 @@ class ConfinedServer:
         if isolation.unconfined and program.image:
             raise cannot_confine("an image runs confined only")
         image = package / IMAGE
+        trained = {name: package / name for name in TRAINED if (package / name).is_dir()}
         room = Room(
             limits=limits,
             files=package / FILES if (package / FILES).is_dir() else None,
-            inputs={"/base_model": base_model},
+            inputs={"/base_model": base_model, **{f"/{name}": path for name, path in trained.items()}},
             variables={
                 "PALIO_CONTRACT": "1",
                 "PALIO_BASE_MODEL": "/base_model",
+                **{TRAINED[name]: f"/{name}" for name in trained},
                 "PALIO_MEMORY_BYTES": str(limits.memory),
                 "PALIO_GPU_MEMORY_BYTES": str(limits.gpu_memory or 0),
                 "PORT": str(self._port),
