@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from fastapi.responses import JSONResponse
 
 from palio.cli import palio
 from palio.config import Probe
@@ -143,6 +144,22 @@ def test_a_server_that_hangs_is_given_less_time_after_each_wait(monkeypatch: pyt
     assert time.monotonic() - started < 12
     assert report.failed == ["answers"]
     assert report.checks[0].why == "/process gave no reply in 0.6 s"
+
+
+def test_a_full_queue_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "BUSY_SECONDS", 0.05)
+    assert probed(Toy(refuses=lambda number: number % 3 == 0, refusal=503)).conforms
+
+
+@pytest.mark.parametrize("tokens", [5, "one", {"a": 1}, [1], [None], [{}], [[]]])
+def test_tokens_may_be_anything(tokens: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reply(self: Toy, body: dict, started: float, crowded: bool) -> JSONResponse:
+        return JSONResponse({"text": "one two", "tokens": tokens, "logprob": tokens, "request_time": tokens})
+
+    monkeypatch.setattr(Toy, "reply", reply)
+    report = probed(Toy())
+    assert report.conforms
+    assert {"log_probabilities", "request_time"} <= set(report.failed)
 
 
 def test_the_command_prints_a_table_for_people_and_json_for_machines() -> None:

@@ -33,15 +33,12 @@ from helm.common.tokenization_request import (
 from helm.tokenizers.tokenizer import Tokenizer
 
 from palio.evaluation.journal import BROKEN, LIMIT, Answer, Journal
-from palio.evaluation.reply import Unanswered, checked_reply, request_body
+from palio.evaluation.reply import BUSY, BUSY_SECONDS, Unanswered, checked_reply, request_body
 from palio.evaluation.window import Window
 from palio.provenance import fingerprint
 
 REPLY_SECONDS = 600.0
 """A reply that takes longer is not waited for."""
-BUSY = (429, 503)
-BUSY_SECONDS = 2.0
-"""Between attempts at a server whose queue is full: back-pressure, not a failure."""
 UNREACHABLE_WAITS = (0.5, 2.0, 8.0)
 """Seconds between attempts to reach a server that does not accept the connection or breaks it."""
 

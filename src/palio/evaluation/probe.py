@@ -22,7 +22,7 @@ from rich.table import Table
 
 from palio.config import Probe
 from palio.evaluation.helm.folder import CONTEXT_TOKENS
-from palio.evaluation.reply import Unanswered, as_number, checked_reply
+from palio.evaluation.reply import BUSY, BUSY_SECONDS, Unanswered, as_number, checked_reply
 from palio.evaluation.window import Window
 from palio.records import ProbeCheck, ProbeReport
 
@@ -31,6 +31,8 @@ REPLY_SECONDS = 300.0
 """Generous: a server may load its model on the first request, and its machine may be busy."""
 IMPATIENT_SECONDS = 30.0
 """What each request is given once one had no reply."""
+SILENT = 3
+"""Requests in a row without a reply, after which nothing more is asked."""
 DEATH_SECONDS = 2.0
 """From a broken connection to the end of the process that broke it."""
 TYPICAL_TOKENS = 8
@@ -105,17 +107,28 @@ class Client:
     """Completions so far."""
     patience: float = field(default_factory=lambda: REPLY_SECONDS)
     """Seconds for a reply."""
+    silent: int = 0
+    """Requests in a row that had no reply in time."""
     broken: bool = False
     """A connection broke: the server may have died."""
 
     def reply(self, path: str, body: dict[str, Any]) -> requests.Response:
-        """Return any HTTP reply. Raises Defect without one."""
+        """Return any HTTP reply but that of a full queue, which is waited for. Raises Defect without one."""
         url = f"{self.base_url}/{path}"
+        fix = "answer sooner, and load the model before you listen"
+        if self.silent >= SILENT:
+            raise Defect(f"{SILENT} requests in a row had no reply in time", fix)
+        deadline = time.monotonic() + self.patience
         try:
-            return requests.post(url, json=body, timeout=self.patience, allow_redirects=False)
+            while True:
+                reply = requests.post(url, json=body, timeout=self.patience, allow_redirects=False)
+                if reply.status_code not in BUSY or time.monotonic() > deadline:
+                    self.silent = 0
+                    return reply
+                time.sleep(BUSY_SECONDS)
         except requests.Timeout:
+            self.silent += 1
             waited, self.patience = self.patience, min(self.patience, IMPATIENT_SECONDS)
-            fix = "answer sooner, and load the model before you listen"
             raise Defect(f"/{path} gave no reply in {waited:g} s", fix) from None
         except requests.RequestException as error:
             self.broken = True
@@ -279,10 +292,10 @@ def log_probabilities(client: Client) -> None:
     ranks = client.asked.ranks
     content = client.raw(max_new_tokens=1 if ranks else 8, echo_prompt=ranks)
     tokens = content.get("tokens")
-    parts = [as_number(token.get("logprob")) for token in tokens or () if isinstance(token, dict)]
-    total = as_number(content.get("logprob"))
-    if not isinstance(tokens, list) or len(parts) != len(tokens):
+    if not isinstance(tokens, list) or not all(isinstance(token, dict) for token in tokens):
         raise Defect("tokens is not a list of objects with text and logprob")
+    parts = [as_number(token.get("logprob")) for token in tokens]
+    total = as_number(content.get("logprob"))
     if not all(map(math.isfinite, [total, *parts])):
         raise Defect("a log-probability is missing or not a finite number")
     if len(parts) > 2 and len(set(parts)) == 1:

@@ -12,6 +12,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+BUSY = (429, 503)
+BUSY_SECONDS = 2.0
+"""Between attempts at a server whose queue is full: back-pressure, not a failure."""
 TOKEN_CHARACTERS = 256
 """Most characters of a token, on average over a reply; the longest tokens of known vocabularies are runs of
 128 blanks."""
