@@ -207,3 +207,17 @@ def test_the_log_tells_the_error_of_the_run_that_is_asked_for(tmp_path: Path) ->
     assert log_error(folder, "mmlu:subject=anatomy") == "helm.common.cache.CacheError: broken"
     assert log_error(folder, "bbq") == ""
     assert public_error(log_error(folder)) == "CacheError"
+
+
+def test_a_check_that_is_raised_later_is_made_although_everything_is_answered(
+    stage: StageRuns, tmp_path: Path
+) -> None:
+    entry_dir = packaged_entry(tmp_path)
+    run(stage, entry_dir, Toy("never echoes"), probe=Probe())
+    again = Toy("never echoes")
+    with pytest.raises(RuleViolation, match="the server fails the check echo_prompt"):
+        run(stage, entry_dir, again, probe=Probe(echo_prompt="required"))
+    mended = Toy()
+    whole = run(stage, entry_dir, mended, probe=Probe(echo_prompt="required"))
+    assert sum(one.answered for one in whole.runs) == SMALL + LARGE
+    assert mended.served < 120, "it is probed, and asked no question again"

@@ -98,8 +98,9 @@ def evaluate(
     prepared = read_record(StageInstances, instances)
     verify_data(runs.store)
     plan = StagePlan(runs.store)
+    served = [package.fingerprint, package.base_model_fingerprint, engine]
     asked = [prepared.sha256, prepared.helm_version, limits.cut_at_stop_sequences]
-    work = folder.helm(stage, fingerprint([package.fingerprint, engine, *asked])[:16])
+    work = folder.helm(stage, fingerprint([*served, *asked])[:16])
     work.path.mkdir(parents=True, exist_ok=True)
     _forget_unanswered(work)
 
@@ -110,17 +111,19 @@ def evaluate(
     with timed_run(folder.run_facts(stage), StageRun(limit_seconds=limits.time_limit)) as run:
         ending = Ending()
         clock = UsedTime(work.used_seconds)
+        conformance = Conformance(folder.probe, package, plan, settings)
         restarts = MAX_RESTARTS if package.kind == "model" else 0  # a team's own server has one life
-        while not _complete(work, plan):
+        while not _complete(work, plan) or not conformance.passed:
             with start_server(work.server_log) as server:
-                if stage == "open":
-                    _check_conformance(server, plan, settings, window, package, folder.probe, work)
+                conformance.require(server, window, work)
+                if _complete(work, plan):
+                    break
                 heartbeat = HeartbeatWriter(folder.heartbeat(stage), plan.requests, "requests")
                 clock = UsedTime(work.used_seconds)
                 watch = Watch(work, plan, limits.time_limit, clock, server, heartbeat)
                 code = _run_helm(work, limits, watch, window).code
-                alive = server.alive()
-            died = "" if alive else _death(work, stage, server.exit_code())
+                alive, server_code = server.alive(), server.exit_code()
+            died = "" if alive else _death(work, stage, server_code)
             ending = Ending(code, code is None and alive, died)
             if alive or not restarts or watch.answered == watch.answered_before:
                 break
@@ -183,9 +186,11 @@ def _run_helm(folder: HelmFolder, limits: StageLimits, watch: Watch, window: Win
 
 
 def _death(folder: HelmFolder, stage: str, code: int | None) -> str:
-    """Return what is known of the model server's death. Of the closed stage it quotes no log."""
+    """Return what is known of the model server's death. Of the closed stage nothing that it said itself."""
+    if stage == "closed":
+        return "the model server died"
     ended = "the model server died" if code is None else f"the model server died with exit code {code}"
-    return ended if stage == "closed" else ended + last_words(folder.server_log)
+    return ended + last_words(folder.server_log)
 
 
 def _failure(
@@ -204,41 +209,51 @@ def _failure(
     return error
 
 
-def _check_conformance(
-    server: Server,
-    plan: StagePlan,
-    settings: EvaluateSettings,
-    window: Window,
-    package: PackageManifest,
-    record: Path,
-    work: HelmFolder,
-) -> None:
-    """Probe the server and keep the report, unless there is one of this package that passed these checks."""
-    limits, checks = settings.limits, settings.probe or Probe()
-    asked = Asked(plan.requests, limits.time_limit, plan.kinds, limits.cut_at_stop_sequences)
-    if record.exists():
-        before = read_record(ProbeReport, record)
-        same = before.package_fingerprint == package.fingerprint and before.required == levels(checks, asked)
-        if before.conforms and same:
+class Conformance:
+    """The probe of a package's server, which the open stage begins with. Its report is kept: a server that
+    passed the same checks is not probed again."""
+
+    def __init__(
+        self, record: Path, package: PackageManifest, plan: StagePlan, settings: EvaluateSettings
+    ) -> None:
+        self.record, self.package, self.settings = record, package, settings.probe or Probe()
+        limits = settings.limits
+        self.asked = Asked(plan.requests, limits.time_limit, plan.kinds, limits.cut_at_stop_sequences)
+        self.passed = settings.runs.stage != "open" or self._passed_before()
+
+    def _passed_before(self) -> bool:
+        if not self.record.exists():
+            return False
+        before = read_record(ProbeReport, self.record)
+        same = before.package_fingerprint == self.package.fingerprint
+        return same and before.conforms and before.required == levels(self.settings, self.asked)
+
+    def require(self, server: Server, window: Window, work: HelmFolder) -> None:
+        """Probe the server, unless it has passed.
+
+        Raises:
+            Crashed: it ended.
+            RuleViolation: it fails a required check.
+        """
+        if self.passed:
             return
-    report = probe(server.base_url, asked, window, checks, server.alive)
-    report = report.model_copy(update={"package_fingerprint": package.fingerprint})
-    report.write(record)
-    for line in lines(report):
-        print(f"probe: {line}", file=sys.stderr, flush=True)
-    if report.died:
-        first = next((check for check in report.checks if check.state == "fail"), None)
-        seen = f": {first.why}" if first and first.name == report.died else ""
-        death = Crashed(
-            f"{_death(work, 'open', server.exit_code())}; at the probe's check {report.died}{seen}"
-        )
-        death.log = work.server_log
-        raise death
-    broken = [check for check in report.checks if check.required and check.state == "fail"]
-    if broken:
-        first = broken[0]
-        others = f" (and {', '.join(check.name for check in broken[1:])})" if broken[1:] else ""
-        raise RuleViolation(f"the server fails the check {first.name}: {first.why}; {first.fix}{others}")
+        report = probe(server.base_url, self.asked, window, self.settings, server.alive)
+        report = report.model_copy(update={"package_fingerprint": self.package.fingerprint})
+        report.write(self.record)
+        for line in lines(report):
+            print(f"probe: {line}", file=sys.stderr, flush=True)
+        failed = [check for check in report.checks if check.state == "fail"]
+        if report.died:
+            seen = "".join(f": {check.why}" for check in failed if check.name == report.died)
+            what = _death(work, "open", server.exit_code())
+            death = Crashed(f"{what}; at the probe's check {report.died}{seen}")
+            death.log = work.server_log
+            raise death
+        if broken := [check for check in failed if check.required]:
+            first, *rest = broken
+            others = f" (and {', '.join(check.name for check in rest)})" if rest else ""
+            raise RuleViolation(f"the server fails the check {first.name}: {first.why}; {first.fix}{others}")
+        self.passed = True
 
 
 def _write_results(

@@ -109,7 +109,7 @@ class ConfinedServer:
                 error.add_note(seen)
         self._open.close()
         if self._confined.broken is not None and (error is None or isinstance(error, PalioError)):
-            raise self._confined.broken from None  # what the others saw is what came of it
+            raise self._over(self._confined.broken) from None  # what the others saw is what came of it
 
     def _connection(self, opened: contextlib.ExitStack) -> Callable[[], socket.socket]:
         """What opens a connection to the server, wherever it listens."""
@@ -132,13 +132,17 @@ class ConfinedServer:
         while time.monotonic() < deadline:
             if not self.alive():
                 if self._confined.broken is not None:
-                    raise self._confined.broken
+                    raise self._over(self._confined.broken)
                 raise self._crashed(f"the server ended with code {self.exit_code()} before it answered")
             with contextlib.suppress(BadReply, OSError, http.client.HTTPException):
                 self._gateway.ask("GET", "/health", b"")
                 return
             time.sleep(0.1)
         raise self._crashed(f"the server did not answer on port {self._port} in {self._ready_seconds:.0f} s")
+
+    def _over(self, limit: PalioError) -> PalioError:
+        limit.log = self._log if self._exact else None
+        return limit
 
     def _crashed(self, what: str) -> Crashed:
         if not self._exact:
