@@ -43,6 +43,8 @@ class PalioError(Exception):
 
     exit_code = 1
     state = State.CRASHED
+    log: Path | None = None
+    """The log that says most about it, if that is not the step's own."""
 
     def __str__(self) -> str:
         line = re.sub(r"\s*\n\s*", " ", "; ".join([super().__str__(), *getattr(self, "__notes__", ())]))

@@ -155,6 +155,7 @@ class HelmFolder(Folder):
 
     run_entries = At("run_entries.conf")
     config = At("config")  # registration of the model with HELM
+    window = At("config/window.json")  # counts tokens of prompts (`palio.evaluation.window`)
     output = At("output")  # HELM's own: links to the data, and the runs
     runs = At("output/runs/stage")  # <run>/*.json
     journal = At("answers.jsonl")  # answers as they came (`palio.evaluation.client`)

@@ -21,6 +21,7 @@ from palio.config import (
     Entry,
     FinetuneRecipe,
     Isolation,
+    Probe,
     Program,
     RuleSet,
     ServerProgram,
@@ -30,6 +31,7 @@ from palio.config import (
     expand,
     parse,
 )
+from palio.config import Stage as StageConfig
 from palio.entries import AnyEntry
 from palio.errors import BadInput
 from palio.layout import STAGES, ClosedStore, Resources, Stage, StageStore, stage_named
@@ -86,8 +88,8 @@ class PlannedEntry:
 
     @property
     def isolation(self) -> Isolation | None:
-        """Confinement of the team's own program, if the entry has one."""
-        return self.competition.isolation if self.valid and self.valid.program else None
+        """Confinement of the team's own programs, if the entry has any."""
+        return self.competition.isolation if self.valid and self.valid.programs else None
 
     def fresh_start(self, step: str) -> int | None:
         """How many fresh starts of the step `palio retry` has granted."""
@@ -302,7 +304,7 @@ class FinetuneSettings(StepSettings):
             track=planned.limits,
             recipe=entry.finetune,
             program=entry.command,
-            isolation=planned.isolation,
+            isolation=planned.isolation if entry.command else None,
             network=entry.command is not None and planned.rules.network_in_training,
             team_folders=planned.rules.folders_of(entry.team) if entry.command else (),
             fresh_start=planned.fresh_start(step),
@@ -318,7 +320,8 @@ class FinetuneSettings(StepSettings):
 class PackageSettings(StepSettings):
     base_model_id: str
     adapter: bool
-    """Whether an adapter is merged; else the base model, or the team's server, is the package."""
+    """Whether an adapter is merged, or handed to the team's server; else the base model, or the server alone,
+    is the package."""
     server: ServerProgram | None = None
     team_folders: tuple[str, ...] = ()
     """Folders that the server's files must be in."""
@@ -351,6 +354,10 @@ class StageLimits(Strict):
     unanswered: Literal["missing", "wrong"] = "missing"
     cut_at_stop_sequences: bool = True
 
+    @classmethod
+    def of(cls, stage: StageConfig) -> Self:
+        return cls(**{name: getattr(stage, name) for name in cls.model_fields})
+
 
 class EvaluateSettings(StepSettings):
     LIMITS: ClassVar = {"track": True, "isolation": True, "limits": {"time_limit", "threads"}}
@@ -366,6 +373,8 @@ class EvaluateSettings(StepSettings):
     metrics: dict[str, tuple[str, ...]] | None = None
     """Of the closed stage: HELM's names of the metrics that leave it, by scenario. Others could carry what
     the server makes of a prompt. None: all."""
+    probe: Probe | None = None
+    """Checks of the server before the open stage."""
     fresh_start: PositiveInt | None = None
 
     @classmethod
@@ -393,9 +402,10 @@ class EvaluateSettings(StepSettings):
         return cls(
             competition_id=competition.competition,
             runs=runs,
-            limits=StageLimits(**{name: getattr(stage, name) for name in StageLimits.model_fields}),
+            limits=StageLimits.of(stage),
             track=limits_of(competition.tracks[track_id]),
             metrics=metrics if runs.stage == "closed" else None,
+            probe=competition.probe if runs.stage == "open" else None,
         )
 
     def records(self, resources: Resources) -> dict[str, Path]:

@@ -194,8 +194,13 @@ def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOption
             exact=settings.runs.stage == "open",
         )
 
-    engine = _engine(settings.limits.engine) if handed_in.kind == "model" else ""
-    run_stage(folder, settings, RESOURCES.stage_record(settings.runs.stage), start_server, engine)
+    engine, tokenizer = "", folder.package
+    if handed_in.kind == "model":
+        engine = _engine(settings.limits.engine)
+    elif settings.base_model_id is not None:
+        tokenizer = RESOURCES.base_model(settings.base_model_id).model
+    prepared = RESOURCES.stage_record(settings.runs.stage)
+    run_stage(folder, settings, prepared, start_server, tokenizer, engine)
 
 
 def _engine(name: str) -> str:

@@ -52,6 +52,11 @@ class Tokens:
         )
         self._control = re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
 
+    @property
+    def definition(self) -> str:
+        """The definition (tokenizer.json) of what encodes a text from its beginning."""
+        return self._first.to_str()
+
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text as a model sees it: special tokens before it, none after it."""
         return [*self.prefix, *self._first.encode(text, add_special_tokens=False).ids]

@@ -18,7 +18,7 @@ from palio.layout import EntryFolder
 from palio.records import Cell, StageInstances, StageRecord, read_record
 from palio.scoring.columns import columns_of, stage_cells
 from palio.settings import EvaluateSettings, StageLimits
-from tests.support.entry import packaged_entry
+from tests.support.entry import UNPROBED, packaged_entry
 from tests.support.serving import one_core
 from tests.support.stages import competition_of_2023, data_of_2023, needs_data, real_stage
 
@@ -57,10 +57,16 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Ite
         for stage in ("open", "closed"):
             runs = real_stage(competition, stage, folder)
             settings = EvaluateSettings(
-                competition_id=runs.competition, runs=runs, limits=limits, track=competition.tracks["a100"]
+                competition_id=runs.competition,
+                runs=runs,
+                limits=limits,
+                track=competition.tracks["a100"],
+                probe=UNPROBED,
             )
             at = EntryFolder.at(entry_dir, runs.closed)
-            records[stage] = evaluate(at, settings, folder / f"{stage}.json", one_core(at.package))
+            records[stage] = evaluate(
+                at, settings, folder / f"{stage}.json", one_core(at.package), at.package
+            )
         yield Evaluated(competition, entry_dir, records)
 
 

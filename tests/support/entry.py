@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from palio.config import Track
+from palio.config import Probe, Track
 from palio.evaluation.evaluate import StartServer, evaluate
 from palio.evaluation.helm import run_entries
 from palio.layout import EntryFolder
 from palio.provenance import fingerprint
-from palio.records import Contained, PackageManifest, ProbeReport, StageRecord
+from palio.records import Contained, PackageManifest, StageRecord
 from palio.settings import EvaluateSettings, ScenarioRuns, StageLimits, StageRuns
 from tests.support.toy import Toy, serving
+
+UNPROBED = Probe(**dict.fromkeys(Probe.model_fields, "skip"))
 
 
 def scenario(path: Path, *descriptions: str, instances: int) -> ScenarioRuns:
@@ -25,8 +27,8 @@ def scenario(path: Path, *descriptions: str, instances: int) -> ScenarioRuns:
     )
 
 
-def packaged_entry(folder: Path, name: str = "acme", *, probed: bool = True) -> Path:
-    """An entry's folder with a package's manifest; `probed`: its server has passed the probe before."""
+def packaged_entry(folder: Path, name: str = "acme") -> Path:
+    """An entry's folder with a package's manifest."""
     entry_dir = folder / "results" / "laptop" / name
     package = PackageManifest(
         competition="test",
@@ -41,14 +43,6 @@ def packaged_entry(folder: Path, name: str = "acme", *, probed: bool = True) -> 
         files={"model.safetensors": "1"},
     )
     package.write(entry_dir / "package.json")
-    if probed:
-        ProbeReport(
-            package_fingerprint=package.fingerprint,
-            checks=(),
-            planned_requests=0,
-            time_limit=0,
-            projected_seconds=None,
-        ).write(entry_dir / "probe.json")
     return entry_dir
 
 
@@ -68,16 +62,24 @@ def starts(*toys: Toy) -> StartServer:
 
 
 def run_stage(
-    stage: StageRuns, record: Path, entry_dir: Path, *toys: Toy, engine: str = "", **limits: object
+    stage: StageRuns,
+    record: Path,
+    entry_dir: Path,
+    *toys: Toy,
+    engine: str = "",
+    probe: Probe = UNPROBED,
+    **limits: object,
 ) -> StageRecord:
     """`evaluate` with a toy server, or with several that replace each other; see `starts`.
 
-    `record` is what `prepare_stage` wrote.
+    `record` is what `prepare_stage` wrote. There is no model, so tokens are estimated.
     """
     settings = EvaluateSettings(
         competition_id=stage.competition,
         runs=stage,
         limits=StageLimits.model_validate({"time_limit": 600, "threads": 8} | limits),
         track=Track(title="t", ram_gb=4, training_budget="600s"),
+        probe=probe,
     )
-    return evaluate(EntryFolder.at(entry_dir, stage.closed), settings, record, starts(*toys), engine)
+    folder = EntryFolder.at(entry_dir, stage.closed)
+    return evaluate(folder, settings, record, starts(*toys), folder.package, engine)

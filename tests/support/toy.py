@@ -65,6 +65,9 @@ class Toy:
     def alive(self) -> bool:
         return not self.dead
 
+    def exit_code(self) -> int | None:
+        return 1 if self.dead else None
+
     async def blocking(self, request: Request) -> Response:
         """As 201 of 202 entries of 2023: the event loop waits for the completion."""
         body = await request.json()
@@ -123,8 +126,10 @@ class Toy:
         for stop in body.get("stop_sequences", []):
             if defect != "ignores stops":
                 text = text.partition(stop)[0]
-        tokens: list[dict[str, Any]] = [{"text": word, "logprob": -0.5} for word in text.split()]
-        total = -0.5 * len(tokens) - (3 if defect == "wrong sum" else 0)
+        tokens: list[dict[str, Any]] = [
+            {"text": word, "logprob": -0.5 - place % 3} for place, word in enumerate(text.split())
+        ]
+        total = sum(token["logprob"] for token in tokens) - (3 if defect == "wrong sum" else 0)
         if body.get("echo_prompt") and defect != "never echoes":
             text = prompt + " " + text
         content = {

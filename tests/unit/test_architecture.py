@@ -119,7 +119,7 @@ def test_a_second_list_of_steps_is_found() -> None:
 
 LEVELS = (
     {"errors", "layout", "markup"},
-    {"provenance", "incoming", "files", "guard", "limits", "network", "text"},
+    {"credentials", "provenance", "incoming", "files", "guard", "limits", "network", "text"},
     {"config"},
     {"records", "entries"},
     {"settings"},

@@ -149,7 +149,7 @@ def test_an_entry_has_the_sections_of_its_kind(
 def test_the_kind_is_recipe_unless_it_is_said(curated: dict[str, Any]) -> None:
     entry = parse(Entry, curated, "acme.yaml")
     assert entry.kind == "recipe"
-    assert entry.program is None
+    assert entry.programs == {}
 
 
 def test_an_unknown_operation_is_answered_with_the_known_ones(curated: dict[str, Any]) -> None:

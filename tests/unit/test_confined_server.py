@@ -125,7 +125,8 @@ def test_a_server_that_dies_later_is_seen_dead(serve: Serve) -> None:
 
 
 def test_the_example_of_2023_answers_and_its_defects_are_named(tiny: Path, tmp_path: Path) -> None:
-    from palio.evaluation.probe import probe
+    from palio.evaluation.probe import Asked, probe
+    from palio.evaluation.window import Window
 
     program = ServerProgram(
         run="python -m uvicorn main:app --host 127.0.0.1 --port $PORT",
@@ -141,8 +142,8 @@ def test_the_example_of_2023_answers_and_its_defects_are_named(tiny: Path, tmp_p
         work=tmp_path / "e" / "work",
     )
     with server:
-        report = probe(server.base_url, planned_requests=10, time_limit=600)
+        report = probe(server.base_url, Asked(), Window.of_model(tiny / "model"))
         assert server.alive()
     assert report.conforms
-    assert {"stop sequences", "long prompts", "request_time"} <= set(report.failed)
+    assert {"stop_sequences", "odd_prompts", "request_time"} <= set(report.failed)
     assert Contained.beside(tmp_path / "server.log").counts["HTTP 500 of the server's own"] > 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from palio.config import Probe
 from palio.errors import Crashed, RuleViolation, State
 from palio.evaluation.evaluate import UsedTime, Watch
 from palio.evaluation.helm import log_error, public_error
@@ -122,10 +123,10 @@ def test_a_server_that_ignores_stop_sequences_is_cut_and_counted(stage: StageRun
 
 
 def test_a_server_that_does_not_conform_is_named_before_helm_starts(stage: StageRuns, tmp_path: Path) -> None:
-    entry_dir = packaged_entry(tmp_path, probed=False)
-    with pytest.raises(RuleViolation, match="check decode: /decode answered HTTP 404; serve /tokenize"):
-        run(stage, entry_dir, Toy("no decode"))
-    assert read_record(ProbeReport, entry_dir / "probe.json").failed == ["decode"]
+    entry_dir = packaged_entry(tmp_path)
+    with pytest.raises(RuleViolation, match=r"check same_answer: . different answers to 5 equal requests"):
+        run(stage, entry_dir, Toy("samples at 0"), probe=Probe())
+    assert read_record(ProbeReport, entry_dir / "probe.json").failed == ["same_answer"]
     assert not list(entry_dir.glob("work/helm/open/*/helm.log"))
 
 
@@ -156,7 +157,9 @@ def test_a_dead_server_ends_the_stage_at_once_with_its_last_words(
     with pytest.raises(Crashed) as death:
         run(stage, packaged_entry(tmp_path), Toy("dies after 20 requests"))
     assert time.monotonic() - started < 15 + 4 * helm_seconds, "HELM alone would try for minutes"
-    assert "the model server died, its last lines: loading | ToyError: out of words" in str(death.value)
+    assert "the model server died with exit code 1, its last lines: loading | ToyError: out of words" in str(
+        death.value
+    )
 
 
 def test_a_server_that_dies_is_started_again_and_asked_only_the_rest(
@@ -167,9 +170,9 @@ def test_a_server_that_dies_is_started_again_and_asked_only_the_rest(
     whole = run(stage, entry_dir, dying, healthy)
     assert (whole.state, [one.answered for one in whole.runs]) == (State.FINISHED, [SMALL, LARGE])
     assert SMALL + LARGE - 20 <= healthy.served < SMALL + LARGE
-    assert "the model server died, its last lines: loading | ToyError: out of words; it is started again" in (
-        capfd.readouterr().err
-    )
+    told = capfd.readouterr().err
+    assert "the model server died with exit code 1, its last lines: loading | ToyError: out of words" in told
+    assert "out of words; it is started again" in told
 
 
 def test_a_server_that_keeps_dying_is_given_up(stage: StageRuns, tmp_path: Path) -> None:
@@ -209,3 +212,17 @@ def test_the_log_tells_the_error_of_the_run_that_is_asked_for(tmp_path: Path) ->
     assert log_error(folder, "mmlu:subject=anatomy") == "helm.common.cache.CacheError: broken"
     assert log_error(folder, "bbq") == ""
     assert public_error(log_error(folder)) == "CacheError"
+
+
+def test_a_check_that_is_raised_later_is_made_although_everything_is_answered(
+    stage: StageRuns, tmp_path: Path
+) -> None:
+    entry_dir = packaged_entry(tmp_path)
+    run(stage, entry_dir, Toy("never echoes"), probe=Probe())
+    again = Toy("never echoes")
+    with pytest.raises(RuleViolation, match="the server fails the check echo_prompt"):
+        run(stage, entry_dir, again, probe=Probe(echo_prompt="required"))
+    mended = Toy()
+    whole = run(stage, entry_dir, mended, probe=Probe(echo_prompt="required"))
+    assert sum(one.answered for one in whole.runs) == SMALL + LARGE
+    assert mended.served < 120, "it is probed, and asked no question again"

@@ -74,18 +74,25 @@ def test_clients_that_helm_makes_in_parallel_lose_and_misplace_no_answer(tmp_pat
     assert len(list(JournalReader(journal).answers())) == 64
 
 
-@pytest.mark.parametrize(
-    ("defect", "why"),
-    [
-        ("not JSON", "the reply is not JSON"),
-        ("no tokens", "the reply lacks a field or has it wrong (KeyError)"),
-    ],
-)
-def test_a_garbled_reply_is_an_unanswered_question(defect: str, why: str, tmp_path: Path) -> None:
-    with serving(Toy(defect)) as toy:
+def test_a_garbled_reply_is_an_unanswered_question(tmp_path: Path) -> None:
+    with serving(Toy("not JSON")) as toy:
         client = EntryClient(toy.base_url, str(tmp_path / "answers.jsonl"), cut=True, deadline=FAR)
         result = client.make_request(Request(prompt="one"))
-    assert (result.success, result.error) == (False, why)
+    assert (result.success, result.error) == (False, "the reply is not JSON")
+
+
+@pytest.mark.parametrize("defect", ["no tokens", "NaN", "token id as time"])
+def test_a_reply_without_what_no_score_is_made_of_is_an_answer(defect: str, tmp_path: Path) -> None:
+    with serving(Toy(defect)) as toy:
+        client = EntryClient(toy.base_url, str(tmp_path / "answers.jsonl"), cut=True, deadline=FAR)
+        given = [client.make_request(Request(prompt="one", max_tokens=2)) for _ in range(2)]
+        ranked = client.make_request(Request(prompt="one", max_tokens=2, echo_prompt=True))
+    assert [(one.success, one.cached, one.completions[0].text) for one in given] == [
+        (True, False, "one two"),
+        (True, True, "one two"),
+    ]
+    assert given[0].request_time < 60
+    assert ranked.success == (defect == "token id as time"), "there choices are ranked by log-probabilities"
 
 
 def test_nothing_is_asked_after_the_deadline(tmp_path: Path) -> None:

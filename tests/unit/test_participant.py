@@ -45,8 +45,8 @@ def test_a_new_entry_of_each_kind_is_clean(folder: WorkingFolder, kind: str) -> 
     assert (entry.kind, entry.team, entry.track) == (kind, "Contrada del Drago", "laptop")
     for source in entry.dataset.sources if entry.dataset else ():
         assert Path(source.path).stat().st_size
-    if entry.program:
-        assert list(Path(entry.program.files or "").glob("*.py"))
+    for program in entry.programs.values():
+        assert list(Path(program.files or "").glob("*.py"))
 
 
 def test_a_new_entry_tells_editors_its_schema(folder: WorkingFolder) -> None:
@@ -174,6 +174,29 @@ def test_a_rehearsal_of_an_entry_that_breaks_a_rule_ends_at_once(folder: Working
     assert done.returncode == 3
     assert "hub:acme/secret is not approved" in done.stderr
     assert not (folder.path / "try").exists()
+
+
+def test_a_server_that_ends_at_start_is_told_with_its_last_lines_and_the_path_of_its_log(
+    folder: WorkingFolder, base_model: Path
+) -> None:
+    tiny_base_model(folder.path / "tiny", base_model)
+    model = str(folder.path / "tiny/model")
+    folder.edit_yaml(
+        "config/rulesets/demo.yaml", lambda rules: rules["base_models"][0]["sources"].append(f"path:{model}")
+    )
+    folder.run(
+        *("palio", "new", "config/entries/demo/drago.yaml", "--kind", "server", "--team", "Drago"),
+        *("--base-model", f"path:{model}"),
+    )
+    (program,) = (folder.path / "resources/teams").glob("*/program/main.py")
+    program.write_text("import loguru_of_2023\n")
+    done = folder.run("palio", "try", "config/entries/demo/drago.yaml", timeout=600)
+    assert done.returncode == 6
+    assert "No module named 'loguru_of_2023'" in done.stderr
+    assert "hand in loguru_of_2023 with server.files" in done.stderr
+    log = folder.path / done.stderr.rpartition("log: ")[2].strip()
+    assert log.is_relative_to(folder.path / "try/drago")
+    assert "No module named 'loguru_of_2023'" in log.read_text()
 
 
 # --- the panel -------------------------------------------------------------------------------------------

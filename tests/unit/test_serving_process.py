@@ -16,7 +16,8 @@ import pytest
 import requests
 
 from palio.errors import Crashed, OutOfMemory, ServerBroken
-from palio.evaluation.probe import probe
+from palio.evaluation.probe import Asked, probe
+from palio.evaluation.window import Window
 from palio.serving.process import ServerProcess
 from tests.support.serving import SHOTS, metric
 from tests.support.training import tiny_base_model
@@ -157,6 +158,6 @@ def test_a_port_in_use_is_a_users_mistake(package: Path, tmp_path: Path) -> None
 
 def test_the_real_model_passes_every_check_of_the_probe(base_model: Path, tmp_path: Path) -> None:
     with ServerProcess(base_model, log=tmp_path / "server.log", threads=1) as server:
-        report = probe(server.base_url, planned_requests=10, time_limit=3600)
+        report = probe(server.base_url, Asked(), Window.of_model(base_model))
         assert report.failed == []
         assert server.alive()

@@ -290,8 +290,11 @@ def contamination(dataset: Path, stage: Stage, limit: int, competition: str) -> 
 @click.argument("url")
 @competition_option
 @click.option("--stage", type=click.Choice(STAGES), default="open", show_default=True)
+@click.option(
+    "--base-model", type=ExistingPath, help="Model folder, to hold the server's token counts against."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def probe(url: str, competition: str, stage: Stage, as_json: bool) -> None:
+def probe(url: str, competition: str, stage: Stage, base_model: Path | None, as_json: bool) -> None:
     """Check that a running server does what HELM asks of it, and how long the stage would take.
 
     Ends with code 3 if a required check fails: the server would not be evaluated.
@@ -302,14 +305,14 @@ def probe(url: str, competition: str, stage: Stage, as_json: bool) -> None:
     from palio.evaluation.helm import stage_runs
     from palio.evaluation.probe import probe as run
     from palio.evaluation.probe import probe_table
-    from palio.evaluation.stage import planned_requests
+    from palio.evaluation.stage import asked_in
+    from palio.evaluation.window import Window
+    from palio.settings import StageLimits
 
     settings = competition_of(competition)
-    report = run(
-        url,
-        planned_requests=planned_requests(stage_runs(settings, stage)),
-        time_limit=settings.stage(stage).time_limit,
-    )
+    window = Window.of_model(base_model) if base_model else Window.estimate("give --base-model")
+    limits = StageLimits.of(settings.stage(stage))
+    report = run(url, asked_in(stage_runs(settings, stage), limits), window, settings.probe)
     if as_json:
         print(report.model_dump_json(indent=2))
     else:

@@ -166,6 +166,54 @@ class Isolation(Strict):
     """Maximum size in GB of a training program's output folder, checkpoints included."""
 
 
+Level = Literal["required", "warning", "skip"]
+
+
+class Probe(Strict):
+    """Checks of a running server before HELM asks it. `required`: an entry that fails is not evaluated;
+    `warning`: it is told what that costs it; `skip`: not looked at. The defaults require only what would make
+    scores impossible or unfair."""
+
+    answers: Level = "required"
+    """Answers each kind of request that the open stage makes with a text."""
+    same_answer: Level = "required"
+    """Gives the same answer to the same request at temperature 1e-7, HELM's for greedy decoding. `warning` in
+    2023."""
+    parallel_requests: Level = "required"
+    """Answers requests that come in parallel."""
+    any_prompt: Level = "required"
+    """Still answers after odd prompts: empty, emoji, a null character, as long as the window."""
+    log_probabilities: Level | None = None
+    """Returns log-probabilities that are finite, differ, and add up; default: `required` where the stage
+    ranks choices by them, else `warning`."""
+    echo_prompt: Level | None = None
+    """Returns the prompt before the completion where asked to, and only there; default: as
+    `log_probabilities`."""
+    not_empty: Level = "warning"
+    """Returns answers that are more than blanks."""
+    odd_prompts: Level = "warning"
+    """Answers prompts that fill the window, and does not fail (HTTP 500) at the other odd ones."""
+    stop_sequences: Level = "warning"
+    """Stops at stop sequences; Palio cuts there too, if `cut_at_stop_sequences`."""
+    max_new_tokens: Level = "warning"
+    """Returns at most as many tokens as asked for."""
+    temperature_0: Level = "warning"
+    """Answers at a temperature of exactly 0, which HELM never asks for."""
+    missing_fields: Level = "warning"
+    """Answers a request of nothing but a prompt; HELM sends every field."""
+    unknown_fields: Level = "warning"
+    """Ignores fields that it does not know; HELM sends none today."""
+    request_time: Level = "warning"
+    """Returns in `request_time` the seconds that it took; Palio measures itself."""
+    tokenizer: Level = "warning"
+    """Counts tokens at /tokenize as the declared base model's tokenizer does, and decodes them; Palio needs
+    neither."""
+    blocking: Level = "warning"
+    """Takes requests while it generates."""
+    speed: Level = "warning"
+    """Would be through with the stage within its limit."""
+
+
 class Competition(Strict):
     """A competition, and the file that `--configfile` names."""
 
@@ -203,6 +251,8 @@ class Competition(Strict):
     """How values become a leaderboard."""
     isolation: Isolation = Isolation()
     """Confinement of teams' programs."""
+    probe: Probe = Probe()
+    """Checks of every entry's server before the open stage."""
     telemetry: Telemetry = Telemetry()
     """Tracking of training."""
     tracks: dict[str, Track] = Field(min_length=1)

@@ -20,6 +20,8 @@ PARTS = {
     "server": ("server",),
 }
 """The sections that entries of each kind have beside those that all entries have."""
+OPTIONAL = {"recipe": ("server",), "command": ("server",), "server": ()}
+"""The sections that entries of each kind may have."""
 
 
 def _team(value: str) -> str:
@@ -52,12 +54,13 @@ class Entry(Strict):
     command: Program | None = None
     """For kind `command`: the team's own training program, see docs/command_entries.md."""
     server: ServerProgram | None = None
-    """For kind `server`: the team's own inference server, see docs/server_entries.md."""
+    """The team's own inference server, see docs/server_entries.md. In kinds `recipe` and `command` it serves
+    what was trained, in place of Palio's server."""
 
     @model_validator(mode="after")
     def _parts_of_its_kind(self) -> Entry:
         parts = PARTS[self.kind]
-        for other in {part for parts in PARTS.values() for part in parts}.difference(parts):
+        for other in {part for of in PARTS.values() for part in of}.difference(parts, OPTIONAL[self.kind]):
             if getattr(self, other) is not None:
                 raise InvalidValue(
                     why=f"kind {self.kind} has no section {other}", fix="remove it, or correct the kind"
@@ -69,6 +72,8 @@ class Entry(Strict):
         missing = [part for part in parts if getattr(self, part) is None]
         if self.kind == "recipe" and len(missing) == 1:
             raise ValueError("give both dataset and finetune, or neither for an untuned base model")
+        if self.kind == "recipe" and missing and self.server:
+            raise InvalidValue(why="a server without training is of kind server", fix="write kind: server")
         if self.kind != "recipe" and missing:
             raise InvalidValue(why=f"kind {self.kind} needs the section {missing[0]}", fix="add it")
         return self
@@ -79,6 +84,10 @@ class Entry(Strict):
         return self.finetune is not None or self.command is not None
 
     @property
-    def program(self) -> Program | None:
-        """The team's own program, if the entry has one."""
-        return self.command or self.server
+    def programs(self) -> dict[str, Program]:
+        """The team's own programs by their section."""
+        return {
+            name: program
+            for name, program in (("command", self.command), ("server", self.server))
+            if program is not None
+        }

@@ -23,6 +23,7 @@ from palio.config import (
     load_rules,
     read_yaml,
 )
+from palio.credentials import FIX, credentials, credentials_in
 from palio.eligibility.check import approved_model, violations
 from palio.eligibility.lineage import lineage_violations, model_facts, unsupported_violations
 from palio.eligibility.neighbours import Participants, violations_among
@@ -79,6 +80,7 @@ def check_file(file: Path, against: CheckedAgainst, among: EntryFolders | None =
     others = participants(among or EntryFolders(folders=(str(file.parent.resolve()),)))
     broken, notices = violations_among(file.stem, entry, rules, others.beside(file.stem))
     found = [*violations(entry, rules, tracks=against.track_ids), *broken, *_places(entry, rules)]
+    found += _credentials(file, entry, rules)
     for folder in (
         RESOURCES.base_model(entry.base_model.id).model,
         Path(entry.base_model.path or os.devnull),
@@ -87,7 +89,7 @@ def check_file(file: Path, against: CheckedAgainst, among: EntryFolders | None =
             found += lineage_violations(entry.base_model, model_facts(folder), rules)
             break
     manifest = RESOURCES.base_model(entry.base_model.id).manifest
-    if entry.server is None and manifest.is_file():
+    if (entry.finetune or entry.server is None) and manifest.is_file():
         found += unsupported_violations(read_record(BaseModelManifest, manifest))
     family = approved_model(entry.base_model, rules)
     if found or family is None:
@@ -173,12 +175,10 @@ def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
     brought = [
         ("data.path", f"dataset.{key}", given.path) for key, given in inputs if given.kind == "model_folder"
     ]
-    if entry.program:
-        brought.append(("program.path", f"{entry.kind}.files", entry.program.files or ""))
-        image = entry.program.image or ""
-        brought.append(
-            ("program.path", f"{entry.kind}.image", "" if image.startswith("docker://") else image)
-        )
+    for section, program in entry.programs.items():
+        brought.append(("program.path", f"{section}.files", program.files or ""))
+        image = program.image or ""
+        brought.append(("program.path", f"{section}.image", "" if image.startswith("docker://") else image))
     for rule, key, path in brought:
         if path and (refused := _refused(path, folders)):
             fix = refused.fix or f"put it into a folder of your team, {folders[0]}"
@@ -191,6 +191,18 @@ def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
                 why=f"{given.path} is not the open stage's",
                 fix="leave it out: the open stage's instances are the default",
             )
+
+
+def _credentials(path: Path, entry: Entry, rules: RuleSet) -> Iterator[Violation]:
+    """Look for tokens and keys in the entry file and in the files of its program."""
+    for found in credentials(path.read_bytes()):
+        yield Violation(rule="credentials", key="", why=found.why, fix=FIX)
+    roots = [Path(folder) for folder in rules.folders_of(entry.team)]
+    for section, program in entry.programs.items():
+        with suppress(RuleViolation, OSError):  # a path that is refused, or absent, is named by another check
+            for file, found in credentials_in(Incoming.locate(Path(program.files or os.devnull), roots)):
+                why = f"{file}: {found.why}"
+                yield Violation(rule="credentials", key=f"{section}.files", why=why, fix=FIX)
 
 
 def _refused(source: str, folders: tuple[str, ...]) -> RuleViolation | None:

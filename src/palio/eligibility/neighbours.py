@@ -151,8 +151,7 @@ def _training(entry: Entry) -> _Training:
     settings = entry.finetune.model_dump(mode="json", exclude=set(_SEEDS)) if entry.finetune else {}
     numbers = {key: float(value) for key, value in settings.items() if _is_number(value)}
     choices = {key: value for key, value in settings.items() if key not in numbers}
-    if entry.program:
-        choices["program"] = entry.program.model_dump(mode="json")
+    choices |= {name: program.model_dump(mode="json") for name, program in entry.programs.items()}
     return _Training(canonical_json(choices), numbers)
 
 

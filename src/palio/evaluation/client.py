@@ -1,4 +1,5 @@
-"""The HELM client of an entry's server: `helm-run` loads it by the name in model_deployments.yaml.
+"""The HELM client of an entry's server, and the tokenizer of its window: `helm-run` loads them by their names
+in model_deployments.yaml and tokenizer_configs.yaml.
 
 It speaks HELM's HTTP contract, as HELM's own client does, and mends what cost entries their scores in 2023:
 
@@ -22,18 +23,22 @@ from typing import Any
 import requests
 from helm.clients.client import Client
 from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult, Token
+from helm.common.tokenization_request import (
+    DecodeRequest,
+    DecodeRequestResult,
+    TokenizationRequest,
+    TokenizationRequestResult,
+    TokenizationToken,
+)
+from helm.tokenizers.tokenizer import Tokenizer
 
 from palio.evaluation.journal import BROKEN, LIMIT, Answer, Journal
+from palio.evaluation.reply import BUSY, BUSY_SECONDS, Unanswered, checked_reply, request_body
+from palio.evaluation.window import Window
 from palio.provenance import fingerprint
 
 REPLY_SECONDS = 600.0
 """A reply that takes longer is not waited for."""
-TOKEN_CHARACTERS = 256
-"""Most characters of a token, on average over a reply; the longest tokens of known vocabularies are runs of
-128 blanks."""
-BUSY = (429, 503)
-BUSY_SECONDS = 2.0
-"""Between attempts at a server whose queue is full: back-pressure, not a failure."""
 UNREACHABLE_WAITS = (0.5, 2.0, 8.0)
 """Seconds between attempts to reach a server that does not accept the connection or breaks it."""
 
@@ -56,23 +61,16 @@ class EntryClient(Client):  # type: ignore[misc]
         self.reachable = True
 
     def make_request(self, request: Request) -> RequestResult:
-        body = {
-            "prompt": request.prompt,
-            "temperature": request.temperature or 1e-7,
-            "num_return_sequences": request.num_completions,
-            "max_new_tokens": request.max_tokens,
-            "top_p": request.top_p,
-            "echo_prompt": request.echo_prompt,
-            "top_k_per_token": request.top_k_per_token,
-            "stop_sequences": request.stop_sequences,
-        }
+        body = request_body(vars(request))
         # HELM sets `random` where equal requests are to be answered anew.
         key = fingerprint([body, request.random])
         reply = self.journal.reply(key)
         cached = reply is not None
         try:
             if reply is None:
-                reply = held_to(self._ask(body), body)
+                started = time.monotonic()
+                reply = checked_reply(self._ask(body), body)
+                reply["request_time"] = time.monotonic() - started  # what servers say of it is often no time
             completion = whole = completion_of(reply)
         except Unanswered as why:
             return unanswered(str(why))
@@ -132,10 +130,6 @@ class EntryClient(Client):  # type: ignore[misc]
         raise AssertionError("unreachable")
 
 
-class Unanswered(Exception):
-    """Why a request has no answer. Never quotes prompt or reply."""
-
-
 def unanswered(why: str) -> RequestResult:
     flags = ErrorFlags(is_retriable=False, is_fatal=False)  # HELM goes on, with an empty completion
     return RequestResult(
@@ -143,51 +137,10 @@ def unanswered(why: str) -> RequestResult:
     )
 
 
-def held_to(reply: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a reply that HELM's contract has.
-
-    Raises:
-        Unanswered: a field is missing or of another kind, or the reply is longer than was asked for.
-    """
-    completion_of(reply)
-    # Many servers list the prompt's tokens too, echoed or not; a token is at least a byte.
-    tokens = body["max_new_tokens"] + len(body["prompt"].encode())
-    if len(reply["tokens"]) > tokens:
-        raise Unanswered("the reply has more tokens than were asked for")
-    characters = tokens * TOKEN_CHARACTERS
-    spelt = sum(len(token["text"]) for token in reply["tokens"])
-    if max(len(reply["text"]), spelt) > characters:
-        raise Unanswered("the reply has more characters than the tokens that were asked for")
-    kept = {key: reply[key] for key in ("text", "logprob", "request_time")}
-    return kept | {"tokens": [{key: token[key] for key in ("text", "logprob")} for token in reply["tokens"]]}
-
-
 def completion_of(reply: dict[str, Any]) -> GeneratedOutput:
-    """A server's reply as HELM takes it.
-
-    Raises:
-        Unanswered: a field is missing or of another kind.
-    """
-    try:
-        text = reply["text"]
-        tokens = [Token(text=token["text"], logprob=_number(token["logprob"])) for token in reply["tokens"]]
-        logprob = _number(reply["logprob"])
-        seconds = _number(reply["request_time"])
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise Unanswered(f"the reply lacks a field or has it wrong ({type(error).__name__})") from None
-    if not isinstance(text, str) or not all(isinstance(token.text, str) for token in tokens):
-        raise Unanswered("the reply's text is not a string")
-    if not 0 <= seconds < REPLY_SECONDS * 10:
-        raise Unanswered("the reply's request_time is no time that it can have taken")
-    return GeneratedOutput(text=text, logprob=logprob, tokens=tokens)
-
-
-def _number(value: Any) -> float:
-    """Return an int or float as a float. A string or a truth value is neither: raises TypeError. Raises
-    OverflowError for an integer that no float holds."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError
-    return float(value)
+    """Return a checked reply as HELM takes it."""
+    tokens = [Token(text=token["text"], logprob=token["logprob"]) for token in reply["tokens"]]
+    return GeneratedOutput(text=reply["text"], logprob=reply["logprob"], tokens=tokens)
 
 
 def cut_completion(completion: GeneratedOutput, stops: list[str], kept: int = 0) -> GeneratedOutput:
@@ -209,3 +162,23 @@ def cut_completion(completion: GeneratedOutput, stops: list[str], kept: int = 0)
         tokens = [token for token, end in zip(tokens, ends, strict=True) if end <= len(text) - kept]
     logprob = math.fsum(token.logprob for token in tokens)
     return GeneratedOutput(text=text, logprob=logprob, tokens=tokens)
+
+
+class EntryTokenizer(Tokenizer):  # type: ignore[misc]
+    """Counts and cuts prompts by the definition in the file `path`; asks no server.
+
+    A token is a piece of text.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.window = Window.read(Path(path))
+
+    def tokenize(self, request: TokenizationRequest) -> TokenizationRequestResult:
+        pieces = self.window.pieces(request.text)
+        tokens = pieces[: request.max_length] if request.truncation else pieces
+        return TokenizationRequestResult(
+            success=True, cached=False, text=request.text, tokens=list(map(TokenizationToken, tokens))
+        )
+
+    def decode(self, request: DecodeRequest) -> DecodeRequestResult:
+        return DecodeRequestResult(success=True, cached=False, text="".join(map(str, request.tokens)))

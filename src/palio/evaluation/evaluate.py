@@ -21,11 +21,13 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from palio.config import Probe
 from palio.errors import Crashed, RuleViolation, State
 from palio.evaluation import helm
 from palio.evaluation.journal import BROKEN, LIMIT, JournalReader
-from palio.evaluation.probe import probe
+from palio.evaluation.probe import Asked, levels, lines, probe
 from palio.evaluation.stage import PlannedRun, PromptKey, StagePlan, verify_data
+from palio.evaluation.window import Window
 from palio.heartbeat import HeartbeatWriter
 from palio.layout import EntryFolder, HelmFolder
 from palio.provenance import atomic_path, file_sha256, fingerprint
@@ -44,8 +46,8 @@ from palio.records import (
     read_record,
     timed_run,
 )
+from palio.sandbox.death import last_words
 from palio.settings import EvaluateSettings, StageLimits
-from palio.text import last_lines
 
 TAIL_CHARACTERS = 60
 """End of a prompt by which a cut one is told: HELM drops examples first, then cuts from the right."""
@@ -64,6 +66,8 @@ class Server(Protocol):
 
     def alive(self) -> bool: ...
 
+    def exit_code(self) -> int | None: ...
+
 
 StartServer = Callable[[Path], AbstractContextManager[Server]]
 """Log file -> a context in which the server of the entry's package answers."""
@@ -74,13 +78,15 @@ def evaluate(
     settings: EvaluateSettings,
     instances: Path,
     start_server: StartServer,
+    tokenizer: Path,
     engine: str = "",
 ) -> StageRecord:
     """Run the stage on the entry's package, write its tables and its record.
 
-    `instances` is the stage's record written by `prepare_stage`, `engine` the name and version of what serves
-    a model; answers of another engine are not taken over. A stage whose limit ran out is a
-    finished step with the state `time_limit`. The open stage writes the probe's record first.
+    `instances` is the stage's record written by `prepare_stage`, `tokenizer` the model folder whose tokenizer
+    shortens prompts to the window, `engine` the name and version of what serves a model; answers of another
+    engine are not taken over. A stage whose limit ran out is a finished step with the state `time_limit`. The
+    open stage writes the probe's record first.
 
     Raises:
         RuleViolation: the server fails a required check of the probe.
@@ -92,25 +98,33 @@ def evaluate(
     prepared = read_record(StageInstances, instances)
     verify_data(runs.store)
     plan = StagePlan(runs.store)
+    served = [package.fingerprint, package.base_model_fingerprint, engine]
     asked = [prepared.sha256, prepared.helm_version, limits.cut_at_stop_sequences]
-    work = folder.helm(stage, fingerprint([package.fingerprint, engine, *asked])[:16])
+    work = folder.helm(stage, fingerprint([*served, *asked])[:16])
     work.path.mkdir(parents=True, exist_ok=True)
     _forget_unanswered(work)
+
+    window = Window.of_model(tokenizer)
+    if window.estimated:
+        print(f"tokens are estimated: {window.estimated}", file=sys.stderr, flush=True)
 
     with timed_run(folder.run_facts(stage), StageRun(limit_seconds=limits.time_limit)) as run:
         ending = Ending()
         clock = UsedTime(work.used_seconds)
+        conformance = Conformance(folder.probe, package, plan, settings)
         restarts = MAX_RESTARTS if package.kind == "model" else 0  # a team's own server has one life
-        while not _complete(work, plan):
+        while not _complete(work, plan) or not conformance.passed:
             with start_server(work.server_log) as server:
-                if stage == "open":
-                    _check_conformance(server, plan, limits, package, folder.probe)
+                conformance.require(server, window, work)
+                if _complete(work, plan):
+                    break
                 heartbeat = HeartbeatWriter(folder.heartbeat(stage), plan.requests, "requests")
                 clock = UsedTime(work.used_seconds)
                 watch = Watch(work, plan, limits.time_limit, clock, server, heartbeat)
-                code = _run_helm(work, limits, watch).code
-                alive = server.alive()
-            ending = Ending(code, code is None and alive, "" if alive else _death(work, stage))
+                code = _run_helm(work, limits, watch, window).code
+                alive, server_code = server.alive(), server.exit_code()
+            died = "" if alive else _death(work, stage, server_code)
+            ending = Ending(code, code is None and alive, died)
             if alive or not restarts or watch.answered == watch.answered_before:
                 break
             restarts -= 1
@@ -150,11 +164,13 @@ class Outcome:
     """The stage's limit kept instances from being answered."""
 
 
-def _run_helm(folder: HelmFolder, limits: StageLimits, watch: Watch) -> helm.HelmExit:
+def _run_helm(folder: HelmFolder, limits: StageLimits, watch: Watch, window: Window) -> helm.HelmExit:
     """Ask what is not answered, in what is left of the stage's limit."""
     plan, clock = watch.plan, watch.clock
     left = max(0.0, limits.time_limit - clock.used)
-    requests = helm.RequestSettings(watch.server.base_url, limits.cut_at_stop_sequences, time.time() + left)
+    requests = helm.RequestSettings(
+        watch.server.base_url, limits.cut_at_stop_sequences, time.time() + left, window
+    )
     helm.write_helm_folder(folder, plan.entries, plan.data, requests)
     helm_exit = helm.run_helm(
         folder,
@@ -169,12 +185,12 @@ def _run_helm(folder: HelmFolder, limits: StageLimits, watch: Watch) -> helm.Hel
     return helm_exit
 
 
-def _death(folder: HelmFolder, stage: str) -> str:
-    """Return what is known of the model server's death. Of the closed stage it quotes no log."""
-    if stage == "closed" or not folder.server_log.exists():
+def _death(folder: HelmFolder, stage: str, code: int | None) -> str:
+    """Return what is known of the model server's death. Of the closed stage nothing that it said itself."""
+    if stage == "closed":
         return "the model server died"
-    log = folder.server_log.read_text("utf-8", "replace")
-    return f"the model server died, its last lines: {last_lines(log)}"
+    ended = "the model server died" if code is None else f"the model server died with exit code {code}"
+    return ended + last_words(folder.server_log)
 
 
 def _failure(
@@ -184,32 +200,60 @@ def _failure(
     failed = [outcome.run for outcome in outcomes if outcome.run.state is State.CRASHED]
     what = ending.died or f"{len(failed)} of {len(outcomes)} HELM runs failed"
     why = failed[0].reason or ("no result" if ending.code is None else f"HELM ended with code {ending.code}")
-    where = f"see {folder.log}" if stage == "open" else "the logs are in the closed store"
-    error = Crashed(f"{what}; first {failed[0].run}: {why}; {where}")
+    where = "" if stage == "open" else "; the logs are in the closed store"
+    error = Crashed(f"{what}; first {failed[0].run}: {why}{where}")
+    if stage == "open":
+        error.log = folder.server_log if ending.died else folder.log
     if incidents.counts:
         error.add_note(f"of the server: {incidents}")
     return error
 
 
-def _check_conformance(
-    server: Server, plan: StagePlan, limits: StageLimits, package: PackageManifest, record: Path
-) -> None:
-    """Probe the server and keep the report; one of the same package that passed is not repeated."""
-    if record.exists():
-        before = read_record(ProbeReport, record)
-        if before.conforms and before.package_fingerprint == package.fingerprint:
+class Conformance:
+    """The probe of a package's server, which the open stage begins with. Its report is kept: a server that
+    passed the same checks is not probed again."""
+
+    def __init__(
+        self, record: Path, package: PackageManifest, plan: StagePlan, settings: EvaluateSettings
+    ) -> None:
+        self.record, self.package, self.settings = record, package, settings.probe or Probe()
+        limits = settings.limits
+        self.asked = Asked(plan.requests, limits.time_limit, plan.kinds, limits.cut_at_stop_sequences)
+        self.passed = settings.runs.stage != "open" or self._passed_before()
+
+    def _passed_before(self) -> bool:
+        if not self.record.exists():
+            return False
+        before = read_record(ProbeReport, self.record)
+        same = before.package_fingerprint == self.package.fingerprint
+        return same and before.conforms and before.required == levels(self.settings, self.asked)
+
+    def require(self, server: Server, window: Window, work: HelmFolder) -> None:
+        """Probe the server, unless it has passed.
+
+        Raises:
+            Crashed: it ended.
+            RuleViolation: it fails a required check.
+        """
+        if self.passed:
             return
-    report = probe(server.base_url, planned_requests=plan.requests, time_limit=limits.time_limit)
-    report = report.model_copy(update={"package_fingerprint": package.fingerprint})
-    report.write(record)
-    for check in report.checks:
-        if check.state == "fail":
-            print(f"probe: {check.name}: {check.why}; {check.fix}", file=sys.stderr, flush=True)
-    if not report.conforms:
-        first = next(check for check in report.checks if check.required and check.state != "pass")
-        broken = [check.name for check in report.checks if check.required and check.state == "fail"]
-        others = f" (and {len(broken) - 1} more, see {record})" if len(broken) > 1 else ""
-        raise RuleViolation(f"the server fails the check {first.name}: {first.why}; {first.fix}{others}")
+        report = probe(server.base_url, self.asked, window, self.settings, server.alive)
+        report = report.model_copy(update={"package_fingerprint": self.package.fingerprint})
+        report.write(self.record)
+        for line in lines(report):
+            print(f"probe: {line}", file=sys.stderr, flush=True)
+        failed = [check for check in report.checks if check.state == "fail"]
+        if report.died:
+            seen = "".join(f": {check.why}" for check in failed if check.name == report.died)
+            what = _death(work, "open", server.exit_code())
+            death = Crashed(f"{what}; at the probe's check {report.died}{seen}")
+            death.log = work.server_log
+            raise death
+        if broken := [check for check in failed if check.required]:
+            first, *rest = broken
+            others = f" (and {', '.join(check.name for check in rest)})" if rest else ""
+            raise RuleViolation(f"the server fails the check {first.name}: {first.why}; {first.fix}{others}")
+        self.passed = True
 
 
 def _write_results(

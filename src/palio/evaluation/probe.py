@@ -1,94 +1,68 @@
 """Conformance of a running server, before HELM spends GPU hours on it.
 
-Each check looks for one defect seen in the entries of 2023. A required check that fails would cost an
-entry its run or its scores; a warning costs points or time. Requests are short: the whole probe takes
-seconds of a GPU, and about half a minute of a small model on one CPU core.
+Each check looks for one defect seen in the entries of 2023, and says what it costs the entry: its run, if it
+makes scores impossible or unfair, else questions, points, time or nothing. Which of them are required is the
+competition's `probe` section. Requests are short: the whole probe takes seconds of a GPU, and about half a
+minute of a small model on one CPU core.
 """
 
 from __future__ import annotations
 
+import math
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 from rich.table import Table
 
+from palio.config import Probe
+from palio.evaluation.helm.folder import CONTEXT_TOKENS
+from palio.evaluation.reply import BUSY, BUSY_SECONDS, Unanswered, as_number, checked_reply
+from palio.evaluation.window import Window
 from palio.records import ProbeCheck, ProbeReport
 
 PROMPT = "The following are the days of the week: Monday, Tuesday, Wednesday,"
 REPLY_SECONDS = 300.0
 """Generous: a server may load its model on the first request, and its machine may be busy."""
+IMPATIENT_SECONDS = 30.0
+"""What each request is given once one had no reply."""
+SILENT = 3
+"""Requests in a row without a reply, after which nothing more is asked."""
+DEATH_SECONDS = 2.0
+"""From a broken connection to the end of the process that broke it."""
 TYPICAL_TOKENS = 8
 """New tokens of a timed request, as most of HELM's."""
 IN_FLIGHT = 4
+REPEATS = 5
+"""Equal requests: a server that picks one of two templates at random gives five equal answers once in 16."""
+
+GATEWAY = 502
+"""The status by which the gateway of a confined server says that there was no reply, or none that passes."""
+FULL = "a full window"
+UNANSWERED = "questions asked like this stay unanswered"
+NOTHING = "nothing: "
 
 
 class Defect(Exception):
-    """What a check saw; its message is the check's `why`."""
+    """What a check saw; `fix` and `cost`, if given, are told instead of the check's own. `status` is that of
+    a refusal over HTTP, 500 where there was no reply."""
+
+    def __init__(self, why: str, fix: str = "", cost: str = "", status: int = 500) -> None:
+        super().__init__(why)
+        self.fix, self.cost, self.status = fix, cost, status
 
 
-@dataclass
-class Client:
-    """HELM's view of a server: JSON posted to three paths."""
-
-    base_url: str
-    failures: dict[str, int] = field(default_factory=dict)
-    """HTTP status of odd prompts that ended in the server's own error, by the prompt's name."""
-
-    def post(
-        self, path: str, body: dict[str, Any], *, rejectable: str | None = None
-    ) -> dict[str, Any] | None:
-        """The reply as a dict; None for an HTTP error where the request, named so, may be refused.
-
-        Raises:
-            Defect: no reply, another status, or not a JSON object.
-        """
-        try:
-            reply = requests.post(
-                f"{self.base_url}/{path}", json=body, timeout=REPLY_SECONDS, allow_redirects=False
-            )
-        except requests.Timeout:
-            raise Defect(f"/{path} gave no reply in {REPLY_SECONDS:.0f} s") from None
-        except requests.RequestException as error:
-            raise Defect(f"/{path} broke the connection ({type(error).__name__})") from None
-        if rejectable and reply.status_code >= 400:
-            if reply.status_code >= 500:
-                self.failures[rejectable] = reply.status_code
-            return None
-        if reply.status_code != 200:
-            raise Defect(f"/{path} answered HTTP {reply.status_code}")
-        try:
-            content = reply.json()
-        except (ValueError, RecursionError):
-            raise Defect(f"/{path} did not answer with JSON") from None
-        if not isinstance(content, dict):
-            raise Defect(f"/{path} answered with a JSON {type(content).__name__}, not an object")
-        return content
-
-    def process(self, prompt: str = PROMPT, **settings: Any) -> dict[str, Any]:
-        """A completion, asked for as HELM does."""
-        content = self.post("process", helm_body(prompt, **settings))
-        assert content is not None
-        for key in ("text", "tokens", "logprob", "request_time"):
-            if key not in content:
-                raise Defect(f"/process answered without {key}")
-        if not isinstance(content["text"], str) or not isinstance(content["tokens"], list):
-            raise Defect("/process: text must be a string and tokens a list")
-        return content
+class CannotTell(Exception):
+    """Why a check has no answer."""
 
 
-def _is_finite(value: object) -> bool:
-    """Return False for truth values, and for integers that no float holds, too."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) < 1e300
-
-
-def helm_body(prompt: str, **settings: Any) -> dict[str, Any]:
-    """What HELM 0.5.16 posts to /process."""
+def helm_body(prompt: str = PROMPT, **settings: Any) -> dict[str, Any]:
+    """Return a request of the kind that HELM makes most."""
     return {
         "prompt": prompt,
         "temperature": 1e-7,
@@ -101,273 +75,541 @@ def helm_body(prompt: str, **settings: Any) -> dict[str, Any]:
     } | settings
 
 
+@dataclass(frozen=True)
+class Asked:
+    """How a stage asks."""
+
+    requests: int = 1
+    time_limit: float = 3600.0
+    kinds: Sequence[dict[str, Any]] = ()
+    """The settings of its requests that differ from each other; empty if the stage is not prepared."""
+    cut_at_stop_sequences: bool = True
+
+    @property
+    def ranks(self) -> bool:
+        """Whether choices are ranked by log-probabilities of an echoed prompt."""
+        return any(kind.get("echo_prompt") for kind in self.kinds)
+
+
+@dataclass
+class Client:
+    """HELM's view of a server: JSON posted to three paths."""
+
+    base_url: str
+    asked: Asked
+    window: Window
+    """The tokenizer of the declared base model."""
+    alive: Callable[[], bool]
+    """Whether the server's process lives."""
+    refused: dict[str, Defect] = field(default_factory=dict)
+    """What odd prompts came to that were not answered, by the prompt's name."""
+    texts: list[str] = field(default_factory=list)
+    """Completions so far."""
+    patience: float = field(default_factory=lambda: REPLY_SECONDS)
+    """Seconds for a reply."""
+    silent: int = 0
+    """Requests in a row that had no reply in time."""
+    broken: bool = False
+    """A connection broke: the server may have died."""
+
+    def reply(self, path: str, body: dict[str, Any]) -> requests.Response:
+        """Return any HTTP reply but that of a full queue, which is waited for. Raises Defect without one."""
+        url = f"{self.base_url}/{path}"
+        fix = "answer sooner, and load the model before you listen"
+        if self.silent >= SILENT:
+            raise Defect(f"{SILENT} requests in a row had no reply in time", fix)
+        deadline = time.monotonic() + self.patience
+        try:
+            while True:
+                reply = requests.post(url, json=body, timeout=self.patience, allow_redirects=False)
+                if reply.status_code not in BUSY or time.monotonic() > deadline:
+                    self.silent = 0
+                    return reply
+                time.sleep(BUSY_SECONDS)
+        except requests.Timeout:
+            self.silent += 1
+            waited, self.patience = self.patience, min(self.patience, IMPATIENT_SECONDS)
+            raise Defect(f"/{path} gave no reply in {waited:g} s", fix) from None
+        except requests.RequestException as error:
+            self.broken = True
+            fix = "answer every request with HTTP; the server's log says what happened"
+            raise Defect(f"/{path} broke the connection ({type(error).__name__})", fix) from None
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the reply as a dict. Raises Defect: no reply, another status than 200, not a JSON object."""
+        reply = self.reply(path, body)
+        if reply.status_code != 200:
+            self.broken = self.broken or reply.status_code == GATEWAY
+            raise _refusal(path, reply)
+        if not reply.content.strip():
+            raise Defect(f"/{path} answered with nothing", "return the reply from the handler")
+        try:
+            content = reply.json()
+        except (ValueError, RecursionError):
+            raise Defect(f"/{path} did not answer with JSON", "return a JSON object") from None
+        if not isinstance(content, dict):
+            kind = type(content).__name__
+            raise Defect(f"/{path} answered with a JSON {kind}, not an object", "return a JSON object")
+        return content
+
+    def raw(self, prompt: str = PROMPT, **settings: Any) -> dict[str, Any]:
+        """Return the whole reply to a request like HELM's."""
+        return self.post("process", helm_body(prompt, **settings))
+
+    def complete(self, prompt: str = PROMPT, **settings: Any) -> dict[str, Any]:
+        """Return what of a reply is evaluated. Raises Defect where HELM's client would have no answer."""
+        body = helm_body(prompt, **settings)
+        content = self.post("process", body)
+        try:
+            kept = checked_reply(content, body)
+        except Unanswered as why:
+            fix = "answer with text, tokens (of text and logprob), logprob and request_time"
+            if not content:
+                raise Defect("/process answered {}: the reply has no text", fix) from None
+            raise Defect(f"/process: {why}", fix) from None
+        if not body["echo_prompt"]:
+            self.texts.append(kept["text"])
+        return kept
+
+    def lives(self) -> bool:
+        """Return whether the server lives; a process takes a moment to end after its connections broke."""
+        deadline = time.monotonic() + (DEATH_SECONDS if self.broken else 0.0)
+        while alive := self.alive():
+            if time.monotonic() >= deadline:
+                self.broken = False
+                break
+            time.sleep(0.1)
+        return alive
+
+    def fails(self) -> Defect | None:
+        """Return why HELM's usual request has no answer."""
+        try:
+            self.complete()
+        except Defect as defect:
+            return defect
+        return None
+
+
+def _refusal(path: str, reply: requests.Response) -> Defect:
+    """Return the defect that an HTTP status stands for, each with its own fix."""
+    status = reply.status_code
+    why = f"/{path} answered HTTP {status}"
+    fix = "answer this request"
+    if status == 422:
+        names = _named_fields(reply)
+        given = f" to {', '.join(names)}" if names else ""
+        why += f": {', '.join(names)} missing or refused" if names else ""
+        fix = f"give a default{given} and accept null (field: type | None = None)"
+    elif status in (404, 405):
+        fix = f"serve POST /{path}"
+    elif status in (GATEWAY, 504):  # with what did not pass
+        why, fix = why + _gateway_reason(reply), "answer with a JSON object, in time"
+    elif status >= 500:
+        fix = "the handler raised an exception, whose traceback is in the server's log: mend it"
+    return Defect(why, fix, status=status)
+
+
+def _named_fields(reply: requests.Response) -> list[str]:
+    """Return the fields that a FastAPI server complains of; nothing of what was sent."""
+    try:
+        found = [str(error["loc"][-1]) for error in reply.json()["detail"]]
+    except (ValueError, RecursionError, KeyError, TypeError, IndexError):
+        return []
+    return [name for name in dict.fromkeys(found) if name.isidentifier() and len(name) < 40][:5]
+
+
+def _gateway_reason(reply: requests.Response) -> str:
+    try:
+        reason = str(reply.json()["error"])[:80]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return ""
+    return f" ({reason})" if reason.isprintable() else ""
+
+
 # --- the checks --------------------------------------------------------------------------------------
 
 
-def answers_the_prompt_alone(client: Client) -> None:
-    content = client.post("process", {"prompt": PROMPT})
-    if not content or "text" not in content:
-        raise Defect("/process answered without text")
+def answers(client: Client) -> None:
+    client.complete()
+    for kind in client.asked.kinds:
+        settings = kind | {"max_new_tokens": min(4, kind["max_new_tokens"])}
+        plain = {key: value for key, value in settings.items() if helm_body().get(key) != value}
+        try:
+            client.complete(**settings)
+        except Defect as defect:
+            raise Defect(f"{defect} (with {_shown(plain)})", defect.fix, defect.cost) from None
 
 
-def answers_helms_body(client: Client) -> None:
-    client.process()
+def _shown(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r:.40}" for key, value in settings.items()) or "HELM's usual request"
 
 
-def accepts_unknown_fields(client: Client) -> None:
-    client.process(field_of_a_later_version=1)
+def same_answer(client: Client) -> None:
+    texts = {client.complete(max_new_tokens=8)["text"] for _ in range(REPEATS)}
+    if len(texts) > 1:
+        raise Defect(f"{len(texts)} different answers to {REPEATS} equal requests at temperature 1e-7")
 
 
-def numbers_are_finite(client: Client) -> None:
-    content = client.process()
-    parts: list[Any] = [
-        token.get("logprob") if isinstance(token, dict) else None for token in content["tokens"]
-    ]
-    for value in [content["logprob"], content["request_time"], *parts]:
-        if not _is_finite(value):
-            raise Defect(f"a log-probability or time is {value!r:.50}")
-    if abs(sum(parts) - content["logprob"]) > max(0.05, 0.02 * abs(content["logprob"])):
-        raise Defect(f"logprob is {content['logprob']:.3f}, its tokens' add up to {sum(parts):.3f}")
+def parallel_requests(client: Client) -> None:
+    # Answers may differ in the noise of a batch; that each comes is what counts.
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: client.complete(), range(8)))
+    client.complete()
 
 
-def request_time_is_seconds(client: Client) -> None:
-    started = time.monotonic()
-    said = client.process()["request_time"]
-    took = time.monotonic() - started
-    if not _is_finite(said):
-        raise Defect(f"request_time is {said!r:.50}")
-    if not 0 <= said <= took + 0.05:
-        raise Defect(f"request_time says {said:.3f}, the whole request took {took:.3f} s")
+def any_prompt(client: Client) -> None:
+    odd = {
+        FULL: client.window.cut("word " * CONTEXT_TOKENS, CONTEXT_TOKENS - 2),
+        "10 words": "word " * 10,
+        "no word": "",
+        "emoji and a null character": "\U0001f40e\U0001f3fd ü \u0000 ok",
+    }
+    if client.fails() is not None:
+        raise CannotTell("a usual request has no answer either")
+    for name, prompt in odd.items():
+        try:
+            client.complete(prompt, max_new_tokens=2)
+        except Defect as defect:
+            client.refused[name] = defect
+            if (afterwards := client.fails()) is not None:
+                raise Defect(f"since a prompt of {name}, {afterwards}") from None
 
 
-def echo_prompt_in_all_forms(client: Client) -> None:
+def odd_prompts(client: Client) -> None:
+    for name, defect in client.refused.items():
+        if defect.status >= 500 or name == FULL:
+            raise Defect(f"prompt of {name}: {defect}", defect.fix)
+
+
+def not_empty(client: Client) -> None:
+    if not client.texts:
+        raise CannotTell("there is no answer")
+    if not any(text.strip() for text in client.texts):
+        raise Defect(f"all {len(client.texts)} answers are empty")
+
+
+def log_probabilities(client: Client) -> None:
+    ranks = client.asked.ranks
+    content = client.raw(max_new_tokens=1 if ranks else 8, echo_prompt=ranks)
+    tokens = content.get("tokens")
+    if not isinstance(tokens, list) or not all(isinstance(token, dict) for token in tokens):
+        raise Defect("tokens is not a list of objects with text and logprob")
+    parts = [as_number(token.get("logprob")) for token in tokens]
+    total = as_number(content.get("logprob"))
+    if not all(map(math.isfinite, [total, *parts])):
+        raise Defect("a log-probability is missing or not a finite number")
+    if len(parts) > 2 and len(set(parts)) == 1:
+        raise Defect(f"every token has the log-probability {parts[0]:g}")
+    if parts and abs(sum(parts) - total) > max(0.05, 0.02 * abs(total)):
+        raise Defect(f"logprob is {total:.3f}, its tokens' add up to {sum(parts):.3f}")
+
+
+def echo_prompt(client: Client) -> None:
     for value in (True, False, None):
-        content = client.process(echo_prompt=value)
-        starts = content["text"].lstrip().startswith(PROMPT[:20])
+        starts = client.raw(echo_prompt=value).get("text")
+        starts = isinstance(starts, str) and starts.lstrip().startswith(PROMPT[:20])
         if starts != (value is True):
             raise Defect(f"echo_prompt={value} answered {'with' if starts else 'without'} the prompt")
 
 
-def zero_temperature_repeats(client: Client) -> None:
-    found = {client.process(temperature=t, max_new_tokens=8)["text"] for t in (0, 1e-7, 1e-7)}
-    if len(found) > 1:
-        raise Defect(f"{len(found)} different answers to one prompt, at temperatures 0 and 1e-7")
-
-
-def accepts_temperature_one(client: Client) -> None:
-    client.process(temperature=1.0)
-
-
-def counts_new_tokens(client: Client) -> None:
-    for wanted in (1, 5, 16):
-        found = len(client.process(max_new_tokens=wanted)["tokens"])
-        if found > wanted:  # fewer is the model's own end
-            raise Defect(f"max_new_tokens={wanted} gave {found} tokens")
-
-
-def cuts_at_stop_sequences(client: Client) -> None:
-    free = client.process(max_new_tokens=12)["text"]
-    words = free.split()
+def stop_sequences(client: Client) -> None:
+    words = client.complete(max_new_tokens=12)["text"].split()
     if len(words) < 2:
-        raise Defect(f"cannot tell: a free completion of 12 tokens was {free!r}")
+        raise CannotTell("a free completion of 12 tokens has fewer than two words")
     stop = words[1]
-    cut = client.process(max_new_tokens=12, stop_sequences=[stop])["text"]
+    cut = client.complete(max_new_tokens=12, stop_sequences=[stop])["text"]
     if stop in cut.rstrip().removesuffix(stop):
-        raise Defect(f"went on behind the stop sequence {stop!r}; Palio cuts there, but it costs time")
+        cost = (
+            "time: Palio cuts answers there"
+            if client.asked.cut_at_stop_sequences
+            else "points: answers are scored with all that follows, such as another number"
+        )
+        raise Defect(f"went on behind the stop sequence {stop!r:.40}", cost=cost)
 
 
-def survives_any_prompt(client: Client) -> None:
-    prompts = {f"{n} words": "word " * n for n in (4000, 2046, 10)}
-    for name, prompt in (prompts | {"no word": "", "emoji": "\U0001f40e\U0001f3fd ü \u0000 ok"}).items():
-        try:
-            client.post(
-                "process",
-                helm_body(prompt, max_new_tokens=2),
-                rejectable=f"prompt of {name}",
-            )
-        except Defect as defect:
-            raise Defect(f"prompt of {name}: {defect}") from None
-    client.process()
+def max_new_tokens(client: Client) -> None:
+    for wanted in (1, 5, 16):
+        content = client.complete(max_new_tokens=wanted)
+        listed, written = len(content["tokens"]), client.window.count(content["text"])
+        if written > 2 * wanted + 2:  # their tokenizer may be another
+            raise Defect(f"max_new_tokens={wanted} gave a text of about {written} tokens")
+        if listed > wanted:
+            cost = NOTHING + "the text is as long as asked for, and only it is scored"
+            raise Defect(f"max_new_tokens={wanted} listed {listed} tokens", "list the new tokens only", cost)
 
 
-def refuses_cleanly(client: Client) -> None:
-    # Each such question stays without an answer; the server goes on.
-    for name, status in client.failures.items():
-        raise Defect(f"{name}: HTTP {status}")
+def temperature_0(client: Client) -> None:
+    client.complete(temperature=0)
 
 
-def tokenizes_and_decodes(client: Client) -> None:
-    content = client.post("tokenize", {"text": PROMPT, "truncation": False, "max_length": 2048})
-    if not content or not isinstance(content.get("tokens"), list) or "request_time" not in content:
-        raise Defect("/tokenize answered without tokens or request_time")
-    back = client.post("decode", {"tokens": content["tokens"]})
-    text = (back or {}).get("text")
-    if not isinstance(text, str) or PROMPT not in text:
-        raise Defect(f"decode(tokenize(text)) is {text!r}")
+def missing_fields(client: Client) -> None:
+    if "text" not in client.post("process", {"prompt": PROMPT}):
+        raise Defect("/process answered without text")
 
 
-def truncates_when_tokenizing(client: Client) -> None:
-    content = client.post("tokenize", {"text": PROMPT, "truncation": True, "max_length": 4})
-    found = len((content or {}).get("tokens", []))
-    if not 0 < found <= 4:
-        raise Defect(f"truncation to 4 tokens gave {found}")
+def unknown_fields(client: Client) -> None:
+    client.complete(field_of_a_later_version=1)
 
 
-def serves_in_parallel(client: Client) -> None:
-    # Answers may differ in the noise of a batch; that each comes is what counts.
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: client.process(), range(8)))
-    client.process()
+def request_time(client: Client) -> None:
+    started = time.monotonic()
+    said = client.raw().get("request_time")
+    took = time.monotonic() - started
+    if not 0 <= as_number(said) <= took + 0.05:
+        raise Defect(f"request_time says {said!r:.20}, the whole request took {took:.3f} s")
 
 
-def listens_while_it_generates(client: Client) -> None:
-    def tokenize() -> None:
-        client.post("tokenize", {"text": PROMPT, "truncation": False, "max_length": 2048})
+def tokenizer(client: Client) -> None:
+    if client.window.estimated:
+        raise CannotTell(f"the base model's tokenizer cannot be loaded here ({client.window.estimated})")
+    reply = client.reply("tokenize", {"text": PROMPT, "truncation": False, "max_length": CONTEXT_TOKENS})
+    if reply.status_code in (404, 405):
+        return
+    tokens = client.post("tokenize", {"text": PROMPT, "truncation": False, "max_length": CONTEXT_TOKENS})
+    listed, ours = tokens.get("tokens"), client.window.count(PROMPT)
+    if not isinstance(listed, list):
+        raise Defect("/tokenize answered without tokens")
+    if abs(len(listed) - ours) > 1:  # with or without a start token
+        raise Defect(f"/tokenize counts {len(listed)} tokens, the declared base model's tokenizer {ours}")
+    if client.reply("decode", {"tokens": listed}).status_code in (404, 405):
+        return
+    back = client.post("decode", {"tokens": listed}).get("text")
+    if not isinstance(back, str) or PROMPT not in back:
+        raise Defect(f"decode(tokenize(text)) is {back!r:.100}")
+
+
+def blocking(client: Client) -> None:
+    def listen() -> None:
+        client.reply("tokenize", {"text": PROMPT, "truncation": False, "max_length": 2048})
 
     def generate() -> None:
-        client.process(max_new_tokens=32)
+        client.complete(max_new_tokens=32)
 
     def seconds(ask: Callable[[], None]) -> float:
         started = time.monotonic()
         ask()
         return time.monotonic() - started
 
-    alone = seconds(tokenize)
+    alone = seconds(listen)
     waits = [0.0]
     with ThreadPoolExecutor(1) as pool:
         generating = pool.submit(seconds, generate)
         while not generating.done():  # asked again and again: the first may come before the completion
-            waits.append(seconds(tokenize))
+            waits.append(seconds(listen))
             time.sleep(0.02)
         generation = generating.result()
     # One that waits sits through nearly the whole completion; a busy machine makes all of them slow.
     if max(waits) > max(0.5 * generation, 0.5 + 5 * alone):
-        raise Defect(f"/tokenize waited {max(waits):.1f} s for another request's completion")
+        raise Defect(f"a second request waited {max(waits):.1f} s for another's completion")
 
 
 @dataclass(frozen=True)
-class CheckOf:
-    name: str
-    required: bool
+class Check:
+    """A check of `palio.config.Probe`, which says by `run`'s name whether it is required."""
+
     run: Callable[[Client], None]
+    cost: str
     fix: str
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__
 
 
 CHECKS = (
-    CheckOf(
-        "prompt alone", True, answers_the_prompt_alone, "give every field of the request but prompt a default"
+    Check(answers, UNANSWERED, "answer with text, tokens, logprob and request_time"),
+    Check(
+        same_answer,
+        "two runs of this entry would have different scores",
+        "decode greedily below a temperature of 1e-5, and choose nothing at random",
     ),
-    CheckOf("HELM's request", True, answers_helms_body, "answer text, tokens, logprob and request_time"),
-    CheckOf("unknown fields", True, accepts_unknown_fields, "ignore fields that you do not know"),
-    CheckOf(
-        "finite numbers", True, numbers_are_finite, "replace NaN and infinities; logprob is its tokens' sum"
-    ),
-    CheckOf("request_time", False, request_time_is_seconds, "return the seconds the request took"),
-    CheckOf(
-        "echo_prompt",
-        True,
-        echo_prompt_in_all_forms,
-        "accept true, false and null; echo only when it is true",
-    ),
-    CheckOf(
-        "temperature 0", True, zero_temperature_repeats, "decode greedily where temperature is below 1e-5"
-    ),
-    CheckOf("temperature 1", True, accepts_temperature_one, "sample where temperature is above 0"),
-    CheckOf(
-        "max_new_tokens",
-        True,
-        counts_new_tokens,
-        "return the new tokens only, at most max_new_tokens of them",
-    ),
-    CheckOf("stop sequences", False, cuts_at_stop_sequences, "cut the completion at the first stop sequence"),
-    CheckOf("any prompt", True, survives_any_prompt, "never crash, whatever the prompt"),
-    CheckOf(
-        "long prompts",
-        False,
-        refuses_cleanly,
-        "cut long prompts to the context, or answer 4xx; assert nothing",
-    ),
-    CheckOf("decode", True, tokenizes_and_decodes, "serve /tokenize and /decode, the inverse of each other"),
-    CheckOf(
-        "tokenize, truncated", True, truncates_when_tokenizing, "return at most max_length tokens on request"
-    ),
-    CheckOf(
-        "parallel requests",
-        True,
-        serves_in_parallel,
+    Check(
+        parallel_requests,
+        "questions in flight beside others stay unanswered",
         "queue requests; do not share state among them",
     ),
-    CheckOf(
-        "blocking",
-        False,
-        listens_while_it_generates,
+    Check(any_prompt, "the run ends at such a question", "never end, whatever the prompt"),
+    Check(
+        log_probabilities,
+        NOTHING + "no score of this stage is made of them",
+        "return each token's log-probability, and their sum",
+    ),
+    Check(
+        echo_prompt,
+        NOTHING + "no question of this stage asks for an echo",
+        "accept true, false and null; echo only when it is true",
+    ),
+    Check(
+        not_empty,
+        "an empty answer counts as a wrong one",
+        "return the completion; an exception that is caught must not become an empty text",
+    ),
+    Check(
+        odd_prompts,
+        "such questions stay unanswered",
+        "shorten what does not fit in the context; assert nothing",
+    ),
+    Check(stop_sequences, "time", "stop at the first stop sequence"),
+    Check(
+        max_new_tokens,
+        "time, and points where an answer is to be one token",
+        "return the new tokens only, at most max_new_tokens of them",
+    ),
+    Check(temperature_0, NOTHING + "HELM asks with 1e-7 instead", "decode greedily below 1e-5"),
+    Check(missing_fields, NOTHING + "HELM sends every field", "give every field but prompt a default"),
+    Check(unknown_fields, NOTHING + "HELM sends no other field", "ignore fields that you do not know"),
+    Check(request_time, NOTHING + "Palio measures the time itself", "return the seconds the request took"),
+    Check(
+        tokenizer,
+        "prompts near the window, if the server counts them as longer and refuses them: Palio shortens them"
+        " with the tokenizer of the declared base model",
+        "use the base model's tokenizer, or serve neither /tokenize nor /decode",
+    ),
+    Check(
+        blocking,
+        "time: requests wait for each other",
         "generate outside the event loop: in a thread, or behind a queue",
     ),
 )
-SPEED = CheckOf("speed", False, lambda client: None, "batch requests, or use a smaller or quantised model")
-"""A warning: an entry that is too slow is asked until the limit, and keeps what it answered."""
+RANKED = {
+    log_probabilities.__name__: "choices are ranked by them, so answers would be arbitrary",
+    echo_prompt.__name__: "choices are ranked by the echoed prompt, so answers would be arbitrary",
+}
+"""What those checks cost that a stage may need or not, where it does."""
 
 
-def probe(base_url: str, *, planned_requests: int, time_limit: float) -> ProbeReport:
-    """Run every check against a server. `time_limit` is the stage's, in seconds.
+def speed(client: Client) -> tuple[str, float]:
+    """Return what was timed, and the seconds that the whole stage would take.
 
-    A server that does not answer the first two checks is asked no more: the rest are `skipped`.
+    Prompts are like HELM's: examples that all of them share, then a question of their own, several in flight.
     """
-    client = Client(base_url.rstrip("/"))
+    examples = "Question: what is the word? Answer: the word is word.\n" * 20
+    prompts = [f"{examples}Question {i}: " + f"what is the word {i}? " * 5 for i in range(IN_FLIGHT)]
+    started = time.monotonic()
+    with ThreadPoolExecutor(IN_FLIGHT) as pool:
+        replies = list(pool.map(lambda text: client.complete(text, max_new_tokens=TYPICAL_TOKENS), prompts))
+    seconds = time.monotonic() - started
+    tokens = sum(client.window.count(text) for text in (*prompts, *(reply["text"] for reply in replies)))
+    projected = client.asked.requests * seconds / IN_FLIGHT
+    return (
+        f"{tokens / seconds:.0f} tokens/s: {client.asked.requests} requests take about {projected:.0f} s"
+        f" of the stage's {client.asked.time_limit:.0f} s",
+        projected,
+    )
+
+
+# --- all of them -------------------------------------------------------------------------------------
+
+
+def levels(settings: Probe, asked: Asked) -> dict[str, bool]:
+    """Return the checks to make, and whether each is required."""
+    chosen = {name: level or ("required" if asked.ranks else "warning") for name, level in settings}
+    return {name: level == "required" for name, level in chosen.items() if level != "skip"}
+
+
+def probe(
+    base_url: str,
+    asked: Asked,
+    window: Window,
+    settings: Probe | None = None,
+    alive: Callable[[], bool] | None = None,
+) -> ProbeReport:
+    """Run every check against a server, whatever the others found, as long as it lives.
+
+    Args:
+        window: the tokenizer of the declared base model.
+        alive: whether the server's process lives; default: whether anybody listens.
+    """
+    client = Client(base_url.rstrip("/"), asked, window, alive or (lambda: _listens(base_url)))
+    required = levels(settings or Probe(), asked)
     checks: list[ProbeCheck] = []
-    projected = None
-    for check in (*CHECKS, SPEED):
-        if any(done.state == "fail" for done in checks[:2]) and len(checks) >= 2:
-            checks.append(_outcome(check, "skipped", "the server does not answer", check.fix))
+    died, projected = "", None
+    for check in CHECKS:
+        if check.name not in required:
             continue
-        try:
-            why = "as it should be"
-            if check is SPEED:
-                rate, seconds = _speed(client)
-                projected = planned_requests * seconds
-                why = (
-                    f"{rate:.0f} tokens/s: {planned_requests} requests take about {projected:.0f} s of the"
-                    f" stage's {time_limit:.0f} s"
-                )
-                if projected > time_limit:
-                    raise Defect(why)
-            else:
-                check.run(client)
-            checks.append(_outcome(check, "pass", why, ""))
-        except Defect as defect:
-            checks.append(_outcome(check, "fail", str(defect), check.fix))
+        if died:
+            checks.append(_skipped(check.name, required[check.name], died))
+            continue
+        client.broken = False
+        checks.append(_made(check, client, required[check.name]))
+        if not client.lives():
+            died = check.name
+    if speed.__name__ in required:
+        timed, projected = _speed_check(client, required[speed.__name__], died)
+        checks.append(timed)
     return ProbeReport(
         checks=tuple(checks),
-        planned_requests=planned_requests,
-        time_limit=time_limit,
+        died=died,
+        planned_requests=asked.requests,
+        time_limit=asked.time_limit,
         projected_seconds=projected,
     )
 
 
-def _outcome(check: CheckOf, state: Literal["pass", "fail", "skipped"], why: str, fix: str) -> ProbeCheck:
-    return ProbeCheck(name=check.name, required=check.required, state=state, why=why, fix=fix)
+def _made(check: Check, client: Client, required: bool) -> ProbeCheck:
+    cost = RANKED.get(check.name, check.cost) if client.asked.ranks else check.cost
+    try:
+        check.run(client)
+    except CannotTell as reason:
+        return ProbeCheck(name=check.name, required=required, state="unknown", why=f"cannot tell: {reason}")
+    except Defect as defect:
+        # The control: where the usual request fails too, this check has found nothing of its own.
+        own = check.run in (answers, any_prompt, tokenizer) or not client.lives()
+        if not own and (usual := client.fails()) is not None:
+            why = f"cannot tell: the usual request fails ({usual})"
+            return ProbeCheck(name=check.name, required=required, state="unknown", why=why)
+        return ProbeCheck(
+            name=check.name,
+            required=required,
+            state="fail",
+            why=str(defect),
+            cost=defect.cost or cost,
+            fix=defect.fix or check.fix,
+        )
+    return ProbeCheck(name=check.name, required=required, state="pass", why="as it should be")
 
 
-def _speed(client: Client) -> tuple[float, float]:
-    """Tokens, read and written, per second and seconds per request, with prompts like HELM's: examples that
-    all of them share, then a question of their own, several in flight."""
-    examples = "Question: what is the word? Answer: the word is word.\n" * 20
-    prompts = [f"{examples}Question {i}: " + f"what is the word {i}? " * 5 for i in range(IN_FLIGHT)]
-    content = client.post("tokenize", {"text": prompts[0], "truncation": False, "max_length": 2048})
-    started = time.monotonic()
-    with ThreadPoolExecutor(IN_FLIGHT) as pool:
-        replies = list(pool.map(lambda text: client.process(text, max_new_tokens=TYPICAL_TOKENS), prompts))
-    seconds = time.monotonic() - started
-    tokens = IN_FLIGHT * len((content or {}).get("tokens", [])) + sum(len(one["tokens"]) for one in replies)
-    return tokens / seconds, seconds / IN_FLIGHT
+def _skipped(name: str, required: bool, died: str) -> ProbeCheck:
+    return ProbeCheck(name=name, required=required, state="skipped", why=f"nobody answers since {died}")
+
+
+def _speed_check(client: Client, required: bool, died: str) -> tuple[ProbeCheck, float | None]:
+    name = speed.__name__
+    if died:
+        return _skipped(name, required, died), None
+    try:
+        timed, projected = speed(client)
+    except Defect as defect:
+        return ProbeCheck(name=name, required=required, state="unknown", why=f"cannot tell: {defect}"), None
+    if projected <= client.asked.time_limit:
+        return ProbeCheck(name=name, required=required, state="pass", why=timed), projected
+    cost = "questions: it is asked until the limit, and keeps what it answered"
+    fix = "batch requests, or use a smaller or quantised model"
+    return ProbeCheck(name=name, required=required, state="fail", why=timed, cost=cost, fix=fix), projected
+
+
+def _listens(base_url: str) -> bool:
+    at = urlsplit(base_url)
+    try:
+        socket.create_connection((at.hostname or "", at.port or 80), DEATH_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def lines(report: ProbeReport) -> Iterator[str]:
+    """Yield a line per check that did not pass, for logs."""
+    for check in report.checks:
+        if check.state == "fail":
+            kind = "required" if check.required else "warning"
+            yield f"{check.name} ({kind}): {check.why}; costs {check.cost}; {check.fix}"
 
 
 def probe_table(report: ProbeReport) -> Table:
     """The report for a terminal."""
-    table = Table("check", "", "why", "fix", title="Conformance", title_justify="left")
-    styles = {"pass": "green", "fail": "red", "skipped": "yellow"}
+    table = Table("check", "", "why", "what it costs", "fix", title="Conformance", title_justify="left")
+    styles = {"pass": "green", "fail": "red", "skipped": "yellow", "unknown": "yellow", "warning": "yellow"}
     for check in report.checks:
         state = "warning" if check.state == "fail" and not check.required else check.state
-        style = "yellow" if state == "warning" else styles[check.state]
-        table.add_row(check.name, f"[{style}]{state}[/{style}]", check.why, check.fix)
+        table.add_row(check.name, f"[{styles[state]}]{state}[/]", check.why, check.cost, check.fix)
     return table

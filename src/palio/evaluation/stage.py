@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,6 +33,7 @@ from palio.config import expand
 from palio.errors import BadInput
 from palio.evaluation.data import LEFT_OUT, DataError
 from palio.evaluation.helm import (
+    distinct,
     helm_version,
     plan_stage,
     planned_prompts,
@@ -40,10 +41,11 @@ from palio.evaluation.helm import (
     scenario_counts,
     stage_entries,
 )
+from palio.evaluation.probe import Asked
 from palio.layout import StageStore
 from palio.provenance import atomic_path, fingerprint, folder_sha256, write_json
 from palio.records import ScenarioCounts, StageInstances
-from palio.settings import StageRuns
+from palio.settings import StageLimits, StageRuns
 
 if TYPE_CHECKING:
     from palio.evaluation.datasets import Need
@@ -115,6 +117,7 @@ def prepare_stage(runs: StageRuns, out: Path) -> StageInstances:
                 asdict(PlannedRun(plan.scenario, plan.run, len(plan.instances), plan.requests))
                 for plan in plans
             ],
+            "kinds": distinct({"prompt": "", **kind} for plan in plans for kind in plan.kinds),
         },
     )
     _close_store(runs)
@@ -327,6 +330,8 @@ class StagePlan:
         self.data = store.data
         self._prompts = store.prompts
         self.runs = [PlannedRun(**run) for run in content["runs"]]
+        self.kinds: list[dict[str, Any]] = content.get("kinds", [])
+        """How the stage asks: bodies to /process without the prompt, each once."""
 
     @property
     def requests(self) -> int:
@@ -338,9 +343,13 @@ class StagePlan:
         return {(row["run"], row["instance"], row["variant"]): row["prompt"] for row in rows}
 
 
-def planned_requests(runs: StageRuns) -> int:
-    """Requests of a prepared stage; of one that is not, its budget, which leaves out perturbed inputs."""
+def asked_in(runs: StageRuns, limits: StageLimits) -> Asked:
+    """Return how a stage asks; if it is not prepared, by its budget, which leaves out perturbed inputs."""
     if runs.store.runs.exists():
-        return StagePlan(runs.store).requests
-    descriptions = [entry for entries in stage_entries(runs).values() for entry in entries]
-    return sum(int(re.findall(r"max_eval_instances=(\d+)", entry)[0]) for entry in descriptions)
+        plan = StagePlan(runs.store)
+        requests, kinds = plan.requests, plan.kinds
+    else:
+        descriptions = [entry for entries in stage_entries(runs).values() for entry in entries]
+        requests = sum(int(re.findall(r"max_eval_instances=(\d+)", entry)[0]) for entry in descriptions)
+        kinds = []
+    return Asked(requests, limits.time_limit, kinds, limits.cut_at_stop_sequences)

@@ -152,7 +152,7 @@ def attempt(step: str, folder: EntryFolder, part: str = "") -> Iterator[None]:
         record.end(*_interruption(str(error)))
         raise
     except PalioError as error:
-        record.end(error.state, str(error))
+        record.end(error.state, str(error), error.log)
         raise
     except KeyboardInterrupt:
         record.end(State.INTERRUPTED, "interrupted")
@@ -233,14 +233,14 @@ class _Record:
             gpu=os.environ.get("CUDA_VISIBLE_DEVICES"),
         )
 
-    def end(self, state: State, reason: str = "") -> None:
+    def end(self, state: State, reason: str = "", log: Path | None = None) -> None:
         with suppress(OSError):  # a full disk may have ended the step
             if state is not State.FINISHED:
-                self.fail(state, reason)
+                self.fail(state, reason, log)
             self._append(event="end", ended=round(time.time(), 3), state=state, reason=reason)
 
-    def fail(self, state: State, reason: str) -> None:
-        StepFailure(step=self.step, state=state, reason=reason, log=str(self.log)).write(self.failure)
+    def fail(self, state: State, reason: str, log: Path | None = None) -> None:
+        StepFailure(step=self.step, state=state, reason=reason, log=str(log or self.log)).write(self.failure)
 
     def _append(self, **line: Any) -> None:
         append_json_line(self.folder.attempts, {"step": self.name, "number": self.number, **line})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,9 +20,17 @@ from palio.config import FinetuneRecipe, Metric, Scenario
 from palio.errors import BadInput
 from palio.files import link_or_copy
 from palio.layout import EntryFolder, Results, Stage
-from palio.provenance import fingerprint
+from palio.provenance import fingerprint, folder_sha256
 from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, Part, Record, read_record
-from palio.settings import EvaluateSettings, FinetuneSettings, PackageSettings, RunOptions, limits_of
+from palio.settings import (
+    EvaluateSettings,
+    FinetuneSettings,
+    PackageSettings,
+    PlannedEntry,
+    RunOptions,
+    limits_of,
+)
+from palio.training.command import RECIPE_VERSION as COMMAND_VERSION
 from palio.training.finetune import RECIPE_VERSION
 from palio.workflow import Workflow
 
@@ -61,18 +70,19 @@ class Reproduction(Record):
     weight_distance: float
     """|a - b| / |a| over all trained weights: 0 if identical, about 1.4 for adapters unrelated in their
     directions, between them for the same training with other rounding."""
-    loss_difference: float
-    """Of the mean loss of the last steps, in nats."""
+    loss_difference: float | None
+    """Of the mean loss of the last steps, in nats; None for a team's own program, which reports none."""
     scores: tuple[ScoreDifference, ...] = ()
 
     @property
     def reproduced(self) -> bool:
-        near = self.weight_distance <= WEIGHT_NOISE and self.loss_difference <= LOSS_NOISE
+        near = self.weight_distance <= WEIGHT_NOISE and (self.loss_difference or 0.0) <= LOSS_NOISE
         return (self.identical or near) and all(score.within_noise for score in self.scores)
 
     def lines(self) -> list[str]:
         """The comparison for people."""
-        apart = f"weights {self.weight_distance:.3f}, final loss {self.loss_difference:.4f} nats apart"
+        loss = "" if self.loss_difference is None else f", final loss {self.loss_difference:.4f} nats"
+        apart = f"weights {self.weight_distance:.3f}{loss} apart"
         return [
             f"adapter: {'identical' if self.identical else apart}",
             *(
@@ -89,10 +99,11 @@ def reproduce(
     """Train the entry of `entry_dir` again under the results folder `out`, and evaluate it in `stages`.
 
     Nothing in `entry_dir` changes, and no work of it is used: the reproduction has a closed store of its own.
-    What was interrupted goes on. Returns the comparison, which is also written, and the new entry's folder.
+    What was interrupted goes on. A recipe is the manifest's; a team's own programs are run again, confined as
+    before. Returns the comparison, which is also written, and the new entry's folder.
 
     Raises:
-        BadInput: base model, dataset or trainer are no longer those of the entry's manifest.
+        BadInput: base model, dataset, trainer or program are no longer those of the entry's manifest.
     """
     competition = workflow.competition
     first = EntryFolder.at(entry_dir, competition.store)
@@ -112,31 +123,68 @@ def reproduce(
         )
     options = RunOptions(threads=threads or track.cpus)
     common = {"competition_id": trained.competition, "base_model_id": trained.base_model}
-    recipe = FinetuneRecipe.model_validate(trained.recipe)
-    steps.run("finetune", again, FinetuneSettings(**common, track=limits_of(track), recipe=recipe), options)
+    planned = _with_own_programs(workflow, first)
+    if planned and planned.valid and planned.valid.command:
+        training = FinetuneSettings.of(planned, "finetune")
+        _require_the_same_program(first, trained, training)
+    else:
+        recipe = FinetuneRecipe.model_validate(trained.recipe)
+        training = FinetuneSettings(**common, track=limits_of(track), recipe=recipe)
+    steps.run("finetune", again, _afresh(training), options)
     made = _compared(first, again)
     if stages:
-        steps.run("package", again, PackageSettings(**common, adapter=True), options)
+        package = PackageSettings(**common, adapter=True)
+        steps.run("package", again, PackageSettings.of(planned, "package") if planned else package, options)
     for stage in stages:
-        runs = workflow.stage_runs[stage]
-        settings = EvaluateSettings.of_package(competition, runs, trained.track)
-        steps.run(stage, again, settings, options)
+        settings = (
+            EvaluateSettings.of(planned, stage)
+            if planned
+            else EvaluateSettings.of_package(competition, workflow.stage_runs[stage], trained.track)
+        )
+        steps.run(stage, again, _afresh(settings), options)
         scores = score_differences(first, again, stage, competition.stage(stage).scenarios)
         made = made.model_copy(update={"scores": (*made.scores, *scores)})
     made.write(again.reproduction)
     return made, again
 
 
+def _with_own_programs(workflow: Workflow, first: EntryFolder) -> PlannedEntry | None:
+    """Return the entry as the competition plans it, if it brings programs of its own."""
+    if first.entry_id not in workflow.entries:
+        return None
+    planned = workflow.planned(first.entry_id)
+    return planned if planned.valid and planned.valid.programs else None
+
+
+AnySettings = TypeVar("AnySettings", FinetuneSettings, EvaluateSettings)
+
+
+def _afresh(settings: AnySettings) -> AnySettings:
+    """Return settings without the fresh starts that the entry was granted: here there is no earlier work."""
+    return settings.model_copy(update={"fresh_start": None})
+
+
+def _require_the_same_program(
+    first: EntryFolder, trained: AdapterManifest, training: FinetuneSettings
+) -> None:
+    program = training.program
+    assert program is not None
+    files = fingerprint(folder_sha256(Path(program.files))) if program.files else None
+    now = {"kind": "command", **program.model_dump(mode="json", exclude_none=True), "files_sha256": files}
+    for key, value in now.items():
+        if trained.recipe.get(key) != value:
+            why, fix = f"here it is {value}", "bring back the program that the entry was trained with"
+            raise BadInput(first.adapter_manifest, f"recipe.{key}", trained.recipe.get(key), why=why, fix=fix)
+
+
 def _require_the_same_inputs(first: EntryFolder, trained: AdapterManifest) -> None:
-    if trained.recipe_version.startswith("command"):
-        why, fix = "was trained by the team's own program", "run its entry again in another folder"
-        raise BadInput(first.adapter_manifest, "recipe_version", trained.recipe_version, why=why, fix=fix)
+    by_program = trained.recipe_version.startswith("command")
     base = read_record(BaseModelManifest, steps.RESOURCES.base_model(trained.base_model).manifest)
     data = read_record(DatasetManifest, first.dataset.manifest)
     for key, ours, theirs in (
         ("base_model_fingerprint", base.fingerprint, trained.base_model_fingerprint),
         ("dataset_sha256", data.sha256, trained.dataset_sha256),
-        ("recipe_version", RECIPE_VERSION, trained.recipe_version),
+        ("recipe_version", COMMAND_VERSION if by_program else RECIPE_VERSION, trained.recipe_version),
     ):
         if ours != theirs:
             why, fix = f"here it is {ours}", "bring back what the entry was trained with"
@@ -146,8 +194,7 @@ def _require_the_same_inputs(first: EntryFolder, trained: AdapterManifest) -> No
 def _compared(first: EntryFolder, again: EntryFolder) -> Reproduction:
     """The adapters of two trainings."""
     one, other = (read_record(AdapterManifest, folder.adapter_manifest) for folder in (first, again))
-    assert one.final_loss is not None  # a recipe's; a team's own program has another recipe_version
-    assert other.final_loss is not None
+    losses = [manifest.final_loss for manifest in (one, other)]
     return Reproduction(
         track=one.track,
         entry=one.entry,
@@ -155,7 +202,7 @@ def _compared(first: EntryFolder, again: EntryFolder) -> Reproduction:
         second_fingerprint=other.fingerprint,
         identical=one.files == other.files,
         weight_distance=weight_distance(first.adapter, again.adapter),
-        loss_difference=abs(one.final_loss - other.final_loss),
+        loss_difference=None if None in losses else abs(losses[0] - losses[1]),  # type: ignore[operator]
     )
 
 

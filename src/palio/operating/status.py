@@ -188,7 +188,7 @@ def _step(step: Step, source: _Source) -> StepStatus:
     failure = folder.failure(name)
     if failure.exists():
         end = read_record(StepFailure, failure)
-        return replace(known, state="failed", reason=f"{end.state}: {end.reason}")
+        return replace(known, state="failed", reason=f"{end.state}: {end.reason}", log=end.log or known.log)
     return _waiting(replace(known, wait=_wait(step, source)), step, source, last)
 
 

@@ -31,14 +31,12 @@ from palio.errors import Crashed
 from palio.files import link_or_copy
 from palio.layout import BaseModelFolder, EntryFolder
 from palio.packaging.card import model_card
-from palio.packaging.step import package_of
-from palio.provenance import folder_sha256
+from palio.packaging.step import package_of, trained_adapter
 from palio.quantization import evaluation_mode, quantization
 from palio.records import (
     AdapterManifest,
     BaseModelManifest,
     PackageManifest,
-    read_record,
 )
 from palio.settings import PackageSettings
 from palio.tensors import load_causal_model, mean_divergence
@@ -72,15 +70,13 @@ def build_package(
 
     Raises Crashed if the package differs from what was trained.
     """
-    trained = read_record(AdapterManifest, folder.adapter_manifest) if settings.adapter else None
+    trained = trained_adapter(folder) if settings.adapter else None
     disable_progress_bar()  # transformers' bars are noise in a log
 
     def fill(building: Path, base: BaseModelManifest) -> dict[str, Any]:
         base.require_supported()
         difference = divergence = None
         if trained is not None:
-            if folder_sha256(folder.adapter) != trained.files:
-                raise Crashed(f"{folder.adapter} differs from adapter.json; run finetune again")
             difference, divergence = _write_tuned(base_model.model, folder.adapter, trained, building)
         _link_files(base_model.model, building, weights=trained is None)
         _complete(building, _ends(base_model.model, trained))

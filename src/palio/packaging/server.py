@@ -1,18 +1,21 @@
-"""Packaging of a server entry: the team's files, frozen.
+"""Packaging of an entry with a server of its own: the team's files, frozen, and what was trained for it.
 
-package/server.json   the entry's server section
-package/files/        a copy of the team's folder
-package/image.sif     the image, if any
+package/server.json           the entry's server section
+package/files/                a copy of the team's folder
+package/image.sif             the image, if any
+package/adapter/ or model/    what a `recipe` or `command` trained, as it was handed in
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from palio.config import ServerProgram
+from palio.files import link_or_copy
 from palio.layout import BaseModelFolder, EntryFolder
-from palio.packaging.step import package_of
+from palio.packaging.step import package_of, trained_adapter
 from palio.provenance import write_json
 from palio.records import BaseModelManifest, PackageManifest
 from palio.sandbox.handed_in import take_files
@@ -20,7 +23,7 @@ from palio.sandbox.image import fetch_image
 from palio.sandbox.server import FILES, IMAGE, PROGRAM
 from palio.settings import PackageSettings
 
-NOT_A_MODEL = ("adapter_fingerprint", "dtype", "parameters", "max_logit_difference")
+NOT_A_MODEL = ("dtype", "parameters", "max_logit_difference")
 SERVER_BYTES = 200 << 30
 """The most that a server's files have, and its image."""
 
@@ -28,7 +31,13 @@ SERVER_BYTES = 200 << 30
 def package_server(
     program: ServerProgram, folder: EntryFolder, settings: PackageSettings, base_model: BaseModelFolder
 ) -> PackageManifest:
-    """Make package/ and package.json in the entry's folder. Raises BadInput for files that are refused."""
+    """Make package/ and package.json in the entry's folder.
+
+    Raises:
+        BadInput, RuleViolation: files are refused.
+        Crashed: the adapter is not the one that was trained.
+    """
+    trained = trained_adapter(folder) if settings.adapter else None
 
     def fill(building: Path, base: BaseModelManifest) -> dict[str, Any]:
         roots = settings.team_folders
@@ -39,6 +48,12 @@ def package_server(
         elif program.image is not None:
             fetch_image(program.image, building / IMAGE)
         write_json(building / PROGRAM, program.model_dump(mode="json", exclude_none=True))
-        return {"kind": "server", **dict.fromkeys(NOT_A_MODEL)}
+        if trained is not None:
+            kind = "model" if trained.recipe["method"] == "full" else "adapter"
+            shutil.copytree(folder.adapter, building / kind, copy_function=link_or_copy)
+            for path in (building / kind).rglob("*"):  # the server runs as another user
+                path.chmod(path.stat().st_mode | (0o555 if path.is_dir() else 0o444))
+        made = trained.fingerprint if trained else None
+        return {"kind": "server", "adapter_fingerprint": made, **dict.fromkeys(NOT_A_MODEL)}
 
     return package_of(folder, settings, base_model, fill)

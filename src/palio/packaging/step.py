@@ -7,10 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from palio.errors import Crashed
 from palio.layout import BaseModelFolder, EntryFolder
 from palio.provenance import folder_sha256
-from palio.records import BaseModelManifest, PackageManifest, RunFacts, read_record, timed_run
+from palio.records import (
+    AdapterManifest,
+    BaseModelManifest,
+    PackageManifest,
+    RunFacts,
+    read_record,
+    timed_run,
+)
 from palio.settings import PackageSettings
+
+
+def trained_adapter(folder: EntryFolder) -> AdapterManifest:
+    """Return the record of the entry's adapter. Raises Crashed if the adapter is another one."""
+    trained = read_record(AdapterManifest, folder.adapter_manifest)
+    if folder_sha256(folder.adapter) != trained.files:
+        raise Crashed(f"{folder.adapter} differs from adapter.json; run finetune again")
+    return trained
 
 
 def package_of(

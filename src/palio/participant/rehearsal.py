@@ -92,7 +92,8 @@ def _snakemake(project: Project, folder: EntryFolder) -> None:
         return
     for path in sorted(folder.failures.glob("*.json")):
         why = read_record(StepFailure, path)
-        raise Crashed(f"step {why.step} did not finish ({why.state.value}): {why.reason}; log: {why.log}")
+        where = f"; log: {project.path / why.log}" if why.log else ""  # the steps ran in that folder
+        raise Crashed(f"step {why.step} did not finish ({why.state.value}): {why.reason}{where}")
     raise Crashed(f"the workflow did not finish: {_first_error(project.log)}")
 
 

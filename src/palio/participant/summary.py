@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from palio.config import Competition, Entry
 from palio.errors import BadInput
+from palio.evaluation.probe import lines
 from palio.layout import EntryFolder
 from palio.packaging.verify import findings_lines, verify_package
 from palio.participant.estimate import estimate, measure, rows_of
@@ -32,9 +33,7 @@ def summary(
     yield from _package(at, rehearsal, entry)
     probe = read_record(ProbeReport, at.probe)
     yield f"probe: {sum(one.state == 'pass' for one in probe.checks)} of {len(probe.checks)} checks passed"
-    for check in probe.checks:
-        if check.state == "fail":
-            yield f"  {check.name}: {check.why}; {check.fix}"
+    yield from (f"  {line}" for line in lines(probe))
     yield from _scores(at, rehearsal, panel)
     yield from _whole_run(at, entry, competition, probe)
 

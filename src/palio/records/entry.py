@@ -232,7 +232,7 @@ class PackageManifest(EntryRecord):
     base_model_fingerprint: str
     """Identity of the base model's files."""
     adapter_fingerprint: str | None
-    """Identity of the adapter; None for a base model as it is and for a server."""
+    """Identity of the adapter; None for a base model as it is and for a server without training."""
     dtype: str | None
     """Data type of most weights. None, like `parameters`, for a server: its weights are its own business."""
     parameters: int | None

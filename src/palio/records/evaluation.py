@@ -64,14 +64,16 @@ class ProbeCheck(Part):
     """Outcome of one check of a running server."""
 
     name: str
-    """Name of the check."""
+    """Name of the check, as the competition's `probe` section has it."""
     required: bool
-    """A required check that fails ends the entry before HELM runs; the others cost points or time."""
-    state: Literal["pass", "fail", "skipped"]
-    """How it ended."""
+    """A required check that fails ends the entry before HELM runs; the others are warnings."""
+    state: Literal["pass", "fail", "unknown", "skipped"]
+    """How it ended; unknown: it cannot tell, which is no failure; skipped: nobody was left to ask."""
     why: str
     """What was observed."""
-    fix: str
+    cost: str = ""
+    """What it costs the entry; empty for a check that passed."""
+    fix: str = ""
     """What to change; empty for a check that passed."""
 
 
@@ -82,6 +84,8 @@ class ProbeReport(Record):
     """Identity of the package that was served, if the workflow served it."""
     checks: tuple[ProbeCheck, ...]
     """All checks."""
+    died: str = ""
+    """Name of the check at which the server ended; empty if it lives."""
     planned_requests: int
     """Requests of the whole stage."""
     time_limit: float
@@ -91,13 +95,18 @@ class ProbeReport(Record):
 
     @property
     def conforms(self) -> bool:
-        """Whether every required check passed."""
-        return all(check.state == "pass" for check in self.checks if check.required)
+        """Whether the server lives and fails no required check."""
+        return not self.died and not any(check.required for check in self.checks if check.state == "fail")
 
     @property
     def failed(self) -> list[str]:
         """Names of the failed checks."""
         return [check.name for check in self.checks if check.state == "fail"]
+
+    @property
+    def required(self) -> dict[str, bool]:
+        """Which checks were made, and which of them are required."""
+        return {check.name: check.required for check in self.checks}
 
 
 class HelmRun(Part):

@@ -16,7 +16,6 @@ there. Then everything is read once more: a text of the closed stage or a creden
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from palio.config import Competition, expand
+from palio.credentials import credentials
 from palio.entries import Entries
 from palio.errors import BadInput, PalioError
 from palio.layout import ENTRIES, ENVIRONMENT_LOCK, RULESET, STAGES, Boards, EntryFolder, Project, Results
@@ -41,10 +41,6 @@ ANONYMOUS = {"host": None, "slurm_job_id": None}
 LEADERBOARD_SUFFIXES = ("json", "csv", "parquet", "md", "tex", "analysis.json", "analysis.md")
 REPORT_SUFFIXES = (".html", ".svg", ".png", ".csv", ".json", ".md", ".tex", ".parquet")
 TEXT_SUFFIXES = (".json", ".yaml", ".conf", ".md", ".csv", ".tex", ".html", ".svg", ".txt", ".lock", ".py")
-SECRETS = re.compile(
-    rb"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{36}|AKIA[0-9A-Z]{16}|sk-[A-Za-z0-9_-]{32,}"
-    rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-)
 SHORTEST_TEXT = 20
 """Characters of the shortest line of a closed instance to search for: shorter ones occur in ordinary text."""
 README = """\
@@ -183,8 +179,8 @@ def search_for_leaks(folder: Path, closed_lines: list[bytes]) -> None:
     for path in _text_files(folder):
         content = path.read_bytes()
         name = path.relative_to(folder)
-        if SECRETS.search(content):
-            raise Leak(f"{name} contains what looks like a credential; remove it and release again")
+        if found := next(credentials(content), None):
+            raise Leak(f"{name}: {found.why}; remove it and release again")
         # JSON writes quotes and newlines otherwise, HTML more: lines are compared without either.
         if any(line in content or _escaped(line) in content for line in closed_lines):
             raise Leak(f"{name} contains a text of the closed stage; find out how it got there")

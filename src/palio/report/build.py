@@ -80,7 +80,7 @@ def _with_files(
     if report.stopped:
         step = report.stopped.step
         why_missing = f"the entry stopped at {step}" if step else report.stopped.reason
-    elif valid and valid.server:
+    elif valid and valid.server and not valid.trained:
         why_missing = "the team's own server, built elsewhere"
     elif valid and not valid.trained:
         why_missing = "the base model unchanged: no training data, no fine-tuning"

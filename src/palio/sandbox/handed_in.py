@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from palio.credentials import FIX, credentials_in
 from palio.errors import BadInput, RuleViolation
 from palio.incoming import INDEX_BYTES, Incoming, copy_files, shard_names
 from palio.provenance import write_json
@@ -64,12 +65,15 @@ def take_files(path: str, key: str, target: Path, *, roots: Sequence[str], limit
 
     Raises:
         BadInput: there is no such folder or image.
-        RuleViolation: it is outside the roots, too large, a link, or holds anything but files and folders.
+        RuleViolation: it is outside the roots, too large, a link, or holds a credential or anything but
+            files and folders.
     """
     given = Incoming.locate(Path(path), [Path(root) for root in roots])
     shutil.rmtree(target, ignore_errors=True)
     target.unlink(missing_ok=True) if target.is_file() else None
     try:
+        for file, found in credentials_in(given):
+            raise RuleViolation(f"{file}: {found.why}", FIX)
         if not given.is_folder():
             target.parent.mkdir(parents=True, exist_ok=True)
             copy_files([given], target.parent, limit, name=target.name)

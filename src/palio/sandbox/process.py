@@ -123,6 +123,10 @@ class Confined:
         self._process.kill()
         self._process.wait()
 
+    def finish_log(self) -> None:
+        """Wait until what a program that has ended wrote last is in its log."""
+        self._threads[0].join(1.0 if self._process.poll() is None else START_SECONDS)
+
     def network(self) -> int:
         """A descriptor of the program's network namespace."""
         return os.open(f"/proc/{self._first.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)

@@ -2,7 +2,8 @@
 system folders exist.
 
     /entry                       the team's files                         read-only
-    /base_model, /dataset        inputs of the contract                   read-only
+    /base_model, /dataset,       inputs of the contract                   read-only
+    /adapter, /model
     /output                      the work folder of a training program    writable, watched
     /tmp, /dev/shm               scratch, gone at the end                 writable, of fixed size
     /usr, /lib*, /bin, /etc/…    the system, or an image in its place     read-only
@@ -44,7 +45,9 @@ _ETC = (
 )
 _CPU_FACTS = "/sys/devices/system/cpu"
 """Numeric libraries ask it for cores and caches."""
-_OURS = frozenset({"proc", "dev", "sys", "tmp", "run", "entry", "output", "base_model", "dataset"})
+_OURS = frozenset(
+    {"proc", "dev", "sys", "tmp", "run", "entry", "output", "base_model", "dataset", "adapter", "model"}
+)
 """Top folders of an image that the room makes itself."""
 
 

@@ -16,6 +16,7 @@ from palio.config import Isolation, ServerProgram
 from palio.errors import Crashed, PalioError
 from palio.network import free_port
 from palio.records import Contained
+from palio.sandbox.death import last_words
 from palio.sandbox.door import Door
 from palio.sandbox.gateway import REPLY_SECONDS, BadReply, Gateway
 from palio.sandbox.image import image_folder
@@ -24,6 +25,8 @@ from palio.sandbox.room import Limits, Room
 
 PROGRAM, FILES, IMAGE = "server.json", "files", "image.sif"
 """What a server's package consists of."""
+TRAINED = {"adapter": "PALIO_ADAPTER", "model": "PALIO_MODEL"}
+"""Folder of what was trained for it, at the same name in the room, and the variable that says where."""
 READY_SECONDS = 1800.0
 CONNECT_SECONDS = 10.0
 
@@ -40,8 +43,8 @@ class ConfinedServer:
     elsewhere is not `exact`.
 
     Raises:
-        Crashed, OutOfMemory: it ended, did not get ready, or broke a limit. Any PalioError raised inside the
-            block leaves it with a note of what was held back.
+        Crashed, OutOfMemory: it ended, did not get ready, or broke a limit; with its last lines, if `exact`.
+            Any PalioError raised inside the block leaves it with a note of what was held back.
     """
 
     def __init__(
@@ -57,20 +60,23 @@ class ConfinedServer:
         reply_seconds: float = REPLY_SECONDS,
         exact: bool = True,
     ) -> None:
-        self._exact = exact
+        self._exact, self._log = exact, log
+        self._log_start = log.stat().st_size if log.exists() else 0
         program = read_program(package)
         self._port = free_port() if isolation.unconfined else program.port
         self._ready_seconds, self._reply_seconds = ready_seconds, reply_seconds
         if isolation.unconfined and program.image:
             raise cannot_confine("an image runs confined only")
         image = package / IMAGE
+        trained = {name: package / name for name in TRAINED if (package / name).is_dir()}
         room = Room(
             limits=limits,
             files=package / FILES if (package / FILES).is_dir() else None,
-            inputs={"/base_model": base_model},
+            inputs={"/base_model": base_model, **{f"/{name}": path for name, path in trained.items()}},
             variables={
                 "PALIO_CONTRACT": "1",
                 "PALIO_BASE_MODEL": "/base_model",
+                **{TRAINED[name]: f"/{name}" for name in trained},
                 "PALIO_MEMORY_BYTES": str(limits.memory),
                 "PALIO_GPU_MEMORY_BYTES": str(limits.gpu_memory or 0),
                 "PORT": str(self._port),
@@ -103,7 +109,7 @@ class ConfinedServer:
                 error.add_note(seen)
         self._open.close()
         if self._confined.broken is not None and (error is None or isinstance(error, PalioError)):
-            raise self._confined.broken from None  # what the others saw is what came of it
+            raise self._over(self._confined.broken) from None  # what the others saw is what came of it
 
     def _connection(self, opened: contextlib.ExitStack) -> Callable[[], socket.socket]:
         """What opens a connection to the server, wherever it listens."""
@@ -117,16 +123,31 @@ class ConfinedServer:
     def alive(self) -> bool:
         return self._confined.poll() is None
 
+    def exit_code(self) -> int | None:
+        return self._confined.poll()
+
     def _wait(self) -> None:
         """Until the server answers anything at all on its port."""
         deadline = time.monotonic() + self._ready_seconds
         while time.monotonic() < deadline:
             if not self.alive():
                 if self._confined.broken is not None:
-                    raise self._confined.broken
-                raise Crashed(f"the server ended with code {self._confined.poll()} before it answered")
+                    raise self._over(self._confined.broken)
+                raise self._crashed(f"the server ended with code {self.exit_code()} before it answered")
             with contextlib.suppress(BadReply, OSError, http.client.HTTPException):
                 self._gateway.ask("GET", "/health", b"")
                 return
             time.sleep(0.1)
-        raise Crashed(f"the server did not answer on port {self._port} in {self._ready_seconds:.0f} s")
+        raise self._crashed(f"the server did not answer on port {self._port} in {self._ready_seconds:.0f} s")
+
+    def _over(self, limit: PalioError) -> PalioError:
+        limit.log = self._log if self._exact else None
+        return limit
+
+    def _crashed(self, what: str) -> Crashed:
+        if not self._exact:
+            return Crashed(f"{what}; its log is in the closed store")
+        self._confined.finish_log()
+        error = Crashed(f"{what}{last_words(self._log, self._log_start)}")
+        error.log = self._log
+        return error

@@ -111,6 +111,9 @@ class ServerProcess:
         finally:
             connection.close()
 
+    def exit_code(self) -> int | None:
+        return self._process.poll() if self._process else None
+
     def _wait(self, start: int) -> str:
         """Wait for the address that the server prints to its log, looking from byte `start` on."""
         assert self._process is not None
@@ -123,17 +126,20 @@ class ServerProcess:
             if code is not None:
                 raise self._death(code, output)
             time.sleep(POLL_SECONDS)
-        raise Crashed(
-            f"the model server was not ready in {READY_SECONDS:.0f} s; see {self._log}: {last_lines(output)}"
+        late = Crashed(
+            f"the model server was not ready in {READY_SECONDS:.0f} s, its last lines: {last_lines(output)}"
         )
+        late.log = self._log
+        raise late
 
     def _death(self, code: int, output: str) -> Crashed | OutOfMemory:
-        what = (
-            f"the model server ended with code {code} before it was ready; {self._log}: {last_lines(output)}"
-        )
+        ended = f"the model server ended with code {code} before it was ready"
+        what = f"{ended}, its last lines: {last_lines(output)}"
         # A SIGKILL that is not ours comes from the kernel's or the batch system's memory limit.
         killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
-        return OutOfMemory(what) if killed or code == OutOfMemory.exit_code else Crashed(what)
+        death = OutOfMemory(what) if killed or code == OutOfMemory.exit_code else Crashed(what)
+        death.log = self._log
+        return death
 
     def _stop(self) -> None:
         """Send SIGTERM, then SIGKILL, to the whole group, including what outlived the server itself."""

@@ -1,7 +1,8 @@
 """A small inference server that passes Palio's probe: a start, to be replaced by your own.
 
 It speaks /process, /tokenize and /decode, cuts at stop sequences, shortens what is too long from the left
-and refuses nonsense with a 4xx. One request at a time: batch them if you want to be faster.
+and refuses nonsense with a 4xx. One request at a time: batch them if you want to be faster. In an entry that is
+trained, too, it serves what training handed in.
 """
 
 import os
@@ -10,14 +11,17 @@ import time
 
 import torch
 from fastapi import FastAPI
+from peft import PeftModel
 from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MAX_LENGTH = 2048
-MODEL = os.environ["PALIO_BASE_MODEL"]
+BASE = os.environ["PALIO_BASE_MODEL"]
 
-tokenizer = AutoTokenizer.from_pretrained(MODEL)
-model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
+tokenizer = AutoTokenizer.from_pretrained(BASE)
+model = AutoModelForCausalLM.from_pretrained(os.environ.get("PALIO_MODEL", BASE)).eval()
+if adapter := os.environ.get("PALIO_ADAPTER"):
+    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
 one_at_a_time = threading.Lock()
 app = FastAPI()
 

@@ -22,7 +22,14 @@ from palio.evaluation.helm.folder import (
     write_helm_folder,
 )
 from palio.evaluation.helm.log import log_error, printed, public_error
-from palio.evaluation.helm.plan import plan_stage, planned_prompts, prompt_of, scenario_counts, variant
+from palio.evaluation.helm.plan import (
+    distinct,
+    plan_stage,
+    planned_prompts,
+    prompt_of,
+    scenario_counts,
+    variant,
+)
 from palio.evaluation.helm.process import HelmExit, run_helm
 from palio.evaluation.helm.registry import check_directions, helm_version, metric_directions
 from palio.evaluation.helm.run_entry import budgets, run_entries, shares, stage_entries, stage_runs
@@ -35,6 +42,7 @@ __all__ = [
     "RunFolder",
     "budgets",
     "check_directions",
+    "distinct",
     "helm_version",
     "instance_statistics",
     "log_error",

@@ -1,7 +1,7 @@
 """The folder of one `helm-run`: the files we write for it, and the run folders that it writes.
 
 run_entries.conf   what we ask for
-config/            model_deployments.yaml, model_metadata.yaml, tokenizer_configs.yaml
+config/            model_deployments.yaml, model_metadata.yaml, tokenizer_configs.yaml, window.json
 output/            HELM's own: scenarios/ and perturbations/ (data), runs/stage/<run>/*.json
 answers.jsonl      the client's journal, see `palio.evaluation.journal`
 helm.log           may show prompts: never copied anywhere
@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from palio.evaluation.window import Window
 from palio.layout import HelmFolder
 from palio.provenance import canonical_json, write_text
 
@@ -52,6 +53,8 @@ class RequestSettings:
     cut_at_stop_sequences: bool
     deadline: float
     """Seconds since the epoch."""
+    window: Window
+    """Counts tokens of prompts."""
 
 
 def write_helm_folder(
@@ -77,7 +80,9 @@ def write_helm_folder(
     deployment = _toy_deployment() if requests is None else _deployment(requests, folder.journal)
     write_text(config / "model_deployments.yaml", yaml.safe_dump({"model_deployments": [deployment]}))
     write_text(config / "model_metadata.yaml", yaml.safe_dump({"models": [_model()]}))
-    tokenizer = _tokenizer(requests.base_url if requests else None)
+    if requests is not None:
+        requests.window.write(folder.window)
+    tokenizer = _tokenizer(folder.window)
     write_text(config / "tokenizer_configs.yaml", yaml.safe_dump({"tokenizer_configs": [tokenizer]}))
 
 
@@ -121,12 +126,12 @@ def _model() -> dict[str, Any]:
     }
 
 
-def _tokenizer(base_url: str | None) -> dict[str, Any]:
+def _tokenizer(definition: Path) -> dict[str, Any]:
     return {
         "name": MODEL,
         "tokenizer_spec": {
-            "class_name": "helm.tokenizers.http_model_tokenizer.HTTPModelTokenizer",
-            "args": {"base_url": base_url} if base_url else {},
+            "class_name": "palio.evaluation.client.EntryTokenizer",
+            "args": {"path": str(definition.resolve())},
         },
         "end_of_text_token": "",
         "prefix_token": "",

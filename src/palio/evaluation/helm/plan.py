@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,7 +20,9 @@ from palio.evaluation.helm.log import (
     public_error,
 )
 from palio.evaluation.helm.process import run_helm
+from palio.evaluation.reply import request_body
 from palio.layout import HelmFolder
+from palio.provenance import canonical_json
 from palio.records import ScenarioCounts
 
 MULTIPLE_CHOICE = "multiple_choice_joint"
@@ -54,6 +57,8 @@ class RunPlan:
     """Instances by the position of their correct answer, of a multiple-choice run."""
     prompts: tuple[PlannedPrompt, ...]
     """At least one per instance; more where HELM perturbs inputs or asks for each choice."""
+    kinds: tuple[dict[str, Any], ...]
+    """How it asks: bodies to /process without the prompt, each once."""
 
     @property
     def requests(self) -> int:
@@ -129,6 +134,15 @@ def _run_plan(run: RunFolder) -> RunPlan:
             PlannedPrompt(state["instance"]["id"], variant(state), prompt_of(state), examples(state, adapter))
             for state in states
         ),
+        kinds=distinct(request_body(state["request"]) for state in states),
+    )
+
+
+def distinct(bodies: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Return bodies to /process without their prompts, each once, in a fixed order."""
+    kinds = {canonical_json({**body, "prompt": ""}) for body in bodies}
+    return tuple(
+        {key: value for key, value in json.loads(kind).items() if key != "prompt"} for kind in sorted(kinds)
     )
 
 
