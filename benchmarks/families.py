@@ -27,6 +27,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -61,6 +62,7 @@ from palio.serving.request import Request
 from palio.serving.transformers_engine import TransformersEngine
 from palio.settings import FinetuneSettings, PackageSettings, RunOptions
 from palio.tensors import last_bits_flipped
+from palio.text import markdown_table
 from palio.training.finetune import finetune
 from palio.training.rows import Row, dataset_rows, step_rows
 from palio.training.step import TrainingStep
@@ -131,8 +133,10 @@ FAMILIES = (
     "qwen3_moe olmoe phimoe granitemoe jetmoe minimax lfm2_moe qwen3_5_text mamba2 falcon_mamba rwkv "
     "recurrent_gemma jamba bamba granitemoehybrid roberta electra "
 )
+MARK = "<!-- made by benchmarks/families.py -->"
+"""Where the table begins in its page."""
 METHODS = ("full", "lora", "qlora")
-STEPS, RATE, BATCH = 3, 3e-3, 4
+STEPS, RATE, BATCH = 3, 1e-3, 4
 BOUNDS = {"trained": 2e-6, "packaged": 2e-6, "served": 1e-5}
 NOISE = 10.0
 NEW_TOKENS = 12
@@ -225,8 +229,10 @@ def write_dataset(folder: EntryFolder) -> None:
     ).write(folder.dataset.manifest)  # fmt: skip
 
 
-def run(family: str, folder: Path, *, trace: bool = False) -> Iterator[Cell]:
-    """Yield the cells of a family."""
+def run(
+    family: str, folder: Path, methods: Sequence[str] = METHODS, *, trace: bool = False
+) -> Iterator[Cell]:
+    """Yield the cells of a family, each in a part of `folder`."""
     base = BaseModelFolder(folder / "base")
     try:
         model = tiny_model(family)
@@ -234,9 +240,9 @@ def run(family: str, folder: Path, *, trace: bool = False) -> Iterator[Cell]:
         tokenizer().save_pretrained(folder / "model")
         unsupported = fetch_base_model(BaseModelSource(path=str(folder / "model")), base.path).unsupported
     except Exception as error:
-        yield from (Cell(family, method, "crash", f"model: {_line(error)}") for method in METHODS)
+        yield from (Cell(family, method, "crash", f"model: {_line(error)}") for method in methods)
         return
-    for method in METHODS:
+    for method in methods:
         if unsupported is not None:
             yield Cell(family, method, "refused", f"{unsupported.why}; {unsupported.fix}")
             continue
@@ -306,7 +312,7 @@ def compare_served(cell: Cell, package: Path, model: Any) -> None:
     try:
         cell.served = engine._model.way
         futures = [engine.submit(Request(prompt, max_new_tokens=NEW_TOKENS)) for prompt in PROMPTS]
-        answers = [future.result(120)[0] for future in futures]
+        answers = [future.result(1200)[0] for future in futures]
     finally:
         engine.close()
     ours, expected, noise = [], [], []
@@ -404,6 +410,33 @@ def _flipped(model: Any, flip: bool) -> Iterator[None]:
 # --- results -----------------------------------------------------------------------------------------------
 
 
+def table(cells: Sequence[Cell]) -> str:
+    """The results in Markdown: a row a family, then the lines of all refusals."""
+    by_family: dict[str, dict[str, Cell]] = {}
+    for cell in cells:
+        by_family.setdefault(cell.family, {})[cell.method] = cell
+    lines: list[str] = []  # equal ones share a number
+
+    def shown(cell: Cell) -> str:
+        if not cell.why:
+            worst = max((difference for difference, _ in (cell.differences or {}).values()), default=0.0)
+            return f"{cell.state} ({worst:.0e})"
+        lines.extend([cell.why] if cell.why not in lines else [])
+        return f"{cell.state} [{lines.index(cell.why) + 1}]"
+
+    rows = []
+    for family, each in sorted(by_family.items()):
+        known = [cell for cell in each.values() if cell.served]
+        how = (known[0].rows, known[0].served) if known else ("", "")
+        rows.append((family, *(shown(each[method]) for method in METHODS), *how))
+    head = ("family", *METHODS, "rows are trained", "served")
+    states = Counter(cell.state for cell in cells)
+    count = ", ".join(f"{number} cells {state}" for state, number in sorted(states.items()))
+    parts = [f"{len(rows)} families: {count}.", markdown_table(head, rows)]
+    parts += ["\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))]
+    return "\n\n".join(parts) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -425,7 +458,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines = options.results.read_text(encoding="utf-8").splitlines()
         known = {(cell.family, cell.method): cell for cell in (Cell(**json.loads(line)) for line in lines)}
     done = {family for family, _ in known}
-    for family in options.families or [family for family in FAMILIES.split() if family not in done]:
+    missing = [] if options.table else [family for family in FAMILIES.split() if family not in done]
+    for family in options.families or missing:
         with tempfile.TemporaryDirectory() as folder, options.results.open("a", encoding="utf-8") as stream:
             for cell in run(family, Path(folder), trace=options.trace):
                 known[cell.family, cell.method] = cell
@@ -434,6 +468,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{family:24} {cell.method:6} {cell.state:8} {cell.seconds:5.1f} s  {cell.why}",
                     flush=True,
                 )
+    if options.table:
+        text = options.table.read_text(encoding="utf-8").partition(MARK)[0]
+        options.table.write_text(text + MARK + "\n\n" + table(list(known.values())), encoding="utf-8")
     return any(cell.state in ("differs", "crash") for cell in known.values())
 
 

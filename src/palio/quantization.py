@@ -35,7 +35,9 @@ def quantized_share(model: Any) -> tuple[float, dict[str, float]]:
     """
     parts = {model.get_input_embeddings(), model.get_output_embeddings()}
     quantized, left, seen, total = 0, dict[str, int](), set[int](), 0
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if "lora_" in name or ".modules_to_save." in name:  # the adapter's
+            continue
         if type(module).__name__ in QUANTIZED:
             quantized += module.in_features * module.out_features
             total += module.in_features * module.out_features

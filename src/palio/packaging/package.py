@@ -227,9 +227,19 @@ def _complete(folder: Path, ends: set[int]) -> None:
     known = set(named if isinstance(named, list) else [named])
     if not ends <= known:
         kept["eos_token_id"] = sorted(known | ends)
-    if kept != content:
-        path.unlink()  # it may be a link to the base model's
-        path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _rewrite(path, content, kept)
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        # Code of its own beside a family that transformers knows: nobody needs it, and loaders ask about it.
+        _rewrite(path, content, {key: value for key, value in content.items() if key != "auto_map"})
+
+
+def _rewrite(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Write a JSON file if its content changes; it may be a link to the base model's, which stays."""
+    if new != old:
+        path.unlink()
+        path.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _link_files(source: Path, target: Path, *, weights: bool) -> None:
