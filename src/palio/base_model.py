@@ -26,7 +26,7 @@ from palio.files import link_or_copy
 from palio.incoming import shard_names
 from palio.layout import BaseModelFolder
 from palio.provenance import file_sha256, folder_sha256
-from palio.records import BaseModelManifest, read_record
+from palio.records import BaseModelManifest, Layers, Unsupported, read_record
 
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "README.md")
 """Name patterns of a model's files: weights, configs, tokenizer, license. Not *.bin, *.pt, *.py."""
@@ -64,10 +64,15 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
         _take_files(given, building, "path", source.path)
     shutil.rmtree(model, ignore_errors=True)
     building.rename(model)
-    from palio.causal_model import unsupported
+    from palio.causal_model import examine
 
+    found = examine(model)
     manifest = BaseModelManifest(
-        id=source.id, source=source, files=folder_sha256(model), unsupported=unsupported(model)
+        id=source.id,
+        source=source,
+        files=folder_sha256(model),
+        unsupported=found if isinstance(found, Unsupported) else None,
+        layers=found if isinstance(found, Layers) else None,
     )
     manifest.write(manifest_path)
     return manifest

@@ -6,18 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from palio.errors import BadInput
-from palio.records import Unsupported
+from palio.quantization import quantization, quantized_share
+from palio.records import Layers, Unsupported
 from palio.tensors import load_causal_model
 from palio.tokens import Tokens, load_tokenizer
 
 
-def unsupported(folder: Path) -> Unsupported | None:
-    """Return why Palio cannot train, package and serve a model, and the way out; None if it can.
+def examine(folder: Path) -> Layers | Unsupported:
+    """Return a model's layers or, if Palio cannot train, package and serve it, why and the way out.
 
     Judged from config, tokenizer and the names of weights: the model is built on the meta device.
     """
@@ -32,13 +35,13 @@ def unsupported(folder: Path) -> Unsupported | None:
             raise _UnsupportedError(why, "use another base model, or serve it yourself in a server entry")
         _check_family(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         _check_weights(folder)
+        return _layers(folder)
     except (_UnsupportedError, BadInput) as error:
         return Unsupported(why=f"{family}: {error.why}", fix=error.fix)
     except Exception as error:  # the files are untrusted: loading them may raise anything
         cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         why = f"{family}: cannot be loaded ({cause})"
         return Unsupported(why=why, fix="fix its files, or use another base model")
-    return None
 
 
 class _UnsupportedError(Exception):
@@ -76,3 +79,30 @@ def _check_weights(folder: Path) -> None:
         why = f"its tokenizer has {len(tokenizer)} tokens, its embedding {rows}"
         fix = "remove the added tokens from the tokenizer, or resize the embedding"
         raise _UnsupportedError(why, fix)
+
+
+def _layers(folder: Path) -> Layers:
+    from peft import LoraConfig, get_peft_model
+
+    settings = quantization("nf4", torch.float32)
+    quantized, left = quantized_share(
+        load_causal_model(folder, device_map="meta", quantization_config=settings)
+    )
+    model, obstacle = load_causal_model(folder, device_map="meta"), ""
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not model.get_output_embeddings()
+    }
+    tied = {name.split(".")[-2] for pair in model.all_tied_weights_keys.items() for name in pair}
+    try:
+        get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    except Exception as error:  # peft knows families of its own that it refuses
+        obstacle = f"peft: {str(error).strip().partition(chr(10))[0]}"
+    return Layers(
+        linear=tuple(sorted(linear)),
+        tied=tuple(sorted(tied)),
+        all_linear=obstacle,
+        quantized=round(quantized, 4),
+        left={kind: round(share, 4) for kind, share in sorted(left.items())},
+    )

@@ -19,6 +19,8 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     CLIPVisionConfig,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GPT2Config,
@@ -32,6 +34,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     MambaConfig,
     MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
     T5Config,
@@ -39,9 +43,10 @@ from transformers import (
 )
 
 from palio.base_model import fetch_base_model
-from palio.causal_model import unsupported
-from palio.config import BaseModelSource
+from palio.causal_model import examine
+from palio.config import BaseModelSource, FinetuneRecipe
 from palio.errors import BadInput
+from palio.records import Layers, Unsupported
 from tests.unit.test_tokens import byte_level
 
 VOCABULARY = 400
@@ -111,14 +116,14 @@ def saved(model: Any, folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_a_causal_model_with_its_tokenizer_is_supported(name: str, tmp_path: Path) -> None:
-    assert unsupported(saved(SUPPORTED[name](), tmp_path)) is None
+    assert isinstance(examine(saved(SUPPORTED[name](), tmp_path)), Layers)
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_a_model_of_another_kind_is_named_with_the_way_out(name: str, tmp_path: Path) -> None:
     model, why = UNSUPPORTED[name]
-    found = unsupported(saved(model(), tmp_path))
-    assert found is not None
+    found = examine(saved(model(), tmp_path))
+    assert isinstance(found, Unsupported)
     assert re.match(why, found.why), found
     assert found.fix
     assert "\n" not in found.why
@@ -174,8 +179,8 @@ def test_what_is_wrong_with_a_models_files_is_named(
 ) -> None:
     folder = saved(SUPPORTED["llama"](), tmp_path)
     spoil(folder)
-    found = unsupported(folder)
-    assert found is not None
+    found = examine(folder)
+    assert isinstance(found, Unsupported)
     assert re.match(why, f"{found.why}; {found.fix}"), found
 
 
@@ -186,3 +191,59 @@ def test_a_base_model_is_fetched_with_what_keeps_it_from_being_trained(tmp_path:
     manifest = fetch_base_model(BaseModelSource(path=str(folder)), tmp_path / "out")
     with pytest.raises(BadInput, match=r"base_model: path is .*bert: is an encoder, whose .*; use a decoder"):
         manifest.require_supported()
+
+
+MIXTRAL = {**SIZE, "num_key_value_heads": 2, "num_local_experts": 4}
+LAYERS: dict[str, Callable[[], Any]] = {
+    "llama": SUPPORTED["llama"],
+    "gpt2": SUPPORTED["gpt2"],
+    "mamba": SUPPORTED["mamba"],
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**MIXTRAL)),
+    "falcon": lambda: FalconForCausalLM(
+        FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "line"),
+    [
+        ("llama", {"method": "qlora"}, None),
+        ("gpt2", {"method": "qlora"}, None),  # its Conv1D is quantized
+        (
+            "falcon",
+            {"method": "qlora"},
+            r"method is 'qlora': bitsandbytes quantizes 0% .* in FalconLinear as",
+        ),
+        ("mixtral", {"method": "qlora"}, r"bitsandbytes quantizes \d+% .* leaves \d+% in MixtralExperts as"),
+        ("mixtral", {"method": "lora"}, None),
+        ("falcon", {"method": "lora"}, None),
+        (
+            "mamba",
+            {"method": "lora"},
+            r"target_modules is 'all-linear': peft: .*out_proj.*; name some of .*x_p",
+        ),
+        ("mamba", {"method": "lora", "target_modules": ["x_proj"]}, None),
+        ("mamba", {"method": "full"}, None),
+        ("gpt2", {"target_modules": ["lm_head"]}, r"ties the weights of lm_head .*; remove lm_head"),
+        ("gpt2", {"modules_to_save": ["wte"]}, r"modules_to_save is .* ties the weights of wte"),
+        ("llama", {"modules_to_save": ["lm_head"]}, None),  # not tied
+    ],
+)
+def test_a_recipe_that_a_base_model_does_not_allow_is_known_from_its_config(
+    name: str, recipe: dict[str, Any], line: str | None, tmp_path: Path
+) -> None:
+    folder = saved(LAYERS[name](), tmp_path / "model")
+    manifest = fetch_base_model(BaseModelSource(path=str(folder)), tmp_path / "out")
+    found = [str(fault) for fault in manifest.recipe_faults(FinetuneRecipe.model_validate(recipe))]
+    assert len(found) == (line is not None)
+    if line is not None:
+        assert re.search(line, found[0]), found
+
+
+def test_the_share_that_is_quantized_is_of_all_parameters(tmp_path: Path) -> None:
+    layers = examine(saved(SUPPORTED["llama"](), tmp_path))
+    assert isinstance(layers, Layers)
+    linear = 4 * 32 * 32 + 3 * 32 * 64
+    assert layers.quantized == pytest.approx(linear / (linear + 2 * VOCABULARY * 32 + 3 * 32), abs=1e-4)
+    assert layers.left == {}

@@ -250,6 +250,7 @@ MEASURED = Measured(
     rows_kept=1.0,
     tokens_per_row=300,
     seconds_per_token=0.01,
+    quantized=0.96,
 )
 
 

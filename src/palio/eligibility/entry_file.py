@@ -25,7 +25,7 @@ from palio.config import (
 )
 from palio.credentials import FIX, credentials, credentials_in
 from palio.eligibility.check import approved_model, violations
-from palio.eligibility.lineage import lineage_violations, model_facts, unsupported_violations
+from palio.eligibility.lineage import base_model_violations, lineage_violations, model_facts
 from palio.eligibility.neighbours import Participants, violations_among
 from palio.errors import BadInput, RuleViolation
 from palio.incoming import Incoming, saved_tables
@@ -89,8 +89,8 @@ def check_file(file: Path, against: CheckedAgainst, among: EntryFolders | None =
             found += lineage_violations(entry.base_model, model_facts(folder), rules)
             break
     manifest = RESOURCES.base_model(entry.base_model.id).manifest
-    if (entry.finetune or entry.server is None) and manifest.is_file():
-        found += unsupported_violations(read_record(BaseModelManifest, manifest))
+    if manifest.is_file():
+        found += base_model_violations(read_record(BaseModelManifest, manifest), entry)
     family = approved_model(entry.base_model, rules)
     if found or family is None:
         return Checked(file, found, notices)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from palio.base_model import card_facts
-from palio.config import BaseModelSource, RuleSet
+from palio.config import BaseModelSource, Entry, RuleSet
 from palio.eligibility.check import approved_address, approved_model, first_match
 from palio.records import BaseModelManifest, Violation
 
@@ -77,11 +77,14 @@ def lineage_violations(source: BaseModelSource, facts: ModelFacts, rules: RuleSe
         )
 
 
-def unsupported_violations(manifest: BaseModelManifest) -> Iterator[Violation]:
-    """Yield a violation if Palio cannot train, package and serve the base model."""
-    if manifest.unsupported is not None:
+def base_model_violations(manifest: BaseModelManifest, entry: Entry) -> Iterator[Violation]:
+    """Yield what keeps Palio from training a base model with the entry's recipe, packaging and serving it."""
+    if manifest.unsupported is not None and (entry.finetune or entry.server is None):
         key = f"base_model.{manifest.source.kind}"
         yield Violation(rule="base_model.unsupported", key=key, **manifest.unsupported.model_dump())
+    for fault in manifest.recipe_faults(entry.finetune) if entry.finetune else ():
+        key, why = f"{fault.file}.{fault.key}", f"is {fault.value!r}: {fault.why}"
+        yield Violation(rule="finetune.base_model", key=key, why=why, fix=fault.fix)
 
 
 def _json(path: Path) -> dict[str, Any]:

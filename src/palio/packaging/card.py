@@ -79,6 +79,9 @@ def _training(trained: AdapterManifest | None) -> list[tuple[str, str]]:
     if trained is None:
         return [("Fine-tuning", "none")]
     method = trained.recipe.get("method", "own program")
+    quantized = []
+    if trained.quantized is not None:
+        quantized = [("Quantized in training", f"{trained.quantized:.1%} of the parameters")]
     return [
         ("Dataset sha256", f"`{trained.dataset_sha256}`"),
         (
@@ -86,5 +89,6 @@ def _training(trained: AdapterManifest | None) -> list[tuple[str, str]]:
             f"{method}, {trained.steps} of {trained.planned_steps} steps on {trained.rows} rows, "
             f"{trained.state.replace('_', ' ')}",
         ),
+        *quantized,
         ("Adapter fingerprint", f"`{trained.fingerprint}`"),
     ]

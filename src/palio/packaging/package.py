@@ -48,6 +48,9 @@ TOLERANCE = 1e-3
 DIVERGENCE = 1e-2
 """Largest mean KL divergence of the package from the trained model, in nats."""
 
+TOKENS = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
+"""Keys of generation_config.json that a package keeps."""
+
 PROBES = (
     "The capital of France is",
     "Question: What is 17 + 25?\nAnswer:",
@@ -194,7 +197,8 @@ def _ends(base: Path, trained: AdapterManifest | None) -> set[int]:
 def probe_logits(model: Any, tokenizer: Any) -> list[torch.Tensor]:
     """Return the (positions, vocabulary) logits of each probe text."""
     batches = (tokenizer(text, add_special_tokens=False, return_tensors="pt") for text in PROBES)
-    return [model(input_ids=batch["input_ids"]).logits[0].float() for batch in batches]
+    # Without a cache, which transformers makes wrong for some models of linear attention.
+    return [model(input_ids=batch["input_ids"], use_cache=False).logits[0].float() for batch in batches]
 
 
 def largest_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
@@ -203,19 +207,35 @@ def largest_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> fl
 
 
 def _complete(folder: Path, ends: set[int]) -> None:
-    """Make the generation config, which everyone who loads the model uses, stop at the trained end tokens."""
+    """Make the generation config, which everyone who loads the model uses, stop at the trained end tokens.
+
+    It names tokens alone. Forced tokens, penalties and sampling defaults of the base model's would make
+    `generate` answer otherwise than the server, which gives the model's own probabilities.
+    """
     path = folder / "generation_config.json"
     if not path.is_file():
         GenerationConfig.from_model_config(
             AutoConfig.from_pretrained(folder, trust_remote_code=False)
         ).save_pretrained(folder)
     content = json.loads(path.read_text(encoding="utf-8"))
-    named = content.get("eos_token_id")
-    known = set(named if isinstance(named, list) else [] if named is None else [named])
+    kept = {key: content[key] for key in TOKENS if content.get(key) is not None}
+    named = kept.get("eos_token_id", [])
+    known = set(named if isinstance(named, list) else [named])
     if not ends <= known:
-        content["eos_token_id"] = sorted(known | ends)
-        path.unlink()  # it may be a link to the base model's
-        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        kept["eos_token_id"] = sorted(known | ends)
+    _rewrite(path, content, kept)
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        # Code of its own beside a family that transformers knows: nobody needs it, and loaders ask about it.
+        _rewrite(path, content, {key: value for key, value in content.items() if key != "auto_map"})
+
+
+def _rewrite(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Write a JSON file if its content changes; it may be a link to the base model's, which stays."""
+    if new != old:
+        path.unlink()
+        path.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _link_files(source: Path, target: Path, *, weights: bool) -> None:

@@ -25,8 +25,8 @@ MFU, MFU_COMPILED = 0.35, 0.45
 """Share of the peak that fine-tuning reaches; the second with `compile_layers`."""
 ACTIVATIONS, ACTIVATIONS_COMPILED, ACTIVATIONS_CHECKPOINTED = 42, 33, 2
 """Bytes a hidden unit, layer and token, in bf16."""
-WEIGHT_BYTES = {"lora": 2.0, "qlora": 0.6, "full": 2.0}
-"""A parameter: bf16, or 4 bits with their scales and the layers that stay in bf16."""
+WEIGHT_BYTES = {"nf4": 0.52, "fp4": 0.52, "int8": 1.0}
+"""A quantized parameter, with its share of the scales (double quantization: arXiv 2305.14314); others: 2."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Measured:
     tokens_per_row: float
     seconds_per_token: float
     """Of training, on this machine."""
+    quantized: float = 0.0
+    """Share of the parameters that are quantized in training."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ def estimate(
 
 
 def _bytes(recipe: FinetuneRecipe, measured: Measured, config: Mapping[str, Any], gpu: bool) -> float:
-    width = WEIGHT_BYTES[recipe.method] if gpu else 4.0
+    width = 4.0
+    if gpu:
+        width = 2.0 * (1 - measured.quantized) + WEIGHT_BYTES[recipe.quantization] * measured.quantized
     hidden, layers = int(config.get("hidden_size", 0)), int(config.get("num_hidden_layers", 0))
     vocabulary = int(config.get("vocab_size", 0))
     # The longest rows decide: batches are padded or packed up to max_length.
@@ -112,6 +116,7 @@ def measure(folder: EntryFolder) -> Measured | None:
         rows_kept=dataset.rows / read if read else 1.0,
         tokens_per_row=training.tokens / max(1, rows_trained),
         seconds_per_token=training.training_seconds / training.tokens,
+        quantized=adapter.quantized or 0.0,
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from palio import provenance
-from palio.config import BaseModelSource
+from palio.config import BaseModelSource, FinetuneRecipe
 from palio.errors import BadInput, State
 from palio.records.common import EntryRecord, Part, Record, read_record
 
@@ -48,6 +49,43 @@ class Unsupported(Part):
     """The way out."""
 
 
+class Layers(Part):
+    """What LoRA and QLoRA find in a base model, as its config tells."""
+
+    linear: tuple[str, ...]
+    """Names of its linear layers, which `target_modules` may have."""
+    tied: tuple[str, ...]
+    """Names of modules that share their weights: to train one would change the others in the package."""
+    all_linear: str = ""
+    """Why peft cannot adapt all linear layers; empty if it can."""
+    quantized: float
+    """Share of its parameters that qlora quantizes."""
+    left: dict[str, float]
+    """By class of layer, the share of matrices that it does not, besides embeddings and output."""
+
+    def recipe_faults(self, recipe: FinetuneRecipe) -> Iterator[BadInput]:
+        """Yield what is wrong with a recipe for this base model."""
+        if recipe.method == "full":
+            return
+        targets = recipe.target_modules
+        if targets == "all-linear" and self.all_linear:
+            fix = f"name some of {', '.join(self.linear)}"
+            yield BadInput("finetune", "target_modules", targets, why=self.all_linear, fix=fix)
+        for key, names in (("target_modules", targets), ("modules_to_save", recipe.modules_to_save)):
+            ends = [name.rpartition(".")[2] for name in names] if isinstance(names, tuple) else []
+            if shared := sorted({*ends} & {*self.tied}):
+                why = f"the base model ties the weights of {shared[0]} to another module's"
+                yield BadInput("finetune", key, names, why=why, fix=f"remove {shared[0]}")
+        if recipe.method == "qlora" and sum(self.left.values()) > self.quantized:
+            most = max(self.left, key=lambda kind: self.left[kind])
+            why = (
+                f"bitsandbytes quantizes {self.quantized:.0%} of this base model's parameters and leaves "
+                f"{self.left[most]:.0%} in {most} as they are"
+            )
+            fix = "use lora, or another base model"
+            yield BadInput("finetune", "method", recipe.method, why=why, fix=fix)
+
+
 class BaseModelManifest(Record):
     """A base model as it was fetched."""
 
@@ -59,6 +97,8 @@ class BaseModelManifest(Record):
     """sha256 by relative path."""
     unsupported: Unsupported | None = None
     """Why Palio cannot train, package and serve it; null if it can."""
+    layers: Layers | None = None
+    """What LoRA and QLoRA find in it; null if it is unsupported."""
 
     @property
     def fingerprint(self) -> str:
@@ -70,6 +110,10 @@ class BaseModelManifest(Record):
         if self.unsupported is not None:
             facts = self.unsupported.model_dump()
             raise BadInput("base_model", self.source.kind, self.source.address, **facts)
+
+    def recipe_faults(self, recipe: FinetuneRecipe) -> Iterator[BadInput]:
+        """Yield what keeps a supported base model from being trained with a recipe."""
+        yield from self.layers.recipe_faults(recipe) if self.layers else ()
 
 
 class SourceReport(Part):
@@ -212,6 +256,8 @@ class AdapterManifest(EntryRecord):
     """The step whose weights were kept, where rows were held out for validation; None: the last."""
     validation_loss: float | None = None
     """Validation loss at that step."""
+    quantized: float | None = None
+    """Share of the base model's parameters that were quantized in training; None without qlora."""
     batching: Literal["end to end", "padded"] | None = None
     """How rows shared a forward pass; None for a team's program."""
     batching_difference: float | None = None

@@ -288,7 +288,7 @@ def _full_config(base_model: Path) -> dict[str, Any]:
     """The base model's config with the defaults that its file leaves out."""
     from transformers import AutoConfig
 
-    config: dict[str, Any] = AutoConfig.from_pretrained(base_model).to_dict()
+    config: dict[str, Any] = AutoConfig.from_pretrained(base_model, trust_remote_code=False).to_dict()
     return config | {"rope_parameters": config.get("rope_parameters") or {}}
 
 
@@ -337,7 +337,7 @@ print("ready", flush=True)
 folder, vocabulary, seconds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + 1
 resource.setrlimit(resource.RLIMIT_CPU, (used + seconds, used + seconds))
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 texts = ["The capital of France is", "a" * 4000, " " * 4000, "ab" * 2000 + "!", "\\n" * 1000, "1" * 4000]
 if max(max(tokenizer(text)["input_ids"], default=0) for text in texts) >= vocabulary:
     print("uses tokens that the base model has no embedding for: it has", vocabulary)

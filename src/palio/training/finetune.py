@@ -22,7 +22,8 @@ from palio.errors import BadInput, Crashed, Interrupted, OutOfMemory, TimeLimit
 from palio.heartbeat import HeartbeatWriter
 from palio.layout import TrainingFolder
 from palio.provenance import atomic_path, library_versions
-from palio.records import AdapterManifest
+from palio.quantization import quantized_share
+from palio.records import AdapterManifest, BaseModelManifest, read_record
 from palio.training.batching import choose_batching
 from palio.training.checkpoint import load_checkpoint, save_checkpoint
 from palio.training.device import hardware, nvml_gpu, training_device
@@ -70,6 +71,8 @@ def finetune(recipe: FinetuneRecipe, step: TrainingStep) -> AdapterManifest:
         ) as training.dashboards:
             return training.run(base_model)
 
+    for fault in read_record(BaseModelManifest, step.base_model.manifest).recipe_faults(recipe):
+        raise fault
     return adapter_of(step, recipe.model_dump(mode="json"), RECIPE_VERSION, train)
 
 
@@ -87,6 +90,7 @@ class _Training:
         self.best: dict[str, Any] | None = None  # step, loss and parameters of the lowest validation loss
         self.validations_since_best = 0
         self.tokens = 0
+        self.quantized: float | None = None
         self.slowest = {"step": 0.0, "save": 0.0, "validation": 0.0}  # seconds
         self.dashboards: Sink = lambda row: None
         self.heartbeat_file = step.folder.heartbeat("finetune")
@@ -133,6 +137,7 @@ class _Training:
             "rows_cut": too_long.cut,
             "answers_left_out": too_long.answers,
             "final_loss": sum(last) / len(last),
+            "quantized": self.quantized,
             "batching": self.batching.rows,
             "batching_difference": float(f"{self.batching.difference:.2g}"),
             "best_step": self.best["step"] if self.best else None,
@@ -160,15 +165,9 @@ class _Training:
         return rows, too_long
 
     def _trainer(self, rows: list[Row]) -> Trainer:
-        try:
-            model = load_model(self.model_folder, self.recipe, self.device)
-        except ValueError as error:
-            if "target modules" not in str(error).lower():
-                raise
-            why, fix = "matches no module of the base model", "name its linear layers or use all-linear"
-            raise BadInput(
-                "finetune", "target_modules", self.recipe.target_modules, why=why, fix=fix
-            ) from None
+        model = load_model(self.model_folder, self.recipe, self.device)
+        if self.recipe.method == "qlora":
+            self.quantized = round(quantized_share(model.get_base_model())[0], 4)
         if self.recipe.lora_init == "pissa":
             model.save_pretrained(self.work.initial_adapter)
         every = [*rows, *self.held_out]

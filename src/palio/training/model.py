@@ -37,7 +37,7 @@ def base_dtype(device: torch.device, method: str) -> torch.dtype:
 def load_model(folder: Path, recipe: FinetuneRecipe, device: torch.device) -> Any:
     """Load the base model of `folder`, adapted according to the recipe.
 
-    Raises peft's ValueError if the LoRA target modules match nothing.
+    Raises BadInput as `adapt` does.
     """
     settings: dict[str, Any] = {"dtype": base_dtype(device, recipe.method), "device_map": str(device)}
     if recipe.method == "qlora":
@@ -50,7 +50,10 @@ def load_model(folder: Path, recipe: FinetuneRecipe, device: torch.device) -> An
 
 
 def adapt(model: Any, recipe: FinetuneRecipe) -> Any:
-    """Return `model` with the recipe's trainable parameters: an adapter initialized from the seed, or all."""
+    """Return `model` with the recipe's trainable parameters: an adapter initialized from the seed, or all.
+
+    Raises BadInput if peft cannot adapt the target modules, or if the base model ties one to another module.
+    """
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(recipe.seed)
@@ -71,7 +74,12 @@ def adapt(model: Any, recipe: FinetuneRecipe) -> Any:
         init_lora_weights="pissa_niter_16" if recipe.lora_init == "pissa" else True,
     )
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
-    adapted = get_peft_model(model, settings)
+    try:
+        adapted = get_peft_model(model, settings)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        why = f"peft cannot adapt it: {str(error).strip().partition(chr(10))[0]}"
+        fix = "name linear layers of the base model"
+        raise BadInput("finetune", "target_modules", targets, why=why, fix=fix) from error
     if embeddings[1] is not None and embeddings[0].weight is embeddings[1].weight:
         _refuse_tied(adapted, embeddings, recipe)
     _fuse(adapted)
@@ -122,11 +130,11 @@ def _fuse(model: Any) -> None:
     peft's forward makes three more passes over activations as wide as the layer (scale, add, cast to fp32
     and back under autocast), an eighth of a training step of the demo's model.
     """
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners import lora
 
+    kinds = {lora.Linear, *(getattr(lora, name, None) for name in ("Linear4bit", "Linear8bitLt"))}
     for module in model.modules():
-        plain = isinstance(module, LoraLayer) and "default" in module.lora_A
-        if plain and not module.lora_variant:  # DoRA has a forward of its own
+        if type(module) in kinds and not module.lora_variant:  # DoRA and experts have a forward of their own
             module.__class__ = _fused(type(module))  # type: ignore[arg-type]
 
 

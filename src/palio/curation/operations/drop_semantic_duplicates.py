@@ -78,9 +78,11 @@ class _Embedder:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self._tokenizer.pad_token = self._tokenizer.pad_token or self._tokenizer.eos_token
-        self._model: Any = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
+        self._model: Any = AutoModel.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True
+        ).eval()
 
     def vectors(self, texts: list[str]) -> Iterator[Vectors]:
         """Yield unit vectors, so that a dot product is a cosine: the mean of the last hidden states over a

@@ -62,5 +62,5 @@ def _token_counter(base_model: Path) -> Callable[[list[str]], list[int]]:
         return lambda texts: [len(ids) for ids in fast.encode_batch_fast(texts, add_special_tokens=False)]
     from transformers import AutoTokenizer
 
-    slow = AutoTokenizer.from_pretrained(base_model)
+    slow = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
     return lambda texts: [len(ids) for ids in slow(texts, add_special_tokens=False)["input_ids"]]
