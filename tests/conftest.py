@@ -31,7 +31,9 @@ class TogetherScheduling(LoadScopeScheduling):  # type: ignore[misc]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/slurm/"))  # what takes longest begins first
+    """What takes longest begins first."""
+    folders = ("tests/slurm/", "tests/e2e/")
+    items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in folders])
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TogetherScheduling:
