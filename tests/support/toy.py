@@ -71,7 +71,7 @@ class Toy:
     async def blocking(self, request: Request) -> Response:
         """As 201 of 202 entries of 2023: the event loop waits for the completion."""
         body = await request.json()
-        time.sleep(0.7 if body.get("max_new_tokens", 0) >= 32 else 0)
+        time.sleep(2.0 if body.get("max_new_tokens", 0) >= 32 else 0)
         return self.process(body)
 
     def process(self, body: dict[str, Any]) -> Response:
