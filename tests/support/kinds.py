@@ -148,7 +148,7 @@ class Blocks(Serving):
         self.app.post("/process")(self.waited_for)
 
     async def waited_for(self, body: Body) -> Any:
-        time.sleep(0.7 if body.get("max_new_tokens", 0) >= 32 else 0)
+        time.sleep(2.0 if body.get("max_new_tokens", 0) >= 32 else 0)
         return completion(body)
 
 
