@@ -1,13 +1,14 @@
 # make demo    the demo competition on this machine        make test    all tests
 # make check   formatters, linters, types                  make lock    refresh envs/lock.txt
 # make slurm-demo    the demo competition on a SLURM cluster of its own, started on this machine
+# make test-slow     what make test shows in small, at full size: half an hour
 # make test-setup    make env on a bare Debian without a compiler
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: env demo slurm-demo test test-setup check lock system
+.PHONY: env demo slurm-demo test test-slow test-setup check lock system
 
 demo: env
 	snakemake --profile local
@@ -21,6 +22,9 @@ slurm-demo: env system
 # Three processes on two cores: SLURM jobs in a queue and limits that run out leave cores idle.
 test: env system
 	python -m pytest --numprocesses 3 --no-loadscope-reorder
+
+test-slow: env system
+	python -m pytest -m slow
 
 test-setup:
 	$(PYTHON) tests/setup/bare_debian.py

@@ -20,6 +20,7 @@ from tests.support.folder import DEMO_ENTRIES, WorkingFolder
 from tests.support.programs import HANDS_IN
 from tests.support.training import tiny_base_model
 
+pytestmark = pytest.mark.slow  # tests/attacks and tests/unit try each of the twenty alone
 HONEST = ("curated", "untuned")
 TEAMS = "resources/teams"
 ROWS = [{"prompt": f"Is {number} even?", "completion": " yes"} for number in range(40)]

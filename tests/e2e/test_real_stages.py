@@ -108,6 +108,7 @@ def test_perturbed_questions_are_asked_beside_the_plain_ones(evaluated: Evaluate
     assert {"mild_mix", "dialect"} <= set(kinds.to_pylist())
 
 
+@pytest.mark.slow  # test_editions.py prepares a hundredth of it
 @pytest.mark.parametrize("edition", ["neurips2023", "neurips2023_fair"])
 def test_the_full_budget_is_prepared_in_two_minutes_of_two_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edition: str
