@@ -184,9 +184,10 @@ def test_transposed_layers_are_dequantised_as_they_were_trained(tiny: Path, tmp_
 
 def test_an_adapter_that_differs_from_its_manifest_is_refused(entry: Entry) -> None:
     (entry.folder / "adapter" / "adapter_config.json").write_text("{}")
+    before = entry.folder.joinpath("package.json").read_bytes()
     with pytest.raises(Crashed, match=r"differs from adapter\.json; run finetune again"):
         package(entry)
-    assert not (entry.folder / "package.json").exists()
+    assert entry.folder.joinpath("package.json").read_bytes() == before, "the earlier package stands"
 
 
 def test_the_largest_difference_is_found_and_nan_is_not_lost() -> None:
