@@ -277,7 +277,7 @@ def test_what_an_h200_took_is_what_is_estimated(
 ) -> None:
     """benchmarks/finetune.py --device cuda --shape 7b --batch-size 16: at most 9 258 tokens a step."""
     recipe = FinetuneRecipe(max_steps=1, batch_size=16, compile_layers=compiled)
-    llama = replace(MEASURED, parameters=6_738_415_616, trained_parameters=39_976_960)
+    llama = replace(MEASURED, parameters=6_738_415_616, trained_parameters=39_976_960, quantized=0.0)
 
     def told(tokens_per_row: float) -> Estimate:
         measured = replace(llama, tokens_per_row=tokens_per_row)
@@ -289,7 +289,7 @@ def test_what_an_h200_took_is_what_is_estimated(
 
 
 def test_full_fine_tuning_of_seven_billion_does_not_fit() -> None:
-    full = replace(MEASURED, trained_parameters=MEASURED.parameters)
+    full = replace(MEASURED, trained_parameters=MEASURED.parameters, quantized=0.0)
     told = estimate(FinetuneRecipe(method="full"), track(gpu_model="a100"), full, 1000, MISTRAL)
     assert told.training_bytes > 40e9
 

@@ -143,7 +143,9 @@ def test_a_release_that_was_changed_is_found(
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("leak", [CLOSED_TEXT, "token: hf_" + "a" * 34, "-----BEGIN RSA PRIVATE KEY-----"])
+@pytest.mark.parametrize(
+    "leak", [CLOSED_TEXT, "token: hf_" + "aB3dE5fG7h" * 3, "-----BEGIN RSA PRIVATE KEY-----"]
+)
 @pytest.mark.parametrize("file", ["results/report/index.html", "results/laptop/curated/dataset/card.md"])
 def test_a_closed_text_or_a_credential_stops_the_release(folder: Path, file: str, leak: str) -> None:
     with (folder / file).open("a") as stream:
