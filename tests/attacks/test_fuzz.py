@@ -28,7 +28,7 @@ from palio.config import DatasetRecipe, load_competition, parse
 from palio.curation.source import read_source
 from palio.eligibility.entry_file import check_file, participants
 from palio.errors import PalioError
-from palio.evaluation.client import Unanswered, held_to
+from palio.evaluation.reply import Unanswered, checked_reply
 from palio.incoming import shard_names
 from palio.limits import bounded, in_child
 from palio.markup import terminal
@@ -255,6 +255,6 @@ def test_replies_of_servers() -> None:
         except (ValueError, RecursionError):
             return  # the gateway's and the client's to name
         if isinstance(reply, dict):
-            assert len(json.dumps(held_to(reply, body))) < 1 << 16
+            assert len(json.dumps(checked_reply(reply, body))) < 1 << 16
 
     fuzz(mutated(REPLY).map(as_json).flatmap(torn), hold)
