@@ -189,7 +189,10 @@ def night(
 def test_the_others_finish_and_the_run_ends_with_the_failures_named(night: Night) -> None:
     assert night.exit_code == 1
     assert read_record(AdapterManifest, night.of("good") / "adapter.json").state == "finished"
-    assert len(night.attempts("good")) == 1, "what is finished is not run again"
+    # On a slow machine it trains when its node is lost; what is finished is not run again.
+    assert [one.state is State.FINISHED for one in night.attempts("good")].index(True) == (
+        len(night.attempts("good")) - 1
+    )
 
 
 def test_a_poisoned_entry_trains_once_and_is_refused_after(night: Night) -> None:

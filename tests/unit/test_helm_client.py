@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,18 +40,38 @@ def test_a_stop_sequence_in_an_echoed_prompt_is_no_end() -> None:
     assert cut_completion(whole, ["\n"], kept=4).text == "Q\nA: 4"
 
 
-def test_an_answer_is_asked_for_once_and_a_torn_line_of_the_journal_again(tmp_path: Path) -> None:
+def test_an_answer_is_asked_for_once_and_a_torn_line_of_the_journal_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     journal = tmp_path / "answers.jsonl"
     first, second = Request(prompt="one", max_tokens=2), Request(prompt="two", max_tokens=2)
     with serving(Toy()) as toy:
         client = EntryClient(toy.base_url, str(journal), cut=True, deadline=FAR)
         given = [client.make_request(request) for request in (first, second)]
         journal.write_bytes(journal.read_bytes()[:-5])
+        monkeypatch.setattr(Journal, "_opened", {})  # another process
         again = EntryClient(toy.base_url, str(journal), cut=True, deadline=FAR)
         answers = [again.make_request(request) for request in (first, second)]
     assert [one.completions for one in answers] == [one.completions for one in given]
     assert [one.cached for one in answers] == [True, False]
     assert len(Journal(journal).replies) == 2
+
+
+def test_clients_that_helm_makes_in_parallel_lose_and_misplace_no_answer(tmp_path: Path) -> None:
+    journal = tmp_path / "answers.jsonl"
+    requests = [Request(prompt=f"question {number}", max_tokens=2) for number in range(64)]
+
+    def ask(request: Request) -> str:
+        client = EntryClient(toy.base_url, str(journal), cut=True, deadline=FAR)
+        (answer,) = client.make_request(request).completions
+        return str(answer.text)
+
+    with serving(Toy(answer=lambda prompt: prompt.split()[1])) as toy, ThreadPoolExecutor(16) as threads:
+        given = list(threads.map(ask, requests))
+        again = list(threads.map(ask, requests))
+    assert again == given == [str(number) for number in range(64)]
+    assert toy.served == 64
+    assert len(list(JournalReader(journal).answers())) == 64
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ class EntryClient(Client):  # type: ignore[misc]
 
     def __init__(self, base_url: str, journal: str, cut: bool, deadline: float) -> None:
         self.base_url = base_url
-        self.journal = Journal(Path(journal))
+        self.journal = Journal.at(Path(journal))
         self.cut = cut
         self.deadline = deadline
         self.reachable = True

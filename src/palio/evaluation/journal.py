@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 LIMIT = "the stage's limit ran out"
 BROKEN = "connection broken"
@@ -54,6 +54,18 @@ class JournalReader:
 
 class Journal:
     """Keeps answers on disk, safe against threads of this process and a kill at any time."""
+
+    _opened: ClassVar[dict[Path, Journal]] = {}
+    _opening: ClassVar[threading.Lock] = threading.Lock()
+
+    @classmethod
+    def at(cls, path: Path) -> Journal:
+        """The process's one journal at a path. HELM 0.5.16 makes several clients of one server if its first
+        requests come in parallel, and two journals would cut and misplace each other's lines."""
+        with cls._opening:
+            if path not in cls._opened:
+                cls._opened[path] = cls(path)
+            return cls._opened[path]
 
     def __init__(self, path: Path) -> None:
         self.path = path
