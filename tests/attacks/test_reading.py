@@ -115,7 +115,7 @@ def test_processes_outside_are_neither_seen_nor_reached_by_a_signal(attack: Atta
     done = attack(
         f"""
 import os, signal
-print("seen", sum(name.isdigit() for name in os.listdir("/proc")))
+print("seen", sum(name.isdigit() for name in os.listdir("/proc")), flush=True)  # the first signal ends it all
 for pid in (-1, {os.getpid()}, {os.getppid()}):
     try:
         os.kill(pid, signal.SIGKILL)
