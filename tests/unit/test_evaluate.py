@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from palio.errors import Crashed, RuleViolation, State
@@ -85,6 +86,10 @@ def test_the_limit_stops_the_asking_and_a_rerun_asks_only_the_rest(
     assert [one.state for one in scored.runs] == [State.FINISHED] * 2
     assert scored.runs[1].answered == 6
     assert scored.state is State.TIME_LIMIT
+    values = pq.read_table(entry_dir / "helm/open/metrics.parquet").to_pylist()
+    exact = [row for row in values if row["metric"] == "exact_match"]
+    assert sum(row["n"] for row in exact) == SMALL + LARGE
+    assert {row["value"] for row in exact} == {0}, "what is not answered is wrong"
 
     fast = Toy()
     whole = run(stage, entry_dir, fast, time_limit=600)

@@ -57,7 +57,7 @@ def test_an_answer_is_asked_for_once_and_a_torn_line_of_the_journal_again(
     assert len(Journal(journal).replies) == 2
 
 
-def test_clients_that_helm_makes_in_parallel_lose_and_misplace_no_answer(tmp_path: Path) -> None:
+def test_clients_that_helm_makes_in_parallel_lose_no_answer(tmp_path: Path) -> None:
     journal = tmp_path / "answers.jsonl"
     requests = [Request(prompt=f"question {number}", max_tokens=2) for number in range(64)]
 
