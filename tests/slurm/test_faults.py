@@ -82,9 +82,8 @@ def prepare(folder: WorkingFolder, tiny: Path) -> None:
     def tracks(config: dict[str, Any]) -> None:
         known = config["tracks"]
         plain = {name: value for name, value in known["a100"].items() if name != "gpu_model"}
-        known["rtx4090"]["training_budget"] = (
-            "120s"  # still training when its node is lost, on a busy machine
-        )
+        # Long enough to be training when its node is lost, on a busy machine too.
+        known["rtx4090"]["training_budget"] = "120s"
         known["narrow"] = {**plain, "ram_gb": 2}
         known["short"] = {**plain, "training_budget": "60s", "training_margin": "60s"}
         known["typo"] = plain
@@ -190,10 +189,10 @@ def night(
 def test_the_others_finish_and_the_run_ends_with_the_failures_named(night: Night) -> None:
     assert night.exit_code == 1
     assert read_record(AdapterManifest, night.of("good") / "adapter.json").state == "finished"
-    # On a slow machine it trains when its node is lost; what is finished is not run again.
-    assert [one.state is State.FINISHED for one in night.attempts("good")].index(True) == (
-        len(night.attempts("good")) - 1
-    )
+    *lost, last = night.attempts("good")
+    assert last.state is State.FINISHED, "what is finished is not run again"
+    # On a slow machine it still trains when its node is lost, and SLURM requeues its job.
+    assert all(one.state in (None, State.INTERRUPTED) and one.job == last.job for one in lost)
 
 
 def test_a_poisoned_entry_trains_once_and_is_refused_after(night: Night) -> None:

@@ -69,6 +69,21 @@ class Journal:
                 cls._opened[path] = cls(path)
             return cls._opened[path]
 
+    _opened: ClassVar[dict[Path, Journal]] = {}
+    _opening: ClassVar[threading.Lock] = threading.Lock()
+
+    @classmethod
+    def at(cls, path: Path) -> Journal:
+        """Return the process's one journal at a path.
+
+        HELM 0.5.16 makes several clients if its first requests come in parallel. With a journal each, the
+        later ones would cut off lines that the earlier ones had just written.
+        """
+        with cls._opening:
+            if path not in cls._opened:
+                cls._opened[path] = cls(path)
+            return cls._opened[path]
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lock = threading.Lock()
