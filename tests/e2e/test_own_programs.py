@@ -1,6 +1,6 @@
-"""Two teams bring their own programs: one trains with its own script, one serves as many did in 2023.
+"""Teams bring their own programs: one trains and serves with its own, one serves as many did in 2023.
 
-The workflow, HELM and the confinement are real; the model is tiny and its weights are random.
+The workflow, HELM and both confinements are real; the model is tiny and its weights are random.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from tests.support.folder import WorkingFolder
 from tests.support.training import tiny_base_model
 
 EXAMPLES = "config/entries/examples"
+ENTRY = "results/laptop/trained_and_served"
+TRAINED = "results/laptop/peft_script"
+SERVER = "results/laptop/server2023"
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Iterator[WorkingFolder]:
-    """The trained example up to its package, after which it is as any; the server through both stages."""
     base = tiny_base_model(tmp_path_factory.mktemp("base"), base_model) / "model"
     folder = WorkingFolder.create(tmp_path_factory.mktemp("e2e") / "competition")
 
@@ -30,24 +32,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Iter
             name, scenario = next(iter(stage["scenarios"].items()))
             stage["scenarios"] = {name: scenario | {"max_eval_instances": 3}}
 
-    def approve(rules: dict[str, Any]) -> None:
-        rules["base_models"][0]["sources"].append(f"path:{base}")
+    def start_from_tiny(content: dict[str, Any]) -> None:
+        content["base_model"] = {"path": str(base)}
 
-    def start_from_tiny(entry: dict[str, Any]) -> None:
-        entry["base_model"] = {"path": str(base)}
-
-    def train_less(entry: dict[str, Any]) -> None:
-        entry["command"]["run"] = ["python", "train.py", "--max-steps", "2", "--batch-size", "2"]
+    def train_less(content: dict[str, Any]) -> None:
+        content["command"]["run"] = ["python", "train.py", "--max-steps", "2", "--batch-size", "2"]
 
     folder.edit_yaml("config/config.yaml", competition)
-    folder.edit_yaml("config/rulesets/demo.yaml", approve)
-    for entry in ("peft_script", "server2023"):
-        folder.edit_yaml(f"{EXAMPLES}/{entry}.yaml", start_from_tiny)
-    folder.edit_yaml(f"{EXAMPLES}/peft_script.yaml", train_less)
-    results = "results/laptop"
-    done = folder.snakemake(
-        f"{results}/peft_script/package.json", f"{results}/server2023/closed.json", timeout=900
+    folder.edit_yaml(
+        "config/rulesets/demo.yaml", lambda rules: rules["base_models"][0]["sources"].append(f"path:{base}")
     )
+    for entry in ("trained_and_served", "server2023", "peft_script"):
+        folder.edit_yaml(f"{EXAMPLES}/{entry}.yaml", start_from_tiny)
+    for entry in ("trained_and_served", "peft_script"):
+        folder.edit_yaml(f"{EXAMPLES}/{entry}.yaml", train_less)
+    targets = (f"{ENTRY}/closed.json", f"{SERVER}/closed.json", f"{TRAINED}/package.json")
+    done = folder.snakemake(*targets, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     yield folder
 
@@ -56,23 +56,66 @@ def read(folder: WorkingFolder, path: str) -> Any:
     return json.loads((folder.path / path).read_text())
 
 
-def test_the_trained_entry_has_the_records_of_any_other(finished: WorkingFolder) -> None:
-    adapter = read(finished, "results/laptop/peft_script/adapter.json")
-    assert (adapter["state"], adapter["recipe"]["kind"]) == ("finished", "command")
-    package = read(finished, "results/laptop/peft_script/package.json")
+def test_the_server_is_packaged_with_what_was_trained_for_it(finished: WorkingFolder) -> None:
+    adapter = read(finished, f"{ENTRY}/adapter.json")
+    package = read(finished, f"{ENTRY}/package.json")
+    assert (adapter["state"], adapter["recipe"]["kind"], package["kind"]) == ("finished", "command", "server")
+    assert read(finished, f"{ENTRY}/finetune.run.json")["training"]["training_seconds"] > 0
     assert package["adapter_fingerprint"] == adapter["fingerprint"]
-    assert read(finished, "results/laptop/peft_script/finetune.run.json")["training"]["training_seconds"] > 0
+    assert {"server.json", "files/main.py", "adapter/adapter_model.safetensors"} <= set(package["files"])
+    for name, digest in adapter["files"].items():
+        assert package["files"][f"adapter/{name}"] == digest
+
+
+def test_it_passes_the_probe_and_answers_every_question_of_both_stages(finished: WorkingFolder) -> None:
+    probe = read(finished, f"{ENTRY}/probe.json")
+    assert [
+        check["name"] for check in probe["checks"] if check["state"] == "fail" and check["required"]
+    ] == []
+    for stage in ("open", "closed"):
+        record = read(finished, f"{ENTRY}/{stage}.json")
+        assert record["state"] == "finished"
+        assert [run["answered"] for run in record["runs"]] == [run["instances"] for run in record["runs"]]
+
+
+def test_it_is_reproduced_as_a_whole(finished: WorkingFolder) -> None:
+    done = finished.run("palio", "reproduce", ENTRY, "--out", "again", "--stage", "open", timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = read(finished, "again/laptop/trained_and_served/reproduction.json")
+    assert [score["stage"] for score in again["scores"]] == ["open"]
+    assert again["loss_difference"] is None
+    package = read(finished, "again/laptop/trained_and_served/package.json")
+    assert package["kind"] == "server"
+    assert (package["files"] == read(finished, f"{ENTRY}/package.json")["files"]) == again["identical"]
+
+
+def test_another_program_is_no_reproduction(finished: WorkingFolder) -> None:
+    program = finished.path / EXAMPLES / "peft_script" / "train.py"
+    before = program.read_text()
+    program.write_text(before + "# another\n")
+    done = finished.run("palio", "reproduce", ENTRY, "--out", "other", timeout=300)
+    program.write_text(before)
+    assert done.returncode == 2
+    assert "recipe.files_sha256" in done.stderr
+    assert "bring back the program that the entry was trained with" in done.stderr
+
+
+def test_a_package_of_the_teams_own_adapter_is_a_model_as_any(finished: WorkingFolder) -> None:
+    """After its package it is as any entry, so its stages are not run."""
+    package = read(finished, f"{TRAINED}/package.json")
+    assert package["kind"] == "model"
+    assert package["adapter_fingerprint"] == read(finished, f"{TRAINED}/adapter.json")["fingerprint"]
 
 
 def test_the_servers_defects_are_named_and_cost_it_no_run(finished: WorkingFolder) -> None:
-    probe = read(finished, "results/laptop/server2023/probe.json")
+    probe = read(finished, f"{SERVER}/probe.json")
     failed = {check["name"] for check in probe["checks"] if check["state"] == "fail"}
     assert {"odd_prompts", "stop_sequences", "request_time"} <= failed
     for stage in ("open", "closed"):
-        record = read(finished, f"results/laptop/server2023/{stage}.json")
+        record = read(finished, f"{SERVER}/{stage}.json")
         assert record["state"] == "finished"
         assert ("HTTP 500 of the server's own" in record["contained"]) == (stage == "open")
-    assert not (finished.path / "results/laptop/server2023/adapter.json").exists()
+    assert not (finished.path / f"{SERVER}/adapter.json").exists()
 
 
 def test_the_server_of_the_closed_stage_leaves_nothing_with_the_entry(finished: WorkingFolder) -> None:

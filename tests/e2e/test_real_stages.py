@@ -22,7 +22,8 @@ from tests.support.entry import UNPROBED, packaged_entry
 from tests.support.serving import one_core
 from tests.support.stages import competition_of_2023, data_of_2023, needs_data, real_stage
 
-pytestmark = [needs_data, pytest.mark.timeout(1500)]
+# test_editions.py asks every scenario of both editions in small, without a real model.
+pytestmark = [needs_data, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,6 @@ def test_perturbed_questions_are_asked_beside_the_plain_ones(evaluated: Evaluate
     assert {"mild_mix", "dialect"} <= set(kinds.to_pylist())
 
 
-@pytest.mark.slow  # test_editions.py prepares a hundredth of it
 @pytest.mark.parametrize("edition", ["neurips2023", "neurips2023_fair"])
 def test_the_full_budget_is_prepared_in_two_minutes_of_two_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edition: str

@@ -56,7 +56,7 @@ def finished(cluster: Cluster, tiny: Path, tmp_path_factory: pytest.TempPathFact
     with competition.controller(folder, cluster) as snakemake:
         while snakemake.poll() is None:
             assert time.monotonic() - started < 900, competition.output(folder)
-            time.sleep(8)
+            time.sleep(20)
             wide = cluster.environment | {"COLUMNS": "240"}
             statuses.append(folder.run("palio", "status", environment=wide).stdout)
     seconds = time.monotonic() - started

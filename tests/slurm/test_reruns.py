@@ -24,7 +24,7 @@ KEPT = ("tuned", "other")
 
 @dataclass(frozen=True)
 class Changed:
-    """After the run in which a step failed, an entry came late, and a scenario and the code were changed."""
+    """After the run in which a step failed, and a scenario and the code were changed."""
 
     folder: WorkingFolder
     exit_code: int
@@ -53,7 +53,6 @@ def changed(finished: Any, cluster: Cluster, tiny: Path, tmp_path_factory: pytes
     folder = competition.copy(finished.folder, tmp_path_factory.mktemp("changed") / "competition")
     for step in ("open", "closed"):  # the open stage of one entry failed
         (folder.path / f"results/a100/plain/{step}.json").unlink()
-    competition.add_entry(folder, "late", "rtx4090", tiny)
 
     def one_question_more(config: dict[str, Any]) -> None:
         (scenario,) = config["stages"]["closed"]["scenarios"].values()
@@ -73,22 +72,15 @@ def changed(finished: Any, cluster: Cluster, tiny: Path, tmp_path_factory: pytes
 
 def test_a_failed_step_alone_runs_again_with_what_depends_on_it(changed: Changed) -> None:
     assert changed.exit_code == 0, output(changed.folder)[-5000:]
-    assert changed.of("helm_open") == {"a100_plain", "rtx4090_late"}
+    assert changed.of("helm_open") == {"a100_plain"}
     assert changed.of("score") == {"a100", "rtx4090"}
-
-
-def test_a_late_entry_runs_its_own_chain(changed: Changed) -> None:
-    assert changed.of("check_entry") == {"rtx4090_late"}
-    assert changed.of("build_package") == {"rtx4090_late"}
-    board = json.loads((changed.folder.path / "results/leaderboard/rtx4090.json").read_text())
-    assert {row["entry"] for row in board["entries"]} == {"other", "late"}
 
 
 def test_a_closed_scenario_re_evaluates_the_closed_stage_of_all_and_nothing_before_it(
     changed: Changed,
 ) -> None:
     assert changed.of("prepare_stage") == {"closed"}
-    assert changed.of("helm_closed") == {"a100_plain", "a100_tuned", "rtx4090_other", "rtx4090_late"}
+    assert changed.of("helm_closed") == {"a100_plain", "a100_tuned", "rtx4090_other"}
     assert changed.of("measure_contamination") == {"a100_tuned", "rtx4090_other"}
 
 
