@@ -62,22 +62,10 @@ class Journal:
 
     @classmethod
     def at(cls, path: Path) -> Journal:
-        """The process's one journal at a path. HELM 0.5.16 makes several clients of one server if its first
-        requests come in parallel, and two journals would cut and misplace each other's lines."""
-        with cls._opening:
-            if path not in cls._opened:
-                cls._opened[path] = cls(path)
-            return cls._opened[path]
-
-    _opened: ClassVar[dict[Path, Journal]] = {}
-    _opening: ClassVar[threading.Lock] = threading.Lock()
-
-    @classmethod
-    def at(cls, path: Path) -> Journal:
         """Return the process's one journal at a path.
 
         HELM 0.5.16 makes several clients if its first requests come in parallel. With a journal each, the
-        later ones would cut off lines that the earlier ones had just written.
+        later ones would cut off lines that the earlier ones had just written, and misplace their own.
         """
         with cls._opening:
             if path not in cls._opened:
