@@ -62,11 +62,19 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
         if not given.is_dir():
             raise BadInput("base_model", "path", source.path, why="no such folder", fix="correct the path")
         _take_files(given, building, "path", source.path)
+    from palio.causal_model import examine
+    from palio.tokens import complete_tokenizer
+
+    try:
+        complete_tokenizer(building)
+        found = examine(building)
+    except BadInput as error:  # a team's own server may read it its own way
+        found = Unsupported(why=f"{error.key}: {error.why}", fix=error.fix)
+    for path in building.iterdir():
+        if path.stat().st_nlink == 1:
+            path.chmod(0o644)  # weights are saved as 0600, which other users' jobs could not read
     shutil.rmtree(model, ignore_errors=True)
     building.rename(model)
-    from palio.causal_model import examine
-
-    found = examine(model)
     manifest = BaseModelManifest(
         id=source.id,
         source=source,
@@ -197,5 +205,3 @@ def _convert_gguf(address: str, target: Path) -> None:
     fresh.tie_weights()
     fresh.save_pretrained(target)
     AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False).save_pretrained(target)
-    for path in target.iterdir():
-        path.chmod(0o644)  # weights are saved as 0600, which other users' jobs could not read

@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import transformers
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from palio.errors import BadInput
 
@@ -29,6 +32,69 @@ MASK = "\ue000"
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a model folder, the same one whether or not mistral-common is installed."""
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, mistral_format=False)
+
+
+MARK = "\u2581"
+"""What SentencePiece writes for a space."""
+
+SENTENCES = (
+    "Q: 17 + 25?\nA:",
+    "def f(x):\n    return x\n\n\tpass",
+    "  two spaces  before and after  ",
+    "Naïve café, 東京, 🐎 and \u2028",
+)
+"""Texts of different kinds by which two tokenizers are held to be the same."""
+
+
+def complete_tokenizer(folder: Path) -> None:
+    """Add tokenizer.json to a model folder that has only SentencePiece's tokenizer.model.
+
+    transformers 5.23 would read that file otherwise than SentencePiece does: it merges in the order of the
+    tokens' numbers instead of their scores, and gives some families no space before a text.
+
+    Raises BadInput if the result does not tokenize as SentencePiece does.
+    """
+    model, made = folder / "tokenizer.model", folder / "tokenizer.json"
+    if not model.is_file() or made.is_file():
+        return
+    try:
+        truth = SentencePieceProcessor(model_file=str(model))
+    except (RuntimeError, OSError):  # tiktoken's format has the same name
+        return
+    expected = truth.encode(list(SENTENCES))
+    for loader in (*_named_class(folder / "tokenizer_config.json"), AutoTokenizer, LlamaTokenizer):
+        with suppress(Exception):  # the files are untrusted: loading them may raise anything
+            backend = loader.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
+            Tokenizer.from_str(_as_sentencepiece(backend.to_str(), truth)).save(str(made))
+            found = load_tokenizer(folder)(list(SENTENCES), add_special_tokens=False)["input_ids"]
+            if found == expected:
+                return
+        made.unlink(missing_ok=True)
+    why = "transformers does not tokenize as SentencePiece does with this file"
+    fix = "add the tokenizer.json of the model, or use another base model"
+    raise BadInput("tokenizer", "tokenizer.model", why=why, fix=fix)
+
+
+def _named_class(config: Path) -> list[Any]:
+    """Return the class that a tokenizer_config.json names, if transformers has it."""
+    content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    named = getattr(transformers, str(content.get("tokenizer_class")).removesuffix("Fast"), None)
+    return [named] if isinstance(named, type) and issubclass(named, PreTrainedTokenizerBase) else []
+
+
+def _as_sentencepiece(definition: str, truth: SentencePieceProcessor) -> str:
+    """Return a definition (tokenizer.json) with SentencePiece's order of merges and its spaces."""
+    content = json.loads(definition)
+    if merges := content["model"].get("merges"):
+        merges.sort(key=lambda pair: -truth.get_score(truth.piece_to_id("".join(pair))))
+    before = content["pre_tokenizer"] or {}
+    if before.get("type") == "Metaspace" and before["prepend_scheme"] != "never" and not before["split"]:
+        # Metaspace leaves out the space before a text that begins with one.
+        prepend = {"type": "Prepend", "prepend": MARK}
+        replace = {"type": "Replace", "pattern": {"String": " "}, "content": MARK}
+        content["normalizer"] = {"type": "Sequence", "normalizers": [prepend, replace]}
+        content["pre_tokenizer"] = None
+    return json.dumps(content, ensure_ascii=False)
 
 
 class Tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import stat
@@ -9,22 +10,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from sentencepiece import SentencePieceTrainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from palio.base_model import fetch_base_model
 from palio.config import BaseModelSource
 from palio.errors import BadInput, Crashed
 from palio.provenance import file_sha256, folder_sha256
 from palio.records import BaseModelManifest, read_record
+from palio.tokens import complete_tokenizer
+from tests.unit.test_tokens import MISTRAL, NAMES
 
-TINY = LlamaConfig(
-    vocab_size=64,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-)
+SIZE = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+TINY = LlamaConfig(**SIZE)
 
 
 @pytest.fixture
@@ -147,3 +159,37 @@ def test_hub_model_absent_from_the_cache_is_refused_offline(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(BadInput, match="not in the local hub cache"):
         fetch_base_model(BaseModelSource(hub="acme/tiny@" + "a" * 40), tmp_path / "out", offline=True)
+
+
+def test_a_base_model_with_sentencepieces_file_alone_gets_the_tokens_it_was_made_with(tmp_path: Path) -> None:
+    """transformers gives Mistral a class that would tokenize "Q:" as if it were inside a word."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    MistralForCausalLM(MistralConfig(**SIZE | {"vocab_size": 32000})).save_pretrained(folder)
+    shutil.copyfile(MISTRAL, folder / "tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, **NAMES}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    manifest = fetch_base_model(BaseModelSource(path=str(folder)), tmp_path / "out")
+    assert manifest.unsupported is None
+    assert "tokenizer.json" in manifest.files
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    assert tokenizer.tokenize("Q: a") == ["▁Q", ":", "▁a"]
+
+
+def test_a_tokenizer_that_transformers_cannot_read_as_it_was_made_is_refused(tmp_path: Path) -> None:
+    """Spaces after the words instead of before them."""
+    words = (f"{one} {other}" for one in "abcdefgh" for other in "abcdefgh")
+    made = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=words,
+        model_writer=made,
+        model_type="bpe",
+        vocab_size=20,
+        treat_whitespace_as_suffix=True,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(made.getvalue())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(BadInput, match=r"tokenizer\.model: transformers does not tokenize as SentencePiece"):
+        complete_tokenizer(tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -24,7 +28,7 @@ from palio.demo.data import write_demo_sources
 from palio.errors import BadInput
 from palio.serving.request import BadRequest, Request
 from palio.serving.text import Vocabulary
-from palio.tokens import Tokens, load_tokenizer
+from palio.tokens import Tokens, complete_tokenizer, load_tokenizer
 
 TEXTS = (
     "Question: What is 17 + 25?\nAnswer:",
@@ -33,6 +37,7 @@ TEXTS = (
     "def square(x):\n    return x * x\n",
     "naïve 漢字 🐎",
 )
+HELM_DATA = Path(os.environ.get("PALIO_SHARED", Path(__file__).parents[3] / "shared")) / "helm_data"
 MISTRAL = Path(__file__).parents[1] / "data/mistral-7b-v0.1.tokenizer.model"
 """Apache-2.0; also in mistral-common, which is not installed: it would change which tokenizers load."""
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -94,6 +99,7 @@ def mistral(folder: Path) -> PreTrainedTokenizerFast:
     config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, **NAMES}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    complete_tokenizer(folder)
     loaded: PreTrainedTokenizerFast = load_tokenizer(folder)
     return loaded
 
@@ -149,6 +155,38 @@ def test_later_turns_have_the_tokens_of_the_joined_text(tokenizer: Any) -> None:
     ((ids, _),) = Tokens(tokenizer).rows([turns])
     joined = served(tokenizer, "".join(turns))
     assert [token for token in ids if token != tokenizer.eos_token_id] == joined
+
+
+@pytest.mark.skipif(not HELM_DATA.is_dir(), reason="no GSM8K and MMLU under PALIO_SHARED/helm_data")
+def test_a_thousand_real_prompts_are_trained_and_served_as_mistral_tokenizes_them(tmp_path: Path) -> None:
+    """Judged by SentencePiece itself with Mistral's own model, and so are whole rows."""
+    pairs = [*islice(gsm8k(), 500), *islice(mmlu(), 500)]
+    assert len({prompt for prompt, _ in pairs}) == 1000
+    dialogues = [tuple(chain.from_iterable(pairs[n : n + 2])) for n in (0, 2, 498)]
+    tokenizer, truth = mistral(tmp_path), SentencePieceProcessor(model_file=str(MISTRAL))
+    vocabulary = Vocabulary(tokenizer, len(tokenizer))
+    conversations = [*pairs, *dialogues]
+    for (ids, answers), turns in zip(Tokens(tokenizer).rows(conversations), conversations, strict=True):
+        prompt = ids[: answers[0][0]]
+        assert prompt == vocabulary.prompt(Request(turns[0]), 1 << 20)
+        assert prompt == [truth.bos_id(), *truth.encode(turns[0])]
+        assert [ids[end - 1] for _, end in answers] == [truth.eos_id()] * (len(turns) // 2)
+        assert truth.decode(ids) == "".join(turns)
+
+
+def gsm8k() -> Iterator[tuple[str, str]]:
+    for line in (HELM_DATA / "gsm/gsm_data_test").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        yield f"Q: {row['question']}\nA:", f" {row['answer']}\n"
+
+
+def mmlu() -> Iterator[tuple[str, str]]:
+    for path in sorted((HELM_DATA / "mmlu/data/test").glob("*.csv")):
+        with path.open(encoding="utf-8", newline="") as stream:
+            for question, *options, answer in csv.reader(stream):
+                letters = zip("ABCD", options, strict=True)
+                listed = "".join(f"{letter}. {option}\n" for letter, option in letters)
+                yield f"Question: {question}\n{listed}Answer:", f" {answer}"
 
 
 def test_text_that_spells_a_control_token_stays_text(tokenizer: Any) -> None:
