@@ -32,7 +32,7 @@ class TogetherScheduling(LoadScopeScheduling):  # type: ignore[misc]
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest begins first."""
-    folders = ("tests/slurm/", "tests/e2e/")
+    folders = ("tests/slurm/", "tests/e2e/", "tests/workflow/", "tests/faults/")
     items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in folders])
 
 
