@@ -190,19 +190,26 @@ def test_a_request_can_be_cancelled(engine: VllmEngine) -> None:
         future.result(30)
 
 
+def test_a_request_cancelled_before_it_is_sent_gives_its_place_back(engine: VllmEngine) -> None:
+    for _ in range(50):
+        engine.submit(Request("a", temperature=1.98)).cancel()
+    assert engine._in_flight == 0
+
+
 def test_over_a_hundred_requests_are_in_flight_and_a_full_queue_sends_clients_away(
     engine: VllmEngine,
 ) -> None:
     stuck = [engine.submit(Request("a", temperature=1.98)) for _ in range(319)]
     assert engine.submit(Request("a", max_new_tokens=1)).result(60)
+    deadline = time.monotonic() + 30
+    while engine._in_flight > 319 and time.monotonic() < deadline:  # its place is given back just after
+        time.sleep(0.01)
     stuck.append(engine.submit(Request("a", temperature=1.98)))
     with pytest.raises(QueueFull):
         engine.submit(Request("a"))
     for future in stuck:
         future.cancel()
-    deadline = time.monotonic() + 30
-    while engine._in_flight and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert engine._in_flight == 0
     assert engine.metrics()["requests_cancelled_total"] >= 320
 
 

@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -79,6 +79,7 @@ class VllmEngine:
         self._context = min(context_of(config), max_context or context_of(config))
         self._counts: Counter[str] = Counter()
         self._in_flight = 0
+        self._counting = threading.Lock()  # threads of the HTTP API add, the loop's thread takes away
         port = free_port()
         on_cpu = device == "cpu"
         options: dict[str, object] = {
@@ -121,31 +122,28 @@ class VllmEngine:
         if request.temperature > MAX_TEMPERATURE:
             raise BadRequest(f"vllm samples at temperatures of at most {MAX_TEMPERATURE:g}; lower it")
         prompt = self.vocabulary.prompt(request, self._context)
-        if self._in_flight >= MAX_REQUESTS:
-            self._counts["requests_rejected_total"] += 1
-            raise QueueFull(f"{MAX_REQUESTS} requests are in vllm; try again later")
-        self._counts["requests_total"] += 1
-        self._counts["prompt_tokens_total"] += len(prompt)
-        self._in_flight += 1
+        with self._counting:
+            if self._in_flight >= MAX_REQUESTS:
+                self._counts["requests_rejected_total"] += 1
+                raise QueueFull(f"{MAX_REQUESTS} requests are in vllm; try again later")
+            self._counts["requests_total"] += 1
+            self._counts["prompt_tokens_total"] += len(prompt)
+            self._in_flight += 1
         # Cancelling the future closes the connection, and vLLM drops a request whose client has left.
-        return asyncio.run_coroutine_threadsafe(self._count(self._complete(request, prompt)), self._loop)
+        future = asyncio.run_coroutine_threadsafe(self._complete(request, prompt), self._loop)
+        future.add_done_callback(self._ended)  # also if it is cancelled before the loop begins with it
+        return future
 
-    async def _count(self, answer: Coroutine[Any, Any, list[Completion]]) -> list[Completion]:
-        """Wait for an answer, and count how it ended."""
-        ending = "failed"
-        try:
-            completions = await answer
-            ending = "answered"
-            return completions
-        except asyncio.CancelledError:
-            ending = "cancelled"
-            raise
-        finally:
+    def _ended(self, future: Future[list[Completion]]) -> None:
+        """Give back a request's place, and count how it ended."""
+        ending = "cancelled" if future.cancelled() else "failed" if future.exception() else "answered"
+        with self._counting:
             self._in_flight -= 1
             self._counts[f"requests_{ending}_total"] += 1
 
     def metrics(self) -> dict[str, float]:
-        return dict(self._counts)
+        with self._counting:
+            return dict(self._counts)
 
     def failure(self) -> str:
         code = self._process.poll()
@@ -230,7 +228,8 @@ class VllmEngine:
                 )
             )
         echo, new = tokens[:echoed], tokens[echoed:]
-        self._counts["new_tokens_total"] += len(new)
+        with self._counting:
+            self._counts["new_tokens_total"] += len(new)
         text = "".join(token.text for token in new)
         stop = find_stop(text, request.stop_sequences)
         new = list(cut(new, len(text) if stop is None else stop).tokens)
