@@ -17,6 +17,8 @@ Printed, with the goal where there is one:
     memory                largest use of keys and values / their bound             at most 1
     multiplication limit  CPU seconds / (FLOPs that are needed / measured FLOP/s of a large product)
 
+`--overhead` alone counts what the engine costs beside the arithmetic (benchmarks/serving_overhead.py).
+
 With --gpu-memory-gb both servers are on the GPU, in the package's dtype.
 """
 
@@ -41,6 +43,8 @@ import psutil
 import requests
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # where Palio is not installed
+
+import serving_overhead
 
 from palio.evaluation import helm
 from palio.layout import HelmFolder
@@ -253,9 +257,10 @@ def seconds_of_multiplications(package: Path, threads: int, tokens: int, rows: i
     return 2 * (tokens * layers + rows * head) / rate
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("package", type=Path)
+    parser.add_argument("package", type=Path, nargs="?")
+    parser.add_argument("--overhead", action="store_true", help="count the engine's operations a layer")
     parser.add_argument("--data", type=Path, help="folder laid out as HELM's scenario cache")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -266,6 +271,16 @@ def main() -> None:
     parser.add_argument("--ours-only", action="store_true")
     parser.add_argument("--sequential-on", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.package is None and not given.overhead:
+        parser.error("name a PACKAGE")
+    return given
+
+
+def main() -> None:
+    given = arguments()
+    if given.overhead:
+        serving_overhead.main()
+        return
     if given.sequential_on:
         serve_sequentially(given)
         return
