@@ -139,7 +139,7 @@ def night(cluster: Cluster, tiny: Path, tmp_path_factory: pytest.TempPathFactory
 
     # the night: one entry's folder is lost, and the controller crashes
     lost = folder.path / "results/rtx4090/broken"
-    with start(PALIO_SLOW="edited finetune 20") as snakemake:
+    with start(PALIO_SLOW="edited finetune 20,late open 600") as snakemake:
         wait_for(cluster, folder, snakemake, ("late", "check"))
         shutil.move(lost, place / "broken.away")
         lost.symlink_to("/proc/sys/kernel")  # nobody can write there
