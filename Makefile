@@ -8,7 +8,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: env demo slurm-demo test test-slow test-setup check lock system
+.PHONY: env demo slurm-demo test test-slow test-setup check lint types workflow lock system
 
 demo: env
 	snakemake --profile local
@@ -29,10 +29,17 @@ test-slow: env system
 test-setup:
 	$(PYTHON) tests/setup/bare_debian.py
 
-check: env
+# In three parts, for `make -j2 check`.
+check: lint types workflow
+
+lint: env
 	ruff format --check src tests benchmarks envs
 	ruff check src tests benchmarks envs
+
+types: env
 	mypy
+
+workflow: env
 	snakefmt --check Snakefile rules
 	snakemake --lint > /dev/null
 
