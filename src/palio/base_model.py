@@ -5,8 +5,8 @@
         manifest.json    BaseModelManifest, written last: if it exists, the folder is complete
 
 Sources: `hub` (a snapshot of the Hugging Face hub at a revision), `path` (a folder) and `gguf` (a GGUF file
-in an installed Python package, dequantized once to fp32 safetensors). Pickled weights and Python code beside
-the weights are never downloaded, linked or opened.
+in an installed Python package, dequantized once to fp32 safetensors). A model that has pickled weights alone
+is converted in a sandbox. Pickled weights beside safetensors, and Python code, are not even downloaded.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ from palio.records import BaseModelManifest, Layers, Unsupported, read_record
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "README.md")
 """Name patterns of a model's files: weights, configs, tokenizer, license. Not *.bin, *.pt, *.py."""
 
+PICKLES = ("pytorch_model*.bin",)
+"""Weights of a model that has no others."""
+
+SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
+"""Weights in one file; those of several are named by an index."""
+
 MAX_CARD = 1 << 20
 """Characters of a model card that are read."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -41,7 +47,8 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
 
     With `offline` the network is not used: a hub model must be in the local hub cache.
 
-    Raises BadInput if the source is missing or unusable, Crashed if a download fails or is damaged.
+    Raises BadInput if the source is missing or unusable, Crashed if a download fails or is damaged, or
+    pickled weights cannot be converted.
     """
     folder = BaseModelFolder(out)
     manifest_path, model = folder.manifest, folder.model
@@ -53,15 +60,16 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
     building = out / "model.tmp"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
+    pickled: dict[str, str] = {}
     if source.gguf:
         _convert_gguf(source.gguf, building)
     elif source.hub:
-        _take_files(_hub_snapshot(source.hub, offline), building, "hub", source.hub)
+        pickled = _take_files(_hub_snapshot(source.hub, offline), building, "hub", source.hub)
     elif source.path:
         given = expand(source.path)
         if not given.is_dir():
             raise BadInput("base_model", "path", source.path, why="no such folder", fix="correct the path")
-        _take_files(given, building, "path", source.path)
+        pickled = _take_files(given, building, "path", source.path)
     from palio.causal_model import examine
     from palio.tokens import complete_tokenizer
 
@@ -79,6 +87,7 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
         id=source.id,
         source=source,
         files=folder_sha256(model),
+        pickled=pickled,
         unsupported=found if isinstance(found, Unsupported) else None,
         layers=found if isinstance(found, Layers) else None,
     )
@@ -86,13 +95,15 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
     return manifest
 
 
-def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that hold the model of `folder`; empty if one of them is absent.
+def weight_files(folder: Path, whole: str = SAFE) -> list[str]:
+    """Return the names of the files that hold a folder's weights; empty if one of them is absent.
 
-    Raises RuleViolation if its index names a file elsewhere.
+    `whole` is the name that a single file has.
+
+    Raises RuleViolation if the index names a file elsewhere.
     """
-    index = folder / "model.safetensors.index.json"
-    names = shard_names(index, index.read_bytes()) if index.is_file() else ["model.safetensors"]
+    index = folder / f"{whole}.index.json"
+    names = shard_names(index, index.read_bytes()) if index.is_file() else [whole]
     return names if all((folder / name).is_file() for name in names) else []
 
 
@@ -110,37 +121,45 @@ def card_facts(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _take_files(folder: Path, target: Path, key: str, value: str) -> None:
-    """Hard-link the model's files into `target`, or copy them across file systems.
+def _take_files(folder: Path, target: Path, key: str, value: str) -> dict[str, str]:
+    """Hard-link the model's files into `target`, or copy them across file systems; convert pickled weights.
 
     Hard links take no space and outlive a cleared hub cache; a later change through the other name shows in
     the hash.
+
+    Returns the sha256 by name of pickled weights.
     """
     if not (folder / "config.json").is_file():
         raise BadInput(
             "base_model", key, value, why="has no config.json", fix="give a model in Hugging Face format"
         )
     weights = weight_files(folder)
-    if not weights:
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-        held = f" (it has {pickled[0]}: pickled weights are refused)" if pickled else ""
-        raise BadInput(
-            "base_model",
-            key,
-            value,
-            why=f"has no complete safetensors weights{held}",
-            fix="give a safetensors model",
-        )
+    pickled = [] if weights else weight_files(folder, PICKLED)
+    if not weights and not pickled:
+        why = f"has no complete weights ({SAFE} or {PICKLED}, or all files of an index)"
+        raise BadInput("base_model", key, value, why=why, fix="give the whole model")
     for path in sorted(folder.iterdir()):
         wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in WANTED)
         # Consolidated or duplicate weights beside the indexed ones are not needed.
         if not path.is_file() or not wanted or (path.suffix == ".safetensors" and path.name not in weights):
             continue
-        real = path.resolve()
-        link_or_copy(real, target / path.name)
-        # The hub's cache names a large file by the sha256 that the hub announced.
-        if _SHA256.fullmatch(real.name) and file_sha256(target / path.name) != real.name:
-            raise Crashed(f"base model {value}: {path.name} is damaged; delete {real} and fetch it again")
+        link_or_copy(path.resolve(), target / path.name)
+        _check_announced(path, value)
+    for name in pickled:
+        _check_announced(folder / name, value)
+    if pickled:
+        from palio.sandbox.pickled import convert
+
+        convert([folder / name for name in pickled], target)
+        (target / f"{PICKLED}.index.json").unlink(missing_ok=True)
+    return {name: file_sha256(folder / name) for name in pickled}
+
+
+def _check_announced(path: Path, value: str) -> None:
+    """Compare a file with the sha256 that the hub announced, which its cache names a large file by."""
+    real = path.resolve()
+    if _SHA256.fullmatch(real.name) and file_sha256(real) != real.name:
+        raise Crashed(f"base model {value}: {path.name} is damaged; delete {real} and fetch it again")
 
 
 def _hub_snapshot(address: str, offline: bool) -> Path:
@@ -155,7 +174,7 @@ def _hub_snapshot(address: str, offline: bool) -> Path:
         if offline or (
             REVISION_PATTERN.fullmatch(revision)
             and (cached / "config.json").is_file()
-            and weight_files(cached)
+            and (weight_files(cached) or weight_files(cached, PICKLED))
         ):
             return cached
     except (errors.LocalEntryNotFoundError, FileNotFoundError):
@@ -163,7 +182,11 @@ def _hub_snapshot(address: str, offline: bool) -> Path:
             why, fix = "is not in the local hub cache", "fetch it once with a network, or give `path`"
             raise BadInput("base_model", "hub", address, why=why, fix=fix) from None
     try:
-        return Path(huggingface_hub.snapshot_download(repo, **request))
+        fetched = Path(huggingface_hub.snapshot_download(repo, **request))
+        if not weight_files(fetched):
+            pickles = request | {"allow_patterns": PICKLES}
+            fetched = Path(huggingface_hub.snapshot_download(repo, **pickles))
+        return fetched
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         why = "the hub has no such model or revision, or it asks for a login"
         fix = "correct it or set HF_TOKEN"
