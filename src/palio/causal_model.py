@@ -57,6 +57,9 @@ def _check_family(config: Any) -> None:
     if config.get_text_config() is not config:
         why = "wraps a language model for images or sound"
         raise _UnsupportedError(why, "use a text-only model, or save its text part as one")
+    if getattr(config, "rescale_every", 0):  # RWKV
+        why = "rescales its weights for inference in place (rescale_every), so what is saved depends on when"
+        raise _UnsupportedError(why, "set rescale_every to 0 in its config.json")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise _UnsupportedError("has no causal language model in transformers")
 
@@ -82,27 +85,52 @@ def _check_weights(folder: Path) -> None:
 
 
 def _layers(folder: Path) -> Layers:
-    from peft import LoraConfig, get_peft_model
-
     settings = quantization("nf4", torch.float32)
     quantized, left = quantized_share(
         load_causal_model(folder, device_map="meta", quantization_config=settings)
     )
-    model, obstacle = load_causal_model(folder, device_map="meta"), ""
+    model = load_causal_model(folder, device_map="meta")
     linear = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not model.get_output_embeddings()
     }
     tied = {name.split(".")[-2] for pair in model.all_tied_weights_keys.items() for name in pair}
-    try:
-        get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
-    except Exception as error:  # peft knows families of its own that it refuses
-        obstacle = f"peft: {str(error).strip().partition(chr(10))[0]}"
+    all_linear, unsuited = _obstacle(folder, "all-linear"), set[str]()
+    if all_linear:
+        unsuited = {name for name in linear if _obstacle(folder, [name])}
     return Layers(
-        linear=tuple(sorted(linear)),
+        linear=tuple(sorted(linear - unsuited)),
+        unsuited=tuple(sorted(unsuited)),
         tied=tuple(sorted(tied)),
-        all_linear=obstacle,
+        all_linear=all_linear,
         quantized=round(quantized, 4),
         left={kind: round(share, 4) for kind, share in sorted(left.items())},
     )
+
+
+def _obstacle(folder: Path, targets: str | list[str]) -> str:
+    """Return what keeps LoRA from adapting some layers; empty if nothing does."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    model = load_causal_model(folder, device_map="meta")
+    try:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=targets))
+    except Exception as error:  # peft knows families of its own that it refuses
+        return f"peft: {str(error).strip().partition(chr(10))[0].partition('. ')[0]}"
+    for name, module in model.named_modules():
+        layer = module.get_base_layer() if isinstance(module, LoraLayer) else None
+        if isinstance(layer, torch.nn.Linear) and not _gives_tensor(layer):
+            return f"{type(layer).__name__} ({name.rpartition('.')[2]}) returns more than a matrix product"
+    return ""
+
+
+def _gives_tensor(layer: torch.nn.Linear) -> bool:
+    """Return whether a linear layer on the meta device returns a tensor, as not every subclass does."""
+    if type(layer).forward is torch.nn.Linear.forward:
+        return True
+    try:
+        return isinstance(layer(torch.empty(1, 1, layer.in_features, device="meta")), torch.Tensor)
+    except Exception:  # a router may want another shape, or look at values
+        return False
