@@ -15,14 +15,15 @@ from transformers.utils.logging import disable_progress_bar
 from palio.errors import BadInput
 from palio.quantization import quantization, quantized_share
 from palio.records import Layers, Unsupported
-from palio.tensors import load_causal_model
+from palio.tensors import load_causal_model, meta_model
 from palio.tokens import Tokens, load_tokenizer
 
 
-def examine(folder: Path) -> Layers | Unsupported:
+def examine(folder: Path, *, weights: bool = True) -> Layers | Unsupported:
     """Return a model's layers or, if Palio cannot train, package and serve it, why and the way out.
 
-    Judged from config, tokenizer and the names of weights: the model is built on the meta device.
+    Judged from config, tokenizer and, with `weights`, the names of weights: the model is built on the meta
+    device.
     """
     disable_progress_bar()  # transformers' bars are noise in a log
     family = "its config"
@@ -34,7 +35,9 @@ def examine(folder: Path) -> Layers | Unsupported:
             why = f"transformers {transformers.__version__} does not know this family{code}"
             raise _UnsupportedError(why, "use another base model, or serve it yourself in a server entry")
         _check_family(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-        _check_weights(folder)
+        _check_model(meta_model(folder), folder)
+        if weights:
+            _check_weights(folder)
         return _layers(folder)
     except (_UnsupportedError, BadInput) as error:
         return Unsupported(why=f"{family}: {error.why}", fix=error.fix)
@@ -64,18 +67,13 @@ def _check_family(config: Any) -> None:
         raise _UnsupportedError("has no causal language model in transformers")
 
 
-def _check_weights(folder: Path) -> None:
-    """Raise for a model whose weights are incomplete, or do not go with its tokenizer."""
-    model, loading = load_causal_model(folder, device_map="meta", output_loading_info=True)
+def _check_model(model: Any, folder: Path) -> None:
+    """Raise for a model that generates no text, or does not go with its tokenizer."""
     if not model.can_generate():
         raise _UnsupportedError("cannot generate text")
     causal = any(getattr(module, "is_causal", False) for module in model.modules())
     if getattr(model.config, "is_decoder", None) is False and not causal:
         raise _UnsupportedError("is an encoder, whose attention sees later tokens")
-    if lacking := sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}):
-        name = type(model).__name__
-        why = f"lacks {len(lacking)} weights of {name} ({lacking[0]}), which would be random"
-        raise _UnsupportedError(why, "give the whole model, saved as that class")
     tokenizer, rows = load_tokenizer(folder), model.get_input_embeddings().weight.shape[0]
     Tokens(tokenizer).ends(chat=False)
     if len(tokenizer) > rows:
@@ -84,12 +82,20 @@ def _check_weights(folder: Path) -> None:
         raise _UnsupportedError(why, fix)
 
 
+def _check_weights(folder: Path) -> None:
+    """Raise for a model whose weights are incomplete."""
+    model, loading = load_causal_model(folder, device_map="meta", output_loading_info=True)
+    if lacking := sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}):
+        name = type(model).__name__
+        why = f"lacks {len(lacking)} weights of {name} ({lacking[0]}), which would be random"
+        raise _UnsupportedError(why, "give the whole model, saved as that class")
+
+
 def _layers(folder: Path) -> Layers:
-    settings = quantization("nf4", torch.float32)
     quantized, left = quantized_share(
-        load_causal_model(folder, device_map="meta", quantization_config=settings)
+        meta_model(folder, quantization_config=quantization("nf4", torch.float32))
     )
-    model = load_causal_model(folder, device_map="meta")
+    model = meta_model(folder)
     linear = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -100,6 +106,7 @@ def _layers(folder: Path) -> Layers:
     if all_linear:
         unsuited = {name for name in linear if _obstacle(folder, [name])}
     return Layers(
+        parameters=model.num_parameters(),
         linear=tuple(sorted(linear - unsuited)),
         unsuited=tuple(sorted(unsuited)),
         tied=tuple(sorted(tied)),
@@ -114,7 +121,7 @@ def _obstacle(folder: Path, targets: str | list[str]) -> str:
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 
-    model = load_causal_model(folder, device_map="meta")
+    model = meta_model(folder)
     try:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=targets))
     except Exception as error:  # peft knows families of its own that it refuses

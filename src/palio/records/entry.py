@@ -52,6 +52,8 @@ class Unsupported(Part):
 class Layers(Part):
     """What LoRA and QLoRA find in a base model, as its config tells."""
 
+    parameters: int = 0
+    """Number of its parameters; 0 in a record of an earlier version."""
     linear: tuple[str, ...]
     """Names of its linear layers, which `target_modules` may have."""
     unsuited: tuple[str, ...] = ()
