@@ -31,6 +31,8 @@ from palio.records import BaseModelManifest, Layers, Unsupported, read_record
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "README.md")
 """Name patterns of a model's files: weights, configs, tokenizer, license. Not *.bin, *.pt, *.py."""
 
+CONFIGS = tuple(pattern for pattern in WANTED if pattern != "*.safetensors")
+
 PICKLES = ("pytorch_model*.bin",)
 """Weights of a model that has no others."""
 
@@ -93,6 +95,26 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
     )
     manifest.write(manifest_path)
     return manifest
+
+
+def fetch_configs(source: BaseModelSource, out: Path) -> None:
+    """Put a base model's config and tokenizer into the folder `out`: all but its weights.
+
+    Raises as `fetch_base_model` does.
+    """
+    from palio.tokens import complete_tokenizer
+
+    if source.gguf:
+        _gguf_configs(*_gguf_file(source.gguf), out)
+        return
+    folder = _hub_download(source.hub, CONFIGS) if source.hub else expand(source.path or "")
+    if not (folder / "config.json").is_file():
+        why, fix = "has no config.json", "give a model in Hugging Face format"
+        raise BadInput("base_model", source.kind, source.hub or source.path, why=why, fix=fix)
+    for path in folder.iterdir():
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in CONFIGS):
+            link_or_copy(path.resolve(), out / path.name)
+    complete_tokenizer(out)
 
 
 def weight_files(folder: Path, whole: str = SAFE) -> list[str]:
@@ -168,9 +190,12 @@ def _hub_snapshot(address: str, offline: bool) -> Path:
     from huggingface_hub import errors
 
     repo, _, revision = address.partition("@")
-    request = {"revision": revision or None, "allow_patterns": WANTED}
     try:
-        cached = Path(huggingface_hub.snapshot_download(repo, local_files_only=True, **request))
+        cached = Path(
+            huggingface_hub.snapshot_download(
+                repo, revision=revision or None, allow_patterns=WANTED, local_files_only=True
+            )
+        )
         if offline or (
             REVISION_PATTERN.fullmatch(revision)
             and (cached / "config.json").is_file()
@@ -181,12 +206,20 @@ def _hub_snapshot(address: str, offline: bool) -> Path:
         if offline:
             why, fix = "is not in the local hub cache", "fetch it once with a network, or give `path`"
             raise BadInput("base_model", "hub", address, why=why, fix=fix) from None
+    fetched = _hub_download(address, WANTED)
+    return fetched if weight_files(fetched) else _hub_download(address, PICKLES)
+
+
+def _hub_download(address: str, patterns: tuple[str, ...]) -> Path:
+    """Download a model's files with such names; return the snapshot's folder in the local hub cache."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repo, _, revision = address.partition("@")
     try:
-        fetched = Path(huggingface_hub.snapshot_download(repo, **request))
-        if not weight_files(fetched):
-            pickles = request | {"allow_patterns": PICKLES}
-            fetched = Path(huggingface_hub.snapshot_download(repo, **pickles))
-        return fetched
+        return Path(
+            huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
+        )
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         why = "the hub has no such model or revision, or it asks for a login"
         fix = "correct it or set HF_TOKEN"
@@ -196,15 +229,8 @@ def _hub_snapshot(address: str, offline: bool) -> Path:
         raise Crashed(f"base model {address}: the download failed ({cause}); try again") from None
 
 
-def _convert_gguf(address: str, target: Path) -> None:
-    """Dequantize a GGUF file to fp32 safetensors.
-
-    A model loaded from GGUF cannot be saved (transformers considers it quantized), so its weights are moved
-    into a fresh model with a cleaned config.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def _gguf_file(address: str) -> tuple[Path, str]:
+    """Return the folder and the name of a GGUF file in an installed package."""
     package, _, name = address.partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -214,17 +240,41 @@ def _convert_gguf(address: str, target: Path) -> None:
     if not (folder / name).is_file():
         held = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "no GGUF file"
         raise BadInput("base_model", "gguf", address, why="no such file", fix=f"{package} has {held}")
+    return folder, name
+
+
+def _gguf_configs(folder: Path, name: str, target: Path) -> Any:
+    """Save a GGUF file's config, without what says that it is quantized, and tokenizer; return the config."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    read = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+    settings: dict[str, Any] = read.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        settings.pop(key, None)
+    config = type(read)(**settings)
+    config.save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False).save_pretrained(target)
+    return config
+
+
+def _convert_gguf(address: str, target: Path) -> None:
+    """Dequantize a GGUF file to fp32 safetensors.
+
+    A model loaded from GGUF cannot be saved (transformers considers it quantized), so its weights are moved
+    into a fresh model with a cleaned config.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder, name = _gguf_file(address)
     read = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False
     )
-    settings: dict[str, Any] = read.config.to_dict()
-    for key in ("quantization_config", "_name_or_path"):
-        settings.pop(key, None)
-    fresh = AutoModelForCausalLM.from_config(type(read.config)(**settings), dtype=torch.float32)
+    config = _gguf_configs(folder, name, target)
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     missing = fresh.load_state_dict(read.state_dict(), strict=False).missing_keys
     tied = set(getattr(fresh, "_tied_weights_keys", None) or ())
     if set(missing) - tied:
         raise Crashed(f"base model {address}: the GGUF file lacks {sorted(set(missing) - tied)[0]}")
     fresh.tie_weights()
     fresh.save_pretrained(target)
-    AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False).save_pretrained(target)
