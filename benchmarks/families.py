@@ -57,7 +57,7 @@ from palio.packaging.package import build_package
 from palio.provenance import file_sha256
 from palio.quantization import evaluation_mode, quantization
 from palio.records import DatasetManifest
-from palio.serving.model import way_of
+from palio.serving.model import serving_of
 from palio.serving.request import Request
 from palio.serving.transformers_engine import TransformersEngine
 from palio.settings import FinetuneSettings, PackageSettings, RunOptions
@@ -288,7 +288,7 @@ def judge(cell: Cell, base: BaseModelFolder, folder: EntryFolder) -> None:
     _compare(cell, "trained", ours / expected, expected / expected, flipped / expected)
 
     package = PackageSettings(competition_id="c", base_model_id="b", adapter=True)
-    build_package(folder, package, base, way_of)
+    build_package(folder, package, base, serving_of)
     texts = rows[:4]
     trained = evaluation_mode(plain_model(base.model if recipe.method != "full" else folder.adapter, recipe))
     if recipe.method != "full":

@@ -33,7 +33,8 @@ def examine(folder: Path, *, weights: bool = True) -> Layers | Unsupported:
         if family not in CONFIG_MAPPING:
             code = " and needs code of its own (auto_map)" if "auto_map" in content else ""
             why = f"transformers {transformers.__version__} does not know this family{code}"
-            raise _UnsupportedError(why, "use another base model, or serve it yourself in a server entry")
+            fix = "use another base model, or train and serve it by programs of your own (command, server)"
+            raise _UnsupportedError(why, fix)
         _check_family(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         _check_model(meta_model(folder), folder)
         if weights:

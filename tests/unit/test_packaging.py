@@ -88,6 +88,7 @@ def test_the_manifest_names_the_lineage_and_every_file(trained: Entry) -> None:
     assert manifest.dtype == "float32"
     model = AutoModelForCausalLM.from_pretrained(trained.folder / "package")
     assert manifest.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert manifest.context == model.config.max_position_embeddings
     assert manifest.max_logit_difference is not None
     assert manifest.max_logit_difference <= TOLERANCE
     card = (trained.folder / "package" / "README.md").read_text()

@@ -304,6 +304,8 @@ class PackageManifest(EntryRecord):
     served: str | None = None
     """How `palio serve` computes it, as tried when it was packaged: with shared prefixes, one sequence at a
     time, or each sequence anew at every token. None for a server."""
+    context: int | None = None
+    """Tokens of prompt and completion together that it can be served with. None for a server."""
     files: dict[str, str]
     """sha256 by relative path."""
 

@@ -117,9 +117,13 @@ def choose_model(loaded: Any) -> Model:
     return whole
 
 
-def way_of(package: Path) -> str:
-    """Return how `palio serve` computes a package on this machine. Raises as `load_model` does."""
-    return load_model(package, "auto", None).way
+def serving_of(package: Path) -> tuple[str, int]:
+    """Return how `palio serve` computes a package on this machine, and its context in tokens.
+
+    Raises as `load_model` does.
+    """
+    model = load_model(package, "auto", None)
+    return model.way, model.context
 
 
 def check_model(model: Model) -> None:
