@@ -49,8 +49,8 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
 
     With `offline` the network is not used: a hub model must be in the local hub cache.
 
-    Raises BadInput if the source is missing or unusable, Crashed if a download fails or is damaged, or
-    pickled weights cannot be converted.
+    Raises BadInput if the source is missing or unusable, RuleViolation if pickled weights are no weights,
+    Crashed if a download fails or is damaged, or pickled weights cannot be converted on this machine.
     """
     folder = BaseModelFolder(out)
     manifest_path, model = folder.manifest, folder.model

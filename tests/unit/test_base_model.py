@@ -24,7 +24,7 @@ from transformers import (
 
 from palio.base_model import fetch_base_model
 from palio.config import BaseModelSource
-from palio.errors import BadInput, Crashed
+from palio.errors import BadInput, Crashed, RuleViolation
 from palio.provenance import file_sha256, folder_sha256
 from palio.records import BaseModelManifest, read_record
 from palio.sandbox import process, unpickle
@@ -162,7 +162,8 @@ class Evil:
 def test_a_pickle_that_holds_code_is_refused_by_what_it_asks_for(tiny: Path, tmp_path: Path) -> None:
     (tiny / "model.safetensors").unlink()
     torch.save({"a": Evil()}, tiny / "pytorch_model.bin")
-    with pytest.raises(Crashed, match=r"pytorch_model\.bin asks for posix\.system, which is no tensor"):
+    line = r"pytorch_model\.bin asks for posix\.system, which is no tensor; give a safetensors model"
+    with pytest.raises(RuleViolation, match=line):
         fetch_base_model(BaseModelSource(path=str(tiny)), tmp_path / "out")
     assert not Path("/tmp/palio-was-here").exists()
     assert not (tmp_path / "out" / "manifest.json").exists()

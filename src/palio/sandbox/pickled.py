@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from palio.config import Program
-from palio.errors import Crashed, PalioError
+from palio.errors import Crashed, PalioError, RuleViolation
 from palio.files import link_or_copy
 from palio.incoming import Incoming, copy_files
 from palio.provenance import write_json
@@ -32,7 +32,7 @@ WEIGHTS = "/base_model"
 def convert(files: Sequence[Path], target: Path) -> None:
     """Write the tensors of pickled weight files and their index into the folder `target`.
 
-    Raises Crashed if they hold anything else, or if this machine cannot confine the process.
+    Raises RuleViolation if they hold anything else, Crashed if this machine cannot confine the process.
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         given, program, output = (Path(work, name) for name in ("given", "program", "converted"))
@@ -68,7 +68,8 @@ def _run(program: Program, room: Room, log: Path) -> None:
     if code is None:
         raise Crashed(f"pickled weights were not converted in {SECONDS:.0f} s")
     if code != 0:
-        raise Crashed(last_lines(log.read_bytes()[-4096:].decode(errors="replace"), 1))
+        last = last_lines(log.read_bytes()[-4096:].decode(errors="replace"), 1)
+        raise RuleViolation(last or f"the conversion ended with code {code}", "give a safetensors model")
 
 
 def _take(left: Incoming, target: Path, limit: int) -> None:
