@@ -154,10 +154,10 @@ def package(folder: EntryFolder, settings: PackageSettings, options: RunOptions)
         import torch
 
         from palio.packaging.package import build_package
-        from palio.serving.model import way_of
+        from palio.serving.model import serving_of
 
         torch.set_num_threads(options.threads or torch.get_num_threads())
-        build_package(folder, settings, base_model, way_of)
+        build_package(folder, settings, base_model, serving_of)
 
 
 def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOptions) -> None:

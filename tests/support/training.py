@@ -143,10 +143,10 @@ class Entry:
 
     def package(self, *, adapter: bool = True) -> PackageManifest:
         from palio.packaging.package import build_package
-        from palio.serving.model import way_of
+        from palio.serving.model import serving_of
 
         settings = PackageSettings(competition_id="c", base_model_id=self.base.name, adapter=adapter)
-        return build_package(self.at, settings, BaseModelFolder(self.base), way_of)
+        return build_package(self.at, settings, BaseModelFolder(self.base), serving_of)
 
     def start(
         self, *, budget: str = "600s", track: dict[str, Any] | None = None, **recipe: Any

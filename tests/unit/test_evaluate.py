@@ -15,7 +15,7 @@ from palio.evaluation.helm import log_error, public_error
 from palio.evaluation.stage import StagePlan, prepare_stage
 from palio.heartbeat import HeartbeatWriter, read_heartbeat
 from palio.layout import EntryFolder, HelmFolder
-from palio.records import ProbeReport, StageRecord, read_record
+from palio.records import PackageManifest, ProbeReport, StageRecord, read_record
 from palio.settings import StageRuns
 from tests.support.entry import packaged_entry, run_stage, scenario
 from tests.support.toy import Toy
@@ -120,6 +120,15 @@ def test_another_engine_is_asked_everything_again(stage: StageRuns, tmp_path: Pa
 def test_a_server_that_ignores_stop_sequences_is_cut_and_counted(stage: StageRuns, tmp_path: Path) -> None:
     toy = Toy("ignores stops", answer=lambda prompt: "one two\nand more")
     assert run(stage, packaged_entry(tmp_path), toy).completions_cut == SMALL + LARGE
+
+
+def test_a_package_of_less_context_is_shown_fewer_examples(stage: StageRuns, tmp_path: Path) -> None:
+    """Its server would cut the end of the prompt, which is the question."""
+    entry_dir = packaged_entry(tmp_path)
+    package = read_record(PackageManifest, entry_dir / "package.json")
+    package.model_copy(update={"context": 240}).write(entry_dir / "package.json")
+    runs = {each.scenario: each for each in run(stage, entry_dir, Toy("short of room")).runs}
+    assert runs["variable_substitution"].prompts_short > LARGE // 2
 
 
 def test_a_server_that_does_not_conform_is_named_before_helm_starts(stage: StageRuns, tmp_path: Path) -> None:

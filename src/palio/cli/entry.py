@@ -80,11 +80,15 @@ def new(
 @competition_option
 @click.option("--panel", type=ExistingPath, help="Reference panel; default: config/panel/…, if there is one.")
 @click.option("--out", type=ExistingPath, default=REHEARSALS, show_default=True)
-def try_entry(file: Path, competition: str, panel: Path | None, out: Path) -> None:
+@click.option(
+    "--dry-run", is_flag=True, help="Run nothing: the rules, and the base model without its weights."
+)
+def try_entry(file: Path, competition: str, panel: Path | None, out: Path, dry_run: bool) -> None:
     """Rehearse an entry on this machine at reduced scale: every step, its place, and an estimate in full."""
     from palio.config import load_entry
     from palio.eligibility.entry_file import check_file
     from palio.layout import panel as panel_file
+    from palio.participant.preview import preview
     from palio.participant.rehearsal import rehearse
     from palio.participant.summary import summary
     from palio.settings import CheckedAgainst
@@ -96,6 +100,10 @@ def try_entry(file: Path, competition: str, panel: Path | None, out: Path) -> No
     checked.require_clean()
     print("check: clean", flush=True)
     entry = load_entry(file)
+    for line in preview(entry, rules.tracks[entry.track]):
+        print(line, flush=True)
+    if dry_run:
+        return
     if panel is None and (published := panel_file(rules.competition, entry.track)).is_file():
         panel = published
     for line in summary(rehearse(file, rules, out), entry, rules, panel):

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from palio.config import Probe
 from palio.errors import Crashed, RuleViolation, State
 from palio.evaluation import helm
+from palio.evaluation.helm.folder import CONTEXT_TOKENS
 from palio.evaluation.journal import BROKEN, LIMIT, JournalReader
 from palio.evaluation.probe import Asked, levels, lines, probe
 from palio.evaluation.stage import PlannedRun, PromptKey, StagePlan, verify_data
@@ -104,6 +105,7 @@ def evaluate(
     work.path.mkdir(parents=True, exist_ok=True)
     _forget_unanswered(work)
 
+    context = min(package.context or CONTEXT_TOKENS, CONTEXT_TOKENS)
     window = Window.of_model(tokenizer)
     if window.estimated:
         print(f"tokens are estimated: {window.estimated}", file=sys.stderr, flush=True)
@@ -121,7 +123,7 @@ def evaluate(
                 heartbeat = HeartbeatWriter(folder.heartbeat(stage), plan.requests, "requests")
                 clock = UsedTime(work.used_seconds)
                 watch = Watch(work, plan, limits.time_limit, clock, server, heartbeat)
-                code = _run_helm(work, limits, watch, window).code
+                code = _run_helm(work, limits, watch, window, context).code
                 alive, server_code = server.alive(), server.exit_code()
             died = "" if alive else _death(work, stage, server_code)
             ending = Ending(code, code is None and alive, died)
@@ -164,12 +166,14 @@ class Outcome:
     """The stage's limit kept instances from being answered."""
 
 
-def _run_helm(folder: HelmFolder, limits: StageLimits, watch: Watch, window: Window) -> helm.HelmExit:
+def _run_helm(
+    folder: HelmFolder, limits: StageLimits, watch: Watch, window: Window, context: int
+) -> helm.HelmExit:
     """Ask what is not answered, in what is left of the stage's limit."""
     plan, clock = watch.plan, watch.clock
     left = max(0.0, limits.time_limit - clock.used)
     requests = helm.RequestSettings(
-        watch.server.base_url, limits.cut_at_stop_sequences, time.time() + left, window
+        watch.server.base_url, limits.cut_at_stop_sequences, time.time() + left, window, context
     )
     helm.write_helm_folder(folder, plan.entries, plan.data, requests)
     helm_exit = helm.run_helm(

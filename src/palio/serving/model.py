@@ -23,7 +23,13 @@ from palio.serving.attention import Chunk, Plan
 from palio.serving.pooled import Pool, PooledPlan
 from palio.serving.prefix_tree import Node, PrefixTree
 from palio.serving.regions import Regions
-from palio.tensors import cap_gpu_memory, largest_difference, last_bits_flipped, load_causal_model
+from palio.tensors import (
+    cache_bytes,
+    cap_gpu_memory,
+    largest_difference,
+    last_bits_flipped,
+    load_causal_model,
+)
 
 DEFAULT_CONTEXT = 2048
 """Tokens, for a model that states no limit."""
@@ -121,9 +127,13 @@ def choose_model(loaded: Any) -> Model:
     return whole
 
 
-def way_of(package: Path) -> str:
-    """Return how `palio serve` computes a package on this machine. Raises as `load_model` does."""
-    return load_model(package, "auto", None).way
+def serving_of(package: Path) -> tuple[str, int]:
+    """Return how `palio serve` computes a package on this machine, and its context in tokens.
+
+    Raises as `load_model` does.
+    """
+    model = load_model(package, "auto", None)
+    return model.way, model.context
 
 
 def check_model(model: Model) -> None:
@@ -270,7 +280,7 @@ class PlainModel:
     def __init__(self, loaded: Any) -> None:
         self._model = loaded
         self.context = context_of(loaded.config)
-        self.token_bytes = _token_bytes(loaded)
+        self.token_bytes = cache_bytes(loaded.config, loaded.dtype.itemsize)
 
     def tree(self, capacity: int) -> PrefixTree:
         return PrefixTree(capacity)
@@ -312,14 +322,6 @@ class WholeModel:
         chunk.node.filled = chunk.stop
         logits: torch.Tensor = output.logits[0, chunk.stop - chunk.keep :].float()
         return logits
-
-
-def _token_bytes(loaded: Any) -> int:
-    """Return the memory of the keys and values of one token, by the heads that have their own."""
-    config = loaded.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * size * loaded.dtype.itemsize)
 
 
 def context_of(config: Any) -> int:

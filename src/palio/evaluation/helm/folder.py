@@ -55,6 +55,8 @@ class RequestSettings:
     """Seconds since the epoch."""
     window: Window
     """Counts tokens of prompts."""
+    context: int = CONTEXT_TOKENS
+    """Tokens of prompt and completion together: HELM shows fewer examples where they do not fit."""
 
 
 def write_helm_folder(
@@ -97,7 +99,7 @@ def _deployment(requests: RequestSettings, journal: Path) -> dict[str, Any]:
         "name": MODEL,
         "model_name": MODEL,
         "tokenizer_name": MODEL,
-        "max_sequence_length": CONTEXT_TOKENS,
+        "max_sequence_length": requests.context,
         "client_spec": {"class_name": "palio.evaluation.client.EntryClient", "args": arguments},
     }
 
