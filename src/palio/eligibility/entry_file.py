@@ -176,9 +176,7 @@ def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
         ("data.path", f"dataset.{key}", given.path) for key, given in inputs if given.kind == "model_folder"
     ]
     for section, program in entry.programs.items():
-        brought.append(("program.path", f"{section}.files", program.files or ""))
-        image = program.image or ""
-        brought.append(("program.path", f"{section}.image", "" if image.startswith("docker://") else image))
+        brought += [("program.path", f"{section}.{key}", path) for key, path in program.paths.items()]
     for rule, key, path in brought:
         if path and (refused := _refused(path, folders)):
             fix = refused.fix or f"put it into a folder of your team, {folders[0]}"
