@@ -84,9 +84,9 @@ def host_files(*programs: str, python: bool = False) -> list[Member]:
         found["/usr/bin/python3"] = Path(sys._base_executable).resolve().read_bytes()  # type: ignore[attr-defined]
         paths.append(Path(sys._base_executable))  # type: ignore[attr-defined]
         found |= _standard_library()
-    for path in paths:
-        listed = subprocess.run(["ldd", path], capture_output=True, text=True, check=False).stdout
-        found |= {library: Path(library).read_bytes() for library in re.findall(r"(/\S+) \(", listed)}
+        paths += (Path(sysconfig.get_path("stdlib")) / "lib-dynload").glob("*.so")
+    listed = subprocess.run(["ldd", *paths], capture_output=True, text=True, check=False).stdout
+    found |= {library: Path(library).read_bytes() for library in re.findall(r"(/\S+) \(0x", listed)}
     return [member(name.lstrip("/"), content, mode=0o755) for name, content in found.items()]
 
 
@@ -94,7 +94,7 @@ def _standard_library() -> dict[str, bytes]:
     code = "import http.server, json, socketserver, sys; print(*sys.modules, sep='\\n')"
     listed = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
     home = Path(sysconfig.get_path("stdlib"))
-    tops = {name.partition(".")[0] for name in listed.stdout.split()} | {"encodings"}
+    tops = {name.partition(".")[0] for name in listed.stdout.split()} | {"encodings", "stringprep"}
     wanted = [home / f"{name}.py" for name in tops]
     wanted += [path for name in tops for path in (home / name).rglob("*.py") if "test" not in path.parts]
     wanted += [*(home / "lib-dynload").glob("*.so")]

@@ -12,14 +12,14 @@ from pathlib import Path
 from subprocess import run
 
 from palio.config import Isolation
-from palio.errors import BadInput, Crashed, Interrupted, PalioError, TimeLimit
+from palio.errors import BadInput, Crashed, Interrupted, OutOfMemory, PalioError, TimeLimit
 from palio.files import link_or_copy
 from palio.incoming import Incoming
 from palio.layout import BuildFolder, EntryFolder
 from palio.provenance import file_sha256, fingerprint, folder_sha256
 from palio.records import ImageManifest, RunFacts, read_record, timed_run
 from palio.sandbox.build import BUILD, Building, clear
-from palio.sandbox.build_log import lost_network, reason
+from palio.sandbox.build_log import MEMORY, lost_network, reason
 from palio.sandbox.handed_in import take_files
 from palio.sandbox.image import check_image
 from palio.sandbox.room import GIB, Limits, Room
@@ -94,7 +94,7 @@ def _build(work: BuildFolder, settings: ImageSettings, threads: int | None) -> N
         with Building(BUILD, room, work.log) as building:
             code = building.wait(seconds)
         if building.broken is not None:
-            raise building.broken
+            raise type(building.broken)(f"the image could not be built (over a limit): {building.broken}")
         if code is None:
             raise TimeLimit(f"the image could not be built (timeout): it took more than {duration(seconds)}")
         if code != 0:
@@ -115,7 +115,8 @@ def _build(work: BuildFolder, settings: ImageSettings, threads: int | None) -> N
 def _failure(log: str, network: bool) -> PalioError:
     if network and lost_network(log):
         return Interrupted(f"the network was lost while the image was built: {reason(log, network=True).said}")
-    return Crashed(str(reason(log, network=network)))
+    why = reason(log, network=network)
+    return OutOfMemory(str(why)) if why.kind.name == MEMORY else Crashed(str(why))
 
 
 def _room(work: BuildFolder, settings: ImageSettings, threads: int | None) -> Room:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from palio.config import Program
 from palio.errors import Interrupted, PalioError
 from palio.sandbox.process import Confined, cannot_confine, memory_file
-from palio.sandbox.room import Mount, Room, limited, mounts, source, stage
+from palio.sandbox.room import Mount, Room, limited, mounts, source_of, stage
 from palio.sandbox.seccomp import filter_program
 
 RANGE = 1 << 16
@@ -161,7 +161,7 @@ def building(
     for number, mount in enumerate(_mounts(room)):
         for parent in reversed(Path(mount.place).parents[:-1]):
             arguments += ["--perms", "0755", "--dir", str(parent)]
-        arguments += ["--bind" if mount.writable else "--ro-bind", source(mount, number, staged=staged)]
+        arguments += ["--bind" if mount.writable else "--ro-bind", source_of(mount, number, staged=staged)]
         arguments.append(mount.place)
     for place, descriptor in files.items():
         arguments += ["--ro-bind-data", str(descriptor), place]

@@ -20,14 +20,17 @@ TAIL = 1 << 16
 class Kind(NamedTuple):
     name: str
     pattern: str
-    """Its first group, if any, is shown."""
+    """What it matches is shown."""
     fix: str
 
 
+MEMORY = "memory full"
+_UNREACHABLE = (
+    r"Temporary failure (?:in name resolution|resolving)[^\n]*|Network is unreachable|server misbehaving|i/o timeout"
+)
 NO_NETWORK = Kind(
     "no network",
-    r"(?:Temporary failure|failure) in name resolution|Could not resolve|Name or service not known"
-    r"|Network is unreachable|no such host|server misbehaving|dial (?:tcp|udp)[^\n]*",
+    rf"{_UNREACHABLE}|no such host|Could not resolve[^\n]*|Name or service not known",
     "the rules allow no network while images are built: put base images, packages and weights into the folder",
 )
 KINDS = (
@@ -37,35 +40,48 @@ KINDS = (
         "make the image smaller: fewer packages and weights, removed caches",
     ),
     Kind(
+        MEMORY,
+        r"MemoryError[^\n]*|Cannot allocate memory|\bKilled\b|exit status 137",
+        "build with less memory at once, e.g. MAX_JOBS=1",
+    ),
+    Kind(
         "gated model without a token",
-        r"(?:Cannot access gated repo[^\n]*|GatedRepoError|Access to model \S+ is restricted"
-        r"|401 Client Error[^\n]*|Repository Not Found for url[^\n]*)",
+        r"Cannot access gated repo[^\n]*|GatedRepoError[^\n]*|Access to model \S+ is restricted"
+        r"|401 Client Error[^\n]*|Repository Not Found for url[^\n]*",
         "no token is given to builds: put the weights into the folder, or take them from PALIO_BASE_MODEL",
     ),
     Kind(
-        "package gone",
-        r"(?:No matching distribution found for ([^\n]+)|Could not find a version that satisfies the"
-        r" requirement (\S+)|Unable to locate package (\S+)|Package '([^']+)' has no installation candidate"
-        r"|Version '[^']*' for '([^']+)' was not found|PackagesNotFoundError|404 +Not Found)",
-        "pin a version that still exists, or put the package into the folder",
-    ),
-    Kind(
-        "base image not found",
-        r"(?:manifest unknown|reading manifest [^\n]*|requested access to the resource is denied"
-        r"|initializing source (\S+)|creating build container: ([^\n]*)|: image not known)",
-        "name one that exists, by its digest: FROM name@sha256:<digest>",
+        "certificate refused",
+        r"CERTIFICATE_VERIFY_FAILED|x509: certificate [^\n]*|SSL certificate problem[^\n]*",
+        "start from a newer base image; if its certificates are new, the organizer's network has one of its own",
     ),
     Kind(
         "conflicting packages",
-        r"(?:ResolutionImpossible|Cannot install ([^\n]+) because these package versions have conflicting)",
+        r"ResolutionImpossible|Cannot install ([^\n]+) because these package versions have conflicting",
         "pin versions that fit together",
     ),
     Kind(
+        "package gone",
+        r"No matching distribution found for [^\n]+|Could not find a version that satisfies the requirement \S+"
+        r"|Unable to locate package \S+|Package '?\S+ has no installation candidate|Version \S+ for \S+ was not found"
+        r"|PackagesNotFoundError[^\n]*|[^\n]*\b404 +Not Found[^\n]*",
+        "pin a version that still exists, or put the package into the folder",
+    ),
+    Kind(
         "missing file",
-        r"(?:no items matching glob|checking on sources[^\n]*|copier: stat: [^\n]*no such file or directory)",
+        r"no items matching glob[^\n]*|copier: stat: [^\n]*no such file or directory",
         "COPY and ADD see the Dockerfile's own folder only: put the file there",
     ),
-    Kind("invalid Dockerfile", r"(?:Unknown instruction: \S+|dockerfile parse error[^\n]*|no FROM)", "correct it"),
+    Kind(
+        "base image not found",
+        r"creating build container: [^\n]*",
+        "name one that exists, by its digest: FROM name@sha256:<digest>",
+    ),
+    Kind(
+        "invalid Dockerfile",
+        r"Unknown instruction: \S+|dockerfile parse error[^\n]*|no FROM statement found|unexpected end of statement",
+        "correct it",
+    ),
 )
 OTHER = Kind("a command failed", r"", "run its last command by hand in the same base image")
 
@@ -83,19 +99,14 @@ def reason(log: str, *, network: bool) -> Reason:
     """Return why a build failed. `network`: whether it had one."""
     log = log[-TAIL:]
     if not network and (found := re.search(NO_NETWORK.pattern, log, re.IGNORECASE)):
-        return Reason(NO_NETWORK, _shown(log, found))
+        return Reason(NO_NETWORK, last_lines(found[0], 1))
     for kind in KINDS:
         if found := re.search(kind.pattern, log, re.IGNORECASE):
-            return Reason(kind, _shown(log, found))
-    return Reason(OTHER, last_lines(log, 3) or "it said nothing")
+            return Reason(kind, last_lines(found[0], 1))
+    said = "\n".join(line for line in log.splitlines() if not line.startswith("subprocess exited"))
+    return Reason(OTHER, last_lines(said, 3) or "it said nothing")
 
 
 def lost_network(log: str) -> bool:
     """Whether a build that had a network lost it: the machine's fault."""
-    return re.search(NO_NETWORK.pattern, log[-TAIL:], re.IGNORECASE) is not None
-
-
-def _shown(log: str, found: re.Match[str]) -> str:
-    """The whole line of a match, printable."""
-    start, end = log.rfind("\n", 0, found.start()) + 1, log.find("\n", found.end())
-    return last_lines(log[start : end if end >= 0 else None], 1)
+    return re.search(_UNREACHABLE, log[-TAIL:], re.IGNORECASE) is not None

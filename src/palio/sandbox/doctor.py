@@ -1,4 +1,5 @@
-"""Whether this machine can confine teams' programs, found out by confining one, and what is lost if not."""
+"""Whether this machine can confine teams' programs, run them in images and build their Dockerfiles, found out by
+doing so, and what is lost if not."""
 
 from __future__ import annotations
 
@@ -10,14 +11,20 @@ from pathlib import Path
 
 from palio.config import Program
 from palio.errors import PalioError
+from palio.sandbox.build import BUILD, Building, clear
+from palio.sandbox.image import Image
 from palio.sandbox.process import Confined
 from palio.sandbox.room import GIB, Limits, Room
+from palio.text import last_lines
 
 CANNOT = "programs of teams cannot be confined"
 LOST = (
     "Until then command and server entries are refused; isolation.unconfined: true runs them with your "
     "rights: they can read the closed stage and your home, reach the network and outlive their run"
 )
+_SMALL = Limits(memory=GIB, processes=64, scratch=1 << 20, output=64 << 20, cpus=1)
+_TRUE = Program(run=("true",), files=".")
+_LAYS_NO_OVERLAY = "an overlay in a user namespace needs Linux 5.11; until then entries with an image cannot run"
 _SWITCHES = {
     "user/max_user_namespaces": ("0", "sysctl user.max_user_namespaces=15000"),
     "kernel/unprivileged_userns_clone": ("0", "sysctl kernel.unprivileged_userns_clone=1"),
@@ -48,18 +55,58 @@ def examine_confinement() -> list[Finding]:
     missing = [tool for tool in tools if shutil.which(tool) is None]
     findings = [Finding(False, f"{tool} is not installed", f"apt install {tools[tool]}") for tool in missing]
     apptainer = "with" if shutil.which("apptainer") else "without"
-    findings.append(Finding(True, f"{apptainer} apptainer, which entries with an image need"))
+    findings.append(Finding(True, f"{apptainer} apptainer, which docker:// and .sif images need; .tar needs none"))
     who = "root, which no program becomes; an ordinary user is better" if os.geteuid() == 0 else "a user"
     findings.append(Finding(True, f"Palio runs as {who}"))
+    findings += [examine_images(), examine_builds()] if not missing else []
     return [*findings, _confines()]
 
 
+def examine_images() -> Finding:
+    """Try a program in an image, of which only the system's own folders are not the host's."""
+    what, visible = "programs of teams run in images", ["/usr"]
+    with tempfile.TemporaryDirectory() as name:
+        image = Path(name, "image")
+        image.mkdir()
+        for path in (Path("/bin"), Path("/lib"), Path("/lib64")):
+            if path.is_symlink():
+                (image / path.name).symlink_to(path.readlink())
+            elif path.exists():
+                visible.append(str(path))
+        room = Room(_SMALL, image=Image(image), visible=tuple(visible))
+        try:
+            with Confined(_TRUE, room, Path(name, "log")) as running:
+                code = running.wait(10)
+        except PalioError as error:
+            return Finding(False, what, f"{error}. {_LAYS_NO_OVERLAY}")
+    return Finding(code == 0, f"{what}: tried with `true`", _LAYS_NO_OVERLAY)
+
+
+def examine_builds() -> Finding:
+    """Try to build a Dockerfile. Only entries with one need it."""
+    what = "Dockerfiles of teams are built"
+    with tempfile.TemporaryDirectory() as name:
+        context, output, log = Path(name, "context"), Path(name, "output"), Path(name, "log")
+        context.mkdir()
+        output.mkdir()
+        (context / "Dockerfile").write_text("FROM scratch\nCOPY Dockerfile /\n")
+        room = Room(_SMALL, files=context, output=output)
+        try:
+            with Building(BUILD, room, log) as building:
+                code = building.wait(60)
+        except PalioError as error:
+            return Finding(False, what, f"{error}. {_advice()}Until then entries with a Dockerfile wait")
+        finally:
+            clear(room, log)
+        said = last_lines(log.read_text(encoding="utf-8", errors="replace"), 1)
+    return Finding(code == 0, f"{what}: tried with one", f"buildah says: {said}")
+
+
 def _confines() -> Finding:
-    limits = Limits(memory=GIB, processes=64, scratch=1 << 20, output=1 << 20, cpus=1)
     with tempfile.TemporaryDirectory() as folder:
         try:
             log = Path(folder, "log")
-            with Confined(Program(run=("true",), files="."), Room(limits), log) as running:
+            with Confined(_TRUE, Room(_SMALL), log) as running:
                 code = running.wait(10)
         except PalioError as error:
             return Finding(False, CANNOT, f"{error}. {_advice()}{LOST}")

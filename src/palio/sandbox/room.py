@@ -241,7 +241,7 @@ def building(
     `uid`, given if Palio is root, is what it becomes.
     """
     found, links = mounts(room)
-    sources = [source(mount, number, staged=_is_staged(room, uid)) for number, mount in enumerate(found)]
+    sources = [source_of(mount, number, staged=_is_staged(room, uid)) for number, mount in enumerate(found)]
     image = room.image
     if image is not None:
         of_image, links = _image_folders(image, found)
@@ -291,7 +291,7 @@ def _is_staged(room: Room, uid: int | None) -> bool:
     return uid is not None or room.image is not None
 
 
-def source(mount: Mount, number: int, *, staged: bool) -> str:
+def source_of(mount: Mount, number: int, *, staged: bool) -> str:
     """Where bubblewrap finds a mount's source."""
     return f"/s/{number}" if staged else str(mount.source)
 
@@ -313,7 +313,7 @@ def stage(found: list[Mount], *, uid: int | None, overlay: Overlay | None = None
     arguments += ["--bind", "/proc", "/proc", "--dev-bind", "/dev", "/dev", "--perms", "0755", "--dir", "/s"]
     arguments += ["--perms", "0755", "--tmpfs", "/tmp"]  # noqa: S108 (bubblewrap builds the room on it)
     for number, mount in enumerate(found):
-        reached = source(mount, number, staged=True)
+        reached = source_of(mount, number, staged=True)
         arguments += ["--bind" if mount.writable else "--ro-bind", str(mount.source), reached]
     become: list[str] = []
     if uid is not None:
