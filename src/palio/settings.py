@@ -370,7 +370,9 @@ class PackageSettings(StepSettings):
 
     def files(self) -> tuple[str, ...]:
         """The folder of a Dockerfile is read by the step `image`."""
-        return tuple(path for key, path in (self.server.paths if self.server else {}).items() if key != "dockerfile")
+        return tuple(
+            path for key, path in (self.server.paths if self.server else {}).items() if key != "dockerfile"
+        )
 
 
 class StageLimits(Strict):

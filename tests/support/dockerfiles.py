@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.support.images import folder, host_files, layer
 
-SERVER = '''
+SERVER = """
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 ThreadingHTTPServer(("0.0.0.0", 80), Handler).serve_forever()
-'''
+"""
 """A server as in 2023: on port 80, its weights filled into root's cache when the image was built."""
 SERVES = """\
 FROM scratch
@@ -57,7 +57,15 @@ CMD ["python3", "main.py"]
 
 @functools.cache
 def _base(*, python: bool) -> bytes:
-    programs = ("/bin/cat", "/bin/chmod", "/bin/mknod", "/bin/ln", "/usr/bin/id", "/bin/sleep", "/usr/bin/head")
+    programs = (
+        "/bin/cat",
+        "/bin/chmod",
+        "/bin/mknod",
+        "/bin/ln",
+        "/usr/bin/id",
+        "/bin/sleep",
+        "/usr/bin/head",
+    )
     return layer([*host_files(*programs, python=python), folder("root/.cache", 0o700), folder("tmp")])
 
 

@@ -92,7 +92,9 @@ def host_files(*programs: str, python: bool = False) -> list[Member]:
 
 def _standard_library() -> dict[str, bytes]:
     code = "import http.server, json, socketserver, sys; print(*sys.modules, sep='\\n')"
-    listed = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True
+    )
     home = Path(sysconfig.get_path("stdlib"))
     tops = {name.partition(".")[0] for name in listed.stdout.split()} | {"encodings", "stringprep"}
     wanted = [home / f"{name}.py" for name in tops]

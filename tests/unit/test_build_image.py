@@ -88,7 +88,7 @@ def test_the_same_folder_is_built_once_and_a_changed_one_again(
     [
         ("FROM python:3.10\n", "no network", "put base images, packages and weights into the folder"),
         ("FROM oci-archive:gone.tar\n", "base image not found", "FROM name@sha256:<digest>"),
-        (BASE + "COPY weights.bin /\n", "missing file", 'no such file or directory; COPY and ADD see'),
+        (BASE + "COPY weights.bin /\n", "missing file", "no such file or directory; COPY and ADD see"),
         (BASE + "RUNN true\n", "invalid Dockerfile", 'Unknown instruction: "RUNN"; correct it'),
         (BASE + "RUN echo mine; exit 3\n", "a command failed", "exit status 3"),
         (
@@ -149,7 +149,11 @@ def test_a_build_sees_neither_the_host_nor_its_network(entry_folder: EntryFolder
     log = next(entry_folder.builds.glob("*/build.log")).read_text().split("RUN ", 1)[1].partition("\n")[2]
     assert "SEEN" not in log
     assert "READ" not in log
-    assert {line for line in log.splitlines() if line.startswith("net ")} <= {"net Inter-|", "net face", "net lo:"}
+    assert {line for line in log.splitlines() if line.startswith("net ")} <= {
+        "net Inter-|",
+        "net face",
+        "net lo:",
+    }
 
 
 @builds
@@ -173,7 +177,9 @@ def test_a_machine_without_buildah_interrupts_the_entry(
     entry_folder: EntryFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(Interrupted, match="built with buildah, which is not installed here: apt install buildah"):
+    with pytest.raises(
+        Interrupted, match="built with buildah, which is not installed here: apt install buildah"
+    ):
         build(entry_folder, dockerfile(tmp_path / "context", BASE))
 
 

@@ -60,7 +60,9 @@ def line(text: str | None = None) -> Program:
     return Program(run=text, image="image.tar")
 
 
-def test_a_program_runs_among_the_images_files_and_sees_none_of_the_hosts(base: bytes, tmp_path: Path) -> None:
+def test_a_program_runs_among_the_images_files_and_sees_none_of_the_hosts(
+    base: bytes, tmp_path: Path
+) -> None:
     image = unpacked(tmp_path, [base])
     text = (
         "cat /usr/share/made-by /root/.cache/huggingface/weights /entry/mine; "
@@ -112,7 +114,9 @@ def test_an_image_without_user_runs_as_root_that_may_nothing(base: bytes, tmp_pa
         ("4321", (4321, 0, "/")),
     ],
 )
-def test_a_user_is_found_in_the_images_own_table(user: str, expected: tuple[int, int, str], tmp_path: Path) -> None:
+def test_a_user_is_found_in_the_images_own_table(
+    user: str, expected: tuple[int, int, str], tmp_path: Path
+) -> None:
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/passwd").write_bytes(PASSWD)
     assert account(tmp_path, user) == expected
@@ -126,7 +130,9 @@ def test_a_user_that_the_image_does_not_have_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("write", [oci_archive, docker_archive])
 @pytest.mark.parametrize("compress", [bytes, gzip.compress, zstandard.compress])
 def test_layers_of_both_formats_lie_over_each_other(write: Any, compress: Any, tmp_path: Path) -> None:
-    first = layer([member("a/kept", b"1"), member("a/gone", b"1"), member("b/old", b"1"), symlink("lib", "usr/lib")])
+    first = layer(
+        [member("a/kept", b"1"), member("a/gone", b"1"), member("b/old", b"1"), symlink("lib", "usr/lib")]
+    )
     second = layer(
         [
             member("a/.wh.gone"),
@@ -164,7 +170,10 @@ def test_the_port_is_the_entrys_or_the_one_that_the_image_exposes(tmp_path: Path
     ("config", "reason"),
     [
         ({}, "the image has neither CMD nor ENTRYPOINT; add one, or give run"),
-        ({"Cmd": ["x"], "ExposedPorts": {"80": {}, "443/tcp": {}}}, "the image exposes the ports 80, 443; give one"),
+        (
+            {"Cmd": ["x"], "ExposedPorts": {"80": {}, "443/tcp": {}}},
+            "the image exposes the ports 80, 443; give one",
+        ),
     ],
 )
 def test_an_image_that_leaves_open_what_starts_is_refused(
@@ -183,10 +192,14 @@ def test_an_image_for_another_machine_is_refused(tmp_path: Path) -> None:
         check_image(path, "run", None)
 
 
-def test_a_sif_file_needs_apptainer_and_says_what_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sif_file_needs_apptainer_and_says_what_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "image.sif").touch()
-    with pytest.raises(PalioError, match=r"\.sif images need apptainer, which is not installed here; .* \(\.tar\)"):
+    with pytest.raises(
+        PalioError, match=r"\.sif images need apptainer, which is not installed here; .* \(\.tar\)"
+    ):
         image_folder(str(tmp_path / "image.sif"), tmp_path, GIB)
 
 

@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 from palio.config.common import PlainPath, Strict
 from palio.errors import InvalidValue
 
+DOCKERFILES = ("Containerfile", "Dockerfile")
+"""Names that buildah looks for, in its order."""
 IMAGE_PATTERN = re.compile(r"docker://[\w./:-]+@sha256:[0-9a-f]{64}")
 
 

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from subprocess import run
 
-from palio.config import Isolation
+from palio.config import DOCKERFILES, Isolation
 from palio.errors import BadInput, Crashed, Interrupted, OutOfMemory, PalioError, TimeLimit
 from palio.files import link_or_copy
 from palio.incoming import Incoming
@@ -26,8 +26,6 @@ from palio.sandbox.room import GIB, Limits, Room
 from palio.settings import ImageSettings
 from palio.text import duration
 
-DOCKERFILES = ("Containerfile", "Dockerfile")
-"""Names that buildah looks for, in its order."""
 STORAGE_FILES = 4_000_000
 """Files and folders of a build: every layer of its base image, and its own."""
 
@@ -114,7 +112,9 @@ def _build(work: BuildFolder, settings: ImageSettings, threads: int | None) -> N
 
 def _failure(log: str, network: bool) -> PalioError:
     if network and lost_network(log):
-        return Interrupted(f"the network was lost while the image was built: {reason(log, network=True).said}")
+        return Interrupted(
+            f"the network was lost while the image was built: {reason(log, network=True).said}"
+        )
     why = reason(log, network=network)
     return OutOfMemory(str(why)) if why.kind.name == MEMORY else Crashed(str(why))
 

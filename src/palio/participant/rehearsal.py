@@ -159,8 +159,8 @@ def small_entry(entry: Entry, project: Project) -> dict[str, Any]:
         content["finetune"]["validation_rows"] = min(content["finetune"]["validation_rows"], 8)
         content["finetune"]["gradient_accumulation"] = 1
     for part, program in entry.programs.items():
-        for key, path in program.paths.items():
-            content[part][key] = str(Path(path).resolve())
+        for key, brought in program.paths.items():
+            content[part][key] = str(Path(brought).resolve())
     return content
 
 

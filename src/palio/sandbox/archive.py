@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 import zstandard
 
@@ -70,9 +70,9 @@ class ImageArchive:
             magic = blob.read(4)
             blob.seek(0)
             if magic[:2] == _GZIP:
-                yield gzip.GzipFile(fileobj=blob)  # type: ignore[assignment]
+                yield cast(IO[bytes], gzip.GzipFile(fileobj=blob))
             elif magic == _ZSTD:
-                yield zstandard.ZstdDecompressor().stream_reader(blob)  # type: ignore[assignment]
+                yield zstandard.ZstdDecompressor().stream_reader(blob)
             else:
                 yield blob
 
@@ -98,7 +98,15 @@ def image_archive(path: Path) -> Iterator[ImageArchive]:
                     raise RuleViolation(f"{path.name} holds more than {MEMBERS} files", SAVE_AGAIN)
             read = _read_oci if INDEX in members else _read_docker
             digest, config, layers = read(archive)
-        except (tarfile.TarError, EOFError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (
+            tarfile.TarError,
+            EOFError,
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            RecursionError,
+        ) as error:
             raise RuleViolation(
                 f"{path.name} is not an image's archive ({type(error).__name__}: {error})", SAVE_AGAIN
             ) from None

@@ -56,19 +56,20 @@ buildah push --quiet localhost/entry oci-archive:/output/image.tar
 CLEAR = "rm -rf /output/storage /output/run /output/tmp /output/image.tar"
 
 
-class Range(NamedTuple):
+class IdRange(NamedTuple):
     """User ids of the machine that stand for 0, 1, … in the room."""
 
     own: int
     """Stands for 0."""
     first: int
     """Stands for 1."""
-    count: int
+    others: int
+    """How many stand for 1 and above."""
 
     @property
     def lines(self) -> str:
         """As /proc/<pid>/uid_map has them."""
-        return f"0 {self.own} 1\n1 {self.first} {self.count}\n"
+        return f"0 {self.own} 1\n1 {self.first} {self.others}\n"
 
 
 class Building(Confined):
@@ -86,9 +87,7 @@ class Building(Confined):
         files = {place: memory_file(text.encode()) for place, text in SETTINGS.items()}
         seccomp = memory_file(filter_program())
         (reported, info), (block, release) = os.pipe(), os.pipe()
-        arguments = building(
-            self.room, files=files, seccomp=seccomp, info=info, block=block, staged=as_root
-        )
+        arguments = building(self.room, files=files, seccomp=seccomp, info=info, block=block, staged=as_root)
         described = memory_file("".join(f"{argument}\0" for argument in arguments).encode())
         inside = ["sh", "-c", str(self.program.run)]
         line = limited(self.room, ["bwrap", "--args", str(described), "--", *inside])
@@ -108,23 +107,27 @@ class Building(Confined):
                 raise cannot_confine(done.stderr.strip() or f"{tool} failed")
 
 
-def range_of_ids() -> Range:
+def range_of_ids() -> IdRange:
     """Return the user ids of a build. An ordinary user has those of /etc/subuid.
 
     Raises PalioError if there are none, or no buildah.
     """
     if shutil.which("buildah") is None:
-        raise Interrupted("a Dockerfile is built with buildah, which is not installed here: apt install buildah")
+        raise Interrupted(
+            "a Dockerfile is built with buildah, which is not installed here: apt install buildah"
+        )
     if os.geteuid() == 0:
         first = FIRST_RANGE + os.getpid() % RANGES * RANGE
-        return Range(first, first + 1, RANGE - 1)
+        return IdRange(first, first + 1, RANGE - 1)
     names = (str(os.getuid()), _login())
     with suppress(OSError, ValueError):
         for line in Path("/etc/subuid").read_text(encoding="utf-8").splitlines():
             name, first_id, count = line.split(":")
             if name in names:
-                return Range(os.getuid(), int(first_id), min(int(count), RANGE - 1))
-    raise cannot_confine(f"{names[1]} has no range of user ids: usermod --add-subuids and --add-subgids give one")
+                return IdRange(os.getuid(), int(first_id), min(int(count), RANGE - 1))
+    raise cannot_confine(
+        f"{names[1]} has no range of user ids: usermod --add-subuids and --add-subgids give one"
+    )
 
 
 def _login() -> str:

@@ -25,9 +25,7 @@ class Kind(NamedTuple):
 
 
 MEMORY = "memory full"
-_UNREACHABLE = (
-    r"Temporary failure (?:in name resolution|resolving)[^\n]*|Network is unreachable|server misbehaving|i/o timeout"
-)
+_UNREACHABLE = r"Temporary failure (?:in name resolution|resolving)[^\n]*|Network is unreachable|server misbehaving|i/o timeout"
 NO_NETWORK = Kind(
     "no network",
     rf"{_UNREACHABLE}|no such host|Could not resolve[^\n]*|Name or service not known",

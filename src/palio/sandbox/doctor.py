@@ -11,6 +11,7 @@ from pathlib import Path
 
 from palio.config import Program
 from palio.errors import PalioError
+from palio.layout import BuildFolder
 from palio.sandbox.build import BUILD, Building, clear
 from palio.sandbox.image import Image
 from palio.sandbox.process import Confined
@@ -24,7 +25,9 @@ LOST = (
 )
 _SMALL = Limits(memory=GIB, processes=64, scratch=1 << 20, output=64 << 20, cpus=1)
 _TRUE = Program(run=("true",), files=".")
-_LAYS_NO_OVERLAY = "an overlay in a user namespace needs Linux 5.11; until then entries with an image cannot run"
+_LAYS_NO_OVERLAY = (
+    "an overlay in a user namespace needs Linux 5.11; until then entries with an image cannot run"
+)
 _SWITCHES = {
     "user/max_user_namespaces": ("0", "sysctl user.max_user_namespaces=15000"),
     "kernel/unprivileged_userns_clone": ("0", "sysctl kernel.unprivileged_userns_clone=1"),
@@ -55,7 +58,9 @@ def examine_confinement() -> list[Finding]:
     missing = [tool for tool in tools if shutil.which(tool) is None]
     findings = [Finding(False, f"{tool} is not installed", f"apt install {tools[tool]}") for tool in missing]
     apptainer = "with" if shutil.which("apptainer") else "without"
-    findings.append(Finding(True, f"{apptainer} apptainer, which docker:// and .sif images need; .tar needs none"))
+    findings.append(
+        Finding(True, f"{apptainer} apptainer, which docker:// and .sif images need; .tar needs none")
+    )
     who = "root, which no program becomes; an ordinary user is better" if os.geteuid() == 0 else "a user"
     findings.append(Finding(True, f"Palio runs as {who}"))
     findings += [examine_images(), examine_builds()] if not missing else []
@@ -86,19 +91,19 @@ def examine_builds() -> Finding:
     """Try to build a Dockerfile. Only entries with one need it."""
     what = "Dockerfiles of teams are built"
     with tempfile.TemporaryDirectory() as name:
-        context, output, log = Path(name, "context"), Path(name, "output"), Path(name, "log")
-        context.mkdir()
-        output.mkdir()
-        (context / "Dockerfile").write_text("FROM scratch\nCOPY Dockerfile /\n")
-        room = Room(_SMALL, files=context, output=output)
+        trial = BuildFolder(Path(name))
+        trial.context.mkdir()
+        trial.output.mkdir()
+        (trial.context / "Dockerfile").write_text("FROM scratch\nCOPY Dockerfile /\n")
+        room = Room(_SMALL, files=trial.context, output=trial.output)
         try:
-            with Building(BUILD, room, log) as building:
+            with Building(BUILD, room, trial.log) as building:
                 code = building.wait(60)
         except PalioError as error:
             return Finding(False, what, f"{error}. {_advice()}Until then entries with a Dockerfile wait")
         finally:
-            clear(room, log)
-        said = last_lines(log.read_text(encoding="utf-8", errors="replace"), 1)
+            clear(room, trial.log)
+        said = last_lines(trial.log.read_text(encoding="utf-8", errors="replace"), 1)
     return Finding(code == 0, f"{what}: tried with one", f"buildah says: {said}")
 
 

@@ -109,7 +109,9 @@ def account(root: Path, user: str) -> tuple[int, int, str]:
         if not (0 <= uid <= MAX_ID and 0 <= gid <= MAX_ID):
             raise ValueError
     except ValueError:
-        raise RuleViolation(f"USER {user!r:.100} of the image is no user of it", "add it, or correct USER") from None
+        raise RuleViolation(
+            f"USER {user!r:.100} of the image is no user of it", "add it, or correct USER"
+        ) from None
     return uid, gid, known[5] if known and known[5].startswith("/") else ("/root" if uid == 0 else "/")
 
 

@@ -51,7 +51,7 @@ _ETC = (
 )
 _CPU_FACTS = "/sys/devices/system/cpu"
 """Numeric libraries ask it for cores and caches."""
-_OURS = frozenset({"proc", "dev", "sys", "tmp"})
+_OURS = frozenset({"proc", "dev", "sys"})
 """Top folders that the room makes itself, whatever an image has there."""
 _IMAGE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """PATH of an image that declares none, as container runtimes set it."""
@@ -122,9 +122,9 @@ def mounts(room: Room) -> tuple[list[Mount], list[tuple[str, str]]]:
         found.append(Mount(Path(_CPU_FACTS), _CPU_FACTS))
     if room.limits.gpu_memory is not None:
         found.append(Mount(Path("/sys"), "/sys"))  # CUDA looks up the PCI bus there
-    for path in room.visible:
-        _require_no_link(room.image, path)
-        found.append(Mount(Path(path).resolve(), path))
+    for shown in room.visible:
+        _require_no_link(room.image, shown)
+        found.append(Mount(Path(shown).resolve(), shown))
     found += [Mount(path.resolve(), place) for place, path in room.inputs.items()]
     if room.files is not None:
         found.append(Mount(room.files.resolve(), FILES))
@@ -256,8 +256,8 @@ def building(
     for target, place in links:
         arguments += ["--symlink", target, place]
     scratch = str(room.limits.scratch)
-    # before the mounts: Palio's environment may lie below the host's /tmp
-    arguments += ["--perms", "1777", "--size", scratch, "--tmpfs", "/tmp"]  # noqa: S108 (its own)
+    if image is None:  # before the mounts: Palio's environment may lie below the host's /tmp
+        arguments += ["--perms", "1777", "--size", scratch, "--tmpfs", "/tmp"]  # noqa: S108 (its own)
     for mount, source in zip(found, sources, strict=True):
         for parent in reversed(Path(mount.place).parents[:-1]):
             arguments += ["--perms", "0755", "--dir", str(parent)]
@@ -321,7 +321,15 @@ def stage(found: list[Mount], *, uid: int | None, overlay: Overlay | None = None
         become += ["--bounding-set=-all", "--"]
     if overlay is None:
         return [*arguments, "--", *become]
-    arguments += ["--ro-bind", str(overlay.lower), "/s/image", "--size", str(overlay.size), "--tmpfs", _OVERLAY]
+    arguments += [
+        "--ro-bind",
+        str(overlay.lower),
+        "/s/image",
+        "--size",
+        str(overlay.size),
+        "--tmpfs",
+        _OVERLAY,
+    ]
     for name in ("upper", "work", "image"):
         arguments += ["--dir", f"{_OVERLAY}/{name}"]
     return [*arguments, "--", "sh", "-c", f'{_mount_overlay()} && exec "$@"', "sh", *become]

@@ -85,11 +85,15 @@ def unpack(archive: ImageArchive, root: Path, limit: int) -> Counter[str]:
                 unpacking.add(stream)
         except DAMAGED as error:
             what = f"{type(error).__name__}: {error}"
-            raise RuleViolation(f"the image's {layer.blob:.80} is damaged ({what})", "save it again") from None
+            raise RuleViolation(
+                f"the image's {layer.blob:.80} is damaged ({what})", "save it again"
+            ) from None
         except OSError as error:
             if error.errno in _MACHINES_FAULT:
                 raise
-            raise RuleViolation(f"the image's {layer.blob:.80} is refused: {error.strerror or error}") from None
+            raise RuleViolation(
+                f"the image's {layer.blob:.80} is refused: {error.strerror or error}"
+            ) from None
     open_to_all(root)
     return unpacking.left_out
 
@@ -108,14 +112,15 @@ def open_to_all(root: Path) -> None:
 
 
 def add_what_runtimes_add(root: Path, directory: str) -> None:
-    """Make the working directory, and the files of /etc that a container's runtime provides."""
-    made = inside(root, directory)
-    try:
-        made.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise RuleViolation(f"WORKDIR {directory!r:.200} of the image is no folder", "correct it") from None
+    """Make /tmp, the working directory, and the files of /etc that a container's runtime provides."""
+    for what, name in (("/tmp", "/tmp"), ("WORKDIR", directory), ("/etc", "/etc")):  # noqa: S108 (the image's)
+        try:
+            made = inside(root, name)
+            made.mkdir(parents=True, exist_ok=True)
+            made.chmod(0o777)
+        except (FileExistsError, NotADirectoryError):
+            raise RuleViolation(f"the image's {what} {name!r:.200} is no folder", "correct it") from None
     etc = inside(root, "/etc")
-    etc.mkdir(parents=True, exist_ok=True)
     for name, text in (("hosts", HOSTS), (RESOLVER.name, RESOLVER.read_text() if RESOLVER.exists() else "")):
         if (etc / name).is_dir() and not (etc / name).is_symlink():
             raise RuleViolation(f"the image's /etc/{name} is a folder", "remove it")
@@ -134,7 +139,7 @@ class _Unpacking:
         of_this_layer: set[Path] = set()
         with tarfile.open(fileobj=layer, mode="r|") as tar:
             for member in tar:
-                tar.members = []  # type: ignore[misc]  # or it keeps them all
+                tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
                 self._count(member)
                 path = PurePosixPath(member.name)
                 if path.name.startswith(WHITEOUT):
@@ -181,7 +186,7 @@ class _Unpacking:
         content = tar.extractfile(member)
         assert content is not None
         opener: Callable[[str, int], int] = lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o600)
-        with open(place, "xb", opener=opener) as file:  # noqa: PTH123 (Path.open has no opener)
+        with open(place, "xb", opener=opener) as file:
             shutil.copyfileobj(content, file, CHUNK)
         if member.mode & (stat.S_ISUID | stat.S_ISGID):
             self.left_out["setuid bits"] += 1
