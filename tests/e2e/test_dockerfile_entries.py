@@ -1,12 +1,15 @@
-"""From a Dockerfile to the leaderboard: one that is built on a Debian that mmdebstrap makes, one that cannot be
-built, and a server without an image beside them. The workflow, buildah, HELM and the confinement are real; no
+"""From a Dockerfile to the leaderboard: one on a Debian that mmdebstrap makes, one that cannot be built, and
+a server without an image beside them. The workflow, buildah, HELM and the confinement are real; no
 registry is asked, and builds have no network."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,19 +22,35 @@ from tests.support.dockerfiles import SERVER, SERVES
 from tests.support.folder import WorkingFolder
 from tests.support.training import tiny_base_model
 
-pytestmark = pytest.mark.slow  # tests/unit/test_build_image.py builds, confines and probes one on a small base
+pytestmark = (
+    pytest.mark.slow
+)  # tests/unit/test_build_image.py builds, confines and probes one on a small base
 TEAMS, ENTRIES = "resources/teams", "config/entries/dockerfiles"
 BUILT, BROKEN, PLAIN = "built", "broken", "server2023"
 
 
-def debian(path: Path) -> Path:
-    """The smallest Debian with Python, as one layer."""
+def debian(path: Path) -> None:
+    """Put the smallest Debian with Python at `path`, as a tar file. It is made once and kept outside the
+    repository between test sessions."""
+    made = Path(os.environ.get("XDG_CACHE_HOME", tempfile.gettempdir())) / "palio-tests" / "debian-python.tar"
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with made.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            _mmdebstrap(made)
+    shutil.copyfile(made, path)
+
+
+def _mmdebstrap(made: Path) -> None:
     if shutil.which("mmdebstrap") is None:
         pytest.skip("no mmdebstrap here; envs/debian.txt names the package")
-    line = ["mmdebstrap", "--variant=minbase", "--include=python3", "bookworm", str(path)]
+    # its /proc is busy now and then when it is to be unmounted, and nothing that is installed needs it
+    options = ["--variant=minbase", "--include=python3", "--skip=chroot/mount/proc"]
+    building = made.with_name("building.tar")
+    line = ["mmdebstrap", *options, "bookworm", str(building)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    return path
+    building.rename(made)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +84,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Iter
     for name in (BUILT, BROKEN):
         (folder.path / TEAMS / name).mkdir(parents=True)
     debian(folder.path / TEAMS / BUILT / "base.tar")
-    (folder.path / TEAMS / BUILT / "Dockerfile").write_text(SERVES.replace("RUN echo", "RUN python3 -V && echo"))
+    (folder.path / TEAMS / BUILT / "Dockerfile").write_text(
+        SERVES.replace("RUN echo", "RUN python3 -V && echo")
+    )
     (folder.path / TEAMS / BUILT / "main.py").write_text(SERVER)
     (folder.path / TEAMS / BROKEN / "Dockerfile").write_text("FROM nvcr.io/nvidia/pytorch:23.09-py3\n")
     done = folder.snakemake(timeout=1800)

@@ -1,4 +1,4 @@
-"""Container images made by hand, in both formats, and a root folder of the host's own files to put in them."""
+"""Container images made by hand, in both formats, and the host's own files to put in them."""
 
 from __future__ import annotations
 

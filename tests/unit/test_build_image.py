@@ -1,4 +1,4 @@
-"""A team's Dockerfile becomes an image: built confined, with limits, and a reason of its kind where it fails."""
+"""A team's Dockerfile becomes an image: confined, within limits, with a reason of its kind where it fails."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ def test_a_build_sees_neither_the_host_nor_its_network(entry_folder: EntryFolder
     """RUN is root of its own namespace, and a program of a stranger."""
     (tmp_path / "secret").write_text("closed")
     looks = (
-        f"[ -e {tmp_path}/secret ] && echo SEEN; mknod /dev/sda b 8 0 2> /dev/null && cat /dev/sda && echo READ;"
-        " cat /proc/1/environ 2> /dev/null | cat; while read name rest; do echo net $name; done < /proc/net/dev; :"
+        f"[ -e {tmp_path}/secret ] && echo SEEN; mknod /sda b 8 0 2> /dev/null && cat /sda && echo READ;"
+        " while read name rest; do echo net $name; done < /proc/net/dev; :"
     )
     build(entry_folder, dockerfile(tmp_path / "context", f"{BASE}RUN {looks}\n"))
     log = next(entry_folder.builds.glob("*/build.log")).read_text().split("RUN ", 1)[1].partition("\n")[2]
@@ -186,14 +186,14 @@ def test_a_machine_without_buildah_interrupts_the_entry(
 LOGS = {
     "memory full": "c++: fatal error: Killed signal terminated program cc1plus",
     "disk full": "write /root/x: no space left on device",
-    "gated model without a token": "OSError: You are trying to access a gated repo. Cannot access gated repo for url "
-    "https://huggingface.co/meta-llama/Llama-2-7b/resolve/main/config.json.",
+    "gated model without a token": "OSError: You are trying to access a gated repo. Cannot access gated repo "
+    "for url https://huggingface.co/meta-llama/Llama-2-7b/resolve/main/config.json.",
     "package gone": "E: Unable to locate package libcudnn8=8.1",
-    "base image not found": "Error: creating build container: initializing source docker://nvcr.io/a:1: reading "
-    "manifest 1 in nvcr.io/a: manifest unknown",
-    "conflicting packages": "ERROR: Cannot install torch==2.0 and xformers because these package versions have "
-    "conflicting dependencies.\nERROR: ResolutionImpossible",
-    "certificate refused": "SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED] certificate",
+    "base image not found": "Error: creating build container: initializing source docker://nvcr.io/a:1: "
+    "reading manifest 1 in nvcr.io/a: manifest unknown",
+    "conflicting packages": "ERROR: Cannot install torch==2.0 and xformers because these package versions "
+    "have conflicting dependencies.\nERROR: ResolutionImpossible",
+    "certificate refused": "SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED]",
     "missing file": 'copier: stat: "/missing.txt": no such file or directory',
     "invalid Dockerfile": 'Build error: Unknown instruction: "RUNN"',
 }

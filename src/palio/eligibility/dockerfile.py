@@ -81,7 +81,7 @@ def dockerfile_violations(text: str, key: str) -> Iterator[Violation]:
                         rule="credentials",
                         key=key,
                         why=f"line {one.line} of the Dockerfile sets {name}, which images show to everybody",
-                        fix="remove it, and revoke it where it was made; no token is needed at build or at start",
+                        fix="remove it, and revoke it where it was made; builds and servers need no token",
                     )
 
 

@@ -25,11 +25,14 @@ class Kind(NamedTuple):
 
 
 MEMORY = "memory full"
-_UNREACHABLE = r"Temporary failure (?:in name resolution|resolving)[^\n]*|Network is unreachable|server misbehaving|i/o timeout"
+_UNREACHABLE = (
+    r"Temporary failure (?:in name resolution|resolving)[^\n]*|Network is unreachable|server misbehaving"
+    r"|i/o timeout"
+)
 NO_NETWORK = Kind(
     "no network",
     rf"{_UNREACHABLE}|no such host|Could not resolve[^\n]*|Name or service not known",
-    "the rules allow no network while images are built: put base images, packages and weights into the folder",
+    "the rules allow a build no network: put base images, packages and weights into the folder",
 )
 KINDS = (
     Kind(
@@ -51,7 +54,7 @@ KINDS = (
     Kind(
         "certificate refused",
         r"CERTIFICATE_VERIFY_FAILED|x509: certificate [^\n]*|SSL certificate problem[^\n]*",
-        "start from a newer base image; if its certificates are new, the organizer's network has one of its own",
+        "start from a newer base image; if it is new, the organizer's network has a certificate of its own",
     ),
     Kind(
         "conflicting packages",
@@ -60,8 +63,9 @@ KINDS = (
     ),
     Kind(
         "package gone",
-        r"No matching distribution found for [^\n]+|Could not find a version that satisfies the requirement \S+"
-        r"|Unable to locate package \S+|Package '?\S+ has no installation candidate|Version \S+ for \S+ was not found"
+        r"No matching distribution found for [^\n]+|Unable to locate package \S+"
+        r"|Could not find a version that satisfies the requirement \S+"
+        r"|Package '?\S+ has no installation candidate|Version \S+ for \S+ was not found"
         r"|PackagesNotFoundError[^\n]*|[^\n]*\b404 +Not Found[^\n]*",
         "pin a version that still exists, or put the package into the folder",
     ),
@@ -77,7 +81,7 @@ KINDS = (
     ),
     Kind(
         "invalid Dockerfile",
-        r"Unknown instruction: \S+|dockerfile parse error[^\n]*|no FROM statement found|unexpected end of statement",
+        r"Unknown instruction: \S+|dockerfile parse error[^\n]*|no FROM statement found|unexpected end of",
         "correct it",
     ),
 )

@@ -1,5 +1,5 @@
-"""Whether this machine can confine teams' programs, run them in images and build their Dockerfiles, found out by
-doing so, and what is lost if not."""
+"""Whether this machine can confine teams' programs, run them in images and build their Dockerfiles, found out
+by doing so, and what is lost if not."""
 
 from __future__ import annotations
 

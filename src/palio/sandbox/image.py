@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from palio.errors import PalioError, RuleViolation
@@ -51,7 +51,7 @@ class Image:
     """An unpacked image, with the numbers that its USER stands for."""
 
     root: Path
-    config: ImageConfig = ImageConfig()
+    config: ImageConfig = field(default_factory=ImageConfig)
     uid: int = 0
     gid: int = 0
     home: str = "/root"

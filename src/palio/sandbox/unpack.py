@@ -1,9 +1,9 @@
-"""An image's layers as a folder: what a container would see as `/`, and nothing outside it.
+"""An image's layers as a folder: what a container sees as `/`, and nothing outside it.
 
-Every path is resolved as inside the image, where a link to `/x` leads to the image's own `/x`. Devices, pipes,
-owners, setuid bits and capabilities are dropped: the room has devices of its own, and no program in it
-becomes anybody else. Everybody may read and write what is there: the folder lies behind one of mode 0700, and
-the room shows it under scratch that takes the changes (`palio.sandbox.room`).
+Every path is resolved as inside the image, where a link to `/x` leads to its own `/x`. Devices, pipes,
+owners, setuid bits and capabilities are dropped: the room has devices of its own, and no program in it becomes
+anybody else. Everybody may read and write what is there: the folder lies behind one of mode 0700, and the
+room shows it under scratch that takes the changes (`palio.sandbox.room`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import stat
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -185,8 +184,7 @@ class _Unpacking:
     def _write(self, tar: tarfile.TarFile, member: tarfile.TarInfo, place: Path) -> None:
         content = tar.extractfile(member)
         assert content is not None
-        opener: Callable[[str, int], int] = lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o600)
-        with open(place, "xb", opener=opener) as file:
+        with place.open("xb") as file:  # a new file: no link is followed
             shutil.copyfileobj(content, file, CHUNK)
         if member.mode & (stat.S_ISUID | stat.S_ISGID):
             self.left_out["setuid bits"] += 1
