@@ -1,9 +1,9 @@
 """An image's layers as a folder: what a container sees as `/`, and nothing outside it.
 
 Every path is resolved as inside the image, where a link to `/x` leads to its own `/x`. Devices, pipes,
-owners, setuid bits and capabilities are dropped: the room has devices of its own, and no program in it becomes
-anybody else. Everybody may read and write what is there: the folder lies behind one of mode 0700, and the
-room shows it under scratch that takes the changes (`palio.sandbox.room`).
+owners, setuid bits and capabilities are dropped: the room has devices of its own, and no program in it
+becomes anybody else. Everybody may read and write what is there: the folder lies behind one of mode 0700, and
+the room shows it under scratch that takes the changes (`palio.sandbox.room`).
 """
 
 from __future__ import annotations
