@@ -85,7 +85,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Iter
         (folder.path / TEAMS / name).mkdir(parents=True)
     debian(folder.path / TEAMS / BUILT / "base.tar")
     (folder.path / TEAMS / BUILT / "Dockerfile").write_text(
-        SERVES.replace("RUN echo", "RUN python3 -V && echo")
+        SERVES.replace("RUN mkdir", "RUN python3 -V && mkdir")
     )
     (folder.path / TEAMS / BUILT / "main.py").write_text(SERVER)
     (folder.path / TEAMS / BROKEN / "Dockerfile").write_text("FROM nvcr.io/nvidia/pytorch:23.09-py3\n")

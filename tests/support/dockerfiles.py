@@ -48,7 +48,7 @@ FROM scratch
 ADD base.tar /
 ENV WORDS="one two three four"
 COPY main.py /srv/
-RUN echo $WORDS > /root/.cache/weights && chmod 600 /root/.cache/weights
+RUN mkdir -p /root/.cache && echo $WORDS > /root/.cache/weights && chmod 600 /root/.cache/weights
 WORKDIR /srv
 EXPOSE 80
 CMD ["python3", "main.py"]
@@ -60,13 +60,14 @@ def _base(*, python: bool) -> bytes:
     programs = (
         "/bin/cat",
         "/bin/chmod",
+        "/bin/mkdir",
         "/bin/mknod",
         "/bin/ln",
         "/usr/bin/id",
         "/bin/sleep",
         "/usr/bin/head",
     )
-    return layer([*host_files(*programs, python=python), folder("root/.cache", 0o700), folder("tmp")])
+    return layer([*host_files(*programs, python=python), folder("root", 0o700), folder("tmp")])
 
 
 def dockerfile(where: Path, text: str, *, python: bool = False, **files: str) -> Path:

@@ -2,6 +2,7 @@
 
 room         what a program sees and may use, as bubblewrap's arguments
 gpu          the one GPU, seen from outside
+gpu_libraries  its driver's libraries, for images
 seccomp      system calls it has no business with
 process      a program running in its room, watched, and ended with all it started
 handed_in    files that come from a team: plain, inside their folder, no pickles, no code

@@ -31,7 +31,7 @@ _UNREACHABLE = (
 )
 NO_NETWORK = Kind(
     "no network",
-    rf"{_UNREACHABLE}|no such host|Could not resolve[^\n]*|Name or service not known",
+    rf"[^\n]*(?:{_UNREACHABLE}|no such host|Could not resolve[^\n]*|Name or service not known)",
     "the rules allow a build no network: put base images, packages and weights into the folder",
 )
 KINDS = (

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from palio.config import Program
 from palio.errors import PalioError
 from palio.layout import BuildFolder
+from palio.sandbox import gpu
 from palio.sandbox.build import BUILD, Building, clear
+from palio.sandbox.gpu_libraries import NEEDED, PLACE
 from palio.sandbox.image import Image
 from palio.sandbox.process import Confined
 from palio.sandbox.room import GIB, Limits, Room
@@ -63,13 +66,32 @@ def examine_confinement() -> list[Finding]:
     )
     who = "root, which no program becomes; an ordinary user is better" if os.geteuid() == 0 else "a user"
     findings.append(Finding(True, f"Palio runs as {who}"))
-    findings += [examine_images(), examine_builds()] if not missing else []
+    if not missing:
+        findings += [examine_images(), examine_builds(), *([examine_gpu()] if gpu.device_files() else [])]
     return [*findings, _confines()]
 
 
 def examine_images() -> Finding:
     """Try a program in an image, of which only the system's own folders are not the host's."""
-    what, visible = "programs of teams run in images", ["/usr"]
+    return _try_in_image(
+        "programs of teams run in images: tried with `true`", _TRUE, _SMALL, [], _LAYS_NO_OVERLAY
+    )
+
+
+def examine_gpu() -> Finding:
+    """Try whether CUDA starts in an image, with the driver's libraries that it is given."""
+    code = f"import ctypes, sys; sys.exit(ctypes.CDLL('{PLACE}/{NEEDED}').cuInit(0))"
+    prefixes = [prefix for prefix in {sys.prefix, sys.base_prefix} if not prefix.startswith("/usr")]
+    limits = replace(_SMALL, memory=64 * GIB, gpu_memory=4 * GIB)
+    program = Program(run=(sys.executable, "-c", code), files=".")
+    fix = (
+        "CUDA's cuInit fails with the driver's libraries; is the driver installed as the kernel's module is?"
+    )
+    return _try_in_image("images have the GPU: tried with cuInit", program, limits, prefixes, fix)
+
+
+def _try_in_image(what: str, program: Program, limits: Limits, more: list[str], fix: str) -> Finding:
+    visible = ["/usr", *more]
     with tempfile.TemporaryDirectory() as name:
         image = Path(name, "image")
         image.mkdir()
@@ -78,13 +100,14 @@ def examine_images() -> Finding:
                 (image / path.name).symlink_to(path.readlink())
             elif path.exists():
                 visible.append(str(path))
-        room = Room(_SMALL, image=Image(image), visible=tuple(visible))
+        room = Room(limits, image=Image(image), visible=tuple(visible))
         try:
-            with Confined(_TRUE, room, Path(name, "log")) as running:
-                code = running.wait(10)
+            with Confined(program, room, Path(name, "log")) as running:
+                code = running.wait(30)
         except PalioError as error:
-            return Finding(False, what, f"{error}. {_LAYS_NO_OVERLAY}")
-    return Finding(code == 0, f"{what}: tried with `true`", _LAYS_NO_OVERLAY)
+            return Finding(False, what, f"{error}. {fix}")
+        said = last_lines(Path(name, "log").read_text(encoding="utf-8", errors="replace"), 1)
+    return Finding(code == 0, what, f"{said}. {fix}")
 
 
 def examine_builds() -> Finding:

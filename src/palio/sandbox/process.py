@@ -168,8 +168,12 @@ class Confined:
             for descriptor in passed:
                 os.close(descriptor)
         with os.fdopen(reported, "rb") as stream, os.fdopen(release, "wb") as start:
-            self._first = psutil.Process(self._told(stream))
-            self._before_start(self._first.pid)
+            pid = self._told(stream)
+            try:
+                self._first = psutil.Process(pid)
+                self._before_start(pid)
+            except (psutil.NoSuchProcess, FileNotFoundError):
+                raise self._not_built() from None
             start.write(b"!")
 
     def _before_start(self, pid: int) -> None:
@@ -188,10 +192,14 @@ class Confined:
                 return int(json.loads(text)["child-pid"])
             if not part:
                 break
+        raise self._not_built()
+
+    def _not_built(self) -> PalioError:
+        """End what is left of a room that bubblewrap could not build, and return why."""
         self._process.kill()
         output, _ = self._process.communicate()
         lines = output.decode(errors="replace").strip().splitlines() or ["no answer"]
-        raise cannot_confine(lines[-1])
+        return cannot_confine(lines[-1])
 
     def _start_unconfined(self) -> None:
         where = self.room.files.resolve() if self.room.files else Path("/")

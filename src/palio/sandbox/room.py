@@ -30,6 +30,7 @@ from pathlib import Path
 from palio.config import Isolation, Program, Track
 from palio.errors import RuleViolation
 from palio.sandbox import gpu
+from palio.sandbox.gpu_libraries import PLACE, driver_libraries, search_path
 from palio.sandbox.image import Image
 
 GIB = 1 << 30
@@ -51,7 +52,7 @@ _ETC = (
 )
 _CPU_FACTS = "/sys/devices/system/cpu"
 """Numeric libraries ask it for cores and caches."""
-_OURS = frozenset({"proc", "dev", "sys"})
+_OURS = frozenset({"proc", "dev", "sys", Path(PLACE).parts[1]})
 """Top folders that the room makes itself, whatever an image has there."""
 _IMAGE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """PATH of an image that declares none, as container runtimes set it."""
@@ -122,6 +123,8 @@ def mounts(room: Room) -> tuple[list[Mount], list[tuple[str, str]]]:
         found.append(Mount(Path(_CPU_FACTS), _CPU_FACTS))
     if room.limits.gpu_memory is not None:
         found.append(Mount(Path("/sys"), "/sys"))  # CUDA looks up the PCI bus there
+        libraries = driver_libraries() if room.image else {}
+        found += [Mount(path, place) for place, path in libraries.items()]
     for shown in room.visible:
         _require_no_link(room.image, shown)
         found.append(Mount(Path(shown).resolve(), shown))
@@ -191,6 +194,8 @@ def environment(room: Room, *, confined: bool = True) -> dict[str, str]:
         variables["HF_HUB_OFFLINE"] = "1"
     if room.limits.gpu_memory is not None:
         variables["CUDA_VISIBLE_DEVICES"] = gpu.visible_inside()
+        if image:
+            variables["LD_LIBRARY_PATH"] = search_path(variables.get("LD_LIBRARY_PATH"))
     if not confined:
         real = {place: str(path.resolve()) for place, path in room.inputs.items()}
         real[OUTPUT] = str(room.output.resolve()) if room.output else ""
@@ -301,7 +306,8 @@ def stage(found: list[Mount], *, uid: int | None, overlay: Overlay | None = None
     be able to reach, in /s, and an overlay over an image; and it is `uid`, if Palio is root."""
     arguments = ["bwrap", "--die-with-parent"]
     arguments += ["--unshare-user", "--uid", "0", "--gid", "0"] if uid is None and overlay else []
-    needed = ["SYS_ADMIN"] if overlay else []
+    # for the overlay, its own work folder, and to hand on the id 0 to the namespace of the room
+    needed = ["SYS_ADMIN", "DAC_OVERRIDE", "SETFCAP"] if overlay else []
     needed += ["SETUID", "SETGID", "SETPCAP"] if uid is not None else []
     for capability in needed:
         arguments += ["--cap-add", f"CAP_{capability}"]
@@ -332,7 +338,7 @@ def stage(found: list[Mount], *, uid: int | None, overlay: Overlay | None = None
     ]
     for name in ("upper", "work", "image"):
         arguments += ["--dir", f"{_OVERLAY}/{name}"]
-    return [*arguments, "--", "sh", "-c", f'{_mount_overlay()} && exec "$@"', "sh", *become]
+    return [*arguments, "--", "sh", "-c", f'{_mount_overlay(uid)} && exec "$@"', "sh", *become]
 
 
 @dataclass(frozen=True)
@@ -343,7 +349,8 @@ class Overlay:
     size: int
 
 
-def _mount_overlay() -> str:
+def _mount_overlay(uid: int | None) -> str:
     parts = {"lowerdir": "/s/image", "upperdir": f"{_OVERLAY}/upper", "workdir": f"{_OVERLAY}/work"}
     options = ",".join(f"{name}={path}" for name, path in parts.items())
+    options += ",userxattr" if uid is None else ""  # others are for the machine's root alone
     return f"mount -t overlay overlay -o {options} {_OVERLAY}/image"
