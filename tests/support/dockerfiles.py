@@ -22,9 +22,12 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(404, {})
         open("/root/.cache/asked", "w").write(body["prompt"])
         words = FILLED.split()[: body.get("max_new_tokens", 8)]
-        tokens = [{"text": f" {word}", "logprob": -0.5} for word in words]
-        text = "".join(token["text"] for token in tokens)
-        self.reply(200, {"text": text, "tokens": tokens, "logprob": -0.5 * len(words), "request_time": 0.01})
+        text = "".join(f" {word}" for word in words)
+        if body.get("echo_prompt"):
+            words, text = body["prompt"].split() + words, body["prompt"] + text
+        tokens = [{"text": f" {word}", "logprob": -0.1 - place} for place, word in enumerate(words)]
+        logprob = sum(token["logprob"] for token in tokens)
+        self.reply(200, {"text": text, "tokens": tokens, "logprob": logprob, "request_time": 0.01})
 
     def do_GET(self):
         self.reply(404, {})

@@ -71,6 +71,14 @@ def test_a_program_runs_among_the_images_files_and_sees_none_of_the_hosts(
     assert said(image, tmp_path, line(text)) == expected
 
 
+def test_an_image_is_found_by_a_relative_path(
+    base: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the workflow names its folders."""
+    monkeypatch.chdir(tmp_path)
+    assert said(unpacked(Path("results"), [base]), tmp_path, line("cat /usr/share/made-by")) == ["the team"]
+
+
 def test_the_images_files_are_scratch_of_fixed_size_and_stay_as_they_are(base: bytes, tmp_path: Path) -> None:
     image = unpacked(tmp_path, [base])
     text = (

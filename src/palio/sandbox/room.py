@@ -288,7 +288,7 @@ def command_line(room: Room, program: Program, *, described: int, uid: int | Non
     if not _is_staged(room, uid):
         return line
     found, _ = mounts(room)
-    overlay = Overlay(room.image.root, room.limits.scratch) if room.image else None
+    overlay = Overlay(room.image.root.resolve(), room.limits.scratch) if room.image else None
     return [*stage(found, uid=uid, overlay=overlay), *line]
 
 
