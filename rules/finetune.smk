@@ -6,6 +6,7 @@ rule finetune:
         again=W.again("finetune"),
         check=W.if_due("finetune", "results/{track}/{entry}/check.json"),
         base_model=W.if_due("finetune", W.base_model_manifest),
+        image=W.if_due("finetune", W.image),  # one that cannot be built costs no GPU time
         dataset=W.if_due("finetune", "results/{track}/{entry}/dataset/manifest.json"),
         rows=W.if_due("finetune", "results/{track}/{entry}/dataset/train.parquet"),
     output:

@@ -4,6 +4,7 @@ rule build_package:
         check=W.if_due("package", "results/{track}/{entry}/check.json"),
         base_model=W.if_due("package", W.base_model_manifest),
         adapter=W.if_due("package", W.adapter),
+        image=W.if_due("package", W.image),
     output:
         package="results/{track}/{entry}/package.json",
     log:

@@ -150,6 +150,16 @@ class TrainingFolder(Folder):
     program_log = At("program.log")
 
 
+class BuildFolder(Folder):
+    """One build of a team's Dockerfile, named by the fingerprint of its folder."""
+
+    context = At("context")  # our copy of the folder
+    output = At("output")  # what the build writes
+    built = At("output/image.tar")
+    archive = At("image.tar")
+    log = At("build.log")
+
+
 class HelmFolder(Folder):
     """One package in one stage: what is asked, HELM's files, and everything that was answered."""
 
@@ -196,6 +206,8 @@ class EntryFolder:
     adapter = At("adapter")
     adapter_manifest = At("adapter.json")
     telemetry = At("train.parquet")  # loss, speed and memory of every training step
+    image = At("image.tar")  # built from a team's Dockerfile, an OCI archive
+    image_manifest = At("image.json")
     package = At("package")
     package_manifest = At("package.json")
     probe = At("probe.json")
@@ -207,6 +219,7 @@ class EntryFolder:
     curation = At("work/curate")  # batches of rows under curation
     shards = At("work/shards")  # marks of the jobs that share a curation
     trainings = At("work/train")
+    builds = At("work/builds")
     dashboards = At("work/dashboards")
     publication = At("work/publish")  # what `palio publish` would push
 
@@ -257,15 +270,17 @@ class EntryFolder:
     def training(self, key: str) -> TrainingFolder:
         return TrainingFolder(self.trainings / key)
 
+    def build(self, key: str) -> BuildFolder:
+        return BuildFolder(self.builds / key)
+
     @property
     def program_files(self) -> Path:
         """Our copy of the folder of a team's own training program."""
         return self.work / "files"
 
-    @property
-    def program_image(self) -> Path:
+    def program_image(self, suffix: str) -> Path:
         """Our copy of the image of a team's own training program."""
-        return self.work / "image.sif"
+        return self.work / f"image{suffix}"
 
     def unfinished(self, name: str) -> Path:
         """A folder in the making, moved to its place when it is complete."""

@@ -135,8 +135,7 @@ class StepSettings(Strict):
 
 
 def _program_files(program: Program | None) -> tuple[str, ...]:
-    image = program.image if program and program.image and program.image.endswith(".sif") else None
-    return tuple(path for path in ((program.files if program else None), image) if path)
+    return tuple(program.paths.values()) if program else ()
 
 
 class EntryFolders(Strict):
@@ -317,6 +316,35 @@ class FinetuneSettings(StepSettings):
         return _program_files(self.program)
 
 
+class ImageSettings(StepSettings):
+    LIMITS: ClassVar = {"isolation": True}
+
+    dockerfile: str
+    """The folder with it."""
+    isolation: Isolation
+    network: bool
+    """Whether the build may reach the network."""
+    team_folders: tuple[str, ...]
+    """Folders that the folder must be in."""
+
+    @classmethod
+    def of(cls, planned: PlannedEntry, step: str) -> Self:
+        entry = planned.valid
+        assert entry is not None
+        assert entry.server is not None
+        assert entry.server.dockerfile is not None
+        return cls(
+            competition_id=planned.competition.competition,
+            dockerfile=entry.server.dockerfile,
+            isolation=planned.competition.isolation,
+            network=planned.rules.network_in_build,
+            team_folders=planned.rules.folders_of(entry.team),
+        )
+
+    def files(self) -> tuple[str, ...]:
+        return (self.dockerfile,)
+
+
 class PackageSettings(StepSettings):
     base_model_id: str
     adapter: bool
@@ -341,7 +369,10 @@ class PackageSettings(StepSettings):
         return {"base model": resources.base_model(self.base_model_id).manifest}
 
     def files(self) -> tuple[str, ...]:
-        return _program_files(self.server)
+        """The folder of a Dockerfile is read by the step `image`."""
+        return tuple(
+            path for key, path in (self.server.paths if self.server else {}).items() if key != "dockerfile"
+        )
 
 
 class StageLimits(Strict):

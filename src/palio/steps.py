@@ -22,6 +22,7 @@ from palio.settings import (
     CurateSettings,
     EvaluateSettings,
     FinetuneSettings,
+    ImageSettings,
     PackageSettings,
     RunOptions,
     StepSettings,
@@ -142,6 +143,12 @@ def finetune(folder: EntryFolder, settings: FinetuneSettings, options: RunOption
         from palio.training.finetune import finetune as train
 
         train(settings.recipe, step)
+
+
+def image(folder: EntryFolder, settings: ImageSettings, options: RunOptions) -> None:
+    from palio.packaging.image import build_image
+
+    build_image(folder, settings, options.threads)
 
 
 def package(folder: EntryFolder, settings: PackageSettings, options: RunOptions) -> None:

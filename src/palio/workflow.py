@@ -41,6 +41,8 @@ from palio.records import Made
 from palio.settings import EntryFolders, PlannedEntry, RunOptions, slice_of
 
 MB_PER_GB = 1024
+BUILD_MARGIN_MINUTES = 30
+"""What the job of a build gets on top, to copy the folder and the image."""
 OPERATING = {"notify", "stalled_after", "retries", "shards"}
 """Keys of a competition that neither scores nor reports depend on."""
 
@@ -224,6 +226,12 @@ class Workflow:
         entry = self._valid(wildcards)
         return [str(self.folder(wildcards).adapter_manifest)] if entry and entry.trained else []
 
+    def image(self, wildcards: Any) -> list[str]:
+        """The image, where it is built from a Dockerfile."""
+        entry = self._valid(wildcards)
+        built = entry is not None and BY_NAME["image"] in steps_of(entry)
+        return [str(self.folder(wildcards).image_manifest)] if built else []
+
     def source_files(self, wildcards: Any) -> list[str]:
         """Data that exists or that a rule makes. A team's missing file does not stop the others' plan:
         `curate` names it."""
@@ -364,6 +372,12 @@ class Workflow:
 
     def mem_mb(self, wildcards: Any) -> int:
         return self.competition.tracks[wildcards.track].ram_gb * MB_PER_GB
+
+    def build_mem_mb(self, wildcards: Any) -> int:
+        return round(self.competition.isolation.build_ram_gb * MB_PER_GB)
+
+    def build_minutes(self, wildcards: Any) -> int:
+        return self.competition.isolation.build_time // 60 + BUILD_MARGIN_MINUTES
 
     def gpu_model(self, wildcards: Any) -> str:
         return self.competition.tracks[wildcards.track].gpu_model or ""

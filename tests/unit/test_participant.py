@@ -66,6 +66,20 @@ def test_a_new_entry_of_each_kind_is_clean(folder: WorkingFolder, kind: str) -> 
         assert list(Path(program.files or "").glob("*.py"))
 
 
+def test_a_new_entry_from_a_dockerfile_names_its_folder(folder: WorkingFolder) -> None:
+    own = folder.path / "resources/teams/drago"
+    own.mkdir(parents=True)
+    line = ("palio", "new", "config/entries/demo/drago.yaml", "--team", "Drago", "--dockerfile")
+    server = ("resources/teams/drago", "--kind", "server")
+    assert "has no Dockerfile; give the folder that has one" in folder.run(*line, *server).stderr
+    (own / "Dockerfile").write_text("FROM scratch\n")
+    assert "say --kind server" in folder.run(*line, "resources/teams/drago").stderr
+    made = folder.run(*line, *server)
+    assert made.returncode == 0, made.stderr
+    (program,) = load_entry(Path("config/entries/demo/drago.yaml")).programs.values()
+    assert (program.paths, program.run) == ({"dockerfile": "resources/teams/drago"}, None)
+
+
 def test_a_new_entry_tells_editors_its_schema(folder: WorkingFolder) -> None:
     folder.run("palio", "new", "config/entries/demo/drago.yaml", "--kind", "server", "--team", "Drago")
     made = folder.path / "config/entries/demo/drago.yaml"

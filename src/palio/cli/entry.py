@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 @click.option("--data", multiple=True, help="Source file of training data; default: example data is written.")
 @click.option("--licence", default="", help="SPDX id of the source files.")
 @click.option("--url", default="", help="Where the public finds them.")
+@click.option("--dockerfile", metavar="DIR", help="With --kind server: the folder of your Dockerfile.")
 def new(
     file: Path,
     competition: str,
@@ -54,6 +55,7 @@ def new(
     data: tuple[str, ...],
     licence: str,
     url: str,
+    dockerfile: str | None,
 ) -> None:
     """Make an entry that works, to start from: its file, example data, a program of its kind."""
     from palio.participant.new import new_entry, suggested_base_model
@@ -71,6 +73,7 @@ def new(
         data=data,
         licence=licence,
         url=url,
+        dockerfile=dockerfile,
     )
     print(f"{file}: made; next: palio try {file}")
 

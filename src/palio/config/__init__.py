@@ -23,7 +23,7 @@ from palio.config.dataset import DatasetRecipe, DataSource, Markers, RowTemplate
 from palio.config.entry import Entry
 from palio.config.finetune import FinetuneRecipe
 from palio.config.operations import Input, Operation, operation_class, operation_names
-from palio.config.program import Program, ServerProgram
+from palio.config.program import DOCKERFILES, Program, ServerProgram
 from palio.config.reading import (
     Fault,
     faults,
@@ -38,6 +38,7 @@ from palio.config.team import team_id, team_skeleton
 from palio.config.yaml_file import read_yaml
 
 __all__ = [
+    "DOCKERFILES",
     "ID_PATTERN",
     "REVISION_PATTERN",
     "ApprovedModel",

@@ -164,6 +164,12 @@ class Isolation(Strict):
     """Size in GB of `/tmp` and of `/dev/shm`, which both take memory; raise it for data loading."""
     output_gb: PositiveFloat = 50
     """Maximum size in GB of a training program's output folder, checkpoints included."""
+    image_gb: PositiveFloat = 100
+    """Maximum size in GB of a container image, unpacked, and of all that building it takes on the disk."""
+    build_time: Seconds = seconds("2h")
+    """Time to build a team's Dockerfile."""
+    build_ram_gb: PositiveFloat = 16
+    """Memory in GB for that."""
 
 
 Level = Literal["required", "warning", "skip"]

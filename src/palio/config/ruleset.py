@@ -54,6 +54,9 @@ class RuleSet(Strict):
     """Maximum number of entries of a team in one track."""
     network_in_training: bool = False
     """Let `command` entries use the network while they train."""
+    network_in_build: bool = False
+    """Let the build of a team's Dockerfile use the network: base images, packages and weights are downloaded
+    then, or never."""
     max_team_size: PositiveInt | None = None
     """Maximum number of people in a team, counted over its entries; omit for no limit."""
 

@@ -11,9 +11,10 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from palio.config import (
+    DOCKERFILES,
     ID_PATTERN,
     Entry,
     Fault,
@@ -25,6 +26,7 @@ from palio.config import (
 )
 from palio.credentials import FIX, credentials, credentials_in
 from palio.eligibility.check import approved_model, violations
+from palio.eligibility.dockerfile import START_BYTES, dockerfile_notices, dockerfile_violations
 from palio.eligibility.lineage import base_model_violations, lineage_violations, model_facts
 from palio.eligibility.neighbours import Participants, violations_among
 from palio.errors import BadInput, RuleViolation
@@ -81,6 +83,8 @@ def check_file(file: Path, against: CheckedAgainst, among: EntryFolders | None =
     broken, notices = violations_among(file.stem, entry, rules, others.beside(file.stem))
     found = [*violations(entry, rules, tracks=against.track_ids), *broken, *_places(entry, rules)]
     found += _credentials(file, entry, rules)
+    broken, likely = _dockerfile(entry, rules)
+    found, notices = [*found, *broken], [*notices, *likely]
     for folder in (
         RESOURCES.base_model(entry.base_model.id).model,
         Path(entry.base_model.path or os.devnull),
@@ -176,9 +180,7 @@ def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
         ("data.path", f"dataset.{key}", given.path) for key, given in inputs if given.kind == "model_folder"
     ]
     for section, program in entry.programs.items():
-        brought.append(("program.path", f"{section}.files", program.files or ""))
-        image = program.image or ""
-        brought.append(("program.path", f"{section}.image", "" if image.startswith("docker://") else image))
+        brought += [("program.path", f"{section}.{key}", path) for key, path in program.paths.items()]
     for rule, key, path in brought:
         if path and (refused := _refused(path, folders)):
             fix = refused.fix or f"put it into a folder of your team, {folders[0]}"
@@ -199,10 +201,36 @@ def _credentials(path: Path, entry: Entry, rules: RuleSet) -> Iterator[Violation
         yield Violation(rule="credentials", key="", why=found.why, fix=FIX)
     roots = [Path(folder) for folder in rules.folders_of(entry.team)]
     for section, program in entry.programs.items():
-        with suppress(RuleViolation, OSError):  # a path that is refused, or absent, is named by another check
-            for file, found in credentials_in(Incoming.locate(Path(program.files or os.devnull), roots)):
-                why = f"{file}: {found.why}"
-                yield Violation(rule="credentials", key=f"{section}.files", why=why, fix=FIX)
+        for key, brought in program.paths.items():
+            with suppress(
+                RuleViolation, OSError
+            ):  # a path that is refused, or absent: another check names it
+                for file, found in credentials_in(Incoming.locate(Path(brought), roots)):
+                    why = f"{file}: {found.why}"
+                    yield Violation(rule="credentials", key=f"{section}.{key}", why=why, fix=FIX)
+
+
+def _dockerfile(entry: Entry, rules: RuleSet) -> tuple[list[Violation], list[Violation]]:
+    """Return violations and notices of the Dockerfile that an entry brings, if it does."""
+    if entry.server is None or entry.server.dockerfile is None:
+        return [], []
+    key, roots = "server.dockerfile", [Path(folder) for folder in rules.folders_of(entry.team)]
+    texts = {}
+    try:
+        folder = Incoming.locate(Path(entry.server.dockerfile), roots)
+        for file in folder.files():
+            name = PurePosixPath(file.name).relative_to(folder.name).as_posix()
+            if (name in DOCKERFILES or name.endswith((".py", ".sh", ".txt"))) and file.size() <= START_BYTES:
+                texts[name] = file.read().decode("utf-8", "replace")
+    except (RuleViolation, OSError):  # as above
+        return [], []
+    text = next((texts.pop(name) for name in DOCKERFILES if name in texts), None)
+    if text is None:
+        why = f"{entry.server.dockerfile} has no Dockerfile"
+        return [
+            Violation(rule="program.path", key=key, why=why, fix="put one there, or correct the path")
+        ], []
+    return [*dockerfile_violations(text, key)], [*dockerfile_notices(text, texts, key)]
 
 
 def _refused(source: str, folders: tuple[str, ...]) -> RuleViolation | None:

@@ -20,11 +20,13 @@ from palio.config import FinetuneRecipe, Metric, Scenario
 from palio.errors import BadInput
 from palio.files import link_or_copy
 from palio.layout import EntryFolder, Results, Stage
+from palio.pipeline import BY_NAME, steps_of
 from palio.provenance import fingerprint, folder_sha256
 from palio.records import AdapterManifest, BaseModelManifest, DatasetManifest, Part, Record, read_record
 from palio.settings import (
     EvaluateSettings,
     FinetuneSettings,
+    ImageSettings,
     PackageSettings,
     PlannedEntry,
     RunOptions,
@@ -133,6 +135,8 @@ def reproduce(
     steps.run("finetune", again, _afresh(training), options)
     made = _compared(first, again)
     if stages:
+        if planned and BY_NAME["image"] in steps_of(planned.entry):
+            steps.run("image", again, ImageSettings.of(planned, "image"), options)
         package = PackageSettings(**common, adapter=True)
         steps.run("package", again, PackageSettings.of(planned, "package") if planned else package, options)
     for stage in stages:

@@ -2,25 +2,27 @@
 
 package/server.json           the entry's server section
 package/files/                a copy of the team's folder
-package/image.sif             the image, if any
+package/image.tar or .sif     the image, if any
 package/adapter/ or model/    what a `recipe` or `command` trained, as it was handed in
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from palio.config import ServerProgram
 from palio.files import link_or_copy
 from palio.layout import BaseModelFolder, EntryFolder
+from palio.packaging.image import built_image
 from palio.packaging.step import package_of, trained_adapter
 from palio.provenance import write_json
 from palio.records import BaseModelManifest, PackageManifest
 from palio.sandbox.handed_in import take_files
-from palio.sandbox.image import fetch_image
-from palio.sandbox.server import FILES, IMAGE, PROGRAM
+from palio.sandbox.image import check_image, fetch_image
+from palio.sandbox.server import FILES, IMAGES, PROGRAM
 from palio.settings import PackageSettings
 
 NOT_A_MODEL = ("dtype", "parameters", "max_logit_difference")
@@ -43,10 +45,8 @@ def package_server(
         roots = settings.team_folders
         if program.files is not None:
             take_files(program.files, "server.files", building / FILES, roots=roots, limit=SERVER_BYTES)
-        if program.image is not None and not program.image.startswith("docker://"):
-            take_files(program.image, "server.image", building / IMAGE, roots=roots, limit=SERVER_BYTES)
-        elif program.image is not None:
-            fetch_image(program.image, building / IMAGE)
+        if program.brings_image:
+            _take_image(program, folder, building, roots)
         write_json(building / PROGRAM, program.model_dump(mode="json", exclude_none=True))
         if trained is not None:
             kind = "model" if trained.recipe["method"] == "full" else "adapter"
@@ -57,3 +57,18 @@ def package_server(
         return {"kind": "server", "adapter_fingerprint": made, **dict.fromkeys(NOT_A_MODEL)}
 
     return package_of(folder, settings, base_model, fill)
+
+
+def _take_image(program: ServerProgram, folder: EntryFolder, building: Path, roots: Sequence[str]) -> None:
+    """Bring the image into the package: built here, handed in as a file, or fetched from a registry."""
+    archive, sif = (building / name for name in IMAGES)
+    image = program.image
+    if image is None:
+        link_or_copy(built_image(folder), archive)
+    elif image.startswith("docker://"):
+        fetch_image(image, sif)
+    else:
+        target = sif if image.endswith(sif.suffix) else archive
+        take_files(image, "server.image", target, roots=roots, limit=SERVER_BYTES)
+    if archive.exists():
+        check_image(archive, program.run, program.port)

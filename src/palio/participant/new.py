@@ -2,7 +2,7 @@
 
 <id>.yaml                          the entry, commented
 resources/teams/<id>/*.jsonl       example data, unless sources are given
-resources/teams/<id>/program/      a program to start from (kinds command and server)
+resources/teams/<id>/program/      a program to start from (kinds command and server without a Dockerfile)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from palio.config import ID_PATTERN, Competition, RuleSet, load_rules
+from palio.config import DOCKERFILES, ID_PATTERN, Competition, RuleSet, load_rules
 from palio.demo.data import write_demo_sources
 from palio.errors import BadInput
 from palio.layout import EXAMPLES, Resources, schema_file
@@ -70,6 +70,10 @@ server:                   # the contract: docs/server_entries.md
   run: python -m uvicorn main:app --host 127.0.0.1 --port $PORT
 """,
 }
+FROM_DOCKERFILE = """\
+server:                   # the contract: docs/server_entries.md; from 2023: docs/from_2023.md
+  dockerfile: {program}   # built by the organizers; its CMD starts on the port that it exposes
+"""
 
 
 def new_entry(
@@ -83,10 +87,12 @@ def new_entry(
     data: Sequence[str] = (),
     licence: str = "",
     url: str = "",
+    dockerfile: str | None = None,
 ) -> None:
     """Write the entry to `path`, and what it needs beside it.
 
     Args:
+        dockerfile: for kind `server`, the team's folder with a Dockerfile.
         base_model: `hub:org/name@<commit>`, `path:folder` or `gguf:package/file`.
         data: source files; omit for example data.
         licence, url: of the source files.
@@ -110,11 +116,14 @@ def new_entry(
     sources = ""
     if kind != "server":
         sources = _sources(own, data, licence, url, rules)
-    if kind in PROGRAMS:
+    part = PARTS[kind]
+    if dockerfile is not None:
+        part, program = FROM_DOCKERFILE, _folder_with_dockerfile(dockerfile, kind)
+    elif kind in PROGRAMS:
         shutil.copytree(
             PROGRAMS[kind], program, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
         )
-    text = (HEAD + PARTS[kind]).format(
+    text = (HEAD + part).format(
         schema=os.path.relpath(schema_file("entry"), path.parent),
         title=f"{team}'s entry",
         path=path,
@@ -126,6 +135,17 @@ def new_entry(
         program=program,
     )
     write_text(path, text)
+
+
+def _folder_with_dockerfile(dockerfile: str, kind: str) -> Path:
+    folder = Path(dockerfile)
+    if kind != "server":
+        fix = "say --kind server"
+        raise BadInput("palio new", "--dockerfile", dockerfile, why=f"is not for kind {kind}", fix=fix)
+    if not any((folder / name).is_file() for name in DOCKERFILES):
+        fix = "give the folder that has one"
+        raise BadInput("palio new", "--dockerfile", dockerfile, why="has no Dockerfile", fix=fix)
+    return folder
 
 
 def suggested_base_model(competition: Competition) -> str:

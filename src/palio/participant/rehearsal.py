@@ -158,11 +158,9 @@ def small_entry(entry: Entry, project: Project) -> dict[str, Any]:
         content["finetune"]["max_steps"] = min(content["finetune"].get("max_steps") or STEPS, STEPS)
         content["finetune"]["validation_rows"] = min(content["finetune"]["validation_rows"], 8)
         content["finetune"]["gradient_accumulation"] = 1
-    for part in ("command", "server"):
-        for key in ("files", "image"):
-            value = content.get(part, {}).get(key)
-            if value and not value.startswith("docker://"):
-                content[part][key] = str(Path(value).resolve())
+    for part, program in entry.programs.items():
+        for key, brought in program.paths.items():
+            content[part][key] = str(Path(brought).resolve())
     return content
 
 

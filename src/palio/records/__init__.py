@@ -8,6 +8,7 @@ results/<track>/<entry>/
     dataset/manifest.json         DatasetManifest     dataset/train.parquet, dataset/card.md
     contamination.json            Contamination
     adapter.json                  AdapterManifest     adapter/, train.parquet
+    image.json                    ImageManifest       image.tar
     package.json                  PackageManifest     package/
     probe.json                    ProbeReport         of its server
     open.json, closed.json        StageRecord         helm/<stage>/{metrics,instances}.parquet
@@ -42,6 +43,8 @@ from palio.records.entry import (
     Contained,
     Contamination,
     DatasetManifest,
+    ImageConfig,
+    ImageManifest,
     Layers,
     OperationReport,
     PackageManifest,
@@ -92,6 +95,8 @@ __all__ = [
     "EntryUncertainty",
     "FinetuneRun",
     "HelmRun",
+    "ImageConfig",
+    "ImageManifest",
     "Interval",
     "Layers",
     "Leaderboard",

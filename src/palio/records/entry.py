@@ -281,6 +281,36 @@ class AdapterManifest(EntryRecord):
     """sha256 by relative path."""
 
 
+class ImageConfig(Part):
+    """What a container image says of its program."""
+
+    variables: dict[str, str] = {}
+    """ENV."""
+    arguments: tuple[str, ...] = ()
+    """ENTRYPOINT and CMD: program and arguments."""
+    directory: str = "/"
+    """WORKDIR, where it starts."""
+    user: str = ""
+    """USER: a name or number, with `:` and a group; empty for root."""
+    ports: tuple[int, ...] = ()
+    """TCP ports of EXPOSE."""
+
+
+class ImageManifest(EntryRecord):
+    """A container image that was built from a team's Dockerfile."""
+
+    context_sha256: str
+    """Identity of the folder that it was built from."""
+    digest: str
+    """sha256 of the image's manifest."""
+    archive_sha256: str
+    """sha256 of its OCI archive."""
+    builder: str
+    """Program that built it, and its version."""
+    network: bool
+    """Whether the build could use the network, by the rule set."""
+
+
 class PackageManifest(EntryRecord):
     """A folder that `AutoModelForCausalLM.from_pretrained` loads without our code, or a team's server."""
 

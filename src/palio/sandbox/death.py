@@ -24,6 +24,10 @@ KNOWN = (
     (r"name resolution|Name or service not known|Network is unreachable|Max retries", NO_NETWORK),
     (r"CUDA out of memory|OutOfMemoryError", "use less GPU memory: PALIO_GPU_MEMORY_BYTES is what it has"),
     (r"Read-only file system", "write to /tmp: everything else is read-only"),
+    (
+        r"(lib[\w.+-]{1,60}): cannot open shared object",
+        "put {0} into the image, or hand in an image that has it",
+    ),
     (r"No such file or directory", "paths are those of the room: its files are in /entry, its start folder"),
 )
 TAIL_BYTES = 1 << 16

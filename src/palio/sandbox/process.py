@@ -28,14 +28,13 @@ from palio.config import Program
 from palio.errors import Crashed, Interrupted, OutOfMemory, PalioError
 from palio.records import Contained
 from palio.sandbox import gpu
+from palio.sandbox.door import allow_low_ports
 from palio.sandbox.room import GIB, UID, Room, building, command_line, environment, limited, program_arguments
 from palio.sandbox.seccomp import filter_program
 
 WATCH_SECONDS = 0.2
 LOG_BYTES = 64 << 20
 """Of a program's output kept in its log; the rest is read and dropped."""
-OUTPUT_FILES = 100_000
-"""Files and folders a training program may have in its output."""
 MACHINE_MEMORY = GIB // 2
 MACHINE_DISK = GIB
 """A program is ended where the machine has less left: it may hide some, e.g. in a file that nobody names."""
@@ -64,6 +63,8 @@ class Confined:
         self._ended = threading.Event()
 
     def __enter__(self) -> Confined:
+        if self.unconfined and self.room.image is not None:
+            raise cannot_confine("an image runs confined only")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self.log.open("ab")
         self._gpu_before = self._gpu_used()  # the driver's own
@@ -138,15 +139,22 @@ class Confined:
         if uid is not None and self.room.output is not None:
             _give(self.room.output, uid)
         contents = {"/etc/passwd": f"entry:x:{UID}:{UID}::/tmp:/bin/sh\n".encode()}
-        files = {place: _memory_file(content) for place, content in contents.items()}
-        seccomp = _memory_file(filter_program())
-        reported, info = os.pipe()
-        arguments = building(self.room, files=files, seccomp=seccomp, info=info, uid=uid)
-        described = _memory_file("".join(f"{argument}\0" for argument in arguments).encode())
-        passed = [*files.values(), seccomp, info, described]
+        if self.room.image is not None:
+            contents = {}  # it has its own
+        files = {place: memory_file(content) for place, content in contents.items()}
+        seccomp = memory_file(filter_program())
+        (reported, info), (block, release) = os.pipe(), os.pipe()
+        arguments = building(self.room, files=files, seccomp=seccomp, info=info, block=block, uid=uid)
+        described = memory_file("".join(f"{argument}\0" for argument in arguments).encode())
+        line = command_line(self.room, self.program, described=described, uid=uid)
+        self._begin(line, [*files.values(), seccomp, info, block, described], reported, release)
+
+    def _begin(self, line: list[str], passed: list[int], reported: int, release: int) -> None:
+        """Start `line` with the descriptors `passed`. bubblewrap writes to the pipe that ends in `reported`
+        once it has a process, which waits for `release`."""
         try:
             self._process = subprocess.Popen(
-                command_line(self.room, self.program, described=described, uid=uid),
+                line,
                 env=SETUP,
                 cwd="/",
                 stdin=subprocess.DEVNULL,
@@ -159,8 +167,19 @@ class Confined:
         finally:
             for descriptor in passed:
                 os.close(descriptor)
-        with os.fdopen(reported, "rb") as stream:
-            self._first = psutil.Process(self._told(stream))
+        with os.fdopen(reported, "rb") as stream, os.fdopen(release, "wb") as start:
+            pid = self._told(stream)
+            try:
+                self._first = psutil.Process(pid)
+                self._before_start(pid)
+            except (psutil.NoSuchProcess, FileNotFoundError):
+                raise self._not_built() from None
+            start.write(b"!")
+
+    def _before_start(self, pid: int) -> None:
+        """What is done from outside before the program starts."""
+        if self.room.low_ports:
+            allow_low_ports(pid)
 
     def _told(self, stream: BinaryIO) -> int:
         """Return the id of the sandbox's first process, which bubblewrap reports when it is built."""
@@ -173,10 +192,14 @@ class Confined:
                 return int(json.loads(text)["child-pid"])
             if not part:
                 break
+        raise self._not_built()
+
+    def _not_built(self) -> PalioError:
+        """End what is left of a room that bubblewrap could not build, and return why."""
         self._process.kill()
         output, _ = self._process.communicate()
         lines = output.decode(errors="replace").strip().splitlines() or ["no answer"]
-        raise cannot_confine(lines[-1])
+        return cannot_confine(lines[-1])
 
     def _start_unconfined(self) -> None:
         where = self.room.files.resolve() if self.room.files else Path("/")
@@ -252,13 +275,14 @@ class Confined:
         return gpu.program_gpu().memory_used() if self.room.limits.gpu_memory is not None else 0
 
     def _output_over(self, folder: Path, unlinked: int) -> PalioError | None:
-        size, count = _size(folder)
+        most = self.room.limits.files
+        size, count = _size(folder, most)
         size += unlinked
         allowed = self.room.limits.output
-        if size > allowed or count > OUTPUT_FILES:
+        if size > allowed or count > most:
             return Crashed(
                 f"wrote {size / GIB:.1f} GiB in {count} files; at most {allowed / GIB:.1f} GiB and "
-                f"{OUTPUT_FILES} files are allowed"
+                f"{most} files are allowed"
             )
         if shutil.disk_usage(folder).free < MACHINE_DISK:
             return Interrupted(f"the disk has less than {MACHINE_DISK >> 20} MB left")
@@ -276,7 +300,8 @@ def cannot_confine(why: str) -> PalioError:
     return PalioError(f"this machine cannot confine a program ({why}); `palio doctor` says what to do")
 
 
-def _memory_file(content: bytes) -> int:
+def memory_file(content: bytes) -> int:
+    """Return a descriptor of a file that holds `content`, in memory."""
     descriptor = os.memfd_create("palio")
     os.write(descriptor, content)
     os.lseek(descriptor, 0, os.SEEK_SET)
@@ -332,14 +357,14 @@ def _unlinked(processes: list[psutil.Process], scratch: set[int]) -> list[tuple[
     return [(device, size) for (device, _), size in found.items()]
 
 
-def _size(folder: Path) -> tuple[int, int]:
-    """Bytes on disk and number of files and folders."""
+def _size(folder: Path, most: int) -> tuple[int, int]:
+    """Bytes on disk and number of files and folders, of which not many more than `most` are counted."""
     size = count = 0
     for where, folders, files in os.walk(folder):
         count += len(folders) + len(files)
         for name in files:
             with contextlib.suppress(OSError):
                 size += Path(where, name).lstat().st_blocks * 512
-        if count > OUTPUT_FILES:
+        if count > most:
             break
     return size, count

@@ -19,14 +19,16 @@ from palio.records import Contained
 from palio.sandbox.death import last_words
 from palio.sandbox.door import Door
 from palio.sandbox.gateway import REPLY_SECONDS, BadReply, Gateway
-from palio.sandbox.image import image_folder
-from palio.sandbox.process import Confined, cannot_confine
-from palio.sandbox.room import Limits, Room
+from palio.sandbox.image import image_folder, served_port
+from palio.sandbox.process import Confined
+from palio.sandbox.room import GIB, Limits, Room
 
-PROGRAM, FILES, IMAGE = "server.json", "files", "image.sif"
-"""What a server's package consists of."""
+PROGRAM, FILES, IMAGES = "server.json", "files", ("image.tar", "image.sif")
+"""What a server's package consists of, beside what was trained for it."""
 TRAINED = {"adapter": "PALIO_ADAPTER", "model": "PALIO_MODEL"}
 """Folder of what was trained for it, at the same name in the room, and the variable that says where."""
+FIRST_FREE_PORT = 1024
+"""Lower ports are root's, unless a network says otherwise."""
 READY_SECONDS = 1800.0
 CONNECT_SECONDS = 10.0
 
@@ -63,11 +65,10 @@ class ConfinedServer:
         self._exact, self._log = exact, log
         self._log_start = log.stat().st_size if log.exists() else 0
         program = read_program(package)
-        self._port = free_port() if isolation.unconfined else program.port
+        path = next((package / name for name in IMAGES if (package / name).exists()), None)
+        image = image_folder(str(path) if path else None, work, int(isolation.image_gb * GIB))
+        self._port = free_port() if isolation.unconfined else served_port(image, program.port)
         self._ready_seconds, self._reply_seconds = ready_seconds, reply_seconds
-        if isolation.unconfined and program.image:
-            raise cannot_confine("an image runs confined only")
-        image = package / IMAGE
         trained = {name: package / name for name in TRAINED if (package / name).is_dir()}
         room = Room(
             limits=limits,
@@ -82,7 +83,8 @@ class ConfinedServer:
                 "PORT": str(self._port),
             },
             visible=isolation.visible,
-            system=image_folder(str(image), work) if image.exists() else None,
+            image=image,
+            low_ports=self._port < FIRST_FREE_PORT,
         )
         self._confined = Confined(program, room, log, unconfined=isolation.unconfined)
         self._open = contextlib.ExitStack()

@@ -54,7 +54,8 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
     files = _taken(program.files, "command.files", step.folder.program_files, step, isolation)
     image = program.image
     if image and not image.startswith("docker://"):
-        image = str(_taken(image, "command.image", step.folder.program_image, step, isolation))
+        taken = step.folder.program_image(Path(image).suffix)
+        image = str(_taken(image, "command.image", taken, step, isolation))
     gpu = track_gpu(step.track)
     recipe = {
         "kind": "command",
@@ -71,7 +72,7 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
             output=work.program,
             network=step.settings.network,
             visible=isolation.visible,
-            system=image_folder(image, step.folder.work),
+            image=image_folder(image, step.folder.work, int(isolation.image_gb * GIB)),
         )
         facts, log = gpu.facts() if gpu else {"device": "cpu"}, work.program_log
         budget, meter = float(step.track.training_budget), gpu.joules if gpu else None
