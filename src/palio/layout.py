@@ -325,6 +325,33 @@ class Boards(Folder):
         return Boards(self.path / "versions")
 
 
+class AnswerPages(Folder):
+    """Pages of the open stage's answers beside a report, and scripts that hold their data in parts."""
+
+    def page(self, track_id: str) -> Path:
+        return self.path / f"{track_id}.html"
+
+    def questions(self, track_id: str, part: int) -> Path:
+        return self.path / track_id / "questions" / f"{part}.js"
+
+    def marks(self, track_id: str, entry_id: str) -> Path:
+        return self.path / track_id / "entries" / entry_id / "marks.js"
+
+    def answers(self, track_id: str, entry_id: str, part: int) -> Path:
+        return self.path / track_id / "entries" / entry_id / f"{part}.js"
+
+
+class ReportFolder(Folder):
+    """A report: its page, and what lies beside it."""
+
+    page = At("index.html")
+    figures = At("figures")
+
+    @property
+    def answers(self) -> AnswerPages:
+        return AnswerPages(self.path / "answers")
+
+
 @dataclass(frozen=True)
 class Results(Folder):
     """results/ of one competition."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +60,7 @@ RECIPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def write_competition(folder: Path) -> Competition:
     """config/ and results/ of four entries, all finished; `broken` fails its check and is withdrawn."""
     write_demo_sources(folder / "sources", seed=7)
-    entries = folder / "entries"
-    entries.mkdir()
-    for name in (*RIGHT, "broken"):
-        content: dict[str, Any] = {
-            "team": f"Contrada of {name}",
-            "track": "laptop",
-            "title": HOSTILE if name == "raw" else f"The entry {name}",
-            "base_model": {"path": "/models/base"},
-        }
-        if name in RECIPES:
-            sources = [
-                {"path": str(folder / f"sources/{one}.jsonl"), "licence": "CC0-1.0"}
-                for one in RECIPES[name][0]
-            ]
-            content |= {"dataset": {"sources": sources}, "finetune": {}}
-        (entries / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    write_entries(folder, [*RIGHT, "broken"], RECIPES)
     for name in RIGHT:
         leave_entry(folder, name)
     failure = StepFailure(
@@ -85,6 +71,24 @@ def write_competition(folder: Path) -> Competition:
     )
     failure.write(folder / "results/laptop/broken/work/failures/check.json")
     return competition(folder)
+
+
+def write_entries(folder: Path, names: Iterable[str], trained: Container[str] = ()) -> None:
+    (folder / "entries").mkdir()
+    for name in names:
+        content: dict[str, Any] = {
+            "team": f"Contrada of {name}",
+            "track": "laptop",
+            "title": HOSTILE if name == "raw" else f"The entry {name}",
+            "base_model": {"path": "/models/base"},
+        }
+        if name in trained:
+            sources = [
+                {"path": str(folder / f"sources/{one}.jsonl"), "licence": "CC0-1.0"}
+                for one in RECIPES[name][0]
+            ]
+            content |= {"dataset": {"sources": sources}, "finetune": {}}
+        (folder / f"entries/{name}.yaml").write_text(yaml.safe_dump(content))
 
 
 def competition(folder: Path, **changes: Any) -> Competition:
@@ -113,12 +117,16 @@ def competition(folder: Path, **changes: Any) -> Competition:
     return load_competition(content | changes)
 
 
-def leave_entry(folder: Path, name: str) -> None:
-    """What check, curate, finetune, package and both stages leave of one entry."""
+def leave_entry(folder: Path, name: str, *, trained: bool = True) -> None:
+    """What check, curate, finetune, package and both stages leave of one entry.
+
+    Without `trained` it is a base model as it is.
+    """
+    trained = trained and name in RECIPES
     at = folder / "results/laptop" / name
     where = {"competition": "demo", "track": "laptop", "entry": name}
     write_json(at / "check.json", {})
-    if name in RECIPES:
+    if trained:
         families, operations = RECIPES[name]
         given = recipe(
             [{"path": str(folder / f"sources/{one}.jsonl")} for one in families], *operations, seed=1
@@ -137,15 +145,15 @@ def leave_entry(folder: Path, name: str) -> None:
         **where,
         base_model="base",
         base_model_fingerprint="b" * 64,
-        adapter_fingerprint="a" * 64 if name in RECIPES else None,
+        adapter_fingerprint="a" * 64 if trained else None,
         dtype="float32",
         parameters=134_515_008,
-        max_logit_difference=8e-5 if name in RECIPES else None,
+        max_logit_difference=8e-5 if trained else None,
         files={"model.safetensors": name},
     ).write(at / "package.json")
     RunFacts(seconds=9.5, started="2026-01-01T00:00:00Z", host="node").write(at / "package.run.json")
     for stage in SCENARIOS:
-        leave_stage(at, where | {"stage": stage}, RIGHT[name][stage])
+        leave_stage(at, where | {"stage": stage}, RIGHT.get(name, RIGHT["raw"])[stage])
 
 
 def _leave_training(at: Path, where: dict[str, str], dataset: str, rows: int, steps: int = 40) -> None:

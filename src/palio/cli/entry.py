@@ -16,6 +16,8 @@ from palio.cli.group import (
     competition_of,
     competition_option,
     palio,
+    results_of,
+    results_option,
 )
 from palio.errors import BadInput, RuleViolation
 from palio.layout import (
@@ -284,6 +286,34 @@ def contamination(dataset: Path, stage: Stage, limit: int, competition: str) -> 
     if stage == "open":
         for pair in islice(contaminated_pairs(dataset, instances), limit):
             print(f"{pair.scenario} {pair.instance} in {pair.source} {pair.row}: {pair.shown}")
+
+
+@palio.command(cls=Verb, example="palio answers curated --wrong --compare raw")
+@click.argument("entry")
+@competition_option
+@results_option
+@click.option("--stage", type=click.Choice(STAGES), default="open", show_default=True)
+@click.option("--scenario", help="Only its questions.")
+@click.option("--wrong", is_flag=True, help="Only answers without full marks, the worst first.")
+@click.option("--compare", metavar="OTHER", help="Another entry: the questions that decide between them.")
+def answers(
+    entry: str,
+    competition: str,
+    results: Path,
+    stage: Stage,
+    scenario: str | None,
+    wrong: bool,
+    compare: str | None,
+) -> None:
+    """Page through an entry's answers: prompt, answer, references, metrics, and why one is cut or missing.
+
+    The closed stage's are shown to the organizer alone: they are read from the closed store.
+    """
+    from palio.answers.listing import entry_lines
+
+    settings = competition_of(competition)
+    lines = entry_lines(settings, results_of(settings, results), entry, stage, scenario, wrong, compare)
+    click.echo_via_pager(f"{line}\n" for line in lines)
 
 
 @palio.command(cls=Verb, example="palio probe http://127.0.0.1:8080")

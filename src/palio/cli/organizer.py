@@ -24,7 +24,7 @@ from palio.cli.group import (
     results_option,
 )
 from palio.errors import BadInput, PalioError
-from palio.layout import SLURM_PROFILE, STAGES, Boards, Results, Stage
+from palio.layout import SLURM_PROFILE, STAGES, Boards, ReportFolder, Results, Stage
 
 if TYPE_CHECKING:
     from palio.workflow import Workflow
@@ -95,14 +95,15 @@ def _score(workflow: Workflow, tracks: list[str], results: Path, out: Path, *, f
 @leaderboards_option
 @click.option("--out", type=ExistingPath, default=Results().report, show_default=True)
 def report(competition: str, results: Path, leaderboards: Path, out: Path) -> None:
-    """One self-contained HTML file with leaderboards, plots and a page per entry."""
+    """Leaderboards, plots and a page per entry in one HTML file; beside it, the answers of the open stage."""
+    from palio.answers.pages import write_pages
     from palio.report.build import build_report
 
     settings = competition_of(competition)
-    page = build_report(
-        settings, results=results_of(settings, results), leaderboards=Boards(leaderboards), out=out
-    )
-    print(page)
+    folders = results_of(settings, results)
+    answers = write_pages(settings, folders, ReportFolder(out).answers)
+    boards = Boards(leaderboards)
+    print(build_report(settings, results=folders, leaderboards=boards, out=out, answers=answers))
 
 
 @palio.command(cls=Verb, example="palio panel results/leaderboard/laptop.json")
