@@ -341,6 +341,28 @@ class AnswerPages(Folder):
         return self.path / track_id / "entries" / entry_id / f"{part}.js"
 
 
+class FeedbackFiles(Folder):
+    """Where `palio feedback` writes."""
+
+    def page(self, entry_id: str) -> Path:
+        return self.path / f"{entry_id}.html"
+
+    def archive(self, entry_id: str) -> Path:
+        return self.path / f"{entry_id}.zip"
+
+
+class FeedbackFolder(Folder):
+    """What one team may see, before it becomes a zip."""
+
+    page = At("index.html")
+    answer_lines = At("answers.jsonl")
+    records = At("records")
+
+    @property
+    def answers(self) -> AnswerPages:
+        return AnswerPages(self.path / "answers")
+
+
 class ReportFolder(Folder):
     """A report: its page, and what lies beside it."""
 

@@ -27,8 +27,11 @@ def right(number: int) -> str:
     return chr(ord("b") + number % 25)
 
 
-def leave_stage_store(store: StageStore, scenarios: dict[str, int]) -> None:
-    """Instances, prompts and plan of a stage with one HELM run and so many questions a scenario."""
+def leave_stage_store(store: StageStore, scenarios: dict[str, int], text: str | None = None) -> None:
+    """Instances, prompts and plan of a stage with one HELM run and so many questions a scenario.
+
+    With `text` every question is that.
+    """
     store.path.mkdir(parents=True, exist_ok=True)
     asked = [(name, number) for name, count in scenarios.items() for number in range(count)]
     instances = [
@@ -36,7 +39,7 @@ def leave_stage_store(store: StageStore, scenarios: dict[str, int]) -> None:
             "scenario": name,
             "run": name,
             "instance": f"id{number}",
-            "text": question(name, number),
+            "text": text or question(name, number),
             "reference": right(number),
         }
         for name, number in asked
@@ -47,7 +50,7 @@ def leave_stage_store(store: StageStore, scenarios: dict[str, int]) -> None:
             "run": name,
             "instance": f"id{number}",
             "variant": "",
-            "prompt": prompt(name, number),
+            "prompt": text or prompt(name, number),
             "examples": 1,
         }
         for name, number in asked

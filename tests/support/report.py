@@ -74,7 +74,7 @@ def write_competition(folder: Path) -> Competition:
 
 
 def write_entries(folder: Path, names: Iterable[str], trained: Container[str] = ()) -> None:
-    (folder / "entries").mkdir()
+    (folder / "entries").mkdir(exist_ok=True)
     for name in names:
         content: dict[str, Any] = {
             "team": f"Contrada of {name}",
@@ -85,19 +85,23 @@ def write_entries(folder: Path, names: Iterable[str], trained: Container[str] = 
         if name in trained:
             sources = [
                 {"path": str(folder / f"sources/{one}.jsonl"), "licence": "CC0-1.0"}
-                for one in RECIPES[name][0]
+                for one in RECIPES.get(name, RECIPES["raw"])[0]
             ]
             content |= {"dataset": {"sources": sources}, "finetune": {}}
         (folder / f"entries/{name}.yaml").write_text(yaml.safe_dump(content))
 
 
 def competition(folder: Path, **changes: Any) -> Competition:
+    return load_competition(competition_content(folder, **changes))
+
+
+def competition_content(folder: Path, **changes: Any) -> dict[str, Any]:
     def stage(name: str, weight: str) -> dict[str, Any]:
         scenarios = {
             one: {
                 "run_entries": "x.conf",
                 "max_eval_instances": QUESTIONS,
-                "metrics": {"exact match": {"metric": "em"}},
+                "metrics": {"exact match": {"metric": "em", "higher_is_better": True}},
             }
             for one in SCENARIOS[name]
         }
@@ -114,7 +118,7 @@ def competition(folder: Path, **changes: Any) -> Competition:
         "tracks": {"laptop": track},
         "stages": {"open": stage("open", "1/3"), "closed": stage("closed", "2/3")},
     }
-    return load_competition(content | changes)
+    return content | changes
 
 
 def leave_entry(folder: Path, name: str, *, trained: bool = True) -> None:

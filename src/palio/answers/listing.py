@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 
 from palio.answers.comparison import Decision, decisions, full_marks, shortfall
@@ -47,12 +46,9 @@ def entry_lines(
     return decision_lines(asked, decisions(given[0], given[1], metrics), entry, compare, wrong=wrong)
 
 
-def _folder(competition: Competition, results: Results, entry_id: str) -> EntryFolder:
+def _folder(competition: Competition, results: Results, given: str) -> EntryFolder:
     entries = Entries(competition)
-    if entry_id not in entries:
-        near = difflib.get_close_matches(entry_id, entries, 1)
-        fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(entries)}"
-        raise BadInput("palio answers", "ENTRY", entry_id, why="no entry has this id", fix=fix)
+    entry_id = entries.known(given)
     return results.entry(entries[entry_id].track, entry_id)
 
 

@@ -50,9 +50,8 @@ def build_report(
     tracks = []
     for track, settings in competition.tracks.items():
         board, analysis = read_board(leaderboards, track)
-        limits = {step.name: step.limit(competition, track).seconds for step in LIMITED if step.limit}
         reports = [
-            _with_files(report, entries.get(report.id), results.entry(track, report.id), limits, listed)
+            entry_report(competition, report, entries.get(report.id), results.entry(track, report.id), listed)
             for report in entry_reports(board)
         ]
         with_answers = (answers or {}).get(track, ())
@@ -85,9 +84,10 @@ def entry_reports(board: Leaderboard) -> list[EntryReport]:
     ]
 
 
-def _with_files(
-    report: EntryReport, entry: AnyEntry | None, folder: EntryFolder, limits: Mapping[str, int], listed: int
+def entry_report(
+    competition: Competition, report: EntryReport, entry: AnyEntry | None, folder: EntryFolder, listed: int
 ) -> EntryReport:
+    """Return a report with what lies in the entry's folder, at most `listed` dropped rows an operation."""
     valid = entry if isinstance(entry, Entry) else None
     if report.stopped:
         step = report.stopped.step
@@ -100,9 +100,10 @@ def _with_files(
         why_missing = "the step left no record"
     files = read_entry(folder, why_missing, listed)
     used: dict[str, tuple[float, float] | None] = {}
-    for step, limit in limits.items():
-        seconds = seconds_used(files.runs[step])
-        used[step] = None if seconds is None else (float(seconds), float(limit))
+    for limited in LIMITED:
+        seconds = seconds_used(files.runs[limited.name])
+        limit = limited.limit(competition, folder.track_id).seconds if limited.limit else 0
+        used[limited.name] = None if seconds is None else (float(seconds), float(limit))
     return replace(report, title=valid.title if valid else "", files=files, used=BudgetUse(report.id, used))
 
 
