@@ -281,6 +281,13 @@ class EntryFolder:
         return HelmFolder(self.helm_runs(stage) / key)
 
 
+class DemoSources(Folder):
+    """The demo's training data."""
+
+    def source(self, family: str) -> Path:
+        return self.path / f"{family}.jsonl"
+
+
 @dataclass(frozen=True)
 class Resources(Folder):
     """resources/: what all entries share."""
@@ -290,6 +297,9 @@ class Resources(Folder):
     open_stage = At("stages/open")
     demo_sources = At("demo_sources")  # where the rule generate_demo_data puts its files
     teams = At("teams")  # teams' data and programs
+
+    def demo_source(self, family: str) -> Path:
+        return DemoSources(self.demo_sources).source(family)
 
     def base_model(self, model_id: str) -> BaseModelFolder:
         return BaseModelFolder(self.base_models / model_id)

@@ -92,7 +92,7 @@ def try_entry(file: Path, competition: str, panel: Path | None, out: Path) -> No
     from palio.settings import CheckedAgainst
 
     rules = competition_of(competition)
-    checked = check_file(file, CheckedAgainst.of(rules))
+    checked = check_file(file, CheckedAgainst.of(rules), by_hand=True)
     for notice in checked.notices:
         print(f"notice: {notice}", file=sys.stderr)
     checked.require_clean()
@@ -126,7 +126,7 @@ def check(files: tuple[Path, ...], competition: str, as_json: bool) -> None:
     for file in (
         path for given in files for path in (sorted(given.glob("*.y*ml")) if given.is_dir() else [given])
     ):
-        checked = check_file(file, against)
+        checked = check_file(file, against, by_hand=True)
         clean = clean and checked.record is not None
         if as_json:
             for level, listed in (("violation", checked.violations), ("notice", checked.notices)):
@@ -334,11 +334,12 @@ def probe(url: str, competition: str, stage: Stage, base_model: Path | None, as_
     from palio.errors import RuleViolation
     from palio.evaluation.helm import stage_runs
     from palio.evaluation.probe import probe as run
-    from palio.evaluation.probe import probe_table
+    from palio.evaluation.probe import probe_table, require_server
     from palio.evaluation.stage import asked_in
     from palio.evaluation.window import Window
     from palio.settings import StageLimits
 
+    require_server(url)
     settings = competition_of(competition)
     window = Window.of_model(base_model) if base_model else Window.estimate("give --base-model")
     limits = StageLimits.of(settings.stage(stage))
