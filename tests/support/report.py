@@ -136,7 +136,7 @@ def leave_entry(folder: Path, name: str, *, trained: bool = True) -> None:
             [{"path": str(folder / f"sources/{one}.jsonl")} for one in families], *operations, seed=1
         )
         dataset = curate(given, at / "dataset")
-        _leave_training(at, where, dataset.sha256, dataset.rows)
+        _leave_training(at, where, dataset.sha256, dataset.rows, seconds=18.0 * len(families))
         scenarios = {stage: dict.fromkeys(names, QUESTIONS) for stage, names in SCENARIOS.items()}
         seen = {
             stage: {one: 2 if one == families[0] else 0 for one in names}
@@ -160,7 +160,9 @@ def leave_entry(folder: Path, name: str, *, trained: bool = True) -> None:
         leave_stage(at, where | {"stage": stage}, RIGHT.get(name, RIGHT["raw"])[stage])
 
 
-def _leave_training(at: Path, where: dict[str, str], dataset: str, rows: int, steps: int = 40) -> None:
+def _leave_training(
+    at: Path, where: dict[str, str], dataset: str, rows: int, *, seconds: float, steps: int = 40
+) -> None:
     AdapterManifest(
         **where,
         fingerprint="a" * 64,
@@ -192,7 +194,7 @@ def _leave_training(at: Path, where: dict[str, str], dataset: str, rows: int, st
     ]
     pq.write_table(pa.Table.from_pylist(telemetry, TELEMETRY_SCHEMA), at / "train.parquet")
     training = TrainingFacts(
-        training_seconds=72.0,
+        training_seconds=seconds,
         energy_joules=None,
         memory_cap_gb=None,
         device="cpu",

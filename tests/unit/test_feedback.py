@@ -18,7 +18,9 @@ from palio.pipeline import STEPS
 from palio.records import Contamination, ProbeCheck, ProbeReport, StepFailure, read_record
 from palio.release.gather import Leak
 from palio.workflow import Workflow
+from tests.support.chromium import chromium_page
 from tests.support.helm_runs import leave_runs, leave_stage_store, right
+from tests.support.page import contrast_faults, outside_of
 from tests.support.report import (
     HOSTILE,
     QUESTIONS,
@@ -216,6 +218,20 @@ def test_a_server_reads_every_check_of_the_probe_with_its_fix(
         path.unlink()
     assert "stop sequences fails, a warning w c cut there" in text
     assert "tokenize pass counts agree" in text
+
+
+@pytest.mark.parametrize("entry", ["raw", "fails_finetune"])
+def test_the_page_is_read_on_a_phone_in_the_dark_and_asks_nobody(
+    gathering: Gathering, tmp_path: Path, entry: str
+) -> None:
+    path, _ = write_feedback(gathering, entry, tmp_path)
+    with chromium_page() as page:
+        page.open(f"file://{path}", width=400, height=800, dark=True)
+        page.do("document.querySelectorAll('details').forEach(one => one.open = true)")
+        assert outside_of(page, 400) == []
+        assert contrast_faults(page) == []
+        assert page.complaints == []
+        assert {*page.requests} == {f"file://{path}", "about:blank"} & {*page.requests}
 
 
 def test_equal_feedback_gives_equal_files(gathering: Gathering, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from palio.layout import Boards, Results
 from palio.report.build import build_report
 from tests.support.chromium import Page, chromium_page
-from tests.support.page import contrast_faults
+from tests.support.page import contrast_faults, outside_of
 from tests.support.report import HOSTILE, score_competition, write_competition
 
 
@@ -120,9 +120,31 @@ def test_what_an_entry_wrote_is_shown_and_never_run(page: Page) -> None:
 
 
 @pytest.mark.parametrize("hash_", ["", "#laptop.curated", "#laptop.broken"])
-def test_a_phone_scrolls_down_only(page: Page, address: str, hash_: str) -> None:
+def test_on_a_phone_every_table_and_figure_is_read_without_moving_sideways(
+    page: Page, address: str, hash_: str
+) -> None:
+    page.open(address + hash_, width=400, height=800)
+    page.do("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert outside_of(page, 400) == []
     page.open(address + hash_, width=360, height=740)
     assert page.do("document.documentElement.scrollWidth") == 360
+
+
+def test_a_stacked_row_names_its_columns_and_sorts(page: Page, address: str) -> None:
+    page.open(address, width=400, height=800)
+    told = f"getComputedStyle({BOARD}.tBodies[0].rows[0].cells[3], '::before').content"
+    assert page.do(told) == '"final score"'
+    click_head(page, "open")
+    assert order(page)[0] == "open_only"
+
+
+def test_a_wide_screen_has_tables_as_tables_and_each_figure_once(page: Page) -> None:
+    assert page.do(f"getComputedStyle({BOARD}.tBodies[0].rows[0]).display") == "table-row"
+    shown = (
+        "[...document.querySelectorAll('.overview figure svg')].filter(one => one.getClientRects().length)"
+    )
+    names = page.do(f"{shown}.map(one => one.ariaLabel)")
+    assert len(names) == len(set(names)) >= 5
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from palio.records import Analysis, DidNotFinish, Leaderboard, ScoredEntry, StageInstances
+from palio.records import Analysis, DidNotFinish, FinetuneRun, Leaderboard, ScoredEntry, StageInstances
 from palio.report import entry_figures, figures
 from palio.report.drawing import Drawing, Plate
-from palio.report.figures import BudgetUse
-from palio.report.files import EntryFiles
+from palio.report.figures import NARROW, WIDE, BudgetUse, Size
+from palio.report.files import EntryFiles, Missing
 from palio.report.rendering import render
 
 
@@ -44,8 +44,35 @@ class TrackReport:
 
     @cached_property
     def figures(self) -> dict[str, Drawing]:
+        return self._figures(WIDE)
+
+    @cached_property
+    def narrow_figures(self) -> dict[str, Drawing]:
+        """The same for a narrow screen."""
+        return self._figures(NARROW)
+
+    def _figures(self, size: Size) -> dict[str, Drawing]:
         used = [entry.used for entry in self.entries if entry.used]
-        return figures.figures_of_track(self.board, self.analysis, used)
+        efforts = [effort_of(entry.id, entry.files) for entry in self.entries if entry.files]
+        return figures.figures_of_track(self.board, self.analysis, used, efforts, size)
+
+
+def effort_of(entry: str, files: EntryFiles) -> figures.Effort:
+    """Return what an entry took: training over all attempts, and the size of what it made."""
+    tuned, package = files.runs.get("finetune"), files.package
+    run = tuned if isinstance(tuned, FinetuneRun) else FinetuneRun()
+    training = run.training
+    joules = training.energy_joules if training else None
+    parameters = None if isinstance(package, Missing) else package.parameters
+    return figures.Effort(
+        entry,
+        {
+            "hours of training": training.training_seconds / 3600 if training else None,
+            "kWh of training": joules / 3.6e6 if joules is not None else None,
+            "USD of training": run.cost_usd,
+            "million parameters": parameters / 1e6 if parameters is not None else None,
+        },
+    )
 
 
 def page(
