@@ -64,7 +64,7 @@ class Answer:
 
 
 class AskedStage:
-    """The questions of a prepared stage."""
+    """The questions of a prepared stage, those of scenarios that the competition no longer has left out."""
 
     def __init__(self, competition: Competition, stage: Stage) -> None:
         """Find the stage's store.
@@ -74,7 +74,8 @@ class AskedStage:
         """
         self.competition, self.stage = competition, stage
         store = Resources().open_store if stage == "open" else competition.store.stage
-        self.questions = _questions(store)
+        scenarios = competition.stage(stage).scenarios
+        self.questions = [one for one in _questions(store) if one.scenario in scenarios]
         self._plan = StagePlan(store)
 
     @cached_property
@@ -83,9 +84,8 @@ class AskedStage:
         return self._plan.prompts()
 
     def metrics(self, scenario: str) -> Mapping[str, Metric]:
-        """Return the columns of a scenario, by title; none if the competition no longer has it."""
-        found = self.competition.stage(self.stage).scenarios.get(scenario)
-        return found.metrics if found else {}
+        """Return the columns of a scenario, by title."""
+        return self.competition.stage(self.stage).scenarios[scenario].metrics
 
     def answers(self, folder: EntryFolder) -> Iterator[Answer]:
         """Yield an entry's answers, a HELM run at a time: all those of runs that are complete.

@@ -96,10 +96,6 @@ class Feedback:
     """Of the open stage, by scenario and title."""
 
     @property
-    def score(self) -> ScoredEntry | None:
-        return self.report.score
-
-    @property
     def limits(self) -> EntryUncertainty | None:
         return self.analysis.entry_uncertainty.get(self.report.id) if self.analysis else None
 
