@@ -10,6 +10,7 @@ from palio.report.drawing import (
     HEAT,
     HEAT_INVERTED,
     SOURCES,
+    Anchor,
     Axes,
     Drawing,
     Point,
@@ -309,11 +310,15 @@ def _effort_panel(
         value, score, _ = points[index]
         tip = f"{entry}: {value:.4g} {measure}, final score {score:.4f}"
         drawing.dot(x, y, 4.5, "closed" if index in best else "open", tip=tip)
-    named = [dots[index] for index in best]
-    labels = place_labels(named, SMALL, (box[0], box[1] - 12, box[2], box[3]))
-    for (_, _, entry), label in zip(named, labels, strict=True):
-        if label:
-            drawing.text(label[0], label[1], entry, anchor=label[2], size=SMALL, bold=True)
+    below = axes.bottom + SMALL
+    for x, y, entry in (dots[index] for index in best):
+        if below - y < SMALL:
+            continue  # it would be on the label before
+        # Above and to the left of a point on the frontier there is nobody.
+        name, below = _cut(entry, NARROW), y
+        left = x - 6 - text_width(name, SMALL) > axes.left
+        at: tuple[float, Anchor] = (x - 6, "end") if left else (x, "start")
+        drawing.text(at[0], y - 7, name, anchor=at[1], size=SMALL, bold=True)
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
