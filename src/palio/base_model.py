@@ -15,6 +15,7 @@ import fnmatch
 import importlib.util
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from palio.config import REVISION_PATTERN, BaseModelSource, expand
 from palio.errors import BadInput, Crashed
 from palio.files import link_or_copy
 from palio.incoming import shard_names
-from palio.layout import BaseModelFolder
+from palio.layout import BaseModelFolder, Resources
 from palio.provenance import file_sha256, folder_sha256
 from palio.records import BaseModelManifest, Layers, Unsupported, read_record
 
@@ -39,6 +40,8 @@ PICKLES = ("pytorch_model*.bin",)
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 """Weights in one file; those of several are named by an index."""
 
+HUB_SECONDS = 10.0
+"""The hub's time to answer whether it has a model."""
 MAX_CARD = 1 << 20
 """Characters of a model card that are read."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -184,6 +187,37 @@ def _check_announced(path: Path, value: str) -> None:
         raise Crashed(f"base model {value}: {path.name} is damaged; delete {real} and fetch it again")
 
 
+def require_on_hub(address: str) -> None:
+    """Check, before anything is started, that a model of the hub can be fetched.
+
+    Raises:
+        BadInput: it is not in the local hub cache, and the hub has it not or does not answer.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repo, _, revision = address.partition("@")
+    with suppress(errors.LocalEntryNotFoundError, FileNotFoundError):
+        huggingface_hub.snapshot_download(
+            repo, revision=revision or None, allow_patterns=WANTED, local_files_only=True
+        )
+        return
+    try:
+        huggingface_hub.HfApi().model_info(repo, revision=revision or None, timeout=HUB_SECONDS)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        raise _unknown_to_hub(address) from None
+    except (errors.HTTPError, OSError):  # the base of all that its HTTP library raises
+        why = "is not on this machine, and the hub does not answer"
+        folder = Resources().base_models
+        fix = f"connect to the network, or bring {folder} from a machine that has fetched it"
+        raise BadInput("base_model", "hub", address, why=why, fix=fix) from None
+
+
+def _unknown_to_hub(address: str) -> BadInput:
+    why = "the hub has no such model or revision, or it asks for a login"
+    return BadInput("base_model", "hub", address, why=why, fix="correct it or set HF_TOKEN")
+
+
 def _hub_snapshot(address: str, offline: bool) -> Path:
     """Return the snapshot's folder in the local hub cache, after a download if it is incomplete."""
     import huggingface_hub
@@ -221,9 +255,7 @@ def _hub_download(address: str, patterns: tuple[str, ...]) -> Path:
             huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
         )
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-        why = "the hub has no such model or revision, or it asks for a login"
-        fix = "correct it or set HF_TOKEN"
-        raise BadInput("base_model", "hub", address, why=why, fix=fix) from None
+        raise _unknown_to_hub(address) from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         cause = str(error).strip().partition("\n")[0]
         raise Crashed(f"base model {address}: the download failed ({cause}); try again") from None

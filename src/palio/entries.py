@@ -6,6 +6,7 @@ competition's first track, stops nobody else, and its own check says what is wro
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,18 @@ class Entries(Mapping[str, AnyEntry]):
                 entry.team,
             )
         return entry
+
+    def known(self, entry_id: str) -> str:
+        """Return the id of an entry as it was given by hand.
+
+        Raises:
+            BadInput: no entry has it.
+        """
+        if entry_id in self.files:
+            return entry_id
+        near = difflib.get_close_matches(entry_id, self.files, 1)
+        fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(self.files)}"
+        raise BadInput("ENTRY", "", entry_id, why="no entry has this id", fix=fix)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)

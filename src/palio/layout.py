@@ -296,6 +296,13 @@ class EntryFolder:
         return HelmFolder(self.helm_runs(stage) / key)
 
 
+class DemoSources(Folder):
+    """The demo's training data."""
+
+    def source(self, family: str) -> Path:
+        return self.path / f"{family}.jsonl"
+
+
 @dataclass(frozen=True)
 class Resources(Folder):
     """resources/: what all entries share."""
@@ -305,6 +312,9 @@ class Resources(Folder):
     open_stage = At("stages/open")
     demo_sources = At("demo_sources")  # where the rule generate_demo_data puts its files
     teams = At("teams")  # teams' data and programs
+
+    def demo_source(self, family: str) -> Path:
+        return DemoSources(self.demo_sources).source(family)
 
     def base_model(self, model_id: str) -> BaseModelFolder:
         return BaseModelFolder(self.base_models / model_id)
@@ -338,6 +348,55 @@ class Boards(Folder):
     @property
     def versions(self) -> Boards:
         return Boards(self.path / "versions")
+
+
+class AnswerPages(Folder):
+    """Pages of the open stage's answers beside a report, and scripts that hold their data in parts."""
+
+    def page(self, track_id: str) -> Path:
+        return self.path / f"{track_id}.html"
+
+    def questions(self, track_id: str, part: int) -> Path:
+        return self.path / track_id / "questions" / f"{part}.js"
+
+    def marks(self, track_id: str, entry_id: str) -> Path:
+        return self.path / track_id / "entries" / entry_id / "marks.js"
+
+    def answers(self, track_id: str, entry_id: str, part: int) -> Path:
+        return self.path / track_id / "entries" / entry_id / f"{part}.js"
+
+
+class FeedbackFiles(Folder):
+    """Where `palio feedback` writes."""
+
+    def page(self, entry_id: str) -> Path:
+        return self.path / f"{entry_id}.html"
+
+    def archive(self, entry_id: str) -> Path:
+        return self.path / f"{entry_id}.zip"
+
+
+class FeedbackFolder(Folder):
+    """What one team may see, before it becomes a zip."""
+
+    page = At("index.html")
+    answer_lines = At("answers.jsonl")
+    records = At("records")
+
+    @property
+    def answers(self) -> AnswerPages:
+        return AnswerPages(self.path / "answers")
+
+
+class ReportFolder(Folder):
+    """A report: its page, and what lies beside it."""
+
+    page = At("index.html")
+    figures = At("figures")
+
+    @property
+    def answers(self) -> AnswerPages:
+        return AnswerPages(self.path / "answers")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from palio.config import (
     load_competition,
     load_rules,
 )
+from palio.demo.data import FAMILIES as DEMO_FAMILIES
 from palio.eligibility.check import approved_model
 from palio.entries import AnyEntry, BrokenEntry, Entries
 from palio.evaluation.helm import check_directions, stage_runs
@@ -237,9 +238,9 @@ class Workflow:
         `curate` names it."""
         entry = self._valid(wildcards)
         sources = entry.dataset.sources if entry and entry.dataset else ()
-        made = self.resources.demo_sources
+        made = {self.resources.demo_source(family) for family in DEMO_FAMILIES}
         paths = [Path(source.path) for source in sources if source.path]
-        return [str(path) for path in paths if path.parent == made or path.exists()]
+        return [str(path) for path in paths if path in made or path.exists()]
 
     def held_against(self, wildcards: Any) -> list[str]:
         """The open stage, where the entry's data must hold none of its instances."""

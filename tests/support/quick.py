@@ -58,7 +58,8 @@ def main() -> None:
     palio.cli.organizer._score = score
     if sys.argv[1] == "report":
         page = Path("results/report/index.html")
-        (page.parent / "figures").mkdir(parents=True, exist_ok=True)
+        for name in ("figures", "answers"):
+            (page.parent / name).mkdir(parents=True, exist_ok=True)
         page.write_text("a report")
         return
     palio.cli.main()

@@ -24,7 +24,7 @@ from palio.cli.group import (
     results_option,
 )
 from palio.errors import BadInput, PalioError
-from palio.layout import SLURM_PROFILE, STAGES, Boards, Results, Stage
+from palio.layout import SLURM_PROFILE, STAGES, Boards, ReportFolder, Results, Stage
 
 if TYPE_CHECKING:
     from palio.workflow import Workflow
@@ -95,14 +95,46 @@ def _score(workflow: Workflow, tracks: list[str], results: Path, out: Path, *, f
 @leaderboards_option
 @click.option("--out", type=ExistingPath, default=Results().report, show_default=True)
 def report(competition: str, results: Path, leaderboards: Path, out: Path) -> None:
-    """One self-contained HTML file with leaderboards, plots and a page per entry."""
+    """Leaderboards, plots and a page per entry in one HTML file; beside it, the answers of the open stage."""
+    from palio.answers.pages import write_pages
     from palio.report.build import build_report
 
     settings = competition_of(competition)
-    page = build_report(
-        settings, results=results_of(settings, results), leaderboards=Boards(leaderboards), out=out
-    )
-    print(page)
+    folders = results_of(settings, results)
+    answers = write_pages(settings, folders, ReportFolder(out).answers)
+    boards = Boards(leaderboards)
+    print(build_report(settings, results=folders, leaderboards=boards, out=out, answers=answers))
+
+
+@palio.command(cls=Verb, example="palio feedback --all --out feedback")
+@click.argument("entry", required=False)
+@click.option("--all", "everybody", is_flag=True, help="Of every entry.")
+@click.option("--out", type=ExistingPath, required=True, help="Folder for <entry>.html and <entry>.zip.")
+@competition_option
+@results_option
+@leaderboards_option
+def feedback(
+    entry: str | None, everybody: bool, out: Path, competition: str, results: Path, leaderboards: Path
+) -> None:
+    """What a team may see of its entry, as a page and a zip: how each step ended, scores, answers, logs."""
+    from palio.feedback.gathering import Gathering
+    from palio.feedback.writing import write_feedback
+    from palio.release.gather import Leak
+    from palio.workflow import Workflow
+
+    if (entry is None) != everybody:
+        raise click.UsageError("give an entry, or --all")
+    workflow = Workflow(competition_content(competition), competition)
+    gathering = Gathering(workflow, results_of(workflow.competition, results), Boards(leaderboards))
+    failed = 0
+    for entry_id in workflow.entries if entry is None else [workflow.entries.known(entry)]:
+        try:
+            print(*write_feedback(gathering, entry_id, out))
+        except Leak as leak:
+            failed += 1
+            print(f"{entry_id}: {leak}", file=sys.stderr)
+    if failed:
+        raise PalioError(f"{failed} entries have no feedback: it would hold what must not be handed out")
 
 
 @palio.command(cls=Verb, example="palio panel results/leaderboard/laptop.json")

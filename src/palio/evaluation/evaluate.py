@@ -31,7 +31,7 @@ from palio.evaluation.stage import PlannedRun, PromptKey, StagePlan, verify_data
 from palio.evaluation.window import Window
 from palio.heartbeat import HeartbeatWriter
 from palio.layout import EntryFolder, HelmFolder
-from palio.provenance import atomic_path, file_sha256, fingerprint
+from palio.provenance import atomic_path, file_sha256
 from palio.records import (
     INSTANCES_SCHEMA,
     METRICS_SCHEMA,
@@ -50,8 +50,6 @@ from palio.records import (
 from palio.sandbox.death import last_words
 from palio.settings import EvaluateSettings, StageLimits
 
-TAIL_CHARACTERS = 60
-"""End of a prompt by which a cut one is told: HELM drops examples first, then cuts from the right."""
 PROGRESS_SECONDS = 15.0
 MAX_RESTARTS = 2
 """Restarts of a model server that died after it had answered something."""
@@ -99,9 +97,9 @@ def evaluate(
     prepared = read_record(StageInstances, instances)
     verify_data(runs.store)
     plan = StagePlan(runs.store)
-    served = [package.fingerprint, package.base_model_fingerprint, engine]
-    asked = [prepared.sha256, prepared.helm_version, limits.cut_at_stop_sequences]
-    work = folder.helm(stage, fingerprint([*served, *asked])[:16])
+    served = (package.fingerprint, package.base_model_fingerprint, engine)
+    asked = (prepared.sha256, prepared.helm_version, limits.cut_at_stop_sequences)
+    work = helm.package_folder(folder, stage, *served, *asked)
     work.path.mkdir(parents=True, exist_ok=True)
     _forget_unanswered(work)
 
@@ -433,8 +431,7 @@ def _shortened(run: helm.RunFolder, prompts: Mapping[PromptKey, str]) -> dict[st
         sent = helm.prompt_of(state)
         whole = prompts.get((run.name, state["instance"]["id"], helm.variant(state)), sent)
         if sent != whole:
-            question_kept = sent.endswith(whole[-TAIL_CHARACTERS:])
-            counts["prompts_short" if question_kept else "prompts_cut"] += 1
+            counts["prompts_short" if helm.question_kept(sent, whole) else "prompts_cut"] += 1
         completions = state["result"]["completions"]
         counts["empty_answers"] += bool(completions) and not completions[0]["text"].strip()
     return counts

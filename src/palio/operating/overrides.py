@@ -28,7 +28,7 @@ HEADER = "# Written by palio withdraw and palio retry; they win over the competi
 
 def withdraw(competition: Competition, entry: str, why: str) -> None:
     """Take an entry out: it no longer runs, and the leaderboard shows why."""
-    _known(competition, entry)
+    Entries(competition).known(entry)
     overrides = load_overrides(competition.competition)
     _write(competition, overrides, {"withdrawn": {**overrides.withdrawn, entry: why}})
 
@@ -51,7 +51,7 @@ def end_work(folder: EntryFolder) -> Iterator[str]:
 
 def retry(competition: Competition, entry: str, steps: list[str]) -> None:
     """Grant steps of an entry a fresh start: work, used budget and finished results are set aside."""
-    _known(competition, entry)
+    Entries(competition).known(entry)
     for step in steps:
         if step not in (limited := [one.name for one in LIMITED]):
             why, fix = "runs again on its own in the next run", f"only {', '.join(limited)} need a grant"
@@ -61,12 +61,6 @@ def retry(competition: Competition, entry: str, steps: list[str]) -> None:
     for step in steps:
         granted[step] = granted.get(step, 0) + 1
     _write(competition, overrides, {"retries": {**overrides.retries, entry: granted}})
-
-
-def _known(competition: Competition, entry: str) -> None:
-    known = Entries(competition)
-    if entry not in known:
-        raise BadInput("ENTRY", "", entry, why="no entry has this id", fix=f"use one of {', '.join(known)}")
 
 
 def _write(competition: Competition, overrides: Overrides, change: dict[str, object]) -> None:

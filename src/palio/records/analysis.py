@@ -39,12 +39,12 @@ class EntryUncertainty(Part):
 
 
 class Separation(Part):
-    """The difference between the first two entries, and what it would take to confirm it."""
+    """The difference between two neighbours on the leaderboard, and what it would take to confirm it."""
 
     first: str
-    """Entry id of the first."""
+    """Entry id of the better one."""
     second: str
-    """Entry id of the second."""
+    """Entry id of the next."""
     difference: Interval
     """Paired interval of the difference between their final scores, first minus second."""
     separated: bool
@@ -78,8 +78,14 @@ class Uncertainty(Part):
     """In the order of the leaderboard."""
     groups: list[list[str]]
     """Entries that cannot be told apart from the best of their group, by rank."""
-    separation: Separation | None
-    """The first two entries; None with fewer than two entries."""
+    neighbours: list[Separation]
+    """The prize ranks and the next: first and second, second and third, third and fourth, where there are
+    so many entries."""
+
+    @property
+    def separation(self) -> Separation | None:
+        """The first two entries; None with fewer than two entries."""
+        return self.neighbours[0] if self.neighbours else None
 
 
 class RankMove(Part):
@@ -237,6 +243,17 @@ class Analysis(TrackRecord):
     """What else the ranking depends on; None without scored entries."""
     overfitting: Overfitting | None
     """Open against closed; None without scored entries, or if only one stage is scored."""
+
+    def neighbours_of(self, entry: str) -> list[Separation]:
+        """Return how well an entry with a prize rank can be told apart from the entries next to it."""
+        pairs = self.uncertainty.neighbours if self.uncertainty else []
+        return [pair for pair in pairs if entry in (pair.first, pair.second)]
+
+    def holds(self, verdict: PrizeVerdict) -> bool:
+        """Return whether a prize rank depends on no choice, and its holder can be told apart from the entries
+        next to it."""
+        known = self.uncertainty is not None
+        return known and verdict.stable and all(pair.separated for pair in self.neighbours_of(verdict.entry))
 
     @property
     def entry_uncertainty(self) -> dict[str, EntryUncertainty]:

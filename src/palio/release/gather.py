@@ -39,8 +39,21 @@ TABLES = {"metrics.parquet": METRICS_SCHEMA, "instances.parquet": INSTANCES_SCHE
 ANONYMOUS = {"host": None, "slurm_job_id": None}
 """Facts about a run that a release leaves out."""
 LEADERBOARD_SUFFIXES = ("json", "csv", "parquet", "md", "tex", "analysis.json", "analysis.md")
-REPORT_SUFFIXES = (".html", ".svg", ".png", ".csv", ".json", ".md", ".tex", ".parquet")
-TEXT_SUFFIXES = (".json", ".yaml", ".conf", ".md", ".csv", ".tex", ".html", ".svg", ".txt", ".lock", ".py")
+REPORT_SUFFIXES = (".html", ".js", ".svg", ".png", ".csv", ".json", ".md", ".tex", ".parquet")
+TEXT_SUFFIXES = (
+    ".json",
+    ".yaml",
+    ".conf",
+    ".md",
+    ".csv",
+    ".tex",
+    ".html",
+    ".js",
+    ".svg",
+    ".txt",
+    ".lock",
+    ".py",
+)
 SHORTEST_TEXT = 20
 """Characters of the shortest line of a closed instance to search for: shorter ones occur in ordinary text."""
 README = """\
@@ -62,7 +75,7 @@ entry files say where the data comes from), and the texts of the closed stage.
 
 
 class Leak(PalioError):
-    """The release would have published a secret, so it was not made."""
+    """What was to be handed out holds a secret, so it was not made."""
 
 
 def gather(
@@ -91,7 +104,7 @@ def gather(
         if ENVIRONMENT_LOCK.is_file():
             _take(ENVIRONMENT_LOCK, building.environment_lock)
         write_text(building.readme, _readme(competition, list(entries)))
-        search_for_leaks(building.path, _closed_lines(competition))
+        search_for_leaks(building.path, closed_lines(competition))
         describe(building.path, competition)
         shutil.rmtree(out, ignore_errors=True)
         building.path.rename(out)
@@ -164,7 +177,7 @@ def _readme(competition: Competition, entries: list[str]) -> str:
 # --- what must not ---------------------------------------------------------------------------------------
 
 
-def _closed_lines(competition: Competition) -> list[bytes]:
+def closed_lines(competition: Competition) -> list[bytes]:
     """The longest line of every closed instance, where the closed store is at hand."""
     instances = competition.store.stage.instances
     if not instances.is_file():
@@ -174,15 +187,15 @@ def _closed_lines(competition: Competition) -> list[bytes]:
     return sorted(line.encode() for line in lines if len(line) >= SHORTEST_TEXT)
 
 
-def search_for_leaks(folder: Path, closed_lines: list[bytes]) -> None:
-    """Raises Leak, naming file and kind but not the text, for the first file that holds what it must not."""
+def search_for_leaks(folder: Path, secret_lines: list[bytes]) -> None:
+    """Raise Leak, naming file and kind but not the text, for the first file that holds what it must not."""
     for path in _text_files(folder):
         content = path.read_bytes()
         name = path.relative_to(folder)
         if found := next(credentials(content), None):
-            raise Leak(f"{name}: {found.why}; remove it and release again")
+            raise Leak(f"{name}: {found.why}; remove it and try again")
         # JSON writes quotes and newlines otherwise, HTML more: lines are compared without either.
-        if any(line in content or _escaped(line) in content for line in closed_lines):
+        if any(line in content or _escaped(line) in content for line in secret_lines):
             raise Leak(f"{name} contains a text of the closed stage; find out how it got there")
 
 

@@ -24,17 +24,20 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from palio.records import EntryUncertainty, Interval, Leaderboard, Separation, Uncertainty
+from palio.records import EntryUncertainty, Interval, Leaderboard, ScoredEntry, Separation, Uncertainty
 from palio.scoring.conventions import TIE, Array
 from palio.scoring.formula import Formula, Scores, ranks, scores_of_win_rates
 from palio.scoring.pool import Pool, formula_of, pool_of
 
 LEVEL = 0.95
 REPLICATES = 1000
+PRIZES = 3
+"""Ranks that are held against the next."""
 MIN_CLUSTERS = 10
 """A scenario with at least this many HELM runs is drawn by whole runs."""
 BLOCK = 128
@@ -117,7 +120,7 @@ def uncertainty(
         parametric_columns=parametric,
         entries=entries,
         groups=[[board.entries[index].entry for index in group] for group in groups],
-        separation=_separation(board, final, pool, usable) if len(board.entries) > 1 else None,
+        neighbours=_neighbours(board, final, pool, usable),
     )
 
 
@@ -314,10 +317,18 @@ def _groups(final: Array) -> list[list[int]]:
     return groups
 
 
-def _separation(board: Leaderboard, final: Array, pool: Pool, usable: UsableAnswers) -> Separation:
-    first, second = board.entries[:2]
-    observed = first.final_score - second.final_score
-    interval = _interval(final[:, 0] - final[:, 1], observed)
+def _neighbours(board: Leaderboard, final: Array, pool: Pool, usable: UsableAnswers) -> list[Separation]:
+    """Hold each of the prize ranks against the next; `final` is in the order of the leaderboard."""
+    instances = _instances(board, pool, usable)
+    pairs = list(pairwise(board.entries))[:PRIZES]
+    return [
+        _separation(first, second, final[:, place] - final[:, place + 1], instances)
+        for place, (first, second) in enumerate(pairs)
+    ]
+
+
+def _instances(board: Leaderboard, pool: Pool, usable: UsableAnswers) -> int:
+    """Return the number of distinct questions behind the scores."""
     instances = 0
     for key in board.scenario_keys:
         if key in usable.sampled:
@@ -325,6 +336,13 @@ def _separation(board: Leaderboard, final: Array, pool: Pool, usable: UsableAnsw
         else:  # those of its largest column
             indexes = [index for index, column in enumerate(pool.columns) if column.scenario_key == key]
             instances += int(pool.instances[:, indexes].max())
+    return instances
+
+
+def _separation(first: ScoredEntry, second: ScoredEntry, leads: Array, instances: int) -> Separation:
+    """Return what tells two entries apart; `leads` is the difference of their final scores in every draw."""
+    observed = first.final_score - second.final_score
+    interval = _interval(leads, observed)
     needed = None
     if first.rank < second.rank:
         needed = max(1, math.ceil(instances * ((observed - interval.low) / observed) ** 2))
