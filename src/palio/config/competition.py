@@ -166,6 +166,19 @@ class Isolation(Strict):
     """Maximum size in GB of a training program's output folder, checkpoints included."""
 
 
+class Replicates(Strict):
+    """Entries that are trained again with other seeds, to learn how much a score owes to the seed."""
+
+    entries: Literal["finalists", "all"] | tuple[str, ...]
+    """`all`, ids, or `finalists`: the first of each track's leaderboard, known once there is one, so they are
+    trained again in the next run of the workflow. An entry that is not trained here has no replicates."""
+    seeds: int = Field(ge=2)
+    """Trainings of each of these entries, its own included. The others have its data and settings, their own
+    seed and their own budget."""
+    finalists: PositiveInt = 5
+    """How many entries of a track are finalists, by the score of their own training."""
+
+
 Level = Literal["required", "warning", "skip"]
 
 
@@ -242,6 +255,8 @@ class Competition(Strict):
     shards: dict[str, PositiveInt] = {}
     """Entry id → number of jobs that share its curation, for data too large for one machine; 1 for entries
     not listed. Does not change the dataset: see docs/curation.md."""
+    replicates: Replicates | None = None
+    """Training of entries again with other seeds; omit for none. See docs/scoring.md."""
     notify: str | None = None
     """Shell command run on news, with `PALIO_EVENT` (`finish`, `failure`, `stall`), `PALIO_MESSAGE` and
     `PALIO_COMPETITION` set, e.g. `mail -s "$PALIO_EVENT" me@example.org <<< "$PALIO_MESSAGE"`."""
