@@ -76,6 +76,7 @@ def _score(workflow: Workflow, tracks: list[str], results: Path, out: Path, *, f
             entries[track],
             final=final,
             due=lambda folder, _: workflow.due_in(folder),
+            replicates=workflow.replicates,
         )
         board = board.model_copy(update={"made": workflow.scored_with(track)})
         try:

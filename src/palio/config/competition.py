@@ -138,6 +138,9 @@ class Scoring(Strict):
     reference_panel: tuple[str, ...] = ()
     """Ids of entries to compare everybody with as well, e.g. baselines; omit for five at evenly spaced ranks.
     `palio panel` publishes their open values for teams."""
+    training_noise: PositiveFloat | None = None
+    """Standard deviation of a metric from one training of an entry to the next, e.g. 0.01, for tracks without
+    `replicates`: an assumption, and marked as one. Omit it, and intervals there cover the questions only."""
 
 
 class Telemetry(Strict):

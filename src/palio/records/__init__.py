@@ -32,6 +32,7 @@ from palio.records.analysis import (
     Robustness,
     Scheme,
     Separation,
+    TrainingNoise,
     Uncertainty,
 )
 from palio.records.common import AnyRecord, EntryRecord, Made, Part, Record, TrackRecord, read_record
@@ -59,7 +60,16 @@ from palio.records.evaluation import (
     StageInstances,
     StageRecord,
 )
-from palio.records.scores import Cell, Column, DidNotFinish, Leaderboard, Panel, PanelEntry, ScoredEntry
+from palio.records.scores import (
+    Cell,
+    Column,
+    DidNotFinish,
+    Leaderboard,
+    Panel,
+    PanelEntry,
+    Replicate,
+    ScoredEntry,
+)
 from palio.records.sidecars import (
     CurateRun,
     FinetuneRun,
@@ -109,6 +119,7 @@ __all__ = [
     "RankMove",
     "Record",
     "Removal",
+    "Replicate",
     "Robustness",
     "RunFacts",
     "ScenarioCounts",
@@ -122,6 +133,7 @@ __all__ = [
     "StepFailure",
     "TrackRecord",
     "TrainingFacts",
+    "TrainingNoise",
     "Uncertainty",
     "Unsupported",
     "UsedSeconds",
