@@ -1,8 +1,8 @@
 """Whether intervals cover the truth, and prizes go to the right ones: `python benchmarks/coverage.py`.
 
-200 simulated competitions whose truth is known: 8 entries, two stages of two scenarios of 120 questions each.
-An entry's answer to a question is right with a probability that depends on its skill, on the question, and
-on how its training turned out. Its true score is what the formula makes of its expected values, over all
+200 simulated competitions whose truth is known: 12 entries, two stages of two scenarios of 120 questions.
+An entry's answer to a question is right with a probability that depends on its skill, on the question, and on
+how its training turned out. Its true score is what the formula makes of its expected values, over all
 questions and all trainings. The same competition is analyzed
 
     as before       one training of each entry, intervals that cover the questions only
@@ -10,7 +10,10 @@ questions and all trainings. The same competition is analyzed
     replicated      three trainings of every entry
     assumed         one training of each entry, with the true standard deviation as an assumption
 
-and once more without any noise of training (`--quiet-training`), where `as before` is right.
+and so are competitions in which training has no noise, where `as before` is right; in which one entry is far
+better than the others; and in which all are equally good, where every prize for one entry is false. It ends
+with 1 if the intervals with replicates cover less than 93 % or more than 97 % of the true scores, or if more
+prizes are false than alpha (5 %) allows.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from palio.records import Cell, Column, Leaderboard, Replicate
+from palio.config import Prizes
+from palio.records import Cell, Column, Decision, Leaderboard, Replicate
+from palio.scoring.decision import decide
 from palio.scoring.formula import ranks, scores
 from palio.scoring.leaderboard import Candidate, score
 from palio.scoring.pool import formula_of
@@ -37,8 +42,11 @@ SCENARIOS = (("open", "a"), ("open", "b"), ("closed", "c"), ("closed", "d"))
 COLUMNS = [Column(stage=stage, scenario=name, metric="EM") for stage, name in SCENARIOS]
 WEIGHTS = {"open": 1 / 3, "closed": 2 / 3}
 SEEDS = 3
-HETEROGENEITY = 0.3
 GOAL = (0.93, 0.97)
+PRIZES = Prizes()
+ALLOWED = PRIZES.alpha + 0.03
+"""Share of worlds with a false prize: alpha, and two standard errors of 200 worlds."""
+NEW = ("lent", "replicated", "assumed")
 NODES, NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(40)
 
 
@@ -54,18 +62,29 @@ class World:
     """Standard deviation of such a share from one training to the next."""
 
 
-def world(number: int, entries: int, questions: int, spread: float, training: float) -> World:
-    """Skills of standard deviation `spread`, effects of trainings of about `training`, on the logit scale.
+@dataclass(frozen=True)
+class Kind:
+    """How the worlds of one kind are drawn, on the logit scale."""
 
-    Half of an effect's variance is common to all scenarios. Entries differ in their noise: its standard
-    deviation is lognormal among them.
-    """
+    spread: float = 0.6
+    """Standard deviation of the entries' skills."""
+    training: float = 0.25
+    """Of the effects of trainings; half of their variance is common to all scenarios."""
+    heterogeneity: float = 0.3
+    """Of the logarithm of that, among entries."""
+    advantage: float = 0.0
+    """Of the first entry."""
+
+
+def world(kind: Kind, number: int, entries: int, questions: int) -> World:
     generator = np.random.default_rng([number, entries])
     shape = (entries, len(SCENARIOS))
-    skill = spread * (generator.normal(size=(entries, 1)) + 0.5 * generator.normal(size=shape))
+    skill = kind.spread * (generator.normal(size=(entries, 1)) + 0.5 * generator.normal(size=shape))
+    if kind.advantage:
+        skill[0] = skill[1:].max(axis=0) + kind.advantage
     difficulty = generator.normal(size=(len(SCENARIOS), questions))
     common = generator.normal(size=(SEEDS, entries, 1))
-    training_of = training * np.exp(HETEROGENEITY * generator.normal(size=(entries, 1)))
+    training_of = kind.training * np.exp(kind.heterogeneity * generator.normal(size=(entries, 1)))
     effect = training_of * (common + generator.normal(size=(SEEDS, *shape))) / np.sqrt(2)
     logits = (skill + effect)[..., None] - difficulty
     answers = generator.random(logits.shape) < 1 / (1 + np.exp(-logits))
@@ -129,10 +148,36 @@ class Tally:
     covered: int = 0
     ranks_covered: int = 0
     width: float = 0.0
+    worlds: int = 0
+    false: int = 0
+    """Worlds in which an entry was given a place that is not its own, or left out of its own."""
+    first: int = 0
+    """Worlds in which the first place went to one entry."""
+
+    @property
+    def coverage(self) -> float:
+        return self.covered / self.intervals
 
     def __str__(self) -> str:
-        share, of_ranks = self.covered / self.intervals, self.ranks_covered / self.intervals
-        return f"score {share:.3f}, rank {of_ranks:.3f}, mean width {self.width / self.intervals:.3f}"
+        false, first = self.false / self.worlds, self.first / self.worlds
+        prizes = f"false prizes {false:.3f}, first place decided {first:.3f}"
+        covered = f"scores covered {self.coverage:.3f}, ranks {self.ranks_covered / self.intervals:.3f}"
+        return f"{covered}, mean width {self.width / self.intervals:.3f}; {prizes}"
+
+    def add_decision(self, decision: Decision, truth: np.ndarray) -> None:
+        """Count a decision; a claim about entries that are equal in truth is false."""
+        self.worlds += 1
+        wrong = False
+        better = (truth[None, :] > truth[:, None] + 1e-12).sum(axis=1)
+        not_worse = (truth[None, :] > truth[:, None] - 1e-12).sum(axis=1)
+        for award in decision.awards:
+            self.first += award.places[0] == 1 and award.outcome == "awarded"
+            inside = [int(name.removeprefix("entry")) for name in award.entries]
+            if award.outcome == "awarded":  # it alone has that rank in truth
+                wrong |= better[inside[0]] != award.places[0] - 1 or not_worse[inside[0]] != award.places[0]
+            for place in award.places:  # who has it in truth is among them
+                wrong |= not any(better[one] < place <= not_worse[one] for one in inside)
+        self.false += bool(wrong)
 
     def add(self, board: Leaderboard, found, truth: np.ndarray) -> None:
         true_rank = ranks(truth)
@@ -162,28 +207,46 @@ def designs(simulated: World) -> dict[str, tuple[list[int], float | None]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--worlds", type=int, default=200)
-    parser.add_argument("--entries", type=int, default=8)
+    parser.add_argument("--entries", type=int, default=12)
     parser.add_argument("--questions", type=int, default=120)
     parser.add_argument("--replicates", type=int, default=400)
-    parser.add_argument("--training", type=float, default=0.25)
     options = parser.parse_args()
+    print(f"{options.worlds} worlds of {options.entries} entries")
+    kinds = {
+        "Entries and trainings differ": Kind(),
+        "Trainings do not differ": Kind(training=1e-6),
+        "One entry is far better": Kind(advantage=1.0),
+        "Entries are equal": Kind(spread=0.0, heterogeneity=0.0),
+    }
+    found = {title: simulate(kind, options) for title, kind in kinds.items()}
+    for title, tallies in found.items():
+        print_tallies(title, tallies)
+    usual = found["Entries and trainings differ"]
+    covered = all(GOAL[0] <= usual[name].coverage <= GOAL[1] for name in ("lent", "replicated"))
+    held = all(of[name].false <= ALLOWED * of[name].worlds for of in found.values() for name in NEW)
+    return 0 if covered and held else 1
+
+
+def simulate(kind: Kind, options: argparse.Namespace) -> dict[str, Tally]:
     tallies: dict[str, Tally] = {}
     for number in range(options.worlds):
-        simulated = world(number, options.entries, options.questions, 0.6, options.training)
+        simulated = world(kind, number, options.entries, options.questions)
         for name, (trainings, assumed) in designs(simulated).items():
-            board = board_of(simulated, trainings)
-            found = uncertainty(
-                board,
-                answers_of(simulated, trainings),
-                replicates=options.replicates,
-                seed=number,
-                training_noise=assumed,
-            )
+            board, answers = board_of(simulated, trainings), answers_of(simulated, trainings)
+            given = {"seed": number, "training_noise": assumed}
             truth = scores(COLUMNS, simulated.expected.T, formula_of(board)).final
-            tallies.setdefault(name, Tally()).add(board, found, truth)
+            tally = tallies.setdefault(name, Tally())
+            tally.add(board, uncertainty(board, answers, replicates=options.replicates, **given), truth)
+            decision = decide(board, answers, PRIZES, draws=options.replicates, **given)
+            assert decision is not None
+            tally.add_decision(decision, truth)
+    return tallies
+
+
+def print_tallies(title: str, tallies: dict[str, Tally]) -> None:
+    print(f"{title}:")
     for name, tally in tallies.items():
-        print(f"{name:12} {tally}")
-    return 0
+        print(f"  {name:12} {tally}")
 
 
 if __name__ == "__main__":

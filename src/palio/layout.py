@@ -363,6 +363,9 @@ class Boards(Folder):
     def analysis(self, name: str) -> Path:
         return self.path / f"{name}.analysis.json"
 
+    def decision(self, name: str) -> Path:
+        return self.path / f"{name}.decision.json"
+
     def table(self, name: str, suffix: str) -> Path:
         """`suffix` such as csv or analysis.md."""
         return self.path / f"{name}.{suffix}"

@@ -205,7 +205,7 @@ def _looked_at(planned: PlannedEntry) -> str:
     sources = dataset.sources if dataset else ()
     seen["sources"] = [source.model_dump(mode="json", exclude_none=True) for source in sources]
     seen["inputs"] = dataset.inputs if dataset else []
-    return fingerprint([seen, planned.rules.model_dump(mode="json")])
+    return fingerprint([seen, planned.rules.model_dump(mode="json", exclude={"prizes"})])
 
 
 class CurateSettings(StepSettings):

@@ -412,7 +412,8 @@ class Workflow:
 
     def scored_with(self, track_id: str) -> Made:
         """What a leaderboard of a track is made with."""
-        return Made(settings={"score": fingerprint([self.whole(), self.teams(track_id)])})
+        prizes = [self.rules.prizes.model_dump(mode="json")] if self.rules.prizes else []
+        return Made(settings={"score": fingerprint([self.whole(), self.teams(track_id), *prizes])})
 
     # --- resources
 

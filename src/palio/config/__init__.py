@@ -34,7 +34,7 @@ from palio.config.reading import (
     load_rules,
     parse,
 )
-from palio.config.ruleset import ApprovedModel, RuleSet
+from palio.config.ruleset import ApprovedModel, Prizes, RuleSet
 from palio.config.team import team_id, team_skeleton
 from palio.config.yaml_file import read_yaml
 
@@ -56,6 +56,7 @@ __all__ = [
     "Operation",
     "Overrides",
     "Pattern",
+    "Prizes",
     "Probe",
     "Program",
     "Replicates",

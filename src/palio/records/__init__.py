@@ -16,6 +16,7 @@ results/<track>/<entry>/
     work/failures/<step>.json     StepFailure
 results/leaderboard/<track>.json  Leaderboard
 results/leaderboard/<track>.analysis.json  Analysis
+results/leaderboard/<track>.decision.json  Decision
 """
 
 from palio.records.analysis import (
@@ -36,6 +37,7 @@ from palio.records.analysis import (
     Uncertainty,
 )
 from palio.records.common import AnyRecord, EntryRecord, Made, Part, Record, TrackRecord, read_record
+from palio.records.decision import Award, Boundary, Chance, Comparison, Decision, Remedy
 from palio.records.entry import (
     AdapterManifest,
     BaseModelManifest,
@@ -87,16 +89,21 @@ __all__ = [
     "AdapterManifest",
     "Analysis",
     "AnyRecord",
+    "Award",
     "BaseModelManifest",
+    "Boundary",
     "Cell",
+    "Chance",
     "Check",
     "Column",
+    "Comparison",
     "Contained",
     "Contamination",
     "ContaminationCount",
     "Correlation",
     "CurateRun",
     "DatasetManifest",
+    "Decision",
     "DidNotFinish",
     "EntryRecord",
     "EntryUncertainty",
@@ -118,6 +125,7 @@ __all__ = [
     "ProbeReport",
     "RankMove",
     "Record",
+    "Remedy",
     "Removal",
     "Replicate",
     "Robustness",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from palio.config import Competition, Metric
 from palio.errors import BadInput
-from palio.layout import EntryFolder, Results, Stage, replicate_name, stage_named
+from palio.layout import STAGES, EntryFolder, Results, Stage, replicate_name, stage_named
 from palio.provenance import file_sha256, fingerprint
 from palio.records import Analysis, Contamination, Leaderboard, ScoredEntry, read_record
 from palio.scoring.columns import scored_metrics
@@ -126,10 +126,23 @@ def _trainings(scored: ScoredEntry) -> list[str]:
     return [scored.entry, *(replicate_name(scored.entry, one.number) for one in scored.replicates)]
 
 
+def has_instances(board: Leaderboard, results: Results) -> bool:
+    """Return whether a leaderboard was scored from instances tables; a published one has only its values."""
+    return any(
+        _table_key(results.entry(board.track, scored.entry).tables(stage).instances, results) in board.inputs
+        for scored in board.entries
+        for stage in STAGES
+    )
+
+
+def _table_key(path: Path, results: Results) -> str:
+    """Return the name of a table in a leaderboard's inputs."""
+    return path.relative_to(results.path).as_posix()
+
+
 def _scored_table(board: Leaderboard, results: Results, entry: str, stage: Stage) -> Path:
     path = results.entry(board.track, entry).tables(stage).instances
-    key = path.relative_to(results.path).as_posix()
-    if not path.exists() or file_sha256(path) != board.inputs.get(key):
+    if not path.exists() or file_sha256(path) != board.inputs.get(_table_key(path, results)):
         raise BadInput(path, why="is not the table that was scored", fix="run `palio score` again")
     return path
 

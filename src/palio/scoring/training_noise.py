@@ -165,9 +165,9 @@ def explanation(noise: TrainingNoise | None) -> str:
         return f"{covers}, {rest}"
     if noise.source == "assumption":
         how = (
-            "No entry was trained more than once, so the noise of training is not measured but assumed: the "
-            "standard deviation that the competition states "
-            f"({max(noise.standard_deviation.values()):g}), the same for all entries"
+            "No entry was trained more than once, so the noise of training is not measured but assumed: a "
+            f"standard deviation of {max(noise.standard_deviation.values()):g} of every value between "
+            "trainings, the same for all entries"
         )
     else:
         count = len(noise.replicated)
