@@ -68,17 +68,23 @@ class Entries(Mapping[str, AnyEntry]):
         """Find the files.
 
         Raises:
-            BadInput: as `entry_files`; no entry at all; or `withdrawn` or `shards` names an unknown one.
+            BadInput: as `entry_files`; no entry at all; or `withdrawn`, `shards` or `replicates` names an
+                unknown one.
         """
         self._track_ids = tuple(competition.tracks)
         self._read: dict[str, AnyEntry] = {}
         self.files, self.left_out = entry_files(competition.entries, file)
-        for key in ("withdrawn", "shards"):
-            for entry_id in getattr(competition, key):
-                if entry_id not in self.files:
-                    raise BadInput(
-                        file, f"{key}.{entry_id}", why="no entry has this id", fix="correct or remove it"
-                    )
+        chosen = competition.replicates.entries if competition.replicates else ()
+        named: dict[str, Iterable[str]] = {
+            "withdrawn": competition.withdrawn,
+            "shards": competition.shards,
+            "replicates.entries": () if isinstance(chosen, str) else chosen,
+        }
+        for key, entry_id in ((key, entry_id) for key, ids in named.items() for entry_id in ids):
+            if entry_id not in self.files:
+                raise BadInput(
+                    file, f"{key}.{entry_id}", why="no entry has this id", fix="correct or remove it"
+                )
         if not self.files:
             raise BadInput(file, "entries", why="no entry file in these folders", fix="add <id>.yaml")
 

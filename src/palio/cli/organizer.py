@@ -62,6 +62,7 @@ def standings(competition: str, results: Path, out: Path) -> None:
 
 def _score(workflow: Workflow, tracks: list[str], results: Path, out: Path, *, final: bool) -> None:
     from palio.scoring.analysis import analyze_track
+    from palio.scoring.decision_document import decide_track
     from palio.scoring.leaderboard import score_track
     from palio.scoring.tables import print_leaderboard, write_leaderboard
 
@@ -76,6 +77,7 @@ def _score(workflow: Workflow, tracks: list[str], results: Path, out: Path, *, f
             entries[track],
             final=final,
             due=lambda folder, _: workflow.due_in(folder),
+            replicates=workflow.replicates,
         )
         board = board.model_copy(update={"made": workflow.scored_with(track)})
         try:
@@ -87,6 +89,53 @@ def _score(workflow: Workflow, tracks: list[str], results: Path, out: Path, *, f
             print(f"no analysis: {error}", file=sys.stderr)
         write_leaderboard(board, Boards(out), analysis)
         print_leaderboard(board, analysis)
+        if analysis and workflow.rules.prizes:
+            prizes, assumed = workflow.rules.prizes, competition.scoring.training_noise
+            lines = decide_track(competition, board, folders, prizes, Boards(out), training_noise=assumed)
+            for line in lines:
+                print(line)
+
+
+@palio.command(cls=Verb, example="palio decide results/leaderboard/laptop.json --places 3")
+@click.argument("leaderboard", type=ExistingPath)
+@competition_option
+@results_option
+@click.option("--places", type=click.IntRange(min=1), help="Places with a prize; default: the rule set's.")
+@click.option(
+    "--alpha", type=click.FloatRange(0, 0.5, min_open=True, max_open=True), help="Default: the rule set's."
+)
+@click.option(
+    "--training-noise",
+    type=click.FloatRange(0, min_open=True),
+    help="Assume this standard deviation of values between trainings, if no entry has replicates.",
+)
+def decide(
+    leaderboard: Path,
+    competition: str,
+    results: Path,
+    places: int | None,
+    alpha: float | None,
+    training_noise: float | None,
+) -> None:
+    """Who gets the prizes of a track, how sure that is, and what would change it, as a document beside the
+    leaderboard."""
+    from palio.config import Prizes, load_rules
+    from palio.records import Leaderboard, read_record
+    from palio.scoring.decision_document import decide_track
+
+    board, settings = read_record(Leaderboard, leaderboard), competition_of(competition)
+    own = board.competition == settings.competition
+    prizes = load_rules(Path(settings.rules)).prizes if own else None
+    if prizes is None and places is None:
+        raise BadInput("palio decide", "--places", why="the rule set has no prizes", fix="give --places")
+    given = {"places": places, "alpha": alpha}
+    prizes = (prizes or Prizes()).model_copy(update={key: of for key, of in given.items() if of is not None})
+    folders, boards = results_of(settings, results), Boards(leaderboard.parent)
+    assumed = training_noise or (settings.scoring.training_noise if own else None)
+    for line in decide_track(
+        settings, board, folders, prizes, boards, name=leaderboard.stem, training_noise=assumed
+    ):
+        print(line)
 
 
 @palio.command(cls=Verb, example="palio report --out results/report")

@@ -103,10 +103,9 @@ def _free(workflow: Workflow, event: str, message: str) -> None:
 
 def put_back_all(workflow: Workflow) -> None:
     """Put back what steps had made and have not made again."""
-    for track_id, entries in workflow.active.items():
-        for entry_id in entries:
-            with suppress(OSError):
-                put_back(workflow.results.entry(track_id, entry_id))
+    for folder in workflow.folders():
+        with suppress(OSError):
+            put_back(folder)
 
 
 def _write_facts(**facts: Any) -> None:

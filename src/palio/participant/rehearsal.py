@@ -134,6 +134,7 @@ def small_competition(competition: Competition, entry: Entry) -> dict[str, Any]:
         "withdrawn": {},
         "retries": {},
         "shards": {},
+        "replicates": None,
     }
 
 

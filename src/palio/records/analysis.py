@@ -36,6 +36,16 @@ class EntryUncertainty(Part):
     half); None for the last entry."""
     group: int
     """Index of its group in `Uncertainty.groups`."""
+    trainings: int = 1
+    """Trainings behind the interval: the entry's own, and its replicates."""
+    mean_score: float | None = None
+    """Final score of the mean over its trainings, which the interval is about; None without replicates: then
+    it is the leaderboard's."""
+    questions_only: Interval | None = None
+    """Interval of the final score that covers the choice of questions alone; None if `final_score` does."""
+    training_share: float | None = None
+    """Share of the variance of the final score that is due to the training of this entry and its rivals; None
+    if training is not covered."""
 
 
 class Separation(Part):
@@ -53,11 +63,26 @@ class Separation(Part):
     """Distinct evaluation instances behind the two scores now, over all columns."""
     instances_needed: int | None
     """Instances that would separate them at the observed difference, assuming that the interval shrinks with
-    the square root of their number: more than now unless they are separated. None if they are tied."""
+    the square root of their number: more than now unless they are separated. None if they are tied, or if
+    the interval covers the training too, which no number of instances narrows."""
+
+
+class TrainingNoise(Part):
+    """How much results vary from one training of an entry to the next."""
+
+    source: Literal["replicates", "assumption"]
+    """replicates: estimated from entries that were trained several times, and lent to the others. assumption:
+    the competition's `scoring.training_noise`."""
+    replicated: list[str]
+    """Entries with replicates, by id."""
+    degrees: int | None
+    """Degrees of freedom of the estimate: trainings beyond the first, over all entries; None if assumed."""
+    standard_deviation: dict[str, float]
+    """By stage/scenario/metric: of the value from one training to the next, the questions' part removed."""
 
 
 class Uncertainty(Part):
-    """How scores and ranks vary with the choice of evaluation instances."""
+    """How scores and ranks vary with the choice of evaluation instances, and with the training."""
 
     method: Literal["bootstrap", "parametric", "mixed"]
     """bootstrap: instances are resampled, the same ones for all entries. parametric: without instance values,
@@ -81,6 +106,8 @@ class Uncertainty(Part):
     neighbours: list[Separation]
     """The prize ranks and the next: first and second, second and third, third and fourth, where there are
     so many entries."""
+    training: TrainingNoise | None = None
+    """The training noise that the intervals cover; None if they cover the choice of questions only."""
 
     @property
     def separation(self) -> Separation | None:

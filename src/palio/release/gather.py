@@ -3,7 +3,8 @@
     <out>/README.md                 what is here, and the one command
     <out>/ro-crate-metadata.json    the same for machines: every file with its sha256 (RO-Crate 1.1)
     <out>/config/                   the competition, its rules, every entry file, public run files
-    <out>/results/<track>/<entry>/  records of every step, HELM's tables, telemetry; no weights, no data
+    <out>/results/<track>/<entry>/  records of every step, HELM's tables, telemetry; no weights, no data.
+                                    replicates/<number>/ in it: those that the leaderboard counts
     <out>/results/leaderboard/      what is to be reproduced
     <out>/results/report/           as it was
     <out>/container/                what serves a package
@@ -27,11 +28,21 @@ from palio.config import Competition, expand
 from palio.credentials import credentials
 from palio.entries import Entries
 from palio.errors import BadInput, PalioError
-from palio.layout import ENTRIES, ENVIRONMENT_LOCK, RULESET, STAGES, Boards, EntryFolder, Project, Results
+from palio.layout import (
+    ENTRIES,
+    ENVIRONMENT_LOCK,
+    RULESET,
+    STAGES,
+    Boards,
+    EntryFolder,
+    Project,
+    Results,
+    replicate_name,
+)
 from palio.packaging.container import write_container
 from palio.pipeline import STEPS
 from palio.provenance import write_text
-from palio.records import INSTANCES_SCHEMA, METRICS_SCHEMA, read_record
+from palio.records import INSTANCES_SCHEMA, METRICS_SCHEMA, Leaderboard, read_record
 from palio.release.crate import METADATA, describe
 
 TABLES = {"metrics.parquet": METRICS_SCHEMA, "instances.parquet": INSTANCES_SCHEMA}
@@ -97,8 +108,8 @@ def gather(
         _config(competition, entries.files, building)
         for track_id in competition.tracks:
             _leaderboard(track_id, leaderboards, building.results.leaderboards)
-            for entry_id in entries:
-                _entry(results.entry(track_id, entry_id), building.results.entry(track_id, entry_id))
+            for name in [*entries, *_scored_replicates(leaderboards.leaderboard(track_id))]:
+                _entry(results.entry(track_id, name), building.results.entry(track_id, name))
         _take_tree(report, building.results.report)
         write_container(building.container)
         if ENVIRONMENT_LOCK.is_file():
@@ -133,8 +144,17 @@ def _config(competition: Competition, files: Mapping[str, Path], release: Projec
         _take(path, release.entry_file(entry_id))
 
 
+def _scored_replicates(leaderboard: Path) -> list[str]:
+    """Return the names of the replicates that are in a leaderboard."""
+    return [
+        replicate_name(scored.entry, replicate.number)
+        for scored in read_record(Leaderboard, leaderboard).entries
+        for replicate in scored.replicates
+    ]
+
+
 def _entry(folder: EntryFolder, out: EntryFolder) -> None:
-    for step in STEPS:
+    for step in (step for step in STEPS if step.replicated or folder.replicate is None):
         for path in (path for path in step.released(folder) if path.is_file()):
             schema = TABLES.get(path.name)
             if schema and not pq.read_schema(path).equals(schema):
