@@ -1,7 +1,7 @@
 """The vLLM engine, against a program `vllm` that counts instead of thinking.
 
-It accepts the flags and refuses the requests that vLLM 0.33 does, and runs as several processes. vLLM itself
-needs an environment of its own.
+It accepts the flags and refuses the requests that vLLM 0.32 does, and runs as several processes.
+tests/vllm holds vLLM itself to the same contract.
 """
 
 from __future__ import annotations
@@ -24,8 +24,13 @@ from palio.vllm import vllm_version
 from tests.support.training import tiny_base_model
 
 PROGRAM = '''#!{python}
-"""Continues a prompt with its own first tokens; hangs at temperature 1.98, fails at 1.99, dies of `die`."""
-import argparse, asyncio, os, signal, sys, time
+"""Continues a prompt with its own first tokens; dies of a package named `die`.
+
+At temperature 1.95 it answers 500 and dies, at 1.96 it has NaN, at 1.97 at the first time only, at 1.98 it
+hangs, at 1.99 it answers 500.
+"""
+import argparse, asyncio, json, os, signal, sys, time
+from pathlib import Path
 
 if sys.argv[1:] == ["--version"]:
     sys.exit(print("{version}"))
@@ -34,22 +39,26 @@ parser.add_argument("verb", choices=["serve"])
 parser.add_argument("package")
 for name in ("served-model-name", "host", "generation-config"):
     parser.add_argument(f"--{{name}}")
-for name in ("port", "max-logprobs", "max-model-len", "kv-cache-memory-bytes"):
+for name in ("port", "max-logprobs", "max-model-len", "kv-cache-memory-bytes", "block-size"):
     parser.add_argument(f"--{{name}}", type=int)
 parser.add_argument("--gpu-memory-utilization", type=float)
 parser.add_argument("--dtype", choices=["auto", "half", "float16", "bfloat16", "float", "float32"])
-parser.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
+for name in ("enable-prefix-caching", "enable-prompt-tokens-details", "disable-uvicorn-access-log"):
+    parser.add_argument(f"--{{name}}", action="store_true")
 given = parser.parse_args()
 assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
 if "die" in given.package:
     sys.exit(3)
+vocabulary = json.loads(Path(given.package, "config.json").read_text())["vocab_size"]
+seen = set()
 if os.fork() == 0:  # the engine's core, and its worker
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.fork()
     time.sleep(600)
 
 import uvicorn
-from fastapi import FastAPI, Response
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
 
 app = FastAPI()
 
@@ -59,22 +68,33 @@ def health(): ...
 @app.post("/v1/completions")
 async def complete(body: dict):
     assert body["model"] == given.served_model_name and body["return_tokens_as_token_ids"]
-    prompt, count = body["prompt"], body["logprobs"]
+    prompt, count, temperature = body["prompt"], body["logprobs"], body["temperature"]
+    allowed = body.get("allowed_token_ids")
     refused = {{
-        "temperature must be in [0, 2]": body["temperature"] > 2,
-        "n must be 1 when using greedy sampling": body["temperature"] == 0 and body["n"] > 1,
+        "temperature must be in [0, 2]": not 0 <= temperature <= 2,
+        "n must be 1 when using greedy sampling": temperature < 1e-5 and body["n"] > 1,
         "at most 4 stop sequences": len(body["stop"]) > 4,
+        "stop cannot contain an empty string": "" in body["stop"],
         "seed does not fit into int64": not -(2**63) <= body["seed"] < 2**63,
         "too many logprobs": count > given.max_logprobs,
-        "longer than the context": len(prompt) + body["max_tokens"] > given.max_model_len,
+        "the prompt is empty": not prompt,
+        "a token id is out of vocabulary": max(prompt + (allowed or [])) >= vocabulary,
+        "longer than the maximum": len(prompt) + max(1, body["max_tokens"]) > given.max_model_len,
+        "max_tokens must be at least 1": body["max_tokens"] == 0 and not body["echo"],
+        "Out of range float values are not JSON compliant": temperature == 1.96
+        or (temperature == 1.97 and body["seed"] not in seen),
     }}
+    seen.add(body["seed"])
     if why := [why for why, wrong in refused.items() if wrong]:
-        return Response(why[0], 400)
-    if body["temperature"] == 1.98:
+        return JSONResponse({{"error": {{"message": why[0], "type": "BadRequestError", "code": 400}}}}, 400)
+    assert temperature < 1e-5 or temperature >= 0.01, "it would be raised to 0.01"
+    if temperature == 1.95:
+        asyncio.get_running_loop().call_later(0.5, os._exit, 1)
+    if temperature == 1.98:
         await asyncio.sleep(1000)
-    if body["temperature"] == 1.99:
-        return Response("engine step failed", 500)
-    new = (prompt * 10)[: body["max_tokens"]]
+    if temperature in (1.95, 1.99):
+        return JSONResponse({{"error": {{"message": "EngineCore encountered an issue", "code": 500}}}}, 500)
+    new = ((allowed or prompt) * 10)[: body["max_tokens"]]
     ends = [at for at, token in enumerate(new) if token in body["stop_token_ids"]]
     new = new[: ends[0] + 1] if ends else new
     tokens = (prompt if body["echo"] else []) + new
@@ -86,7 +106,8 @@ async def complete(body: dict):
     others = {{f"token_id:{{100 + n}}": -0.1 * n for n in range(count)}}
     top = [None if value is None else others | {{name: value}} for name, value in zip(names, logprobs)]
     choice = {{"text": "", "logprobs": {{"tokens": names, "token_logprobs": logprobs, "top_logprobs": top}}}}
-    return {{"choices": [choice] * body["n"]}}
+    used = {{"prompt_tokens": len(prompt), "prompt_tokens_details": {{"cached_tokens": len(prompt) - 1}}}}
+    return {{"choices": [choice] * body["n"], "usage": used}}
 
 uvicorn.run(app, host=given.host, port=given.port, log_level="error")
 '''
@@ -143,6 +164,18 @@ def test_a_long_prompt_is_cut_to_the_context(engine: VllmEngine) -> None:
     assert len(answer.tokens) == 1024
 
 
+def test_a_prompt_that_fills_the_context_is_echoed(engine: VllmEngine) -> None:
+    request = Request("word " * 1500, max_new_tokens=0, echo_prompt=True)
+    (answer,) = engine.submit(request).result(30)
+    assert [token.logprob for token in answer.tokens] == [0.0] + [-0.5] * 1023
+    assert answer.tokens[-1].text == " word"
+
+
+def test_half_a_character_at_the_end_is_a_token_without_text(engine: VllmEngine) -> None:
+    (answer,) = engine.submit(Request("🙂", max_new_tokens=1)).result(30)
+    assert [token.text for token in answer.tokens] == [""]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
 def test_several_sequences_are_answered(engine: VllmEngine, temperature: float) -> None:
     request = Request("a", max_new_tokens=1, num_return_sequences=3, temperature=temperature)
@@ -171,15 +204,31 @@ def test_a_huge_seed_is_a_seed(engine: VllmEngine) -> None:
     assert engine.submit(Request("a", max_new_tokens=1, seed=10**30)).result(30)
 
 
-def test_a_temperature_that_vllm_refuses_is_a_bad_request(engine: VllmEngine) -> None:
-    with pytest.raises(BadRequest, match="at most 2"):
-        engine.submit(Request("a", temperature=99))
+@pytest.mark.parametrize("temperature", [99, 2.1, 0.001])
+def test_a_temperature_that_vllm_does_not_sample_at_is_a_bad_request(
+    engine: VllmEngine, temperature: float
+) -> None:
+    with pytest.raises(BadRequest, match=r"temperatures of 0\.01 to 2, or 0; choose"):
+        engine.submit(Request("a", temperature=temperature))
 
 
-def test_a_request_that_fails_in_vllm_fails_alone(engine: VllmEngine) -> None:
-    with pytest.raises(RequestFailed, match="HTTP 500"):
-        engine.submit(Request("a", temperature=1.99)).result(30)
+@pytest.mark.parametrize(("temperature", "why"), [(1.99, "HTTP 500"), (1.96, "not finite")])
+def test_a_request_that_fails_in_vllm_fails_alone(engine: VllmEngine, temperature: float, why: str) -> None:
+    with pytest.raises(RequestFailed, match=why):
+        engine.submit(Request("a", temperature=temperature)).result(30)
     assert not engine.failure()
+
+
+def test_a_request_that_meets_the_nan_of_another_is_asked_again(engine: VllmEngine) -> None:
+    assert engine.submit(Request("a", max_new_tokens=1, temperature=1.97, seed=77)).result(30)
+
+
+def test_the_prompt_tokens_that_vllm_computed_are_counted(engine: VllmEngine) -> None:
+    before = engine.metrics()
+    engine.submit(Request("One two three", max_new_tokens=1)).result(30)
+    after = engine.metrics()
+    assert after["prompt_tokens_total"] - before["prompt_tokens_total"] == 3
+    assert after["prompt_tokens_computed_total"] - before["prompt_tokens_computed_total"] == 1
 
 
 def test_a_request_can_be_cancelled(engine: VllmEngine) -> None:
@@ -228,6 +277,13 @@ def test_a_vllm_that_dies_is_a_failure(package: Path, path: pytest.MonkeyPatch) 
         pending.result(30)
     assert engine.failure()
     assert psutil.wait_procs(tree, timeout=5)[1] == []
+    engine.close()
+
+
+def test_a_vllm_that_answers_500_as_it_dies_is_a_failure(package: Path, path: pytest.MonkeyPatch) -> None:
+    engine = VllmEngine(package, device="cpu")
+    with pytest.raises(Unavailable, match="vllm ended with code 1"):
+        engine.submit(Request("a", temperature=1.95)).result(30)
     engine.close()
 
 
