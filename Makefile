@@ -3,7 +3,7 @@
 # make slurm-demo    the demo competition on a SLURM cluster of its own, started on this machine
 # make test-slow     what make test shows in small, at full size: half an hour
 # make test-setup    make env on a bare Debian without a compiler
-# make test-vllm     the model server on the real vLLM, on a CPU, which make vllm-env installs: 2.4 GB in .vllm
+# make test-vllm     the model server on the real vLLM, on a CPU, which make vllm-env installs: 2.5 GB in .vllm
 PYTHON ?= python3
 VENV := .venv
 VLLM := .vllm

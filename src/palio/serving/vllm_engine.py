@@ -13,7 +13,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -62,6 +61,18 @@ NOT_FINITE = "not JSON compliant"
 """In vLLM's refusal of an answer whose log-probabilities are NaN."""
 
 
+COUNTERS = (
+    "requests_total",
+    "requests_answered_total",
+    "requests_rejected_total",
+    "requests_cancelled_total",
+    "requests_failed_total",
+    "prompt_tokens_total",
+    "prompt_tokens_computed_total",
+    "new_tokens_total",
+)
+
+
 class _NotFinite(RequestFailed):
     """The model's log-probabilities are NaN."""
 
@@ -91,7 +102,7 @@ class VllmEngine:
         vllm_version()
         config = AutoConfig.from_pretrained(package, trust_remote_code=False)
         self._context = min(context_of(config), max_context or context_of(config))
-        self._counts: Counter[str] = Counter()
+        self._counts = dict.fromkeys(COUNTERS, 0.0)
         self._in_flight = 0
         self._counting = threading.Lock()  # threads of the HTTP API add, the loop's thread takes away
         port = free_port()
@@ -198,13 +209,17 @@ class VllmEngine:
         try:
             reply = await self._post(body)
         except _NotFinite:
-            # On a CPU vLLM multiplies with the unused rest of a block, where an earlier request's NaN may be.
-            # It has other blocks now; a request that has NaN of its own has them again.
-            reply = await self._post(body)
+            await self._overwrite(body["n"] * (len(prompt) + limit))
+            try:
+                reply = await self._post(body)
+            except _NotFinite:  # they are this request's own
+                await self._overwrite(body["n"] * (len(prompt) + limit))
+                raise
         used = reply["usage"]
         with self._counting:
             shared = (used["prompt_tokens_details"] or {}).get("cached_tokens") or 0
             self._counts["prompt_tokens_computed_total"] += used["prompt_tokens"] - shared
+            self._counts["new_tokens_total"] += used["completion_tokens"] if limit else 0
         completions = [self._completion(request, prompt, choice["logprobs"]) for choice in reply["choices"]]
         return completions * (request.num_return_sequences // len(completions))
 
@@ -231,6 +246,16 @@ class VllmEngine:
             # choose, which changes neither its log-probability nor the candidates.
             body |= {"prompt": prompt[:-1], "max_tokens": 1, "allowed_token_ids": prompt[-1:]}
         return body
+
+    async def _overwrite(self, tokens: int) -> None:
+        """Fill the blocks that a request of so many tokens has just given back, which vLLM takes first.
+
+        On a CPU it multiplies with the unused rest of a request's last block, where NaN of an earlier request
+        would make NaN of all.
+        """
+        blocks = min(-(-tokens // CPU_BLOCK_TOKENS) + 1, (self._context - 1) // CPU_BLOCK_TOKENS)
+        body = {"model": "palio", "prompt": [0] * blocks * CPU_BLOCK_TOKENS, "max_tokens": 1}
+        await self._post(body | {"cache_salt": str(time.monotonic())})  # so that nothing of it is shared
 
     async def _post(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return vLLM's answer.
@@ -280,8 +305,6 @@ class VllmEngine:
                 )
             )
         echo, new = tokens[:echoed], tokens[echoed:]
-        with self._counting:
-            self._counts["new_tokens_total"] += len(new)
         stop = find_stop("".join(token.text for token in new), request.stop_sequences)
         if stop is not None:
             new = list(cut(new, stop).tokens)
