@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from palio.errors import BadInput, Crashed, ServerBroken
 from palio.serving.process import ServerProcess
@@ -39,8 +40,9 @@ parser.add_argument("verb", choices=["serve"])
 parser.add_argument("package")
 for name in ("served-model-name", "host", "generation-config"):
     parser.add_argument(f"--{{name}}")
-for name in ("port", "max-logprobs", "max-model-len", "kv-cache-memory-bytes", "block-size"):
+for name in ("port", "max-logprobs", "max-model-len", "kv-cache-memory-bytes"):
     parser.add_argument(f"--{{name}}", type=int)
+parser.add_argument("--block-size", type=int, default=16)
 parser.add_argument("--gpu-memory-utilization", type=float)
 parser.add_argument("--dtype", choices=["auto", "half", "float16", "bfloat16", "float", "float32"])
 for name in ("enable-prefix-caching", "enable-prompt-tokens-details", "disable-uvicorn-access-log"):
@@ -141,7 +143,7 @@ def package(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(package: Path, path: pytest.MonkeyPatch) -> Iterator[VllmEngine]:
-    engine = VllmEngine(package, device="cpu", threads=1, max_context=1024)
+    engine = VllmEngine(package, threads=1, max_context=1024)
     yield engine
     engine.close()
 
@@ -151,6 +153,11 @@ def test_answers_have_the_form_of_the_default_engines(engine: VllmEngine) -> Non
     assert answer.text == "One two three"
     assert [token.text for token in answer.tokens] == ["One", " two", " three"]
     assert answer.logprob == -1.5
+
+
+def test_where_there_is_no_gpu_it_runs_on_the_cpu(engine: VllmEngine) -> None:
+    command = psutil.Process(engine._process.pid).cmdline()
+    assert ("--kv-cache-memory-bytes" in command) is not torch.cuda.is_available()
 
 
 def test_an_echoed_prompt_stands_before_the_completion(engine: VllmEngine) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 from transformers import AutoConfig
 
 from palio.errors import Crashed
@@ -52,15 +53,13 @@ MAX_LOGPROBS = 100
 MAX_STOP_SEQUENCES = 4
 """Limits of vLLM's API. All stop sequences are looked for here again."""
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
-"""vLLM refuses higher ones, and raises lower ones that are not greedy without a word."""
+"""vLLM refuses higher ones, and silently raises lower ones unless they are greedy."""
 CPU_BLOCK_TOKENS = 32
 """Prompts share whole blocks, by default of 128 tokens: the rest of a common prefix is computed for each."""
 FLAGS = ("--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log")
 """Replies tell how many prompt tokens were shared. The log's last lines are for why vllm ended."""
 NOT_FINITE = "not JSON compliant"
 """In vLLM's refusal of an answer whose log-probabilities are NaN."""
-
-
 COUNTERS = (
     "requests_total",
     "requests_answered_total",
@@ -106,7 +105,7 @@ class VllmEngine:
         self._in_flight = 0
         self._counting = threading.Lock()  # threads of the HTTP API add, the loop's thread takes away
         port = free_port()
-        on_cpu = device == "cpu"
+        on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
         options: dict[str, object] = {
             "host": "127.0.0.1",
             "port": port,
