@@ -33,7 +33,9 @@ from palio.settings import FinetuneSettings, PackageSettings, RunOptions, slice_
 from palio.training.step import TrainingStep
 
 
-def tiny_base_model(out: Path, tokenizer_of: Path, dtype: torch.dtype = torch.float32) -> Path:
+def tiny_base_model(
+    out: Path, tokenizer_of: Path, dtype: torch.dtype = torch.float32, head_dim: int = 8
+) -> Path:
     """A two-layer Llama of random weights with the tokenizer of the model folder `tokenizer_of`."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     config = LlamaConfig(
@@ -43,6 +45,7 @@ def tiny_base_model(out: Path, tokenizer_of: Path, dtype: torch.dtype = torch.fl
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
