@@ -44,6 +44,7 @@ def finished(
     content = edition.model_dump(mode="json", exclude_none=True)
     demo = load_competition(ROOT / "config/config.yaml").model_dump(mode="json", exclude_none=True)
     content |= {"tracks": demo["tracks"], "rules": demo["rules"], "entries": ["config/entries/tiny"]}
+    content["closed_store"] = str(folder.path.parent / "closed")
     (folder.path / "config/config.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     folder.edit_yaml(
         "config/rulesets/demo.yaml", lambda rules: rules["base_models"][0]["sources"].append(f"path:{base}")
