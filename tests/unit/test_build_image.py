@@ -16,19 +16,21 @@ from palio.packaging.server import package_server
 from palio.provenance import file_sha256
 from palio.records import ImageManifest
 from palio.sandbox.build_log import KINDS, lost_network, reason
-from palio.sandbox.doctor import examine_builds
 from palio.sandbox.room import Limits
 from palio.sandbox.server import ConfinedServer
 from palio.settings import ImageSettings, PackageSettings
-from tests.support.dockerfiles import dockerfile, serving_dockerfile
+from tests.support.dockerfiles import dockerfile, require_builds, serving_dockerfile
 
 BASE = "FROM scratch\nADD base.tar /\n"
 MB = 1 << 20
 LIMITS = Limits(memory=1024 * MB, processes=128, scratch=16 * MB, output=16 * MB, cpus=1)
 
-builds = pytest.mark.skipif(
-    not examine_builds().ok, reason=f"this machine builds no images: {examine_builds()}"
-)
+builds = pytest.mark.usefixtures("can_build")
+
+
+@pytest.fixture
+def can_build() -> None:
+    require_builds()
 
 
 def build(folder: EntryFolder, context: Path, **isolation: object) -> ImageManifest:
