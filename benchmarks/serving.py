@@ -1,23 +1,26 @@
-"""How fast the model server is: a HELM suite against a server that answers one request at a time.
+"""How fast the model server is: a HELM suite, against the servers that one would take instead.
 
     python benchmarks/serving.py PACKAGE                    # prompts that need no data
     python benchmarks/serving.py PACKAGE --data resources/stages/open/store/data/scenarios
 
-Both servers have the same model, dtype, threads and machine, run one after the other, and get the same
-requests from 8 client threads: what HELM itself asks in 5-shot scenarios, taken from its dry run. The
-sequential server is the form of the competition's official sample: `model.generate` behind a lock, one
-request after the other (but, unlike the sample, it stops at stop sequences).
+All servers have the same model, dtype, threads and machine, run one after the other, and get the same
+requests from 8 client threads: what HELM itself asks in 5-shot scenarios, taken from its dry run. They are
+ours; vLLM as our engine starts it, where `vllm` is on PATH or `make vllm-env` installed it; transformers'
+continuous batching; and one that answers one request at a time, as the competition's official sample does
+(serving_baselines.py).
 
 Printed, with the goal where there is one:
 
-    suite time            ours / sequential                                        at most 0.25
-    processor time        the same of the servers' CPU seconds: what holds on a busy machine
     prompt tokens         computed / distinct prefixes, the least that can be      at most 1.2
-    answers               equal texts of all requests                              all
     memory                largest use of keys and values / their bound             at most 1
     multiplication limit  CPU seconds / (FLOPs that are needed / measured FLOP/s of a large product)
+    of each other server  seconds; CPU seconds of all its processes, which a busy machine changes least;
+                          ours as a share of these: at most 0.75 of vLLM's, 0.3 of continuous batching's, 0.25
+                          of one at a time's; texts equal to ours: of all requests; prompt tokens computed
 
-With --gpu-memory-gb both servers are on the GPU, in the package's dtype.
+`--overhead` alone counts what the engine costs beside the arithmetic (benchmarks/serving_overhead.py).
+
+With --gpu-memory-gb all servers are on the GPU, in the package's dtype.
 """
 
 from __future__ import annotations
@@ -29,7 +32,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +43,8 @@ import psutil
 import requests
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # where Palio is not installed
+
+import serving_overhead
 
 from palio.evaluation import helm
 from palio.layout import HelmFolder
@@ -59,8 +63,10 @@ WITH_DATA = {
     "bbq": "bbq:subject=Age,method=multiple_choice_joint",
     "gsm": "gsm:",
 }
-INSTANCES = 160
-"""Of all scenarios together, the same number of each."""
+GOALS = {"vllm": 0.75, "continuous": 0.3, "one-at-a-time": 0.25}
+"""Our CPU seconds as a share of another server's."""
+VLLM = Path(__file__).parents[1] / ".vllm" / "bin"
+"""Where `make vllm-env` installs vLLM."""
 
 
 class Spent(NamedTuple):
@@ -77,7 +83,7 @@ class Suite:
     bodies: tuple[dict[str, Any], ...]
 
     @classmethod
-    def of_helm(cls, data: Path | None) -> Suite:
+    def of_helm(cls, data: Path | None, instances: int) -> Suite:
         """From a dry run of HELM in a temporary folder."""
         with tempfile.TemporaryDirectory() as name:
             folder, store = Path(name) / "helm", Path(name) / "data"
@@ -88,7 +94,7 @@ class Suite:
             entries = {
                 name: [
                     f"{run}{'' if run.endswith(':') else ','}max_train_instances=5,"
-                    f"max_eval_instances={INSTANCES // len(scenarios)},model={helm.MODEL}"
+                    f"max_eval_instances={instances // len(scenarios)},model={helm.MODEL}"
                 ]
                 for name, run in scenarios.items()
             }
@@ -126,11 +132,16 @@ class Suite:
             reply.raise_for_status()
             return dict(reply.json())
 
-        server = psutil.Process(pid)
-        started, used = time.monotonic(), sum(server.cpu_times()[:2])
+        started, used = time.monotonic(), cpu_seconds(pid)
         with ThreadPoolExecutor(CLIENTS) as pool:
             replies = list(pool.map(post, self.bodies))
-        return Spent(time.monotonic() - started, sum(server.cpu_times()[:2]) - used), replies
+        return Spent(time.monotonic() - started, cpu_seconds(pid) - used), replies
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return what a process and its descendants have used so far."""
+    server = psutil.Process(pid)
+    return sum(sum(process.cpu_times()[:2]) for process in [server, *server.children(recursive=True)])
 
 
 def distinct_prefixes(prompts: Sequence[Sequence[int]]) -> int:
@@ -152,70 +163,64 @@ def metrics(base_url: str) -> dict[str, float]:
     return {name.removeprefix("palio_"): float(value) for name, value in map(str.split, lines)}
 
 
-# --- the server to compare with ---------------------------------------------------------------------
+# --- the servers to compare with ---------------------------------------------------------------------
 
 
-def serve_sequentially(given: argparse.Namespace) -> None:
-    import torch
-    import uvicorn
-    from fastapi import FastAPI
-    from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
+class Other(NamedTuple):
+    """What another server needed for the suite."""
 
-    torch.set_num_threads(given.threads)
-    device, dtype = ("cuda", "auto") if given.gpu_memory_gb else ("cpu", torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(given.package, dtype=dtype).eval().to(device)
-    tokenizer = AutoTokenizer.from_pretrained(given.package)
-    lock = threading.Lock()
-
-    class Stops(StoppingCriteria):
-        def __init__(self, begin: int, stops: Sequence[str]) -> None:
-            self.begin, self.stops = begin, stops
-
-        def __call__(self, ids: Any, scores: Any, **settings: Any) -> Any:
-            text = tokenizer.decode(ids[0, self.begin :], skip_special_tokens=True)
-            return torch.tensor([any(stop in text for stop in self.stops)], device=ids.device)
-
-    app = FastAPI()
-
-    @app.post("/process")
-    def process(body: dict[str, Any]) -> dict[str, Any]:
-        with lock, torch.inference_mode():
-            ids = tokenizer(body["prompt"], return_tensors="pt").input_ids.to(model.device)
-            begin = ids.shape[1]
-            output = model.generate(
-                ids,
-                do_sample=False,
-                max_new_tokens=body["max_new_tokens"],
-                stopping_criteria=StoppingCriteriaList([Stops(begin, body["stop_sequences"])]),
-                pad_token_id=0,
-            )[0, begin:]
-            text = tokenizer.decode(output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        ends = [text.index(stop) for stop in body["stop_sequences"] if stop in text]
-        return {"text": text[: min(ends, default=len(text))], "new_tokens": len(output)}
-
-    @app.get("/health")
-    def health() -> None: ...
-
-    uvicorn.run(app, host="127.0.0.1", port=given.sequential_on, log_level="error")
+    spent: Spent
+    replies: list[dict[str, Any]]
+    prompt_tokens_computed: float | None = None
 
 
-def run_sequentially(suite: Suite, given: argparse.Namespace) -> tuple[Spent, list[Any]]:
-    arguments = [str(given.package), "--threads", str(given.threads), "--sequential-on", str(given.port)]
-    arguments += ["--gpu-memory-gb", str(given.gpu_memory_gb)] if given.gpu_memory_gb else []
+def ask_vllm(suite: Suite, given: argparse.Namespace) -> Other:
+    with tempfile.TemporaryDirectory() as name:
+        log = Path(name) / "server.log"
+        with ServerProcess(given.package, log=log, engine="vllm", **server_settings(given)) as server:
+            spent, replies = suite.ask(server.base_url, server.pid)
+            return Other(spent, replies, metrics(server.base_url)["prompt_tokens_computed_total"])
+
+
+def ask_baseline(kind: str, suite: Suite, given: argparse.Namespace) -> Other:
+    """Ask a server of serving_baselines.py."""
+    arguments = [kind, str(given.package), "--threads", str(given.threads), "--port", str(given.port)]
+    arguments += ["--cache-gb", str(given.cache_gb), *(["--gpu"] if given.gpu_memory_gb else [])]
     environment = os.environ | {"OMP_NUM_THREADS": str(given.threads)}
-    server = subprocess.Popen([sys.executable, __file__, *arguments], env=environment)
+    program = Path(__file__).with_name("serving_baselines.py")
+    server = subprocess.Popen([sys.executable, str(program), *arguments], env=environment)
     base_url = f"http://127.0.0.1:{given.port}"
     try:
         while server.poll() is None:
             try:
                 requests.get(f"{base_url}/health", timeout=5)
-                return suite.ask(base_url, server.pid)
+                return Other(*suite.ask(base_url, server.pid))
             except requests.ConnectionError:
                 time.sleep(0.2)
-        sys.exit("the sequential server died")
+        sys.exit(f"the server {kind} died")
     finally:
         server.kill()
         server.wait()
+
+
+def compare(suite: Suite, given: argparse.Namespace, ours: Spent, expected: Sequence[dict[str, Any]]) -> None:
+    for kind, goal in GOALS.items():
+        if kind == "vllm" and shutil.which("vllm") is None:
+            print("vllm            not on PATH, and not in .vllm: `make vllm-env` installs it for CPUs")
+            continue
+        other = ask_vllm(suite, given) if kind == "vllm" else ask_baseline(kind, suite, given)
+        spent, computed = other.spent, other.prompt_tokens_computed
+        share = f"ours is {ours.wall / spent.wall:.2f} of it, {ours.cpu / spent.cpu:.2f} in CPU s"
+        print(f"{kind:<15} {spent.wall:.1f} s, {spent.cpu:.1f} CPU s: {share} (goal: at most {goal})")
+        if computed is not None:
+            print(f"                {computed:.0f} prompt tokens computed")
+        pairs = list(zip(suite.bodies, expected, other.replies, strict=True))
+        differing = [
+            (body, one["text"], two["text"]) for body, one, two in pairs if one["text"] != two["text"]
+        ]
+        print(f"                {len(pairs) - len(differing)} of {len(pairs)} answers identical")
+        for body, one, two in differing:
+            print(json.dumps([body["prompt"][-60:], one, two]))
 
 
 # --- the limit ---------------------------------------------------------------------------------------
@@ -253,29 +258,15 @@ def seconds_of_multiplications(package: Path, threads: int, tokens: int, rows: i
     return 2 * (tokens * layers + rows * head) / rate
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("package", type=Path)
-    parser.add_argument("--data", type=Path, help="folder laid out as HELM's scenario cache")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--cache-gb", type=float, default=1.0, help="bound of our server's memory for keys and values"
-    )
-    parser.add_argument("--gpu-memory-gb", type=float, help="both servers on the GPU, ours capped at this")
-    parser.add_argument("--port", type=int, default=18765, help="of the sequential server")
-    parser.add_argument("--ours-only", action="store_true")
-    parser.add_argument("--sequential-on", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.sequential_on:
-        serve_sequentially(given)
-        return
-    suite = Suite.of_helm(given.data)
-    print(f"{len(suite.bodies)} requests, {CLIENTS} clients, {given.threads} threads")
-    settings = {"threads": given.threads, "cache_gb": given.cache_gb, "gpu_memory_gb": given.gpu_memory_gb}
+def server_settings(given: argparse.Namespace) -> dict[str, Any]:
+    return {"threads": given.threads, "cache_gb": given.cache_gb, "gpu_memory_gb": given.gpu_memory_gb}
 
+
+def ask_ours(suite: Suite, given: argparse.Namespace) -> tuple[Spent, list[dict[str, Any]]]:
+    """Ask our server, and print what it needed."""
     with tempfile.TemporaryDirectory() as name:
         log = Path(name) / "server.log"
-        with ServerProcess(given.package, log=log, **settings) as server:
+        with ServerProcess(given.package, log=log, **server_settings(given)) as server:
             ours, replies = suite.ask(server.base_url, server.pid)
             counts = metrics(server.base_url)
     from transformers import AutoTokenizer
@@ -299,19 +290,32 @@ def main() -> None:
         size = (int(computed + written), int(written))
         limit = seconds_of_multiplications(given.package, given.threads, *size)
         print(f"                {ours.cpu:.1f} CPU s, {ours.cpu / limit:.1f} × the products' {limit:.1f} s")
-    if given.ours_only:
+    return ours, replies
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("package", type=Path, nargs="?")
+    parser.add_argument("--overhead", action="store_true", help="count the engine's operations a layer")
+    parser.add_argument("--data", type=Path, help="folder laid out as HELM's scenario cache")
+    parser.add_argument("--instances", type=int, default=160, help="requests, of all scenarios together")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cache-gb", type=float, default=1.0, help="of memory for keys and values")
+    parser.add_argument("--gpu-memory-gb", type=float, help="all servers on the GPU, ours capped at this")
+    parser.add_argument("--port", type=int, default=18765, help="of transformers' servers")
+    parser.add_argument("--ours-only", action="store_true")
+    given = parser.parse_args()
+    if given.overhead:
+        serving_overhead.main()
         return
-    sequential, expected = run_sequentially(suite, given)
-    equal = sum(one["text"] == other["text"] for one, other in zip(replies, expected, strict=True))
-    print(f"sequential      {sequential.wall:.1f} s, {sequential.cpu:.1f} CPU s")
-    print(
-        f"suite time      {ours.wall / sequential.wall:.3f} of the sequential server's (goal: at most 0.25)"
-    )
-    print(f"processor time  {ours.cpu / sequential.cpu:.3f}")
-    print(f"answers         {equal} of {len(replies)} identical")
-    for body, one, other in zip(suite.bodies, replies, expected, strict=True):
-        if one["text"] != other["text"]:
-            print(json.dumps([body["prompt"][-60:], one["text"], other["text"]]))
+    if given.package is None:
+        parser.error("name a PACKAGE")
+    os.environ["PATH"] += f"{os.pathsep}{VLLM}"
+    suite = Suite.of_helm(given.data, given.instances)
+    print(f"{len(suite.bodies)} requests, {CLIENTS} clients, {given.threads} threads")
+    ours, replies = ask_ours(suite, given)
+    if not given.ours_only:
+        compare(suite, given, ours, replies)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 #   resources/base_models/<base_model>/     fetched once for all entries
 #   resources/stages/<stage>/stage.json     the stage's instances, made once by HELM
 #   results/<track>/<entry>/                one entry; logs/ and work/ inside it
+#   results/<track>/<entry>/replicates/2/   the entry trained again with another seed, by the same rules: the wildcard
+#                                           `entry` is then <entry>/replicates/2, and `entry_id` the entry itself
 #   results/{leaderboard,standings,report}/
 #
 # A step of an entry is `palio step <name> results/<track>/<entry> --settings …`: the slice of the competition and the
@@ -44,7 +46,7 @@ if workflow.is_main_process:
 
 wildcard_constraints:
     track="|".join(W.tracks),
-    entry="[A-Za-z0-9][A-Za-z0-9_-]*",
+    entry="[A-Za-z0-9][A-Za-z0-9_-]*(/replicates/[0-9]+)?",
     stage="open|closed",
     phase=r"\d+",
     shard=r"\d+",

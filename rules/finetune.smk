@@ -4,11 +4,11 @@
 rule finetune:
     input:
         again=W.again("finetune"),
-        check=W.if_due("finetune", "results/{track}/{entry}/check.json"),
+        check=W.if_due("finetune", "results/{track}/{entry_id}/check.json"),
         base_model=W.if_due("finetune", W.base_model_manifest),
         image=W.if_due("finetune", W.image),  # one that cannot be built costs no GPU time
-        dataset=W.if_due("finetune", "results/{track}/{entry}/dataset/manifest.json"),
-        rows=W.if_due("finetune", "results/{track}/{entry}/dataset/train.parquet"),
+        dataset=W.if_due("finetune", "results/{track}/{entry_id}/dataset/manifest.json"),
+        rows=W.if_due("finetune", "results/{track}/{entry_id}/dataset/train.parquet"),
     output:
         adapter="results/{track}/{entry}/adapter.json",
         telemetry="results/{track}/{entry}/train.parquet",

@@ -1,7 +1,7 @@
 rule build_package:
     input:
         again=W.again("package"),
-        check=W.if_due("package", "results/{track}/{entry}/check.json"),
+        check=W.if_due("package", "results/{track}/{entry_id}/check.json"),
         base_model=W.if_due("package", W.base_model_manifest),
         adapter=W.if_due("package", W.adapter),
         image=W.if_due("package", W.image),

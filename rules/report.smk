@@ -5,6 +5,7 @@ rule report:
     output:
         report="results/report/index.html",
         figures=directory("results/report/figures"),
+        answers=directory("results/report/answers"),
     log:
         "logs/report.log",
     conda:

@@ -15,6 +15,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from palio.base_model import fetch_base_model
 from palio.config import BaseModelSource
+from tests.support.serving import VLLM
 from tests.support.training import Entry, tiny_base_model
 
 settings.register_profile("palio", deadline=None)  # a busy machine is no fault of the code
@@ -43,6 +44,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TogetherSche
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
+    if item.get_closest_marker("vllm") and not (VLLM / "vllm").exists():
+        pytest.skip("needs vLLM for CPUs in .vllm; `make vllm-env` installs it")
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@
         manifest.json    BaseModelManifest, written last: if it exists, the folder is complete
 
 Sources: `hub` (a snapshot of the Hugging Face hub at a revision), `path` (a folder) and `gguf` (a GGUF file
-in an installed Python package, dequantized once to fp32 safetensors). Pickled weights and Python code beside
-the weights are never downloaded, linked or opened.
+in an installed Python package, dequantized once to fp32 safetensors). A model that has pickled weights alone
+is converted in a sandbox. Pickled weights beside safetensors, and Python code, are not even downloaded.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import fnmatch
 import importlib.util
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,23 @@ from palio.config import REVISION_PATTERN, BaseModelSource, expand
 from palio.errors import BadInput, Crashed
 from palio.files import link_or_copy
 from palio.incoming import shard_names
-from palio.layout import BaseModelFolder
+from palio.layout import BaseModelFolder, Resources
 from palio.provenance import file_sha256, folder_sha256
 from palio.records import BaseModelManifest, Layers, Unsupported, read_record
 
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "README.md")
 """Name patterns of a model's files: weights, configs, tokenizer, license. Not *.bin, *.pt, *.py."""
 
+CONFIGS = tuple(pattern for pattern in WANTED if pattern != "*.safetensors")
+
+PICKLES = ("pytorch_model*.bin",)
+"""Weights of a model that has no others."""
+
+SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
+"""Weights in one file; those of several are named by an index."""
+
+HUB_SECONDS = 10.0
+"""The hub's time to answer whether it has a model."""
 MAX_CARD = 1 << 20
 """Characters of a model card that are read."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -41,7 +52,8 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
 
     With `offline` the network is not used: a hub model must be in the local hub cache.
 
-    Raises BadInput if the source is missing or unusable, Crashed if a download fails or is damaged.
+    Raises BadInput if the source is missing or unusable, RuleViolation if pickled weights are no weights,
+    Crashed if a download fails or is damaged, or pickled weights cannot be converted on this machine.
     """
     folder = BaseModelFolder(out)
     manifest_path, model = folder.manifest, folder.model
@@ -53,15 +65,16 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
     building = out / "model.tmp"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
+    pickled: dict[str, str] = {}
     if source.gguf:
         _convert_gguf(source.gguf, building)
     elif source.hub:
-        _take_files(_hub_snapshot(source.hub, offline), building, "hub", source.hub)
+        pickled = _take_files(_hub_snapshot(source.hub, offline), building, "hub", source.hub)
     elif source.path:
         given = expand(source.path)
         if not given.is_dir():
             raise BadInput("base_model", "path", source.path, why="no such folder", fix="correct the path")
-        _take_files(given, building, "path", source.path)
+        pickled = _take_files(given, building, "path", source.path)
     from palio.causal_model import examine
     from palio.tokens import complete_tokenizer
 
@@ -79,6 +92,7 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
         id=source.id,
         source=source,
         files=folder_sha256(model),
+        pickled=pickled,
         unsupported=found if isinstance(found, Unsupported) else None,
         layers=found if isinstance(found, Layers) else None,
     )
@@ -86,13 +100,35 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
     return manifest
 
 
-def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that hold the model of `folder`; empty if one of them is absent.
+def fetch_configs(source: BaseModelSource, out: Path) -> None:
+    """Put a base model's config and tokenizer into the folder `out`: all but its weights.
 
-    Raises RuleViolation if its index names a file elsewhere.
+    Raises as `fetch_base_model` does.
     """
-    index = folder / "model.safetensors.index.json"
-    names = shard_names(index, index.read_bytes()) if index.is_file() else ["model.safetensors"]
+    from palio.tokens import complete_tokenizer
+
+    if source.gguf:
+        _gguf_configs(*_gguf_file(source.gguf), out)
+        return
+    folder = _hub_download(source.hub, CONFIGS) if source.hub else expand(source.path or "")
+    if not (folder / "config.json").is_file():
+        why, fix = "has no config.json", "give a model in Hugging Face format"
+        raise BadInput("base_model", source.kind, source.hub or source.path, why=why, fix=fix)
+    for path in folder.iterdir():
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in CONFIGS):
+            link_or_copy(path.resolve(), out / path.name)
+    complete_tokenizer(out)
+
+
+def weight_files(folder: Path, whole: str = SAFE) -> list[str]:
+    """Return the names of the files that hold a folder's weights; empty if one of them is absent.
+
+    `whole` is the name that a single file has.
+
+    Raises RuleViolation if the index names a file elsewhere.
+    """
+    index = folder / f"{whole}.index.json"
+    names = shard_names(index, index.read_bytes()) if index.is_file() else [whole]
     return names if all((folder / name).is_file() for name in names) else []
 
 
@@ -110,37 +146,76 @@ def card_facts(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _take_files(folder: Path, target: Path, key: str, value: str) -> None:
-    """Hard-link the model's files into `target`, or copy them across file systems.
+def _take_files(folder: Path, target: Path, key: str, value: str) -> dict[str, str]:
+    """Hard-link the model's files into `target`, or copy them across file systems; convert pickled weights.
 
     Hard links take no space and outlive a cleared hub cache; a later change through the other name shows in
     the hash.
+
+    Returns the sha256 by name of pickled weights.
     """
     if not (folder / "config.json").is_file():
         raise BadInput(
             "base_model", key, value, why="has no config.json", fix="give a model in Hugging Face format"
         )
     weights = weight_files(folder)
-    if not weights:
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-        held = f" (it has {pickled[0]}: pickled weights are refused)" if pickled else ""
-        raise BadInput(
-            "base_model",
-            key,
-            value,
-            why=f"has no complete safetensors weights{held}",
-            fix="give a safetensors model",
-        )
+    pickled = [] if weights else weight_files(folder, PICKLED)
+    if not weights and not pickled:
+        why = f"has no complete weights ({SAFE} or {PICKLED}, or all files of an index)"
+        raise BadInput("base_model", key, value, why=why, fix="give the whole model")
     for path in sorted(folder.iterdir()):
         wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in WANTED)
         # Consolidated or duplicate weights beside the indexed ones are not needed.
         if not path.is_file() or not wanted or (path.suffix == ".safetensors" and path.name not in weights):
             continue
-        real = path.resolve()
-        link_or_copy(real, target / path.name)
-        # The hub's cache names a large file by the sha256 that the hub announced.
-        if _SHA256.fullmatch(real.name) and file_sha256(target / path.name) != real.name:
-            raise Crashed(f"base model {value}: {path.name} is damaged; delete {real} and fetch it again")
+        link_or_copy(path.resolve(), target / path.name)
+        _check_announced(path, value)
+    for name in pickled:
+        _check_announced(folder / name, value)
+    if pickled:
+        from palio.sandbox.pickled import convert
+
+        convert([folder / name for name in pickled], target)
+        (target / f"{PICKLED}.index.json").unlink(missing_ok=True)
+    return {name: file_sha256(folder / name) for name in pickled}
+
+
+def _check_announced(path: Path, value: str) -> None:
+    """Compare a file with the sha256 that the hub announced, which its cache names a large file by."""
+    real = path.resolve()
+    if _SHA256.fullmatch(real.name) and file_sha256(real) != real.name:
+        raise Crashed(f"base model {value}: {path.name} is damaged; delete {real} and fetch it again")
+
+
+def require_on_hub(address: str) -> None:
+    """Check, before anything is started, that a model of the hub can be fetched.
+
+    Raises:
+        BadInput: it is not in the local hub cache, and the hub has it not or does not answer.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repo, _, revision = address.partition("@")
+    with suppress(errors.LocalEntryNotFoundError, FileNotFoundError):
+        huggingface_hub.snapshot_download(
+            repo, revision=revision or None, allow_patterns=WANTED, local_files_only=True
+        )
+        return
+    try:
+        huggingface_hub.HfApi().model_info(repo, revision=revision or None, timeout=HUB_SECONDS)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        raise _unknown_to_hub(address) from None
+    except (errors.HTTPError, OSError):  # the base of all that its HTTP library raises
+        why = "is not on this machine, and the hub does not answer"
+        folder = Resources().base_models
+        fix = f"connect to the network, or bring {folder} from a machine that has fetched it"
+        raise BadInput("base_model", "hub", address, why=why, fix=fix) from None
+
+
+def _unknown_to_hub(address: str) -> BadInput:
+    why = "the hub has no such model or revision, or it asks for a login"
+    return BadInput("base_model", "hub", address, why=why, fix="correct it or set HF_TOKEN")
 
 
 def _hub_snapshot(address: str, offline: bool) -> Path:
@@ -149,39 +224,45 @@ def _hub_snapshot(address: str, offline: bool) -> Path:
     from huggingface_hub import errors
 
     repo, _, revision = address.partition("@")
-    request = {"revision": revision or None, "allow_patterns": WANTED}
     try:
-        cached = Path(huggingface_hub.snapshot_download(repo, local_files_only=True, **request))
+        cached = Path(
+            huggingface_hub.snapshot_download(
+                repo, revision=revision or None, allow_patterns=WANTED, local_files_only=True
+            )
+        )
         if offline or (
             REVISION_PATTERN.fullmatch(revision)
             and (cached / "config.json").is_file()
-            and weight_files(cached)
+            and (weight_files(cached) or weight_files(cached, PICKLED))
         ):
             return cached
     except (errors.LocalEntryNotFoundError, FileNotFoundError):
         if offline:
             why, fix = "is not in the local hub cache", "fetch it once with a network, or give `path`"
             raise BadInput("base_model", "hub", address, why=why, fix=fix) from None
+    fetched = _hub_download(address, WANTED)
+    return fetched if weight_files(fetched) else _hub_download(address, PICKLES)
+
+
+def _hub_download(address: str, patterns: tuple[str, ...]) -> Path:
+    """Download a model's files with such names; return the snapshot's folder in the local hub cache."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repo, _, revision = address.partition("@")
     try:
-        return Path(huggingface_hub.snapshot_download(repo, **request))
+        return Path(
+            huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
+        )
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-        why = "the hub has no such model or revision, or it asks for a login"
-        fix = "correct it or set HF_TOKEN"
-        raise BadInput("base_model", "hub", address, why=why, fix=fix) from None
+        raise _unknown_to_hub(address) from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         cause = str(error).strip().partition("\n")[0]
         raise Crashed(f"base model {address}: the download failed ({cause}); try again") from None
 
 
-def _convert_gguf(address: str, target: Path) -> None:
-    """Dequantize a GGUF file to fp32 safetensors.
-
-    A model loaded from GGUF cannot be saved (transformers considers it quantized), so its weights are moved
-    into a fresh model with a cleaned config.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def _gguf_file(address: str) -> tuple[Path, str]:
+    """Return the folder and the name of a GGUF file in an installed package."""
     package, _, name = address.partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -191,17 +272,41 @@ def _convert_gguf(address: str, target: Path) -> None:
     if not (folder / name).is_file():
         held = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "no GGUF file"
         raise BadInput("base_model", "gguf", address, why="no such file", fix=f"{package} has {held}")
+    return folder, name
+
+
+def _gguf_configs(folder: Path, name: str, target: Path) -> Any:
+    """Save a GGUF file's config, without what says that it is quantized, and tokenizer; return the config."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    read = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+    settings: dict[str, Any] = read.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        settings.pop(key, None)
+    config = type(read)(**settings)
+    config.save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False).save_pretrained(target)
+    return config
+
+
+def _convert_gguf(address: str, target: Path) -> None:
+    """Dequantize a GGUF file to fp32 safetensors.
+
+    A model loaded from GGUF cannot be saved (transformers considers it quantized), so its weights are moved
+    into a fresh model with a cleaned config.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder, name = _gguf_file(address)
     read = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False
     )
-    settings: dict[str, Any] = read.config.to_dict()
-    for key in ("quantization_config", "_name_or_path"):
-        settings.pop(key, None)
-    fresh = AutoModelForCausalLM.from_config(type(read.config)(**settings), dtype=torch.float32)
+    config = _gguf_configs(folder, name, target)
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     missing = fresh.load_state_dict(read.state_dict(), strict=False).missing_keys
     tied = set(getattr(fresh, "_tied_weights_keys", None) or ())
     if set(missing) - tied:
         raise Crashed(f"base model {address}: the GGUF file lacks {sorted(set(missing) - tied)[0]}")
     fresh.tie_weights()
     fresh.save_pretrained(target)
-    AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False).save_pretrained(target)

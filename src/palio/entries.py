@@ -6,6 +6,7 @@ competition's first track, stops nobody else, and its own check says what is wro
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,17 +68,23 @@ class Entries(Mapping[str, AnyEntry]):
         """Find the files.
 
         Raises:
-            BadInput: as `entry_files`; no entry at all; or `withdrawn` or `shards` names an unknown one.
+            BadInput: as `entry_files`; no entry at all; or `withdrawn`, `shards` or `replicates` names an
+                unknown one.
         """
         self._track_ids = tuple(competition.tracks)
         self._read: dict[str, AnyEntry] = {}
         self.files, self.left_out = entry_files(competition.entries, file)
-        for key in ("withdrawn", "shards"):
-            for entry_id in getattr(competition, key):
-                if entry_id not in self.files:
-                    raise BadInput(
-                        file, f"{key}.{entry_id}", why="no entry has this id", fix="correct or remove it"
-                    )
+        chosen = competition.replicates.entries if competition.replicates else ()
+        named: dict[str, Iterable[str]] = {
+            "withdrawn": competition.withdrawn,
+            "shards": competition.shards,
+            "replicates.entries": () if isinstance(chosen, str) else chosen,
+        }
+        for key, entry_id in ((key, entry_id) for key, ids in named.items() for entry_id in ids):
+            if entry_id not in self.files:
+                raise BadInput(
+                    file, f"{key}.{entry_id}", why="no entry has this id", fix="correct or remove it"
+                )
         if not self.files:
             raise BadInput(file, "entries", why="no entry file in these folders", fix="add <id>.yaml")
 
@@ -100,6 +107,18 @@ class Entries(Mapping[str, AnyEntry]):
                 entry.team,
             )
         return entry
+
+    def known(self, entry_id: str) -> str:
+        """Return the id of an entry as it was given by hand.
+
+        Raises:
+            BadInput: no entry has it.
+        """
+        if entry_id in self.files:
+            return entry_id
+        near = difflib.get_close_matches(entry_id, self.files, 1)
+        fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(self.files)}"
+        raise BadInput("ENTRY", "", entry_id, why="no entry has this id", fix=fix)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)

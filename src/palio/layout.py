@@ -1,6 +1,7 @@
 """Every path of the project, relative to roots that it is given: the only module that spells one.
 
     results/<track>/<entry>/     `EntryFolder`; logs/ and work/ inside it
+    results/<track>/<entry>/replicates/<number>/    the same, of the entry trained again with another seed
     results/{leaderboard,standings,report,published}/
     resources/base_models/<id>/  `BaseModelFolder`, fetched once for all entries
     resources/stages/<stage>/    records of the prepared stages; the open stage's `StageStore`
@@ -13,7 +14,7 @@ that is how Snakemake reads them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, Self, overload
 
@@ -100,9 +101,11 @@ class ClosedStore(Folder):
     def stage(self) -> StageStore:
         return StageStore(self.path / "stage")
 
-    def runs(self, track_id: str, entry_id: str) -> Path:
-        """HELM's runs of one entry, a folder for each package."""
-        return self.path / "runs" / track_id / entry_id
+    def runs(self, track_id: str, entry_id: str, replicate: int | None = None) -> Path:
+        """HELM's runs of one entry, or of a replicate of it: a folder for each package."""
+        if replicate is None:
+            return self.path / "runs" / track_id / entry_id
+        return self.path / "replicates" / track_id / entry_id / str(replicate)
 
     def reproduction(self, key: str) -> ClosedStore:
         """The closed store of a reproduction, which shares no run with the competition's own."""
@@ -191,18 +194,33 @@ class PublishedPackage(Folder):
     score_card = At("palio/SCORES.md")
 
 
+def replicate_name(entry_id: str, number: int) -> str:
+    """Where the rules' wildcard `entry` says a replicate is: results/<track>/<entry>/replicates/<number>."""
+    return f"{entry_id}/replicates/{number}"
+
+
+def entry_and_replicate(name: str) -> tuple[str, int | None]:
+    """Return entry id and number of the replicate, None if the name is the entry's own."""
+    entry_id, _, number = name.partition("/replicates/")
+    return entry_id, int(number) if number.isdecimal() else None
+
+
 @dataclass(frozen=True)
 class EntryFolder:
-    """results/<track>/<entry>: one entry's records, logs and work."""
+    """results/<track>/<entry>: one entry's records, logs and work.
+
+    A replicate, the entry trained again with another seed, has a folder of its own inside. It shares the
+    entry's check and dataset.
+    """
 
     results: Path
     track_id: str
     entry_id: str
     store: ClosedStore
     """Where HELM's runs of the closed stage lie: they show prompts."""
+    replicate: int | None = None
+    """Number of the replicate, from 2; None: the entry's own training."""
 
-    check = At("check.json")
-    contamination = At("contamination.json")
     adapter = At("adapter")
     adapter_manifest = At("adapter.json")
     telemetry = At("train.parquet")  # loss, speed and memory of every training step
@@ -227,15 +245,42 @@ class EntryFolder:
     def at(cls, path: Path, store: ClosedStore = NO_STORE) -> EntryFolder:
         """The entry's folder at a path that ends in <track>/<entry>."""
         path = path.absolute() if len(path.parts) < 3 else path
+        if path.parent.name == "replicates" and path.name.isdecimal():
+            return replace(cls.at(path.parent.parent, store), replicate=int(path.name))
         return cls(path.parent.parent, path.parent.name, path.name, store)
 
     @property
+    def name(self) -> str:
+        """The entry's id, of a replicate with its number."""
+        return self.entry_id if self.replicate is None else replicate_name(self.entry_id, self.replicate)
+
+    @property
     def path(self) -> Path:
-        return self.results / self.track_id / self.entry_id
+        return self.results / self.track_id / self.name
+
+    @property
+    def own(self) -> EntryFolder:
+        """The folder of the entry's own training."""
+        return replace(self, replicate=None)
+
+    def replicates(self) -> list[EntryFolder]:
+        """Folders of the entry's replicates, as far as they exist."""
+        folder = self.own.path / "replicates"
+        found = folder.iterdir() if folder.is_dir() else ()
+        numbers = sorted(int(path.name) for path in found if path.name.isdecimal())
+        return [replace(self, replicate=number) for number in numbers]
+
+    @property
+    def check(self) -> Path:
+        return self.own.path / "check.json"
+
+    @property
+    def contamination(self) -> Path:
+        return self.own.path / "contamination.json"
 
     @property
     def dataset(self) -> DatasetFolder:
-        return DatasetFolder(self.path / "dataset")
+        return DatasetFolder(self.own.path / "dataset")
 
     def stage_record(self, stage: Stage) -> Path:
         return self.path / f"{stage}.json"
@@ -289,11 +334,20 @@ class EntryFolder:
     def helm_runs(self, stage: Stage) -> Path:
         """HELM's runs of a stage, a folder for each package."""
         return (
-            self.work / "helm" / stage if stage == "open" else self.store.runs(self.track_id, self.entry_id)
+            self.work / "helm" / stage
+            if stage == "open"
+            else self.store.runs(self.track_id, self.entry_id, self.replicate)
         )
 
     def helm(self, stage: Stage, key: str) -> HelmFolder:
         return HelmFolder(self.helm_runs(stage) / key)
+
+
+class DemoSources(Folder):
+    """The demo's training data."""
+
+    def source(self, family: str) -> Path:
+        return self.path / f"{family}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -305,6 +359,9 @@ class Resources(Folder):
     open_stage = At("stages/open")
     demo_sources = At("demo_sources")  # where the rule generate_demo_data puts its files
     teams = At("teams")  # teams' data and programs
+
+    def demo_source(self, family: str) -> Path:
+        return DemoSources(self.demo_sources).source(family)
 
     def base_model(self, model_id: str) -> BaseModelFolder:
         return BaseModelFolder(self.base_models / model_id)
@@ -331,6 +388,9 @@ class Boards(Folder):
     def analysis(self, name: str) -> Path:
         return self.path / f"{name}.analysis.json"
 
+    def decision(self, name: str) -> Path:
+        return self.path / f"{name}.decision.json"
+
     def table(self, name: str, suffix: str) -> Path:
         """`suffix` such as csv or analysis.md."""
         return self.path / f"{name}.{suffix}"
@@ -338,6 +398,55 @@ class Boards(Folder):
     @property
     def versions(self) -> Boards:
         return Boards(self.path / "versions")
+
+
+class AnswerPages(Folder):
+    """Pages of the open stage's answers beside a report, and scripts that hold their data in parts."""
+
+    def page(self, track_id: str) -> Path:
+        return self.path / f"{track_id}.html"
+
+    def questions(self, track_id: str, part: int) -> Path:
+        return self.path / track_id / "questions" / f"{part}.js"
+
+    def marks(self, track_id: str, entry_id: str) -> Path:
+        return self.path / track_id / "entries" / entry_id / "marks.js"
+
+    def answers(self, track_id: str, entry_id: str, part: int) -> Path:
+        return self.path / track_id / "entries" / entry_id / f"{part}.js"
+
+
+class FeedbackFiles(Folder):
+    """Where `palio feedback` writes."""
+
+    def page(self, entry_id: str) -> Path:
+        return self.path / f"{entry_id}.html"
+
+    def archive(self, entry_id: str) -> Path:
+        return self.path / f"{entry_id}.zip"
+
+
+class FeedbackFolder(Folder):
+    """What one team may see, before it becomes a zip."""
+
+    page = At("index.html")
+    answer_lines = At("answers.jsonl")
+    records = At("records")
+
+    @property
+    def answers(self) -> AnswerPages:
+        return AnswerPages(self.path / "answers")
+
+
+class ReportFolder(Folder):
+    """A report: its page, and what lies beside it."""
+
+    page = At("index.html")
+    figures = At("figures")
+
+    @property
+    def answers(self) -> AnswerPages:
+        return AnswerPages(self.path / "answers")
 
 
 @dataclass(frozen=True)
@@ -348,8 +457,10 @@ class Results(Folder):
     store: ClosedStore = NO_STORE
     report = At("report")
 
-    def entry(self, track_id: str, entry_id: str) -> EntryFolder:
-        return EntryFolder(self.path, track_id, entry_id, self.store)
+    def entry(self, track_id: str, name: str) -> EntryFolder:
+        """The folder of an entry, or of a replicate by its `replicate_name`."""
+        entry_id, replicate = entry_and_replicate(name)
+        return EntryFolder(self.path, track_id, entry_id, self.store, replicate)
 
     @property
     def leaderboards(self) -> Boards:

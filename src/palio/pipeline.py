@@ -60,6 +60,8 @@ class Step:
     only `palio retry` gives it a fresh start."""
     ranked: bool = True
     """Whether a rank needs it."""
+    replicated: bool = False
+    """Whether a replicate of an entry has its own: it shares the others with the entry."""
     title: str = ""
     """Heading in tables, where it is not the name."""
 
@@ -89,6 +91,7 @@ def _stage_step(stage: Stage) -> Step:
         payload=lambda folder: (folder.tables(stage).metrics, folder.tables(stage).instances),
         facts=StageRun,
         limit=limit,
+        replicated=True,
     )
 
 
@@ -156,6 +159,7 @@ STEPS = (
         facts=FinetuneRun,
         applies=lambda entry: entry.trained,
         limit=_training_limit,
+        replicated=True,
         title="fine-tune",
     ),
     Step(
@@ -168,6 +172,7 @@ STEPS = (
         reads=("finetune", "image"),
         payload=lambda folder: (folder.package,),
         facts=RunFacts,
+        replicated=True,
     ),
     *(_stage_step(stage) for stage in STAGES),
 )
@@ -176,8 +181,9 @@ BY_RULE = {step.rule: step for step in STEPS}
 LIMITED = tuple(step for step in STEPS if step.limit)
 
 
-def steps_of(entry: AnyEntry) -> tuple[Step, ...]:
-    """The steps of an entry; of a broken file only its check."""
+def steps_of(entry: AnyEntry, *, replicate: bool = False) -> tuple[Step, ...]:
+    """The steps of an entry, or those that a replicate of it has of its own; of a broken file only its
+    check."""
     if not isinstance(entry, Entry):
         return STEPS[:1]
-    return tuple(step for step in STEPS if step.applies(entry))
+    return tuple(step for step in STEPS if step.applies(entry) and (step.replicated or not replicate))

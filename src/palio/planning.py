@@ -5,6 +5,7 @@ config, whatever Snakemake remembers of it: a controller that died leaves no mem
 standings and status ask here, so they never disagree.
 
     due(planned, folder)   step -> why it is due
+    shared_due(planned, …) the same of the steps that a replicate shares with its entry
     made(step, …)          what a step is about to make its record with
     stamp(step, …)         that, written into the record
 
@@ -111,7 +112,23 @@ def made_of(record: Path) -> Made | None:
 
 
 def due(planned: PlannedEntry, folder: EntryFolder, resources: Resources) -> dict[str, str]:
-    """Return why each step of an entry is due, in the order of its life. Other steps are left out."""
+    """Return why each step of an entry, or of a replicate, is due, in the order of its life. Other steps are
+    left out."""
+    reasons = _reasons(planned, folder, resources)
+    own = steps_of(planned.entry, replicate=planned.replicate is not None)
+    return {step.name: reasons[step.name] for step in own if step.name in reasons}
+
+
+def shared_due(planned: PlannedEntry, folder: EntryFolder, resources: Resources) -> dict[str, str]:
+    """Return why a replicate needs steps of its entry again: a dataset that was deleted after its use."""
+    reasons = _reasons(planned, folder, resources)
+    own = steps_of(planned.entry, replicate=True)
+    read = {name for step in own if step.name in reasons for name in step.reads} - {step.name for step in own}
+    return {name: reasons[name] for name in read if name in reasons}
+
+
+def _reasons(planned: PlannedEntry, folder: EntryFolder, resources: Resources) -> dict[str, str]:
+    """Return why each step is due of those that an entry, or a replicate, has or shares."""
     steps = steps_of(planned.entry)
     settings = {step.name: step.settings.of(planned, step.name) for step in steps}
     readers = {step.name: [other.name for other in steps if step.name in other.reads] for step in steps}

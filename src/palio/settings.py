@@ -34,7 +34,7 @@ from palio.config import (
 from palio.config import Stage as StageConfig
 from palio.entries import AnyEntry
 from palio.errors import BadInput
-from palio.layout import STAGES, ClosedStore, Resources, Stage, StageStore, stage_named
+from palio.layout import STAGES, ClosedStore, Resources, Stage, StageStore, replicate_name, stage_named
 from palio.provenance import canonical_json, fingerprint
 from palio.records import Made
 
@@ -72,6 +72,8 @@ class PlannedEntry:
     file: Path
     entry_id: str
     entry: AnyEntry
+    replicate: int | None = None
+    """Number of the replicate, from 2; None: the entry's own training."""
 
     @property
     def valid(self) -> Entry | None:
@@ -93,7 +95,16 @@ class PlannedEntry:
 
     def fresh_start(self, step: str) -> int | None:
         """How many fresh starts of the step `palio retry` has granted."""
-        return self.competition.retries.get(self.entry_id, {}).get(step)
+        name = replicate_name(self.entry_id, self.replicate) if self.replicate else self.entry_id
+        return self.competition.retries.get(name, {}).get(step)
+
+    @property
+    def recipe(self) -> FinetuneRecipe | None:
+        """The recipe; of the replicates with the seeds after the entry's own."""
+        recipe = self.valid.finetune if self.valid else None
+        if recipe is None or self.replicate is None:
+            return recipe
+        return recipe.model_copy(update={"seed": recipe.seed + self.replicate - 1})
 
 
 class StepSettings(Strict):
@@ -193,7 +204,7 @@ def _looked_at(planned: PlannedEntry) -> str:
     sources = dataset.sources if dataset else ()
     seen["sources"] = [source.model_dump(mode="json", exclude_none=True) for source in sources]
     seen["inputs"] = dataset.inputs if dataset else []
-    return fingerprint([seen, planned.rules.model_dump(mode="json")])
+    return fingerprint([seen, planned.rules.model_dump(mode="json", exclude={"prizes"})])
 
 
 class CurateSettings(StepSettings):
@@ -287,6 +298,8 @@ class FinetuneSettings(StepSettings):
     recipe: FinetuneRecipe | None = None
     program: Program | None = None
     isolation: Isolation | None = None
+    seed: PositiveInt | None = None
+    """What a replicate's program finds in PALIO_SEED; a recipe has its seed in it."""
     network: bool = False
     """Whether the program may reach the network."""
     team_folders: tuple[str, ...] = ()
@@ -301,8 +314,9 @@ class FinetuneSettings(StepSettings):
             competition_id=planned.competition.competition,
             base_model_id=planned.base_model_id,
             track=planned.limits,
-            recipe=entry.finetune,
+            recipe=planned.recipe,
             program=entry.command,
+            seed=planned.replicate if entry.command else None,
             isolation=planned.isolation if entry.command else None,
             network=entry.command is not None and planned.rules.network_in_training,
             team_folders=planned.rules.folders_of(entry.team) if entry.command else (),

@@ -6,7 +6,7 @@ since each step has heavy libraries of its own.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from palio import planning
 from palio.errors import Interrupted, PalioError, RuleViolation
 from palio.layout import EntryFolder, Resources
 from palio.operating.attempt import set_aside
+from palio.operating.kept import keep
 from palio.pipeline import BY_NAME
 from palio.settings import (
     CheckSettings,
@@ -47,6 +48,8 @@ def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOpti
         else:
             work()
         planning.stamp(step, folder, settings, made)
+        with suppress(OSError):
+            keep(step, folder)  # Snakemake deletes outputs of a job that is cancelled in its last seconds
 
 
 def check(folder: EntryFolder, settings: CheckSettings, options: RunOptions) -> None:
@@ -158,10 +161,10 @@ def package(folder: EntryFolder, settings: PackageSettings, options: RunOptions)
         import torch
 
         from palio.packaging.package import build_package
-        from palio.serving.model import way_of
+        from palio.serving.model import serving_of
 
         torch.set_num_threads(options.threads or torch.get_num_threads())
-        build_package(folder, settings, base_model, way_of)
+        build_package(folder, settings, base_model, serving_of)
 
 
 def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOptions) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 
 def load_causal_model(folder: Path, **settings: Any) -> Any:
@@ -16,6 +17,29 @@ def load_causal_model(folder: Path, **settings: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=False, use_safetensors=True, **settings
     )
+
+
+def meta_model(folder: Path, **settings: Any) -> Any:
+    """Build the model of a folder's config on the meta device, which needs neither weights nor memory."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    kinds = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind = kinds[0] if isinstance(kinds, tuple) else kinds
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would report every weight as missing
+    try:
+        return kind.from_pretrained(None, config=config, state_dict={}, device_map="meta", **settings)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def cache_bytes(config: Any, itemsize: int) -> int:
+    """Return the memory of the keys and values of one token, by the heads that have their own.
+
+    `itemsize` is that of the model's dtype. Raises AttributeError for a config without attention heads.
+    """
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size * itemsize)
 
 
 def mean_divergence(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:

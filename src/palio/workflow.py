@@ -18,8 +18,9 @@ import pickle
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,16 @@ from palio.config import (
     load_competition,
     load_rules,
 )
+from palio.demo.data import FAMILIES as DEMO_FAMILIES
 from palio.eligibility.check import approved_model
 from palio.entries import AnyEntry, BrokenEntry, Entries
+from palio.errors import BadInput
 from palio.evaluation.helm import check_directions, stage_runs
-from palio.layout import RUNS, STAGES, EntryFolder, Resources, Results, Stage
+from palio.layout import RUNS, STAGES, EntryFolder, Resources, Results, Stage, entry_and_replicate
 from palio.pipeline import BY_NAME, Step, steps_of
-from palio.planning import due, made_of
+from palio.planning import due, made_of, shared_due
 from palio.provenance import atomic_path, canonical_json, fingerprint
-from palio.records import Made
+from palio.records import Leaderboard, Made, read_record
 from palio.settings import EntryFolders, PlannedEntry, RunOptions, slice_of
 
 MB_PER_GB = 1024
@@ -48,7 +51,11 @@ OPERATING = {"notify", "stalled_after", "retries", "shards"}
 
 
 class Workflow:
-    """One competition as the rules see it. Wildcards: `track`, `entry`, `stage`, `base_model`."""
+    """One competition as the rules see it. Wildcards: `track`, `entry`, `stage`, `base_model`.
+
+    A replicate runs by the rules of its entry: the wildcard `entry` is then its `replicate_name`, and the
+    methods below take such a name wherever they take an entry's.
+    """
 
     def __init__(self, config: Mapping[str, Any] | Path, file: str = "config") -> None:
         """Read the competition, its rule set and its stages' run files; entry files are read when needed.
@@ -64,7 +71,7 @@ class Workflow:
         check_directions(self.competition, file)
         self.stage_runs = {stage: stage_runs(self.competition, stage) for stage in STAGES}
         self.barred: dict[str, str] = {}
-        """Entry id -> why an entry that has something due is left out of this run."""
+        """Name -> why an entry or replicate that has something due is left out of this run."""
         self._due: dict[str, dict[str, str]] = {}
 
     # --- what a run planned
@@ -98,34 +105,48 @@ class Workflow:
         return found
 
     def due_steps(self) -> list[tuple[EntryFolder, Step]]:
-        """Every step that is due, of every entry that takes part."""
+        """Every step that is due, of every entry and replicate that takes part."""
         return [
-            (self.results.entry(track_id, entry_id), BY_NAME[name])
-            for track_id, entries in self.active.items()
-            for entry_id in entries
-            for name in self.due(entry_id)
-            if entry_id not in self.barred
+            (folder, BY_NAME[step])
+            for folder in self.folders()
+            for step in self.due(folder.name)
+            if folder.name not in self.barred
         ]
+
+    def folders(self) -> Iterator[EntryFolder]:
+        """The folders of all entries that take part, each before those of its replicates."""
+        for track_id, entries in self.active.items():
+            for entry_id in entries:
+                folder = self.results.entry(track_id, entry_id)
+                yield from (folder, *self.replicates(folder))
 
     # --- which steps are due
 
-    def due(self, entry_id: str) -> dict[str, str]:
-        """Return why each step of an entry is due; steps that are not are left out."""
-        if entry_id not in self._due:
-            folder = self.results.entry(self.entries[entry_id].track, entry_id)
-            self._due[entry_id] = self.due_in(folder)
-        return self._due[entry_id]
+    def due(self, name: str) -> dict[str, str]:
+        """Return why each step of an entry or replicate is due; steps that are not are left out.
+
+        An entry's are also due that a replicate needs again.
+        """
+        if name not in self._due:
+            entry_id, replicate = entry_and_replicate(name)
+            folder = self.results.entry(self.entries[entry_id].track, name)
+            found = self.due_in(folder)
+            for other in self.replicates(folder) if replicate is None else ():
+                found = shared_due(self.planned(other.name), other, self.resources) | found
+            self._due[name] = found
+        return self._due[name]
 
     def due_in(self, folder: EntryFolder) -> dict[str, str]:
         """Return why each step of the entry in `folder` is due by the records that it has now. A folder that
         cannot be read or written is the reason of them all."""
-        planned = self.planned(folder.entry_id)
+        planned = self.planned(folder.name)
         try:
             if found := due(planned, folder, self.resources):
                 _require_writable(folder.path)
         except OSError as fault:
-            self.barred[folder.entry_id] = f"its folder cannot be used: {fault}"
-            return {step.name: self.barred[folder.entry_id] for step in steps_of(planned.entry)}
+            self.barred[folder.name] = f"its folder cannot be used: {fault}"
+            steps = steps_of(planned.entry, replicate=folder.replicate is not None)
+            return {step.name: self.barred[folder.name] for step in steps}
         return found
 
     @functools.cached_property
@@ -156,12 +177,14 @@ class Workflow:
         return of
 
     def if_due(self, step: str, *inputs: str | Callable[[Any], Iterable[str]]) -> Callable[[Any], list[str]]:
-        """What a step reads if it is due: files by name, with wildcards, or functions of them."""
+        """What a step reads if it is due: files by name, with wildcards, or functions of them. `entry_id` is
+        `entry`, and the entry itself where that is a replicate of it."""
 
         def of(wildcards: Any) -> list[str]:
             if not self.forced() and step not in self.due(wildcards.entry):
                 return []
-            names = {"track": wildcards.track, "entry": wildcards.entry}
+            entry_id, _ = entry_and_replicate(wildcards.entry)
+            names = {"track": wildcards.track, "entry": wildcards.entry, "entry_id": entry_id}
             return [
                 path
                 for given in inputs
@@ -197,6 +220,35 @@ class Workflow:
             for track_id, entries in self.entries.by_track().items()
         }
 
+    # --- replicates
+
+    def replicates(self, folder: EntryFolder) -> list[EntryFolder]:
+        """Folders of the replicates that an entry is to have."""
+        chosen, entry_id = self.competition.replicates, folder.entry_id
+        if chosen is None or folder.replicate is not None:
+            return []
+        if chosen.entries == "finalists":
+            wanted = entry_id in self._finalists[folder.track_id]
+        else:
+            wanted = chosen.entries == "all" or entry_id in chosen.entries
+        entry = self.entries[entry_id] if wanted else None
+        if not isinstance(entry, Entry) or not entry.trained:
+            return []
+        return [replace(folder, replicate=number) for number in range(2, chosen.seeds + 1)]
+
+    @functools.cached_property
+    def _finalists(self) -> dict[str, set[str]]:
+        """By track, the first entries of the leaderboard that there is now. Its ranks are those of the
+        entries' own training, so no replicate changes who is a finalist."""
+        assert self.competition.replicates is not None
+        places, found = self.competition.replicates.finalists, {}
+        for track_id in self.tracks:
+            entries = []
+            with suppress(BadInput):  # no leaderboard yet
+                entries = read_record(Leaderboard, self.results.leaderboards.leaderboard(track_id)).entries
+            found[track_id] = {scored.entry for scored in entries if scored.rank <= places}
+        return found
+
     @property
     def faults(self) -> list[str]:
         """One line for each broken entry file, and each entry that is left out of the run."""
@@ -207,7 +259,7 @@ class Workflow:
         return [*broken, *left_out, *(f"{entry_id}: {why}" for entry_id, why in self.barred.items())]
 
     def entry(self, wildcards: Any) -> AnyEntry:
-        entry = self.entries[wildcards.entry]
+        entry = self.entries[entry_and_replicate(wildcards.entry)[0]]
         if entry.track != wildcards.track:
             raise KeyError(f"{wildcards.entry} is an entry of track {entry.track}")
         return entry
@@ -237,9 +289,9 @@ class Workflow:
         `curate` names it."""
         entry = self._valid(wildcards)
         sources = entry.dataset.sources if entry and entry.dataset else ()
-        made = self.resources.demo_sources
+        made = {self.resources.demo_source(family) for family in DEMO_FAMILIES}
         paths = [Path(source.path) for source in sources if source.path]
-        return [str(path) for path in paths if path.parent == made or path.exists()]
+        return [str(path) for path in paths if path in made or path.exists()]
 
     def held_against(self, wildcards: Any) -> list[str]:
         """The open stage, where the entry's data must hold none of its instances."""
@@ -260,8 +312,8 @@ class Workflow:
         return self.base_model_manifest(wildcards) if approved else []
 
     def records(self, track_id: str) -> list[str]:
-        """Records of both stages of every entry of a track, the contamination of those with a dataset, and
-        checks that are due."""
+        """Records of both stages of every entry and replicate of a track, the contamination of those with a
+        dataset, and checks that are due."""
         paths = []
         for entry_id, entry in self.active[track_id].items():
             folder, is_due = self.results.entry(track_id, entry_id), self.due(entry_id)
@@ -272,6 +324,10 @@ class Workflow:
             paths += [folder.stage_record(stage) for stage in STAGES]
             if BY_NAME["contamination"] in steps_of(entry):
                 paths.append(folder.contamination)
+            for replicate in self.replicates(folder):
+                self.due(replicate.name)  # finds the barred
+                stages = STAGES if replicate.name not in self.barred else ()
+                paths += [replicate.stage_record(stage) for stage in stages]
         return [str(path) for path in paths]
 
     # --- jobs that share a curation: read, shards of phase 1, join 1, shards of phase 2, …, curate_dataset
@@ -299,7 +355,8 @@ class Workflow:
 
     # --- parameters
 
-    def planned(self, entry_id: str) -> PlannedEntry:
+    def planned(self, name: str) -> PlannedEntry:
+        entry_id, replicate = entry_and_replicate(name)
         return PlannedEntry(
             competition=self.competition,
             rules=self.rules,
@@ -307,6 +364,7 @@ class Workflow:
             file=self.entries.files[entry_id],
             entry_id=entry_id,
             entry=self.entries[entry_id],
+            replicate=replicate,
         )
 
     def settings(self, step: str) -> Callable[[Any], str]:
@@ -363,7 +421,8 @@ class Workflow:
 
     def scored_with(self, track_id: str) -> Made:
         """What a leaderboard of a track is made with."""
-        return Made(settings={"score": fingerprint([self.whole(), self.teams(track_id)])})
+        prizes = [self.rules.prizes.model_dump(mode="json")] if self.rules.prizes else []
+        return Made(settings={"score": fingerprint([self.whole(), self.teams(track_id), *prizes])})
 
     # --- resources
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tests.support.chromium import chromium_page
+from tests.support.chromium import Page, chromium_page
 from tests.support.folder import DEMO_ENTRIES, WorkingFolder
 
 
@@ -79,6 +79,32 @@ def test_the_report_of_a_real_run_opens_in_a_browser_and_sorts(finished: Working
         page.do("location.hash = '#laptop.curated'")
         assert "Training data" in page.do("document.querySelector('.page:target').innerText")
         assert page.complaints == []
+
+
+def test_the_answers_of_a_real_run_are_on_pages_in_the_terminal_and_in_feedback(
+    finished: WorkingFolder,
+) -> None:
+    with chromium_page() as page:
+        page.open(f"file://{finished.path}/results/report/answers/laptop.html#entry=untuned&with=curated")
+        wait_for(page, "document.querySelector('#count').textContent")
+        assert page.do("document.querySelectorAll('#list li').length") == 12, "6 of 2 open scenarios"
+        page.do("document.querySelector('#list a').click()")
+        heads = "[...document.querySelectorAll('#question .columns h3')].map(one => one.innerText)"
+        wait_for(page, f"{heads}.length")
+        assert page.do(heads) == ["untuned", "curated"]
+        assert page.complaints == []
+    closed = finished.run("palio", "answers", "curated", "--stage", "closed")
+    assert closed.returncode == 0, closed.stderr
+    assert "12 answers, 12 questions in the stage" in closed.stdout
+    sent = finished.run("palio", "feedback", "--all", "--out", "feedback")
+    assert sent.returncode == 0, sent.stderr
+    files = {path.name for path in (finished.path / "feedback").iterdir()}
+    assert files == {f"{name}.{kind}" for name in ("curated", "untuned") for kind in ("html", "zip")}
+
+
+def wait_for(page: Page, condition: str) -> None:
+    waiting = "await new Promise(done => setTimeout(done, 50))"
+    page.do(f"(async () => {{ for (let n = 0; n < 200 && !({condition}); n++) {waiting}; }})()")
 
 
 def test_helm_answered_every_instance_of_both_stages(finished: WorkingFolder) -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from palio.serving.model import PooledModel, load_model
+from palio.serving.pooled import Sequences, attend_many
 from palio.serving.process import ServerProcess
 from tests.support.serving import QUESTIONS, complete, engine_of, metric
 from tests.support.training import tiny_base_model
@@ -38,6 +40,33 @@ def test_prompts_together_have_the_probabilities_that_each_has_alone(
         alone = all_logprobs.gather(1, ids[0, 1:, None])[:, 0].cpu()
         together = torch.tensor([token.logprob for token in answer.tokens[1 : ids.shape[1]]])
         torch.testing.assert_close(together, alone, atol=0.05, rtol=0.01)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_one_call_for_many_sequences_computes_what_one_for_each_does(causal: bool) -> None:
+    """Their regions are in no order of the rows, and behind each are rows of others."""
+    torch.manual_seed(0)
+    query = torch.randn(9, 6, 64, dtype=torch.bfloat16)
+    keys, values = torch.randn(2, 100, 2, 64, dtype=torch.bfloat16)
+    found = [(40, 7, [4, 5]), (0, 33, [6, 7, 8]), (60, 12, [0, 1, 2, 3])]
+    results = [
+        attend_many(
+            query[[row for _, _, rows in sorted(found) for row in rows]].to(device),
+            keys.to(device),
+            values.to(device),
+            Sequences(causal, found).call(torch.device(device)),
+            0.1,
+        )
+        for device in ("cpu", "cuda")
+    ]
+    for alone, together in zip(*results, strict=True):
+        torch.testing.assert_close(together.float().cpu(), alone.float(), atol=2e-2, rtol=2e-2)
+
+
+def test_a_model_in_bf16_is_served_from_one_pool(package: Path) -> None:
+    model = load_model(package, "cuda", None)
+    bf16 = AutoModelForCausalLM.from_pretrained(package).dtype == torch.bfloat16
+    assert isinstance(model, PooledModel) == bf16, model.way
 
 
 def test_the_tracks_memory_is_all_that_keys_and_values_get(package: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +58,8 @@ def finished(cluster: Cluster, tiny: Path, tmp_path_factory: pytest.TempPathFact
     with competition.controller(folder, cluster) as snakemake:
         while snakemake.poll() is None:
             assert time.monotonic() - started < 900, competition.output(folder)
-            time.sleep(20)
+            with suppress(subprocess.TimeoutExpired):
+                snakemake.wait(60)
             wide = cluster.environment | {"COLUMNS": "240"}
             statuses.append(folder.run("palio", "status", environment=wide).stdout)
     seconds = time.monotonic() - started

@@ -45,7 +45,7 @@ def test_every_step_is_a_job_on_the_right_partition(finished: Finished) -> None:
         track = next((track for track in TRACKS if wildcards.startswith(f"{track}_")), "")
         assert partition == (track if rule in GPU_RULES else "cpu"), comment
         seen.add(rule)
-    assert seen >= {"check_entry", "curate_dataset", "build_package", "score", "report", *GPU_RULES}
+    assert seen >= {"curate_dataset", "build_package", "score", "report", *GPU_RULES}
 
 
 def test_each_gpu_step_had_one_gpu_and_no_gpu_had_two_steps(finished: Finished) -> None:
@@ -61,10 +61,18 @@ def test_each_gpu_step_had_one_gpu_and_no_gpu_had_two_steps(finished: Finished) 
             assert before.ended <= after.started
 
 
+def test_checks_of_all_entries_take_no_job(finished: Finished) -> None:
+    for folder in (finished.folder.path / "results").glob("*/*"):
+        (check,) = [one for one in read_attempts(EntryFolder.at(folder)) if one.step == "check"]
+        assert check.job is None
+        assert check.state == "finished"
+    assert not any("check_entry" in comment for _, _, comment in finished.jobs.values())
+
+
 def test_steps_without_a_gpu_hold_none(finished: Finished) -> None:
     for folder in (finished.folder.path / "results").glob("*/*"):
         for one in read_attempts(EntryFolder.at(folder)):
-            if one.step in ("check", "curate", "package", "contamination"):
+            if one.step in ("curate", "package", "contamination"):
                 assert one.gpu is None
                 assert one.node == "c1"
 
@@ -101,7 +109,6 @@ def test_what_a_step_cost_besides_its_work_is_told_from_the_records(
     )
     jobs = dict(re.findall(r"(?m)^\| (\w+) \| (\d+) \|", done.stdout))
     assert jobs == {
-        "check_entry": "3",
         "curate_dataset": "2",
         "measure_contamination": "2",
         "finetune": "2",
@@ -109,7 +116,7 @@ def test_what_a_step_cost_besides_its_work_is_told_from_the_records(
         "helm_open": "3",
         "helm_closed": "3",
     }
-    assert re.search(r"\d+ s for the 7 steps of an entry", done.stdout)
+    assert re.search(r"\d+ s for the 6 steps of an entry", done.stdout)
     assert "two at once on one GPU: never" in done.stdout
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from palio.provenance import file_sha256
 from tests.slurm import competition
 from tests.slurm.cluster import Cluster
 
+pytestmark = pytest.mark.slow  # tests/workflow/test_shards.py has the same shards in processes
 DATASET = "results/a100/shared/dataset"
 OPERATIONS = [{"op": op} for op in ("clean_markup", "drop_disagreement", "drop_refusals")]
 

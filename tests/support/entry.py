@@ -74,6 +74,20 @@ def run_stage(
 
     `record` is what `prepare_stage` wrote. There is no model, so tokens are estimated.
     """
+    return serve_stage(stage, record, entry_dir, starts(*toys), engine=engine, probe=probe, **limits)
+
+
+def serve_stage(
+    stage: StageRuns,
+    record: Path,
+    entry_dir: Path,
+    start: StartServer,
+    *,
+    engine: str = "",
+    probe: Probe = UNPROBED,
+    **limits: object,
+) -> StageRecord:
+    """`evaluate` with any server."""
     settings = EvaluateSettings(
         competition_id=stage.competition,
         runs=stage,
@@ -82,4 +96,4 @@ def run_stage(
         probe=probe,
     )
     folder = EntryFolder.at(entry_dir, stage.closed)
-    return evaluate(folder, settings, record, starts(*toys), folder.package, engine)
+    return evaluate(folder, settings, record, start, folder.package, engine)

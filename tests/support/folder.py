@@ -61,13 +61,13 @@ class WorkingFolder:
         return self.run("snakemake", "--profile", "local", *arguments, timeout=timeout)
 
     def plan(self, *arguments: str, profile: str = "local") -> set[tuple[str, str]]:
-        """(rule, entry or "") of every job that a dry run lists."""
+        """(rule, entry, replicate of one, or "") of every job that a dry run lists."""
         done = self.run("snakemake", "--profile", profile, "--dry-run", *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         jobs = set()
         for block in re.split(r"\n(?=(?:local)?rule )", done.stdout + done.stderr):
             if rule := re.match(r"(?:local)?rule (\w+):", block):
-                entry = re.search(r"wildcards:.*\bentry=([\w-]+)", block)
+                entry = re.search(r"wildcards:.*\bentry=([\w/-]+)", block)
                 jobs.add((rule[1], entry[1] if entry else ""))
         return jobs
 

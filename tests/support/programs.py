@@ -48,13 +48,14 @@ def run_command(
     track: dict[str, Any] | None = None,
     isolation: Isolation | None = None,
     replace: bool = False,
+    seed: int | None = None,
 ) -> AdapterManifest:
     """The fine-tuning step with a team's program, in this process."""
     if replace:
         entry.at.adapter_manifest.unlink(missing_ok=True)
     limits = {"cpus": 1, "training_budget": budget, **(track or {})}
     isolation = isolation or Isolation(scratch_gb=0.05, output_gb=0.5, processes=256)
-    return finetune_by_command(program, entry.step(limits, program=program, isolation=isolation))
+    return finetune_by_command(program, entry.step(limits, program=program, isolation=isolation, seed=seed))
 
 
 def start_command(entry: Entry, program: Program, budget: str = "60s") -> subprocess.Popen[str]:

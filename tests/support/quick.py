@@ -29,6 +29,7 @@ from palio.errors import PalioError, RuleViolation
 from palio.files import append_json_line
 from palio.layout import BaseModelFolder, EntryFolder
 from palio.operating.attempt import attempt
+from palio.operating.kept import keep
 from palio.pipeline import BY_NAME, steps_of
 from palio.provenance import write_json
 from palio.settings import RunOptions, StageRuns, StepSettings
@@ -57,7 +58,8 @@ def main() -> None:
     palio.cli.organizer._score = score
     if sys.argv[1] == "report":
         page = Path("results/report/index.html")
-        (page.parent / "figures").mkdir(parents=True, exist_ok=True)
+        for name in ("figures", "answers"):
+            (page.parent / name).mkdir(parents=True, exist_ok=True)
         page.write_text("a report")
         return
     palio.cli.main()
@@ -79,6 +81,7 @@ def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOpti
             path.touch()
         write_json(step.record(folder), {"step": name, "of": made.settings, "from": made.inputs})
         planning.stamp(step, folder, settings, made)
+        keep(step, folder)
         append_json_line(DONE, {"entry": folder.entry_id, "step": name, "made": made.model_dump(mode="json")})
 
 

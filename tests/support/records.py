@@ -45,8 +45,7 @@ def leave_shared_records(workflow: Workflow) -> None:
 def leave_all_records(workflow: Workflow) -> None:
     """Every record of a finished competition, in the order of the steps."""
     leave_shared_records(workflow)
-    for track, entries in workflow.active.items():
-        for entry_id, entry in entries.items():
-            planned, folder = workflow.planned(entry_id), workflow.results.entry(track, entry_id)
-            for step in steps_of(entry):
-                leave_record(step, folder, step.settings.of(planned, step.name), workflow)
+    for folder in workflow.folders():
+        planned = workflow.planned(folder.name)
+        for step in steps_of(planned.entry, replicate=folder.replicate is not None):
+            leave_record(step, folder, step.settings.of(planned, step.name), workflow)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +60,7 @@ RECIPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def write_competition(folder: Path) -> Competition:
     """config/ and results/ of four entries, all finished; `broken` fails its check and is withdrawn."""
     write_demo_sources(folder / "sources", seed=7)
-    entries = folder / "entries"
-    entries.mkdir()
-    for name in (*RIGHT, "broken"):
-        content: dict[str, Any] = {
-            "team": f"Contrada of {name}",
-            "track": "laptop",
-            "title": HOSTILE if name == "raw" else f"The entry {name}",
-            "base_model": {"path": "/models/base"},
-        }
-        if name in RECIPES:
-            sources = [
-                {"path": str(folder / f"sources/{one}.jsonl"), "licence": "CC0-1.0"}
-                for one in RECIPES[name][0]
-            ]
-            content |= {"dataset": {"sources": sources}, "finetune": {}}
-        (entries / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    write_entries(folder, [*RIGHT, "broken"], RECIPES)
     for name in RIGHT:
         leave_entry(folder, name)
     failure = StepFailure(
@@ -87,13 +73,35 @@ def write_competition(folder: Path) -> Competition:
     return competition(folder)
 
 
+def write_entries(folder: Path, names: Iterable[str], trained: Container[str] = ()) -> None:
+    (folder / "entries").mkdir(exist_ok=True)
+    for name in names:
+        content: dict[str, Any] = {
+            "team": f"Contrada of {name}",
+            "track": "laptop",
+            "title": HOSTILE if name == "raw" else f"The entry {name}",
+            "base_model": {"path": "/models/base"},
+        }
+        if name in trained:
+            sources = [
+                {"path": str(folder / f"sources/{one}.jsonl"), "licence": "CC0-1.0"}
+                for one in RECIPES.get(name, RECIPES["raw"])[0]
+            ]
+            content |= {"dataset": {"sources": sources}, "finetune": {}}
+        (folder / f"entries/{name}.yaml").write_text(yaml.safe_dump(content))
+
+
 def competition(folder: Path, **changes: Any) -> Competition:
+    return load_competition(competition_content(folder, **changes))
+
+
+def competition_content(folder: Path, **changes: Any) -> dict[str, Any]:
     def stage(name: str, weight: str) -> dict[str, Any]:
         scenarios = {
             one: {
                 "run_entries": "x.conf",
                 "max_eval_instances": QUESTIONS,
-                "metrics": {"exact match": {"metric": "em"}},
+                "metrics": {"exact match": {"metric": "em", "higher_is_better": True}},
             }
             for one in SCENARIOS[name]
         }
@@ -110,21 +118,25 @@ def competition(folder: Path, **changes: Any) -> Competition:
         "tracks": {"laptop": track},
         "stages": {"open": stage("open", "1/3"), "closed": stage("closed", "2/3")},
     }
-    return load_competition(content | changes)
+    return content | changes
 
 
-def leave_entry(folder: Path, name: str) -> None:
-    """What check, curate, finetune, package and both stages leave of one entry."""
+def leave_entry(folder: Path, name: str, *, trained: bool = True) -> None:
+    """What check, curate, finetune, package and both stages leave of one entry.
+
+    Without `trained` it is a base model as it is.
+    """
+    trained = trained and name in RECIPES
     at = folder / "results/laptop" / name
     where = {"competition": "demo", "track": "laptop", "entry": name}
     write_json(at / "check.json", {})
-    if name in RECIPES:
+    if trained:
         families, operations = RECIPES[name]
         given = recipe(
             [{"path": str(folder / f"sources/{one}.jsonl")} for one in families], *operations, seed=1
         )
         dataset = curate(given, at / "dataset")
-        _leave_training(at, where, dataset.sha256, dataset.rows)
+        _leave_training(at, where, dataset.sha256, dataset.rows, seconds=18.0 * len(families))
         scenarios = {stage: dict.fromkeys(names, QUESTIONS) for stage, names in SCENARIOS.items()}
         seen = {
             stage: {one: 2 if one == families[0] else 0 for one in names}
@@ -137,18 +149,20 @@ def leave_entry(folder: Path, name: str) -> None:
         **where,
         base_model="base",
         base_model_fingerprint="b" * 64,
-        adapter_fingerprint="a" * 64 if name in RECIPES else None,
+        adapter_fingerprint="a" * 64 if trained else None,
         dtype="float32",
         parameters=134_515_008,
-        max_logit_difference=8e-5 if name in RECIPES else None,
+        max_logit_difference=8e-5 if trained else None,
         files={"model.safetensors": name},
     ).write(at / "package.json")
     RunFacts(seconds=9.5, started="2026-01-01T00:00:00Z", host="node").write(at / "package.run.json")
     for stage in SCENARIOS:
-        leave_stage(at, where | {"stage": stage}, RIGHT[name][stage])
+        leave_stage(at, where | {"stage": stage}, RIGHT.get(name, RIGHT["raw"])[stage])
 
 
-def _leave_training(at: Path, where: dict[str, str], dataset: str, rows: int, steps: int = 40) -> None:
+def _leave_training(
+    at: Path, where: dict[str, str], dataset: str, rows: int, *, seconds: float, steps: int = 40
+) -> None:
     AdapterManifest(
         **where,
         fingerprint="a" * 64,
@@ -180,7 +194,7 @@ def _leave_training(at: Path, where: dict[str, str], dataset: str, rows: int, st
     ]
     pq.write_table(pa.Table.from_pylist(telemetry, TELEMETRY_SCHEMA), at / "train.parquet")
     training = TrainingFacts(
-        training_seconds=72.0,
+        training_seconds=seconds,
         energy_joules=None,
         memory_cap_gb=None,
         device="cpu",

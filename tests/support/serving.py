@@ -15,6 +15,8 @@ from palio.serving.process import ServerProcess
 from palio.serving.request import Completion, Request
 from palio.serving.transformers_engine import TransformersEngine
 
+VLLM = Path(__file__).parents[2] / ".vllm" / "bin"
+"""Where `make vllm-env` installs vLLM."""
 SHOTS = "".join(f"Question: What is {n} plus {3 * n}?\nAnswer: {4 * n}\n\n" for n in range(12))
 QUESTIONS = [f"{SHOTS}Question: What is {7 * n} plus {n + 5}?\nAnswer:" for n in range(6)]
 """Prompts as HELM makes them: the same examples, then each its own question."""

@@ -33,7 +33,9 @@ from palio.settings import FinetuneSettings, PackageSettings, RunOptions, slice_
 from palio.training.step import TrainingStep
 
 
-def tiny_base_model(out: Path, tokenizer_of: Path, dtype: torch.dtype = torch.float32) -> Path:
+def tiny_base_model(
+    out: Path, tokenizer_of: Path, dtype: torch.dtype = torch.float32, head_dim: int = 8
+) -> Path:
     """A two-layer Llama of random weights with the tokenizer of the model folder `tokenizer_of`."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     config = LlamaConfig(
@@ -43,6 +45,7 @@ def tiny_base_model(out: Path, tokenizer_of: Path, dtype: torch.dtype = torch.fl
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
@@ -143,10 +146,10 @@ class Entry:
 
     def package(self, *, adapter: bool = True) -> PackageManifest:
         from palio.packaging.package import build_package
-        from palio.serving.model import way_of
+        from palio.serving.model import serving_of
 
         settings = PackageSettings(competition_id="c", base_model_id=self.base.name, adapter=adapter)
-        return build_package(self.at, settings, BaseModelFolder(self.base), way_of)
+        return build_package(self.at, settings, BaseModelFolder(self.base), serving_of)
 
     def start(
         self, *, budget: str = "600s", track: dict[str, Any] | None = None, **recipe: Any

@@ -127,7 +127,8 @@ LEVELS = (
     {"base_model", "causal_model", "demo", "gpu", "heartbeat", "quantization", "sandbox"}
     | {"tensors", "tokens", "vllm"},
     {"curation", "training", "packaging", "serving", "evaluation", "eligibility", "scoring", "report"},
-    {"neurips2023", "release", "operating", "participant", "planning", "workflow", "steps"},
+    {"answers", "feedback", "neurips2023", "release", "operating", "participant", "planning"}
+    | {"workflow", "steps"},
     {"cli"},
 )
 """Packages and modules of `palio`, from the lowest level up: each imports lower ones only."""

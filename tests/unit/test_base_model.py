@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import stat
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from sentencepiece import SentencePieceTrainer
 from transformers import (
     AutoModelForCausalLM,
@@ -22,9 +24,10 @@ from transformers import (
 
 from palio.base_model import fetch_base_model
 from palio.config import BaseModelSource
-from palio.errors import BadInput, Crashed
+from palio.errors import BadInput, Crashed, RuleViolation
 from palio.provenance import file_sha256, folder_sha256
 from palio.records import BaseModelManifest, read_record
+from palio.sandbox import process, unpickle
 from palio.tokens import complete_tokenizer
 from tests.unit.test_tokens import MISTRAL, NAMES
 
@@ -102,17 +105,101 @@ def test_path_model_takes_no_space_and_leaves_pickles_and_code_behind(tiny: Path
     assert ours.stat().st_ino == theirs.stat().st_ino
 
 
-def test_pickled_weights_alone_are_refused_by_name(tiny: Path, tmp_path: Path) -> None:
-    (tiny / "model.safetensors").rename(tiny / "pytorch_model.bin")
-    with pytest.raises(BadInput, match=r"pytorch_model\.bin: pickled weights are refused"):
+def pickled(folder: Path) -> dict[str, torch.Tensor]:
+    """Leave the folder's weights in two pickles alone, of the old format and the new; return them.
+
+    As transformers saved them long ago: masks beside the weights, tied tensors in one memory.
+    """
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    state = weights | {"causal_mask": torch.ones(2, 2, dtype=torch.bool)}
+    names = [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
+    files = {key: names[n % 2] for n, key in enumerate(state)}
+    for new, name in enumerate(names):
+        part = {key: tensor for key, tensor in state.items() if files[key] == name}
+        torch.save(part, folder / name, _use_new_zipfile_serialization=bool(new))
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return weights
+
+
+def test_pickled_weights_alone_are_converted_with_both_hashes_on_record(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, out = pickled(tiny), tmp_path / "out"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub_cache(tmp_path / "hub", tiny, "a" * 40)
+    manifest = fetch_base_model(BaseModelSource(hub="acme/tiny@" + "a" * 40), out)
+    assert manifest.pickled == {path.name: file_sha256(path) for path in tiny.glob("*.bin")}
+    assert len(manifest.pickled) == 2
+    assert manifest.files == folder_sha256(out / "model")
+    assert not [name for name in manifest.files if "pytorch" in name]
+    files = (out / "model").glob("*.safetensors")
+    found = {key: tensor for path in files for key, tensor in load_file(path).items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    model = LlamaForCausalLM.from_pretrained(out / "model", dtype="auto")
+    assert torch.equal(model.model.embed_tokens.weight, expected["model.embed_tokens.weight"])
+
+
+def test_a_part_of_converted_weights_does_not_grow_with_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpickle, "PART", 100)
+    weights = {f"{n}.weight": torch.full((5, 2), float(n)) for n in range(8)}
+    unpickle.write(weights, tmp_path, 1)
+    files = sorted(tmp_path.iterdir())
+    assert [len(load_file(path)) for path in files] == [3, 3, 2]
+    assert {key for path in files for key in load_file(path)} == set(weights)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, ("touch /tmp/palio-was-here",)
+
+
+def test_a_pickle_that_holds_code_is_refused_by_what_it_asks_for(tiny: Path, tmp_path: Path) -> None:
+    (tiny / "model.safetensors").unlink()
+    torch.save({"a": Evil()}, tiny / "pytorch_model.bin")
+    line = r"pytorch_model\.bin asks for posix\.system, which is no tensor; give a safetensors model"
+    with pytest.raises(RuleViolation, match=line):
         fetch_base_model(BaseModelSource(path=str(tiny)), tmp_path / "out")
+    assert not Path("/tmp/palio-was-here").exists()
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ({"model": {"a": torch.ones(2)}}, "pytorch_model.bin holds more than named tensors"),
+        ([torch.ones(2)], "pytorch_model.bin holds more than named tensors"),
+        (None, "pytorch_model.bin: "),
+    ],
+)
+def test_a_pickle_of_anything_but_named_tensors_is_refused(
+    tmp_path: Path, content: object, line: str
+) -> None:
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(b"\x80torn") if content is None else torch.save(content, file)
+    with pytest.raises(SystemExit) as refusal:
+        unpickle.read(file)
+    assert str(refusal.value).startswith(line)
+
+
+def test_pickled_weights_are_not_opened_on_a_machine_that_cannot_confine(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pickled(tiny)
+    monkeypatch.setattr(process, "command_line", lambda *_, **__: ["no-such-bwrap"])
+    with pytest.raises(Crashed, match=r"in a sandbox only: .*cannot confine a program"):
+        fetch_base_model(BaseModelSource(path=str(tiny)), tmp_path / "out")
 
 
 def test_a_missing_shard_is_refused(tiny: Path, tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (tiny / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(BadInput, match="no complete safetensors"):
+    with pytest.raises(BadInput, match="has no complete weights"):
         fetch_base_model(BaseModelSource(path=str(tiny)), tmp_path / "out")
 
 

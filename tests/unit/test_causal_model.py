@@ -36,8 +36,12 @@ from transformers import (
     MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -66,6 +70,9 @@ SUPPORTED: dict[str, Callable[[], Any]] = {
     "bloom": lambda: BloomForCausalLM(
         BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)
     ),
+    "rwkv": lambda: RwkvForCausalLM(
+        RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, rescale_every=0)
+    ),
     "mamba": lambda: MambaForCausalLM(
         MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, state_size=4)
     ),
@@ -88,6 +95,10 @@ UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "bert": (lambda: BertForMaskedLM(BertConfig(**SIZE)), "bert: is an encoder, whose attention"),
     "roberta": (lambda: RobertaForMaskedLM(RobertaConfig(**SIZE)), "roberta: is an encoder, whose attention"),
+    "rwkv": (
+        lambda: RwkvForCausalLM(RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)),
+        "rwkv: rescales its weights for inference in place",
+    ),
     "llama without a head": (
         lambda: LlamaModel(LlamaConfig(**SIZE)),
         r"llama: lacks 1 weights of LlamaForCausalLM \(lm_head.weight\), which would be random",
@@ -199,6 +210,7 @@ LAYERS: dict[str, Callable[[], Any]] = {
     "gpt2": SUPPORTED["gpt2"],
     "mamba": SUPPORTED["mamba"],
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**MIXTRAL)),
+    "phimoe": lambda: PhimoeForCausalLM(PhimoeConfig(**MIXTRAL)),
     "falcon": lambda: FalconForCausalLM(
         FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     ),
@@ -221,9 +233,19 @@ LAYERS: dict[str, Callable[[], Any]] = {
         (
             "mamba",
             {"method": "lora"},
-            r"target_modules is 'all-linear': peft: .*out_proj.*; name some of .*x_p",
+            r"target_modules is 'all-linear': peft: .*out_proj.*; name some of dt_proj, in_proj, x_proj$",
         ),
         ("mamba", {"method": "lora", "target_modules": ["x_proj"]}, None),
+        (
+            "mamba",
+            {"target_modules": ["out_proj"]},
+            r"\('out_proj',\): LoRA cannot adapt out_proj .*; name some",
+        ),
+        (
+            "phimoe",
+            {"method": "lora"},
+            r"PhimoeTopKRouter \(router\) returns more than a matrix product; name .*q_proj, v_proj$",
+        ),
         ("mamba", {"method": "full"}, None),
         ("gpt2", {"target_modules": ["lm_head"]}, r"ties the weights of lm_head .*; remove lm_head"),
         ("gpt2", {"modules_to_save": ["wte"]}, r"modules_to_save is .* ties the weights of wte"),

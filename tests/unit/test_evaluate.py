@@ -8,14 +8,16 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from palio.answers.reading import helm_folder
 from palio.config import Probe
 from palio.errors import Crashed, RuleViolation, State
 from palio.evaluation.evaluate import UsedTime, Watch
-from palio.evaluation.helm import log_error, public_error
+from palio.evaluation.helm import instance_answers, log_error, public_error, run_folders
+from palio.evaluation.journal import JournalReader
 from palio.evaluation.stage import StagePlan, prepare_stage
 from palio.heartbeat import HeartbeatWriter, read_heartbeat
 from palio.layout import EntryFolder, HelmFolder
-from palio.records import ProbeReport, StageRecord, read_record
+from palio.records import PackageManifest, ProbeReport, StageRecord, read_record
 from palio.settings import StageRuns
 from tests.support.entry import packaged_entry, run_stage, scenario
 from tests.support.toy import Toy
@@ -119,7 +121,28 @@ def test_another_engine_is_asked_everything_again(stage: StageRuns, tmp_path: Pa
 
 def test_a_server_that_ignores_stop_sequences_is_cut_and_counted(stage: StageRuns, tmp_path: Path) -> None:
     toy = Toy("ignores stops", answer=lambda prompt: "one two\nand more")
-    assert run(stage, packaged_entry(tmp_path), toy).completions_cut == SMALL + LARGE
+    entry_dir = packaged_entry(tmp_path)
+    assert run(stage, entry_dir, toy).completions_cut == SMALL + LARGE
+
+    runs = helm_folder(EntryFolder.at(entry_dir), "open")
+    cut = frozenset(answer.key for answer in JournalReader(runs.journal).answers() if answer.cut)
+    read = [one for folder in run_folders(runs) for one in instance_answers(folder, cut)]
+    assert len(read) == SMALL + LARGE, "people read what HELM wrote"
+    assert {(reply.text.strip(), reply.cut) for one in read for reply in one.replies if reply.text} == {
+        ("one two", True)
+    }
+    marks = [{value for (name, *_), value in one.values.items() if name == "exact_match"} for one in read]
+    assert marks == [{0}] * len(read)
+    assert all(any(reference.correct for reference in one.references) for one in read)
+
+
+def test_a_package_of_less_context_is_shown_fewer_examples(stage: StageRuns, tmp_path: Path) -> None:
+    """Its server would cut the end of the prompt, which is the question."""
+    entry_dir = packaged_entry(tmp_path)
+    package = read_record(PackageManifest, entry_dir / "package.json")
+    package.model_copy(update={"context": 240}).write(entry_dir / "package.json")
+    runs = {each.scenario: each for each in run(stage, entry_dir, Toy("short of room")).runs}
+    assert runs["variable_substitution"].prompts_short > LARGE // 2
 
 
 def test_a_server_that_does_not_conform_is_named_before_helm_starts(stage: StageRuns, tmp_path: Path) -> None:

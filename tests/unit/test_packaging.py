@@ -88,6 +88,7 @@ def test_the_manifest_names_the_lineage_and_every_file(trained: Entry) -> None:
     assert manifest.dtype == "float32"
     model = AutoModelForCausalLM.from_pretrained(trained.folder / "package")
     assert manifest.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert manifest.context == model.config.max_position_embeddings
     assert manifest.max_logit_difference is not None
     assert manifest.max_logit_difference <= TOLERANCE
     card = (trained.folder / "package" / "README.md").read_text()
@@ -128,16 +129,39 @@ def test_a_fully_fine_tuned_model_is_packaged_as_it_is(tiny: Path, tmp_path: Pat
     assert {"tokenizer.json", "config.json", "README.md"} <= manifest.files.keys()
 
 
+def edited(base: Path, target: Path, *names: str, **keys: object) -> Path:
+    """Copy a base model, some of its JSON files with other keys."""
+    shutil.copytree(base, target)
+    for name in names:
+        add(target / "model" / name, **keys)
+    manifest = read_record(BaseModelManifest, target / "manifest.json")
+    files = folder_sha256(target / "model")
+    manifest.model_copy(update={"files": files}).write(target / "manifest.json")
+    return target
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_code_named_beside_a_family_that_transformers_knows_is_left_out_of_the_package(
+    tiny: Path, tmp_path: Path, adapter: bool
+) -> None:
+    code = {"AutoModelForCausalLM": "modeling_llama.Evil", "AutoTokenizer": ["tokenization_llama.Evil", None]}
+    base = edited(tiny, tmp_path / "base", "config.json", "tokenizer_config.json", auto_map=code)
+    entry = Entry.create(tmp_path / "e", base)
+    if adapter:
+        entry.finetune(max_steps=1)
+    package(entry, adapter=adapter)
+    found = verify_package(entry.folder / "package", load=False)
+    assert [one.state for one in found if one.check == "no code"] == ["pass"]
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in json.loads((entry.folder / "package" / name).read_text())
+        assert "auto_map" in json.loads((base / "model" / name).read_text())
+
+
 @pytest.mark.parametrize("named", [None, 5, [5, 6]])
 def test_a_package_stops_at_the_trained_end_token_whatever_the_base_model_names(
     tiny: Path, tmp_path: Path, named: object
 ) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny, base)
-    for name in ("config.json", "generation_config.json"):
-        add(base / "model" / name, eos_token_id=named)
-    manifest = read_record(BaseModelManifest, base / "manifest.json")
-    manifest.model_copy(update={"files": folder_sha256(base / "model")}).write(base / "manifest.json")
+    base = edited(tiny, tmp_path / "base", "config.json", "generation_config.json", eos_token_id=named)
     entry = Entry.create(tmp_path / "e", base)
     entry.finetune(max_steps=1)
     package(entry)

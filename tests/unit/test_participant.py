@@ -5,23 +5,40 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import (
+    BertConfig,
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+)
 
 from palio.config import FinetuneRecipe, Track, load_competition, load_entry
-from palio.errors import BadInput
+from palio.errors import BadInput, OutOfMemory
+from palio.evaluation.helm.folder import CONTEXT_TOKENS
 from palio.layout import Project
-from palio.participant.estimate import Estimate, Measured, estimate, rows_of
+from palio.participant.estimate import Estimate, Measured, Shape, estimate, rows_of
+from palio.participant.preview import preview
 from palio.participant.rehearsal import small_competition, small_entry, write_head
 from palio.records import Cell, Column
 from palio.scoring.leaderboard import Candidate, score
 from palio.scoring.panel import panel_of, placed
+from palio.serving.model import GPU_SPARE, cache_tokens, context_of
+from palio.tensors import cache_bytes, meta_model
 from tests.support.folder import WorkingFolder
 from tests.support.training import tiny_base_model
+from tests.unit.test_tokens import byte_level
 
 
 @pytest.fixture
@@ -173,6 +190,7 @@ def test_the_whole_run_in_small_ends_with_a_place_and_an_estimate(
     assert done.returncode == 0, done.stdout + done.stderr
     told = done.stdout
     assert "check: clean" in told
+    assert "base model: llama, " in told
     assert "package: pass     files:" in told
     assert "checks passed" in told
     assert "open: pattern_match, exact match:" in told
@@ -255,9 +273,123 @@ def test_a_panel_of_other_columns_is_refused() -> None:
         placed(panel_of(board()), COLUMNS[1:], [Cell(value=0.6, n=4)], "mine")
 
 
+# --- the base model without its weights --------------------------------------------------------------------
+
+LLAMA = LlamaConfig(
+    vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131_072,
+    bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+TODAYS: dict[str, tuple[PretrainedConfig, int, bool]] = {
+    "Llama-3.1-8B": (LLAMA, 8_030_261_248, False),
+    "Qwen2.5-7B": (
+        Qwen2Config(
+            vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28,
+            num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=131_072,
+        ),
+        7_615_616_512,
+        False,
+    ),
+    "Gemma-2-9B": (
+        Gemma2Config(
+            vocab_size=256_000, hidden_size=3584, intermediate_size=14_336, num_hidden_layers=42,
+            num_attention_heads=16, num_key_value_heads=8, head_dim=256, max_position_embeddings=8192,
+            tie_word_embeddings=True,
+        ),
+        9_241_705_984,
+        True,
+    ),
+    "Phi-4-mini": (
+        Phi3Config(
+            vocab_size=200_064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
+            num_attention_heads=24, num_key_value_heads=8, max_position_embeddings=131_072,
+            tie_word_embeddings=True,
+        ),
+        3_836_021_760,
+        False,
+    ),
+}  # fmt: skip
+"""Config, published number of parameters, and whether a request of the whole context fits on 24 GB."""
+
+
+@pytest.mark.parametrize("name", TODAYS)
+def test_models_of_today_are_served_on_24_gb_with_the_context_of_the_competition(
+    name: str, tmp_path: Path
+) -> None:
+    config, parameters, whole = TODAYS[name]
+    config.save_pretrained(tmp_path)
+    assert meta_model(tmp_path).num_parameters() == parameters
+    left = 24 * (1 - GPU_SPARE) - 2 * parameters / 1e9
+    served = SimpleNamespace(context=CONTEXT_TOKENS, token_bytes=cache_bytes(config, 2))
+    assert cache_tokens(served, left, None) >= CONTEXT_TOKENS
+    served.context = context_of(config)
+    with nullcontext() if whole else pytest.raises(OutOfMemory, match="one sequence of 131072 tokens needs"):
+        cache_tokens(served, left, None)
+
+
+def without_weights(folder: WorkingFolder, config: PretrainedConfig) -> str:
+    """An approved base model of which there is config and tokenizer only; returns the entry's file."""
+    model = folder.path / "model"
+    config.save_pretrained(model)
+    byte_level("<|begin|>", "<|end|>").save_pretrained(model)
+    folder.edit_yaml(
+        "config/rulesets/demo.yaml", lambda rules: rules["base_models"][0]["sources"].append(f"path:{model}")
+    )
+    file = "config/entries/demo/drago.yaml"
+    folder.run("palio", "new", file, "--team", "Drago", "--base-model", f"path:{model}")
+    return file
+
+
+def test_a_base_model_is_described_from_config_and_tokenizer_alone(folder: WorkingFolder) -> None:
+    file = without_weights(folder, LLAMA)
+    folder.edit_entry("drago", lambda entry: entry["finetune"].update(method="qlora", batch_size=2))
+    told = folder.run("palio", "try", file, "--dry-run")
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.splitlines() == [
+        "check: clean",
+        "base model: llama, 8.03 B parameters, 128256 tokens; context: 2048 of its 131072 tokens",
+        "tokens: before a prompt <|begin|>, after an answer <|end|>",
+        "qlora: 87% of the parameters are quantized",
+        "qlora: 41.94 M parameters are trained",
+        "training: about 32.8 GB for weights and optimizer, up to 49.3 GB for a pass of 2 rows of 2048 "
+        "tokens; the track has 6 GB",
+        "serving: about 32.1 GB for weights, 0.54 GB for a request of 2048 tokens; the track has 6 GB",
+    ]
+    assert not (folder.path / "try").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "recipe", "line"),
+    [
+        (BertConfig(vocab_size=400), {}, "bert: is an encoder"),
+        (FalconConfig(vocab_size=400), {"method": "qlora"}, "leaves .* in FalconLinear as they are"),
+        (GPT2Config(vocab_size=400), {"target_modules": ["lm_head"]}, "ties the weights of lm_head"),
+    ],
+)
+def test_what_palio_cannot_train_is_refused_without_the_weights(
+    folder: WorkingFolder, config: PretrainedConfig, recipe: dict, line: str
+) -> None:
+    entry = load_entry(Path(without_weights(folder, config)))
+    assert entry.finetune is not None
+    tried = entry.model_copy(update={"finetune": FinetuneRecipe.model_validate(recipe)})
+    with pytest.raises(BadInput, match=line):
+        list(preview(tried, track(gpu_memory_gb=24)))
+
+
+def test_memory_on_a_gpu_is_that_of_quantized_weights(folder: WorkingFolder) -> None:
+    entry = load_entry(Path(without_weights(folder, LLAMA)))
+    recipe = FinetuneRecipe(method="qlora", batch_size=2, gradient_checkpointing=True)
+    told = list(preview(entry.model_copy(update={"finetune": recipe}), track(gpu_memory_gb=24)))
+    assert told[-2:] == [
+        "training: about 6.4 GB for weights and optimizer, up to 5.3 GB for a pass of 2 rows of 2048 "
+        "tokens; the track has 24 GB",
+        "serving: about 16.1 GB for weights, 0.27 GB for a request of 2048 tokens; the track has 24 GB",
+    ]
+
+
 # --- the estimate ----------------------------------------------------------------------------------------
 
-MISTRAL = {"hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 32000}
+MISTRAL = Shape(hidden=4096, layers=32, vocabulary=32000)
 MEASURED = Measured(
     parameters=7_241_732_096,
     trained_parameters=335_544_320,

@@ -33,7 +33,14 @@ from tests.support.folder import WorkingFolder
 from tests.support.records import leave_payload, leave_record, leave_shared_records
 
 ENTRIES = ("curated", "raw", "untuned")
-MOMENTS = ("before", "outputs deleted", "payload replaced", "record not stamped", "after")
+MOMENTS = (
+    "before",
+    "outputs deleted",
+    "payload replaced",
+    "record not stamped",
+    "outputs deleted in its last seconds",
+    "after",
+)
 """Where in a step a controller may die."""
 
 
@@ -163,9 +170,7 @@ class Night:
         settings_ = step.settings.of(self.entries[entry], step.name)
         moment("before")
         self.ran.append(key)
-        for path in (step.record(folder), *step.payload(folder)):
-            if path.is_file():
-                path.unlink()  # Snakemake, of declared outputs
+        self._delete_outputs(step, folder)
         moment("outputs deleted")
         if any(not path.suffix for path in step.payload(folder)):
             self.replaced.add(key)
@@ -184,7 +189,17 @@ class Night:
             assert self.last.get(key) != made, f"{key} ran twice for the same settings"
         self.replaced.discard(key)
         self.last[key] = made
+        keep(step, folder)
+        if dies_at == "outputs deleted in its last seconds":
+            self._delete_outputs(step, folder)
+        moment("outputs deleted in its last seconds")
         moment("after")
+
+    def _delete_outputs(self, step: Step, folder: EntryFolder) -> None:
+        """As Snakemake does with declared outputs, before a job and when it is cancelled."""
+        for path in (step.record(folder), *step.payload(folder)):
+            if path.is_file():
+                path.unlink()
 
     # --- what must be true in the morning
 

@@ -146,8 +146,16 @@ def test_a_release_that_was_changed_is_found(
 @pytest.mark.parametrize(
     "leak", [CLOSED_TEXT, "token: hf_" + "aB3dE5fG7h" * 3, "-----BEGIN RSA PRIVATE KEY-----"]
 )
-@pytest.mark.parametrize("file", ["results/report/index.html", "results/laptop/curated/dataset/card.md"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "results/report/index.html",
+        "results/report/answers/laptop/questions/0.js",
+        "results/laptop/curated/dataset/card.md",
+    ],
+)
 def test_a_closed_text_or_a_credential_stops_the_release(folder: Path, file: str, leak: str) -> None:
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
     with (folder / file).open("a") as stream:
         stream.write(f"<p>{leak}</p>\n")
     with pytest.raises(Leak, match=file) as stopped:

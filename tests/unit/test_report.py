@@ -15,8 +15,17 @@ from PIL import Image
 
 from palio.config import Competition
 from palio.layout import Boards, Results
-from palio.records import AdapterManifest, Leaderboard, PackageManifest, StageRecord, StepFailure, read_record
+from palio.records import (
+    AdapterManifest,
+    Analysis,
+    Leaderboard,
+    PackageManifest,
+    StageRecord,
+    StepFailure,
+    read_record,
+)
 from palio.report.build import build_report, read_board
+from palio.report.figures import frontier
 from palio.report.files import dropped_rows
 from tests.support.report import RECIPES, RIGHT, score_competition, write_competition
 
@@ -143,6 +152,45 @@ def test_what_a_team_s_own_program_does_not_tell_is_left_out(tmp_path: Path) -> 
 # --- the whole page --------------------------------------------------------------------------------------
 
 
+def test_a_prize_is_green_only_if_no_choice_decides_it_and_its_neighbors_can_be_told_apart(
+    folder: Path, page: str
+) -> None:
+    cards = re.findall(r'<li class="(holds|depends)">(.*?)</li>', page, flags=re.DOTALL)
+    shown = {re.sub(r"<[^>]*>", "", text).split()[1]: (kind, text) for kind, text in cards}
+    assert {name: kind for name, (kind, _) in shown.items()} == {
+        "curated": "holds",
+        "raw": "depends",
+        "open_only": "depends",
+    }
+    analysis = read_record(Analysis, folder / "results/leaderboard/laptop.analysis.json")
+    assert analysis.robustness is not None
+    first, second, third = analysis.robustness.verdicts
+    assert (first.stable, second.stable, third.stable) == (True, True, False)
+    above, below = analysis.neighbours_of("raw")
+    assert (above.separated, below.separated) == (True, False), "stable, and still no sure second place"
+    assert "! cannot be told apart from a neighbor" in shown["raw"][1]
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", shown["raw"][1]))
+    assert re.search(r"Below curated with probability 1\.00: these 160 questions tell them apart\.", text)
+    assert re.search(r"Above open_only with probability 0\.\d\d: 160 questions do not tell them apart;", text)
+    assert not analysis.model_copy(update={"uncertainty": None}).holds(first), "unknown is not sure"
+
+
+def test_the_frontier_is_who_got_as_far_for_less() -> None:
+    points = [(3.0, 0.9), (1.0, 0.2), (2.0, 0.2), (2.0, 0.6), (4.0, 0.8), (3.0, 0.9)]
+    assert frontier(points) == [1, 3, 0, 5]
+    assert frontier([]) == []
+
+
+def test_efficiency_is_drawn_for_what_is_known_of_two_entries(folder: Path) -> None:
+    drawn = (folder / "results/report/figures/laptop-efficiency.svg").read_text()
+    assert "hours of training" in drawn
+    assert "million parameters" in drawn
+    assert "kWh" not in drawn, "nothing was metered"
+    assert "open_only: 0.01 hours of training, final score" in drawn
+    labels = re.findall(r'font-weight="600">(\w+)</text>', drawn)
+    assert labels == ["open_only", "curated", "curated"], "the frontier of each panel by name"
+
+
 def test_no_link_and_no_source_leads_out_of_the_page(page: str) -> None:
     addresses = re.findall(r'<[^>]*(?:href|src|action)="([^"]*)"', page)
     assert addresses
@@ -219,7 +267,7 @@ def test_an_analysis_of_another_leaderboard_is_not_shown(folder: Path, tmp_path:
 
 # --- figures ---------------------------------------------------------------------------------------------
 
-KINDS = ("open-vs-closed", "rank-intervals", "win-rates", "leave-one-out", "budget-use")
+KINDS = ("efficiency", "open-vs-closed", "rank-intervals", "win-rates", "leave-one-out", "budget-use")
 
 
 def test_figures_lie_beside_the_page_as_svg_and_png(folder: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from palio.layout import Boards, Results
 from palio.report.build import build_report
 from tests.support.chromium import Page, chromium_page
+from tests.support.page import contrast_faults, outside_of
 from tests.support.report import HOSTILE, score_competition, write_competition
 
 
@@ -119,37 +120,31 @@ def test_what_an_entry_wrote_is_shown_and_never_run(page: Page) -> None:
 
 
 @pytest.mark.parametrize("hash_", ["", "#laptop.curated", "#laptop.broken"])
-def test_a_phone_scrolls_down_only(page: Page, address: str, hash_: str) -> None:
+def test_on_a_phone_every_table_and_figure_is_read_without_moving_sideways(
+    page: Page, address: str, hash_: str
+) -> None:
+    page.open(address + hash_, width=400, height=800)
+    page.do("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert outside_of(page, 400) == []
     page.open(address + hash_, width=360, height=740)
     assert page.do("document.documentElement.scrollWidth") == 360
 
 
-CONTRAST = """
-(() => {
-  const parse = (text) => [...text.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
-  const light = (c) => {
-    const part = (v) => (v <= 10 ? v / 3294.6 : ((v / 255 + 0.055) / 1.055) ** 2.4);
-    const [r, g, b] = c.map(part);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = (node) => {
-    for (let at = node; at; at = at.parentElement) {
-      const color = parse(getComputedStyle(at).backgroundColor);
-      if (color[3] === 1) return color;
-    }
-  };
-  const bad = new Set();
-  for (const node of document.querySelectorAll("body *")) {
-    const own = [...node.childNodes].some((one) => one.nodeType === 3 && one.textContent.trim());
-    if (!own || ["SCRIPT", "STYLE", "title"].includes(node.tagName)) continue;
-    const style = getComputedStyle(node);
-    const ink = parse(node.closest("svg") ? style.fill : style.color);
-    const [x, y] = [light(ink), light(behind(node))].sort((a, b) => b - a);
-    if ((x + 0.05) / (y + 0.05) < 4.5) bad.add(`${node.tagName} ${ink} ${node.textContent.slice(0, 30)}`);
-  }
-  return [...bad];
-})()
-"""
+def test_a_stacked_row_names_its_columns_and_sorts(page: Page, address: str) -> None:
+    page.open(address, width=400, height=800)
+    told = f"getComputedStyle({BOARD}.tBodies[0].rows[0].cells[3], '::before').content"
+    assert page.do(told) == '"final score"'
+    click_head(page, "open")
+    assert order(page)[0] == "open_only"
+
+
+def test_a_wide_screen_has_tables_as_tables_and_each_figure_once(page: Page) -> None:
+    assert page.do(f"getComputedStyle({BOARD}.tBodies[0].rows[0]).display") == "table-row"
+    shown = (
+        "[...document.querySelectorAll('.overview figure svg')].filter(one => one.getClientRects().length)"
+    )
+    names = page.do(f"{shown}.map(one => one.ariaLabel)")
+    assert len(names) == len(set(names)) >= 5
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -158,7 +153,7 @@ def test_every_text_has_the_contrast_that_wcag_aa_asks_for(page: Page, address: 
     assert page.do("getComputedStyle(document.body).backgroundColor") == (
         "rgb(26, 29, 35)" if dark else "rgb(255, 255, 255)"
     )
-    assert page.do(CONTRAST) == []
+    assert contrast_faults(page) == []
 
 
 def test_tables_figures_and_scrolling_parts_have_names(page: Page) -> None:

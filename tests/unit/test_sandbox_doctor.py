@@ -55,6 +55,6 @@ def test_programs_of_teams_are_refused_there_unless_the_config_says_otherwise(
 ) -> None:
     entry = Entry.create(tmp_path / "entry", tiny_base_model(tmp_path_factory.mktemp("base"), base_model))
     program = program_of(tmp_path / "files", HANDS_IN + "hand_in()")
-    with pytest.raises(PalioError, match=r"cannot confine a team's program .*`palio doctor`"):
+    with pytest.raises(PalioError, match=r"cannot confine a program .*`palio doctor`"):
         run_command(entry, program)
     assert run_command(entry, program, isolation=Isolation(unconfined=True)).state == "finished"

@@ -228,7 +228,13 @@ def leave_results(results: Path, name: str, values: dict[str, list[float | None]
         (folder / step).write_text("{}")
     for stage, of_runs in values.items():
         scenario = {"open": "mmlu", "closed": "math"}[stage]
-        at = {"competition": "small", "track": "t", "entry": name, "stage": stage, "scenario": scenario}
+        at = {
+            "competition": "small",
+            "track": "t",
+            "entry": name.partition("/")[0],
+            "stage": stage,
+            "scenario": scenario,
+        }
         statistic = {"metric": "exact_match", "split": "test", "perturbation": None}
         rows = [
             {**at, "run": f"{scenario}:{number}", **statistic, "value": value, "n": 10}

@@ -1,7 +1,7 @@
 """The vLLM engine, against a program `vllm` that counts instead of thinking.
 
-It accepts the flags and refuses the requests that vLLM 0.33 does, and runs as several processes. vLLM itself
-needs an environment of its own.
+It accepts the flags and refuses the requests that vLLM 0.32 does, and runs as several processes.
+tests/vllm holds vLLM itself to the same contract.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from palio.errors import BadInput, Crashed, ServerBroken
 from palio.serving.process import ServerProcess
@@ -24,8 +25,13 @@ from palio.vllm import vllm_version
 from tests.support.training import tiny_base_model
 
 PROGRAM = '''#!{python}
-"""Continues a prompt with its own first tokens; hangs at temperature 1.98, fails at 1.99, dies of `die`."""
-import argparse, asyncio, os, signal, sys, time
+"""Continues a prompt with its own first tokens; dies of a package named `die`.
+
+At temperature 1.95 it answers 500 and dies, at 1.96 it has NaN, and so has what follows until the cache is
+overwritten, at 1.97 it has NaN at the first time only, at 1.98 it hangs, at 1.99 it answers 500.
+"""
+import argparse, asyncio, json, os, signal, sys, time
+from pathlib import Path
 
 if sys.argv[1:] == ["--version"]:
     sys.exit(print("{version}"))
@@ -36,20 +42,25 @@ for name in ("served-model-name", "host", "generation-config"):
     parser.add_argument(f"--{{name}}")
 for name in ("port", "max-logprobs", "max-model-len", "kv-cache-memory-bytes"):
     parser.add_argument(f"--{{name}}", type=int)
+parser.add_argument("--block-size", type=int, default=16)
 parser.add_argument("--gpu-memory-utilization", type=float)
 parser.add_argument("--dtype", choices=["auto", "half", "float16", "bfloat16", "float", "float32"])
-parser.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
+for name in ("enable-prefix-caching", "enable-prompt-tokens-details", "disable-uvicorn-access-log"):
+    parser.add_argument(f"--{{name}}", action="store_true")
 given = parser.parse_args()
 assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
 if "die" in given.package:
     sys.exit(3)
+vocabulary = json.loads(Path(given.package, "config.json").read_text())["vocab_size"]
+seen, cache = set(), {{"dirty": False}}
 if os.fork() == 0:  # the engine's core, and its worker
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.fork()
     time.sleep(600)
 
 import uvicorn
-from fastapi import FastAPI, Response
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
 
 app = FastAPI()
 
@@ -58,24 +69,40 @@ def health(): ...
 
 @app.post("/v1/completions")
 async def complete(body: dict):
-    assert body["model"] == given.served_model_name and body["return_tokens_as_token_ids"]
-    prompt, count = body["prompt"], body["logprobs"]
+    assert body["model"] == given.served_model_name
+    body = {{"temperature": 1.0, "n": 1, "logprobs": 0, "stop": [], "seed": 0, "echo": False}} | body
+    prompt, count, temperature = body["prompt"], body["logprobs"], body["temperature"]
+    allowed = body.get("allowed_token_ids")
     refused = {{
-        "temperature must be in [0, 2]": body["temperature"] > 2,
-        "n must be 1 when using greedy sampling": body["temperature"] == 0 and body["n"] > 1,
+        "temperature must be in [0, 2]": not 0 <= temperature <= 2,
+        "n must be 1 when using greedy sampling": temperature < 1e-5 and body["n"] > 1,
         "at most 4 stop sequences": len(body["stop"]) > 4,
+        "stop cannot contain an empty string": "" in body["stop"],
         "seed does not fit into int64": not -(2**63) <= body["seed"] < 2**63,
         "too many logprobs": count > given.max_logprobs,
-        "longer than the context": len(prompt) + body["max_tokens"] > given.max_model_len,
+        "the prompt is empty": not prompt,
+        "a token id is out of vocabulary": max(prompt + (allowed or [])) >= vocabulary,
+        "longer than the maximum": len(prompt) + max(1, body["max_tokens"]) > given.max_model_len,
+        "max_tokens must be at least 1": body["max_tokens"] == 0 and not body["echo"],
     }}
+    if len(prompt) % given.block_size == 0 and "cache_salt" in body:
+        cache["dirty"] = False
+    if temperature == 1.96:
+        cache["dirty"] = True
+    nan = cache["dirty"] or (temperature == 1.97 and body["seed"] not in seen)
+    seen.add(body["seed"])
+    refused["Out of range float values are not JSON compliant"] = nan
     if why := [why for why, wrong in refused.items() if wrong]:
-        return Response(why[0], 400)
-    if body["temperature"] == 1.98:
+        return JSONResponse({{"error": {{"message": why[0], "type": "BadRequestError", "code": 400}}}}, 400)
+    assert temperature < 1e-5 or temperature >= 0.01, "it would be raised to 0.01"
+    if temperature == 1.95:
+        asyncio.get_running_loop().call_later(0.5, os._exit, 1)
+    if temperature == 1.98:
         await asyncio.sleep(1000)
-    if body["temperature"] == 1.99:
-        return Response("engine step failed", 500)
-    new = (prompt * 10)[: body["max_tokens"]]
-    ends = [at for at, token in enumerate(new) if token in body["stop_token_ids"]]
+    if temperature in (1.95, 1.99):
+        return JSONResponse({{"error": {{"message": "EngineCore encountered an issue", "code": 500}}}}, 500)
+    new = ((allowed or prompt) * 10)[: body["max_tokens"]]
+    ends = [at for at, token in enumerate(new) if token in body.get("stop_token_ids", [])]
     new = new[: ends[0] + 1] if ends else new
     tokens = (prompt if body["echo"] else []) + new
     logprobs = [-0.5] * len(tokens)
@@ -86,7 +113,9 @@ async def complete(body: dict):
     others = {{f"token_id:{{100 + n}}": -0.1 * n for n in range(count)}}
     top = [None if value is None else others | {{name: value}} for name, value in zip(names, logprobs)]
     choice = {{"text": "", "logprobs": {{"tokens": names, "token_logprobs": logprobs, "top_logprobs": top}}}}
-    return {{"choices": [choice] * body["n"]}}
+    used = {{"prompt_tokens": len(prompt), "completion_tokens": body["n"] * len(new)}}
+    used["prompt_tokens_details"] = {{"cached_tokens": len(prompt) - 1}}
+    return {{"choices": [choice] * body["n"], "usage": used}}
 
 uvicorn.run(app, host=given.host, port=given.port, log_level="error")
 '''
@@ -114,7 +143,7 @@ def package(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(package: Path, path: pytest.MonkeyPatch) -> Iterator[VllmEngine]:
-    engine = VllmEngine(package, device="cpu", threads=1, max_context=1024)
+    engine = VllmEngine(package, threads=1, max_context=1024)
     yield engine
     engine.close()
 
@@ -124,6 +153,11 @@ def test_answers_have_the_form_of_the_default_engines(engine: VllmEngine) -> Non
     assert answer.text == "One two three"
     assert [token.text for token in answer.tokens] == ["One", " two", " three"]
     assert answer.logprob == -1.5
+
+
+def test_where_there_is_no_gpu_it_runs_on_the_cpu(engine: VllmEngine) -> None:
+    command = psutil.Process(engine._process.pid).cmdline()
+    assert ("--kv-cache-memory-bytes" in command) is not torch.cuda.is_available()
 
 
 def test_an_echoed_prompt_stands_before_the_completion(engine: VllmEngine) -> None:
@@ -141,6 +175,18 @@ def test_a_completion_is_cut_at_a_stop_sequence(engine: VllmEngine) -> None:
 def test_a_long_prompt_is_cut_to_the_context(engine: VllmEngine) -> None:
     (answer,) = engine.submit(Request("word " * 1500, max_new_tokens=5, echo_prompt=True)).result(30)
     assert len(answer.tokens) == 1024
+
+
+def test_a_prompt_that_fills_the_context_is_echoed(engine: VllmEngine) -> None:
+    request = Request("word " * 1500, max_new_tokens=0, echo_prompt=True)
+    (answer,) = engine.submit(request).result(30)
+    assert [token.logprob for token in answer.tokens] == [0.0] + [-0.5] * 1023
+    assert answer.tokens[-1].text == " word"
+
+
+def test_half_a_character_at_the_end_is_a_token_without_text(engine: VllmEngine) -> None:
+    (answer,) = engine.submit(Request("🙂", max_new_tokens=1)).result(30)
+    assert [token.text for token in answer.tokens] == [""]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
@@ -171,15 +217,33 @@ def test_a_huge_seed_is_a_seed(engine: VllmEngine) -> None:
     assert engine.submit(Request("a", max_new_tokens=1, seed=10**30)).result(30)
 
 
-def test_a_temperature_that_vllm_refuses_is_a_bad_request(engine: VllmEngine) -> None:
-    with pytest.raises(BadRequest, match="at most 2"):
-        engine.submit(Request("a", temperature=99))
+@pytest.mark.parametrize("temperature", [99, 2.1, 0.001])
+def test_a_temperature_that_vllm_does_not_sample_at_is_a_bad_request(
+    engine: VllmEngine, temperature: float
+) -> None:
+    with pytest.raises(BadRequest, match=r"temperatures of 0\.01 to 2, or 0; choose"):
+        engine.submit(Request("a", temperature=temperature))
 
 
-def test_a_request_that_fails_in_vllm_fails_alone(engine: VllmEngine) -> None:
-    with pytest.raises(RequestFailed, match="HTTP 500"):
-        engine.submit(Request("a", temperature=1.99)).result(30)
+@pytest.mark.parametrize(("temperature", "why"), [(1.99, "HTTP 500"), (1.96, "not finite")])
+def test_a_request_that_fails_in_vllm_fails_alone(engine: VllmEngine, temperature: float, why: str) -> None:
+    with pytest.raises(RequestFailed, match=why):
+        engine.submit(Request("a", temperature=temperature)).result(30)
     assert not engine.failure()
+    assert engine.submit(Request("a", max_new_tokens=1)).result(30)
+
+
+def test_a_request_that_meets_the_nan_of_another_is_asked_again(engine: VllmEngine) -> None:
+    assert engine.submit(Request("a", max_new_tokens=1, temperature=1.97, seed=77)).result(30)
+
+
+def test_the_tokens_that_vllm_computed_are_counted(engine: VllmEngine) -> None:
+    before = engine.metrics()
+    engine.submit(Request("One two three", max_new_tokens=2)).result(30)
+    added = {name: value - before[name] for name, value in engine.metrics().items()}
+    assert added["prompt_tokens_total"] == 3
+    assert added["prompt_tokens_computed_total"] == 1
+    assert added["new_tokens_total"] == 2
 
 
 def test_a_request_can_be_cancelled(engine: VllmEngine) -> None:
@@ -228,6 +292,13 @@ def test_a_vllm_that_dies_is_a_failure(package: Path, path: pytest.MonkeyPatch) 
         pending.result(30)
     assert engine.failure()
     assert psutil.wait_procs(tree, timeout=5)[1] == []
+    engine.close()
+
+
+def test_a_vllm_that_answers_500_as_it_dies_is_a_failure(package: Path, path: pytest.MonkeyPatch) -> None:
+    engine = VllmEngine(package, device="cpu")
+    with pytest.raises(Unavailable, match="vllm ended with code 1"):
+        engine.submit(Request("a", temperature=1.95)).result(30)
     engine.close()
 
 

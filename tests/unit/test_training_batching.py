@@ -15,6 +15,7 @@ from transformers import (
     Gemma3TextConfig,
     GptOssConfig,
     JambaConfig,
+    JetMoeConfig,
     Lfm2Config,
     LlamaConfig,
     MambaConfig,
@@ -45,8 +46,12 @@ SMALL: dict[str, Any] = {
 END_TO_END = {
     "llama": LlamaConfig(**SMALL),
     "mixture of experts": MixtralConfig(**SMALL, num_local_experts=4),
+    "heads viewed in another shape": JetMoeConfig(
+        **{key: value for key, value in SMALL.items() if key != "num_attention_heads"},
+        kv_channels=8, num_local_experts=4, num_experts_per_tok=2,
+    ),
     "window longer than a row": MistralConfig(**SMALL, sliding_window=64),
-}
+}  # fmt: skip
 PADDED = {
     "mistral's window": (MistralConfig(**SMALL, sliding_window=8), "sliding_window"),
     "qwen2's window": (

@@ -71,6 +71,17 @@ hand_in()
         assert f"PALIO_{name}" in log_of(entry)
 
 
+def test_a_replicates_program_finds_its_seed_and_leaves_another_record(entry: Entry, tmp_path: Path) -> None:
+    program = program_of(
+        tmp_path / "files", f"{HANDS_IN}\nhand_in(float(os.environ.get('PALIO_SEED', 0)) / 8)\n"
+    )
+    own = run_command(entry, program)
+    again = run_command(entry, program, seed=2, replace=True)
+    assert "seed" not in own.recipe
+    assert again.recipe == own.recipe | {"seed": 2}
+    assert again.files["adapter_model.safetensors"] != own.files["adapter_model.safetensors"]
+
+
 def test_at_the_end_of_the_budget_the_last_result_is_taken_and_nothing_is_trained_again(
     entry: Entry, tmp_path: Path
 ) -> None:

@@ -16,6 +16,8 @@ from palio.cli.group import (
     competition_of,
     competition_option,
     palio,
+    results_of,
+    results_option,
 )
 from palio.errors import BadInput, RuleViolation
 from palio.layout import (
@@ -83,22 +85,30 @@ def new(
 @competition_option
 @click.option("--panel", type=ExistingPath, help="Reference panel; default: config/panel/…, if there is one.")
 @click.option("--out", type=ExistingPath, default=REHEARSALS, show_default=True)
-def try_entry(file: Path, competition: str, panel: Path | None, out: Path) -> None:
+@click.option(
+    "--dry-run", is_flag=True, help="Run nothing: the rules, and the base model without its weights."
+)
+def try_entry(file: Path, competition: str, panel: Path | None, out: Path, dry_run: bool) -> None:
     """Rehearse an entry on this machine at reduced scale: every step, its place, and an estimate in full."""
     from palio.config import load_entry
     from palio.eligibility.entry_file import check_file
     from palio.layout import panel as panel_file
+    from palio.participant.preview import preview
     from palio.participant.rehearsal import rehearse
     from palio.participant.summary import summary
     from palio.settings import CheckedAgainst
 
     rules = competition_of(competition)
-    checked = check_file(file, CheckedAgainst.of(rules))
+    checked = check_file(file, CheckedAgainst.of(rules), by_hand=True)
     for notice in checked.notices:
         print(f"notice: {notice}", file=sys.stderr)
     checked.require_clean()
     print("check: clean", flush=True)
     entry = load_entry(file)
+    for line in preview(entry, rules.tracks[entry.track]):
+        print(line, flush=True)
+    if dry_run:
+        return
     if panel is None and (published := panel_file(rules.competition, entry.track)).is_file():
         panel = published
     for line in summary(rehearse(file, rules, out), entry, rules, panel):
@@ -127,7 +137,7 @@ def check(files: tuple[Path, ...], competition: str, as_json: bool) -> None:
     for file in (
         path for given in files for path in (sorted(given.glob("*.y*ml")) if given.is_dir() else [given])
     ):
-        checked = check_file(file, against)
+        checked = check_file(file, against, by_hand=True)
         clean = clean and checked.record is not None
         if as_json:
             for level, listed in (("violation", checked.violations), ("notice", checked.notices)):
@@ -289,6 +299,34 @@ def contamination(dataset: Path, stage: Stage, limit: int, competition: str) -> 
             print(f"{pair.scenario} {pair.instance} in {pair.source} {pair.row}: {pair.shown}")
 
 
+@palio.command(cls=Verb, example="palio answers curated --wrong --compare raw")
+@click.argument("entry")
+@competition_option
+@results_option
+@click.option("--stage", type=click.Choice(STAGES), default="open", show_default=True)
+@click.option("--scenario", help="Only its questions.")
+@click.option("--wrong", is_flag=True, help="Only answers without full marks, the worst first.")
+@click.option("--compare", metavar="OTHER", help="Another entry: the questions that decide between them.")
+def answers(
+    entry: str,
+    competition: str,
+    results: Path,
+    stage: Stage,
+    scenario: str | None,
+    wrong: bool,
+    compare: str | None,
+) -> None:
+    """Page through an entry's answers: prompt, answer, references, metrics, and why one is cut or missing.
+
+    The closed stage's are shown to the organizer alone: they are read from the closed store.
+    """
+    from palio.answers.listing import entry_lines
+
+    settings = competition_of(competition)
+    lines = entry_lines(settings, results_of(settings, results), entry, stage, scenario, wrong, compare)
+    click.echo_via_pager(f"{line}\n" for line in lines)
+
+
 @palio.command(cls=Verb, example="palio probe http://127.0.0.1:8080")
 @click.argument("url")
 @competition_option
@@ -307,11 +345,12 @@ def probe(url: str, competition: str, stage: Stage, base_model: Path | None, as_
     from palio.errors import RuleViolation
     from palio.evaluation.helm import stage_runs
     from palio.evaluation.probe import probe as run
-    from palio.evaluation.probe import probe_table
+    from palio.evaluation.probe import probe_table, require_server
     from palio.evaluation.stage import asked_in
     from palio.evaluation.window import Window
     from palio.settings import StageLimits
 
+    require_server(url)
     settings = competition_of(competition)
     window = Window.of_model(base_model) if base_model else Window.estimate("give --base-model")
     limits = StageLimits.of(settings.stage(stage))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from palio import __version__
+from palio.errors import BadInput
 from palio.layout import CONFIG, Results
 
 if TYPE_CHECKING:
@@ -59,6 +60,14 @@ def competition_of(given: str) -> Competition:
 
 
 def competition_content(given: str) -> Path | dict[str, Any]:
+    """Return the competition's file, or its content.
+
+    Raises:
+        BadInput: none was given, and this folder has none.
+    """
+    if given == str(CONFIG) and not CONFIG.exists():
+        fix = "run palio in the folder of the competition, or give --competition FILE"
+        raise BadInput(CONFIG, why=f"there is none in {Path.cwd()}", fix=fix)
     return json.loads(given) if given.startswith("{") else Path(given)
 
 

@@ -24,7 +24,7 @@ from palio.cli.group import (
     results_option,
 )
 from palio.errors import BadInput, PalioError
-from palio.layout import SLURM_PROFILE, STAGES, Boards, Results, Stage
+from palio.layout import SLURM_PROFILE, STAGES, Boards, ReportFolder, Results, Stage
 
 if TYPE_CHECKING:
     from palio.workflow import Workflow
@@ -62,6 +62,7 @@ def standings(competition: str, results: Path, out: Path) -> None:
 
 def _score(workflow: Workflow, tracks: list[str], results: Path, out: Path, *, final: bool) -> None:
     from palio.scoring.analysis import analyze_track
+    from palio.scoring.decision_document import decide_track
     from palio.scoring.leaderboard import score_track
     from palio.scoring.tables import print_leaderboard, write_leaderboard
 
@@ -76,6 +77,7 @@ def _score(workflow: Workflow, tracks: list[str], results: Path, out: Path, *, f
             entries[track],
             final=final,
             due=lambda folder, _: workflow.due_in(folder),
+            replicates=workflow.replicates,
         )
         board = board.model_copy(update={"made": workflow.scored_with(track)})
         try:
@@ -87,6 +89,53 @@ def _score(workflow: Workflow, tracks: list[str], results: Path, out: Path, *, f
             print(f"no analysis: {error}", file=sys.stderr)
         write_leaderboard(board, Boards(out), analysis)
         print_leaderboard(board, analysis)
+        if analysis and workflow.rules.prizes:
+            prizes, assumed = workflow.rules.prizes, competition.scoring.training_noise
+            lines = decide_track(competition, board, folders, prizes, Boards(out), training_noise=assumed)
+            for line in lines:
+                print(line)
+
+
+@palio.command(cls=Verb, example="palio decide results/leaderboard/laptop.json --places 3")
+@click.argument("leaderboard", type=ExistingPath)
+@competition_option
+@results_option
+@click.option("--places", type=click.IntRange(min=1), help="Places with a prize; default: the rule set's.")
+@click.option(
+    "--alpha", type=click.FloatRange(0, 0.5, min_open=True, max_open=True), help="Default: the rule set's."
+)
+@click.option(
+    "--training-noise",
+    type=click.FloatRange(0, min_open=True),
+    help="Assume this standard deviation of values between trainings, if no entry has replicates.",
+)
+def decide(
+    leaderboard: Path,
+    competition: str,
+    results: Path,
+    places: int | None,
+    alpha: float | None,
+    training_noise: float | None,
+) -> None:
+    """Who gets the prizes of a track, how sure that is, and what would change it, as a document beside the
+    leaderboard."""
+    from palio.config import Prizes, load_rules
+    from palio.records import Leaderboard, read_record
+    from palio.scoring.decision_document import decide_track
+
+    board, settings = read_record(Leaderboard, leaderboard), competition_of(competition)
+    own = board.competition == settings.competition
+    prizes = load_rules(Path(settings.rules)).prizes if own else None
+    if prizes is None and places is None:
+        raise BadInput("palio decide", "--places", why="the rule set has no prizes", fix="give --places")
+    given = {"places": places, "alpha": alpha}
+    prizes = (prizes or Prizes()).model_copy(update={key: of for key, of in given.items() if of is not None})
+    folders, boards = results_of(settings, results), Boards(leaderboard.parent)
+    assumed = training_noise or (settings.scoring.training_noise if own else None)
+    for line in decide_track(
+        settings, board, folders, prizes, boards, name=leaderboard.stem, training_noise=assumed
+    ):
+        print(line)
 
 
 @palio.command(cls=Verb, example="palio report --out results/report")
@@ -95,14 +144,46 @@ def _score(workflow: Workflow, tracks: list[str], results: Path, out: Path, *, f
 @leaderboards_option
 @click.option("--out", type=ExistingPath, default=Results().report, show_default=True)
 def report(competition: str, results: Path, leaderboards: Path, out: Path) -> None:
-    """One self-contained HTML file with leaderboards, plots and a page per entry."""
+    """Leaderboards, plots and a page per entry in one HTML file; beside it, the answers of the open stage."""
+    from palio.answers.pages import write_pages
     from palio.report.build import build_report
 
     settings = competition_of(competition)
-    page = build_report(
-        settings, results=results_of(settings, results), leaderboards=Boards(leaderboards), out=out
-    )
-    print(page)
+    folders = results_of(settings, results)
+    answers = write_pages(settings, folders, ReportFolder(out).answers)
+    boards = Boards(leaderboards)
+    print(build_report(settings, results=folders, leaderboards=boards, out=out, answers=answers))
+
+
+@palio.command(cls=Verb, example="palio feedback --all --out feedback")
+@click.argument("entry", required=False)
+@click.option("--all", "everybody", is_flag=True, help="Of every entry.")
+@click.option("--out", type=ExistingPath, required=True, help="Folder for <entry>.html and <entry>.zip.")
+@competition_option
+@results_option
+@leaderboards_option
+def feedback(
+    entry: str | None, everybody: bool, out: Path, competition: str, results: Path, leaderboards: Path
+) -> None:
+    """What a team may see of its entry, as a page and a zip: how each step ended, scores, answers, logs."""
+    from palio.feedback.gathering import Gathering
+    from palio.feedback.writing import write_feedback
+    from palio.release.gather import Leak
+    from palio.workflow import Workflow
+
+    if (entry is None) != everybody:
+        raise click.UsageError("give an entry, or --all")
+    workflow = Workflow(competition_content(competition), competition)
+    gathering = Gathering(workflow, results_of(workflow.competition, results), Boards(leaderboards))
+    failed = 0
+    for entry_id in workflow.entries if entry is None else [workflow.entries.known(entry)]:
+        try:
+            print(*write_feedback(gathering, entry_id, out))
+        except Leak as leak:
+            failed += 1
+            print(f"{entry_id}: {leak}", file=sys.stderr)
+    if failed:
+        raise PalioError(f"{failed} entries have no feedback: it would hold what must not be handed out")
 
 
 @palio.command(cls=Verb, example="palio panel results/leaderboard/laptop.json")

@@ -68,12 +68,15 @@ def published(folder: Path, fetch: bool, convention: str | None, out: Path) -> N
 
     Exits with 1 if a published win rate or score does not follow from the metric columns.
     """
+    from palio.config import Prizes
     from palio.neurips2023.download import fetch_published
     from palio.neurips2023.figure_data import published_figures
     from palio.neurips2023.report import published_report
     from palio.neurips2023.tables import REMARK, published_leaderboards
     from palio.neurips2023.tables import published as recomputed
     from palio.scoring.analysis import analyze
+    from palio.scoring.decision import decide
+    from palio.scoring.decision_document import write_decision
     from palio.scoring.tables import write_leaderboard
 
     if fetch:
@@ -92,5 +95,9 @@ def published(folder: Path, fetch: bool, convention: str | None, out: Path) -> N
         analysis = analyze(board, remark=REMARK)
         write_leaderboard(board, Boards(out), analysis)
         boards.append((board, analysis))
+        if board.track.endswith("_final") and (decision := decide(board, {}, Prizes(), remark=REMARK)):
+            write_decision(decision, Boards(out), board.track)
+            for award in decision.awards:
+                print(f"{board.track}: {award.text}")
     print(published_report(boards, published_figures(folder), Boards(out).report))
     raise click.exceptions.Exit(1 if found.mismatches else 0)

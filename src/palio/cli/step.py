@@ -97,11 +97,12 @@ def _planned(
         from palio.workflow import Workflow
 
         workflow = Workflow(competition_content(competition), competition)
-        if entry_dir.name not in workflow.entries:
+        folder = EntryFolder.at(entry_dir)
+        if folder.entry_id not in workflow.entries:
             raise BadInput(
-                competition, "entries", entry_dir.name, why="no entry has this id", fix="correct the folder"
+                competition, "entries", folder.entry_id, why="no entry has this id", fix="correct the folder"
             )
-        planned = model.of(workflow.planned(entry_dir.name), name)
+        planned = model.of(workflow.planned(folder.name), name)
     else:
         planned = model.read(settings)
     store = planned.runs.closed if isinstance(planned, EvaluateSettings) else NO_STORE

@@ -12,6 +12,7 @@ from palio.config.competition import (
     Metric,
     Overrides,
     Probe,
+    Replicates,
     Scenario,
     Scoring,
     Stage,
@@ -33,7 +34,7 @@ from palio.config.reading import (
     load_rules,
     parse,
 )
-from palio.config.ruleset import ApprovedModel, RuleSet
+from palio.config.ruleset import ApprovedModel, Prizes, RuleSet
 from palio.config.team import team_id, team_skeleton
 from palio.config.yaml_file import read_yaml
 
@@ -56,8 +57,10 @@ __all__ = [
     "Operation",
     "Overrides",
     "Pattern",
+    "Prizes",
     "Probe",
     "Program",
+    "Replicates",
     "RowTemplate",
     "RuleSet",
     "Scenario",

@@ -138,6 +138,9 @@ class Scoring(Strict):
     reference_panel: tuple[str, ...] = ()
     """Ids of entries to compare everybody with as well, e.g. baselines; omit for five at evenly spaced ranks.
     `palio panel` publishes their open values for teams."""
+    training_noise: PositiveFloat | None = None
+    """Standard deviation of a metric from one training of an entry to the next, e.g. 0.01, for tracks without
+    `replicates`: an assumption, and marked as one. Omit it, and intervals there cover the questions only."""
 
 
 class Telemetry(Strict):
@@ -170,6 +173,19 @@ class Isolation(Strict):
     """Time to build a team's Dockerfile."""
     build_ram_gb: PositiveFloat = 16
     """Memory in GB for that."""
+
+
+class Replicates(Strict):
+    """Entries that are trained again with other seeds, to learn how much a score owes to the seed."""
+
+    entries: Literal["finalists", "all"] | tuple[str, ...]
+    """`all`, ids, or `finalists`: the first of each track's leaderboard, known once there is one, so they are
+    trained again in the next run of the workflow. An entry that is not trained here has no replicates."""
+    seeds: int = Field(ge=2)
+    """Trainings of each of these entries, its own included. The others have its data and settings, their own
+    seed and their own budget."""
+    finalists: PositiveInt = 5
+    """How many entries of a track are finalists, by the score of their own training."""
 
 
 Level = Literal["required", "warning", "skip"]
@@ -248,6 +264,8 @@ class Competition(Strict):
     shards: dict[str, PositiveInt] = {}
     """Entry id → number of jobs that share its curation, for data too large for one machine; 1 for entries
     not listed. Does not change the dataset: see docs/curation.md."""
+    replicates: Replicates | None = None
+    """Training of entries again with other seeds; omit for none. See docs/scoring.md."""
     notify: str | None = None
     """Shell command run on news, with `PALIO_EVENT` (`finish`, `failure`, `stall`), `PALIO_MESSAGE` and
     `PALIO_COMPETITION` set, e.g. `mail -s "$PALIO_EVENT" me@example.org <<< "$PALIO_MESSAGE"`."""

@@ -23,6 +23,10 @@ MAX_EXTENDS = 8
 Model = TypeVar("Model", bound=BaseModel)
 
 
+KEY = "[key]"
+"""pydantic's mark of a fault of a key itself."""
+
+
 class Fault(NamedTuple):
     """A fault of one key of a file."""
 
@@ -53,7 +57,7 @@ def _fault(model: type[BaseModel], fault: Mapping[str, Any]) -> Fault:
     why, fix = _why_and_fix(model, fault)
     return Fault(
         kind=fault["type"],
-        key=".".join(str(part) for part in fault["loc"]),
+        key=".".join(str(part) for part in fault["loc"] if part != KEY),
         value=value if isinstance(value, str | int | float | bool) else None,
         why=why,
         fix=fix,
@@ -78,6 +82,8 @@ def _why_and_fix(model: type[BaseModel], fault: Mapping[str, Any]) -> tuple[str,
         known = sorted(_field_names(model.model_json_schema()))
         near = difflib.get_close_matches(wrong, known, n=1)
         return "unknown key", f"did you mean {near[0]}?" if near else "remove it"
+    if fault["loc"][-1:] == (KEY,):
+        return "is not text to YAML", f'put quotes around it: "{fault["input"]}"'
     if fault["type"] == "missing":
         return "is missing", "add it"
     if fault["type"] == "model_type":

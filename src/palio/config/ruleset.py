@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, PositiveInt, model_validator
 
 from palio.config.common import Strict
@@ -21,6 +23,18 @@ class ApprovedModel(Strict):
     with any other is refused."""
     outputs_train: tuple[str, ...] | None = None
     """Families that may be trained on this family's output; omit for any."""
+
+
+class Prizes(Strict):
+    """Prizes of every track, and what it takes to award one."""
+
+    places: PositiveInt = 3
+    """Places with a prize."""
+    alpha: float = Field(default=0.05, gt=0, lt=0.5)
+    """Largest probability that any place of a track goes to one entry though another is as good."""
+    not_separable: Literal["share", "more_questions", "more_seeds"] = "share"
+    """What follows if entries cannot be told apart: they `share` the prizes of their places, or are asked
+    `more_questions`, or trained with `more_seeds`, first. `palio decide` says how many it would take."""
 
 
 class RuleSet(Strict):
@@ -57,6 +71,8 @@ class RuleSet(Strict):
     network_in_build: bool = False
     """Let the build of a team's Dockerfile use the network: base images, packages and weights are downloaded
     then, or never."""
+    prizes: Prizes | None = None
+    """Prizes; omit for none. They decide nothing about an entry, so a change of them checks none again."""
     max_team_size: PositiveInt | None = None
     """Maximum number of people in a team, counted over its entries; omit for no limit."""
 

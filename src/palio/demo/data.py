@@ -35,6 +35,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from palio.layout import DemoSources
 from palio.provenance import write_text
 
 
@@ -334,6 +335,5 @@ def write_demo_sources(out: Path, seed: int, rows: int = 150) -> None:
             }
             for number, (text, completion) in enumerate(published(name, draw, rows))
         ]
-        write_text(
-            out / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        )
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text(DemoSources(out).source(name), text)

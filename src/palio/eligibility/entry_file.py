@@ -5,6 +5,7 @@ Works offline: of the base model it reads what is there of resources/base_models
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import os
@@ -25,6 +26,7 @@ from palio.config import (
     read_yaml,
 )
 from palio.credentials import FIX, credentials, credentials_in
+from palio.demo.data import FAMILIES as DEMO_FAMILIES
 from palio.eligibility.check import approved_model, violations
 from palio.eligibility.dockerfile import START_BYTES, dockerfile_notices, dockerfile_violations
 from palio.eligibility.lineage import base_model_violations, lineage_violations, model_facts
@@ -72,8 +74,15 @@ class Checked:
         return [terminal(line) for line in lines]
 
 
-def check_file(file: Path, against: CheckedAgainst, among: EntryFolders | None = None) -> Checked:
-    """Check one entry file against the rules, among the given entries (default: those of its folder)."""
+def check_file(
+    file: Path, against: CheckedAgainst, among: EntryFolders | None = None, *, by_hand: bool = False
+) -> Checked:
+    """Check one entry file against the rules, among the given entries (default: those of its folder).
+
+    Args:
+        by_hand: also whether its sources exist. In the workflow curation finds that out: a dataset that has
+            been made outlives its sources.
+    """
     found = list(_schema(file))
     if found:
         return Checked(file, found)
@@ -85,6 +94,7 @@ def check_file(file: Path, against: CheckedAgainst, among: EntryFolders | None =
     found += _credentials(file, entry, rules)
     broken, likely = _dockerfile(entry, rules)
     found, notices = [*found, *broken], [*notices, *likely]
+    found += _absent(entry) if by_hand else ()
     for folder in (
         RESOURCES.base_model(entry.base_model.id).model,
         Path(entry.base_model.path or os.devnull),
@@ -193,6 +203,20 @@ def _places(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
                 why=f"{given.path} is not the open stage's",
                 fix="leave it out: the open stage's instances are the default",
             )
+
+
+def _absent(entry: Entry) -> Iterator[Violation]:
+    """Find sources that do not exist, other than the demo's, which the workflow makes."""
+    made = {RESOURCES.demo_source(family) for family in DEMO_FAMILIES}
+    for index, source in enumerate(entry.dataset.sources if entry.dataset else ()):
+        path = Path(source.path or os.devnull)
+        if path.exists() or path in made:
+            continue
+        there = [other.name for other in {*made, *path.parent.glob("*")} if other.parent == path.parent]
+        near = difflib.get_close_matches(path.name, there, 1, cutoff=0.75)
+        fix = f"did you mean {path.parent / near[0]}?" if near else "put the file there, or correct the path"
+        key = f"dataset.sources.{index}.path"
+        yield Violation(rule="data.missing", key=key, why=f"{path} does not exist", fix=fix)
 
 
 def _credentials(path: Path, entry: Entry, rules: RuleSet) -> Iterator[Violation]:

@@ -33,9 +33,8 @@ from helm.common.tokenization_request import (
 from helm.tokenizers.tokenizer import Tokenizer
 
 from palio.evaluation.journal import BROKEN, LIMIT, Answer, Journal
-from palio.evaluation.reply import BUSY, BUSY_SECONDS, Unanswered, checked_reply, request_body
+from palio.evaluation.reply import BUSY, BUSY_SECONDS, Unanswered, checked_reply, request_body, request_key
 from palio.evaluation.window import Window
-from palio.provenance import fingerprint
 
 REPLY_SECONDS = 600.0
 """A reply that takes longer is not waited for."""
@@ -61,9 +60,7 @@ class EntryClient(Client):  # type: ignore[misc]
         self.reachable = True
 
     def make_request(self, request: Request) -> RequestResult:
-        body = request_body(vars(request))
-        # HELM sets `random` where equal requests are to be answered anew.
-        key = fingerprint([body, request.random])
+        body, key = request_body(vars(request)), request_key(vars(request))
         reply = self.journal.reply(key)
         cached = reply is not None
         try:

@@ -24,13 +24,14 @@ import pyarrow.parquet as pq
 from palio.config import Probe
 from palio.errors import Crashed, RuleViolation, State
 from palio.evaluation import helm
+from palio.evaluation.helm.folder import CONTEXT_TOKENS
 from palio.evaluation.journal import BROKEN, LIMIT, JournalReader
 from palio.evaluation.probe import Asked, levels, lines, probe
 from palio.evaluation.stage import PlannedRun, PromptKey, StagePlan, verify_data
 from palio.evaluation.window import Window
 from palio.heartbeat import HeartbeatWriter
 from palio.layout import EntryFolder, HelmFolder
-from palio.provenance import atomic_path, file_sha256, fingerprint
+from palio.provenance import atomic_path, file_sha256
 from palio.records import (
     INSTANCES_SCHEMA,
     METRICS_SCHEMA,
@@ -49,8 +50,6 @@ from palio.records import (
 from palio.sandbox.death import last_words
 from palio.settings import EvaluateSettings, StageLimits
 
-TAIL_CHARACTERS = 60
-"""End of a prompt by which a cut one is told: HELM drops examples first, then cuts from the right."""
 PROGRESS_SECONDS = 15.0
 MAX_RESTARTS = 2
 """Restarts of a model server that died after it had answered something."""
@@ -98,12 +97,13 @@ def evaluate(
     prepared = read_record(StageInstances, instances)
     verify_data(runs.store)
     plan = StagePlan(runs.store)
-    served = [package.fingerprint, package.base_model_fingerprint, engine]
-    asked = [prepared.sha256, prepared.helm_version, limits.cut_at_stop_sequences]
-    work = folder.helm(stage, fingerprint([*served, *asked])[:16])
+    served = (package.fingerprint, package.base_model_fingerprint, engine)
+    asked = (prepared.sha256, prepared.helm_version, limits.cut_at_stop_sequences)
+    work = helm.package_folder(folder, stage, *served, *asked)
     work.path.mkdir(parents=True, exist_ok=True)
     _forget_unanswered(work)
 
+    context = min(package.context or CONTEXT_TOKENS, CONTEXT_TOKENS)
     window = Window.of_model(tokenizer)
     if window.estimated:
         print(f"tokens are estimated: {window.estimated}", file=sys.stderr, flush=True)
@@ -121,7 +121,7 @@ def evaluate(
                 heartbeat = HeartbeatWriter(folder.heartbeat(stage), plan.requests, "requests")
                 clock = UsedTime(work.used_seconds)
                 watch = Watch(work, plan, limits.time_limit, clock, server, heartbeat)
-                code = _run_helm(work, limits, watch, window).code
+                code = _run_helm(work, limits, watch, window, context).code
                 alive, server_code = server.alive(), server.exit_code()
             died = "" if alive else _death(work, stage, server_code)
             ending = Ending(code, code is None and alive, died)
@@ -164,12 +164,14 @@ class Outcome:
     """The stage's limit kept instances from being answered."""
 
 
-def _run_helm(folder: HelmFolder, limits: StageLimits, watch: Watch, window: Window) -> helm.HelmExit:
+def _run_helm(
+    folder: HelmFolder, limits: StageLimits, watch: Watch, window: Window, context: int
+) -> helm.HelmExit:
     """Ask what is not answered, in what is left of the stage's limit."""
     plan, clock = watch.plan, watch.clock
     left = max(0.0, limits.time_limit - clock.used)
     requests = helm.RequestSettings(
-        watch.server.base_url, limits.cut_at_stop_sequences, time.time() + left, window
+        watch.server.base_url, limits.cut_at_stop_sequences, time.time() + left, window, context
     )
     helm.write_helm_folder(folder, plan.entries, plan.data, requests)
     helm_exit = helm.run_helm(
@@ -429,8 +431,7 @@ def _shortened(run: helm.RunFolder, prompts: Mapping[PromptKey, str]) -> dict[st
         sent = helm.prompt_of(state)
         whole = prompts.get((run.name, state["instance"]["id"], helm.variant(state)), sent)
         if sent != whole:
-            question_kept = sent.endswith(whole[-TAIL_CHARACTERS:])
-            counts["prompts_short" if question_kept else "prompts_cut"] += 1
+            counts["prompts_short" if helm.question_kept(sent, whole) else "prompts_cut"] += 1
         completions = state["result"]["completions"]
         counts["empty_answers"] += bool(completions) and not completions[0]["text"].strip()
     return counts

@@ -21,6 +21,7 @@ import requests
 from rich.table import Table
 
 from palio.config import Probe
+from palio.errors import BadInput
 from palio.evaluation.helm.folder import CONTEXT_TOKENS
 from palio.evaluation.reply import BUSY, BUSY_SECONDS, Unanswered, as_number, checked_reply
 from palio.evaluation.window import Window
@@ -588,11 +589,24 @@ def _speed_check(client: Client, required: bool, died: str) -> tuple[ProbeCheck,
     return ProbeCheck(name=name, required=required, state="fail", why=timed, cost=cost, fix=fix), projected
 
 
+def require_server(base_url: str) -> None:
+    """Check an address that somebody typed.
+
+    Raises:
+        BadInput: it is not one, or nobody listens there.
+    """
+    if urlsplit(base_url).scheme not in ("http", "https"):
+        raise BadInput("palio probe", "URL", base_url, why="is no address", fix=f"write http://{base_url}")
+    if not _listens(base_url):
+        fix = "start the server, wait until it has loaded its model, or correct host and port"
+        raise BadInput("palio probe", "URL", base_url, why="nothing listens there", fix=fix)
+
+
 def _listens(base_url: str) -> bool:
-    at = urlsplit(base_url)
     try:
+        at = urlsplit(base_url)
         socket.create_connection((at.hostname or "", at.port or 80), DEATH_SECONDS).close()
-    except OSError:
+    except (OSError, ValueError):  # such as a port of more than 65535
         return False
     return True
 

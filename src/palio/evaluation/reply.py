@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from palio.provenance import fingerprint
+
 BUSY = (429, 503)
 BUSY_SECONDS = 2.0
 """Between attempts at a server whose queue is full: back-pressure, not a failure."""
@@ -36,6 +38,12 @@ def request_body(request: Mapping[str, Any]) -> dict[str, Any]:
         "top_k_per_token": request["top_k_per_token"],
         "stop_sequences": list(request["stop_sequences"]),
     }
+
+
+def request_key(request: Mapping[str, Any]) -> str:
+    """Return the key of HELM's `Request`, given as a mapping of its fields, in the journal of answers."""
+    # HELM sets `random` where equal requests are to be answered anew.
+    return fingerprint([request_body(request), request.get("random")])
 
 
 def checked_reply(reply: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:

@@ -73,19 +73,27 @@ def begin(workflow: Workflow, run: str) -> None:
     workflow.save(run)
     hooks.install(workflow, run)
     watch(workflow)
-    atexit.register(end, workflow, "failure", "the run ended by an exception; Snakemake's log says which")
+    atexit.register(crash, workflow)
 
 
 def end(workflow: Workflow, event: str, message: str) -> None:
-    """Tell the organizer and `palio status` how this process's run has ended; only the first call counts.
+    """Tell the organizer and `palio status` how this process's run has ended; only the first call counts."""
+    if _lock is not None:
+        put_back_all(workflow)
+        _free(workflow, event, message)
 
-    The folder is then free for the next run: not only once the organizer's command and Snakemake's own end
-    are over.
-    """
+
+def crash(workflow: Workflow) -> None:
+    """The same for a run that ends otherwise: its jobs may still be at work, so the next one puts back."""
+    _free(workflow, "failure", "the run ended by an exception; Snakemake's log says which")
+
+
+def _free(workflow: Workflow, event: str, message: str) -> None:
+    """Free the folder for the next run now, not once the organizer's command and Snakemake's own end are
+    over."""
     global _lock  # noqa: PLW0603
     if _lock is None:
         return
-    put_back_all(workflow)
     _write_facts(**_facts(), ended=time.time(), outcome=message)
     fcntl.flock(_lock, fcntl.LOCK_UN)  # closing is not enough: a forked process may hold it too
     _lock.close()
@@ -95,10 +103,9 @@ def end(workflow: Workflow, event: str, message: str) -> None:
 
 def put_back_all(workflow: Workflow) -> None:
     """Put back what steps had made and have not made again."""
-    for track_id, entries in workflow.active.items():
-        for entry_id in entries:
-            with suppress(OSError):
-                put_back(workflow.results.entry(track_id, entry_id))
+    for folder in workflow.folders():
+        with suppress(OSError):
+            put_back(folder)
 
 
 def _write_facts(**facts: Any) -> None:

@@ -18,6 +18,7 @@ from snakemake_interface_executor_plugins.executors.base import (  # type: ignor
 )
 
 from palio.config import load_overrides
+from palio.layout import entry_and_replicate
 from palio.operating.attempt import is_refused
 from palio.pipeline import BY_RULE
 from palio.workflow import Workflow
@@ -59,6 +60,7 @@ def is_final(job: Any, workflow: Workflow, run: str) -> bool:
     step = BY_RULE.get(job.rule.name)
     if step is None:
         return False
-    if job.wildcards.entry in load_overrides(workflow.competition.competition).withdrawn:
+    entry_id, _ = entry_and_replicate(job.wildcards.entry)
+    if entry_id in load_overrides(workflow.competition.competition).withdrawn:
         return True
     return is_refused(step.name, workflow.folder(job.wildcards), run)

@@ -1,10 +1,11 @@
-"""What a step had made before it ran again, kept until it has made it again.
+"""What a step has made, kept until the run ends.
 
     results/<track>/<entry>/work/kept/<step>/       hard links to its record and tables
     results/<track>/<entry>/work/kept/<step>.json   written last: which they are, and its folders as they were
 
 Snakemake deletes a step's outputs before it runs. If the step then fails, or its controller dies, the old
-ones are put back: they still hold if the change that made the step due is taken back. A folder (an adapter, a
+ones are put back: they still hold if the change that made the step due is taken back. It also deletes those
+of a job that is cancelled, even where the step has ended and only Snakemake has not. A folder (an adapter, a
 package) is no output, so it stays; once the step has replaced it, the old record would describe another one,
 and is not put back.
 """
@@ -22,7 +23,7 @@ from palio.provenance import write_json
 
 
 def keep(step: Step, folder: EntryFolder) -> None:
-    """Keep what a step has made, before it runs again."""
+    """Keep what a step has made: before it runs again, and when it has."""
     kept, record = folder.kept(step.name), step.record(folder)
     if not record.exists():
         return
@@ -35,7 +36,7 @@ def keep(step: Step, folder: EntryFolder) -> None:
 
 
 def put_back(folder: EntryFolder) -> None:
-    """Put back what steps of an entry have not made again. Only while no controller runs."""
+    """Put back what is no longer there. Only while no controller runs."""
     for step in STEPS:
         kept = folder.kept(step.name)
         if not _list_of(kept).exists():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from palio.errors import PalioError
+from palio.layout import EntryFolder
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "STOPPED")
 NO_JOBS = ("down", "drain", "fail", "maint", "inval", "unknown")
@@ -94,6 +95,11 @@ def closed_partitions() -> set[str]:
         takes = available == "up" and not node.startswith(NO_JOBS)
         open_ones[name] = open_ones.get(name, False) or takes
     return {name for name, takes in open_ones.items() if not takes}
+
+
+def wildcards(folder: EntryFolder) -> str:
+    """Return how the executor writes an entry's wildcards: in the order of the rule's output, joined by _."""
+    return f"{folder.track_id}_{folder.name.replace('/', '_')}"
 
 
 def cancel(ids: Iterable[str], seconds: float = 180) -> None:

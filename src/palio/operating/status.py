@@ -99,7 +99,7 @@ def competition_status(
     last_run: str = "",
     plan: Workflow | None = None,
 ) -> Status:
-    """Return the current state of every step of every entry.
+    """Return the current state of every step of every entry and replicate.
 
     Args:
         last_run: how the last run ended.
@@ -126,16 +126,19 @@ def competition_status(
             if isinstance(entry, BrokenEntry):
                 notes.append(str(entry.fault))
             folder, withdrawn = results.entry(track_id, entry_id), entry_id in competition.withdrawn
-            due = {} if withdrawn else workflow.due_in(folder)
-            planned = plan.due(entry_id) if plan and entry_id in plan.entries else {}
-            source = _Source(competition, folder, due, queue, closed, unknown, now, planned)
-            steps = [_step(step, source) for step in steps_of(entry)]
-            if withdrawn:  # what still runs is shown too
-                running = [step for step in steps if step.state in ("running", "queued")]
-                steps = [StepStatus("check", "withdrawn", reason=competition.withdrawn[entry_id]), *running]
-            elif gone := sources_gone(workflow.planned(entry_id)):
+            if not withdrawn and (gone := sources_gone(workflow.planned(entry_id))):
                 notes.append(f"{entry_id}: {', '.join(gone)} no longer exists; what was made of it is kept")
-            statuses.append(EntryStatus(track_id, entry_id, entry.team, steps))
+            for one in [folder] if withdrawn else [folder, *workflow.replicates(folder)]:
+                due = {} if withdrawn else workflow.due_in(one)
+                planned = plan.due(one.name) if plan and entry_id in plan.entries else {}
+                source = _Source(competition, one, due, queue, closed, unknown, now, planned)
+                own = steps_of(entry, replicate=one.replicate is not None)
+                steps = [_step(step, source) for step in own]
+                if withdrawn:  # what still runs is shown too
+                    running = [step for step in steps if step.state in ("running", "queued")]
+                    why = competition.withdrawn[entry_id]
+                    steps = [StepStatus("check", "withdrawn", reason=why), *running]
+                statuses.append(EntryStatus(track_id, one.name, entry.team, steps))
     return Status(competition.competition, competition.title, now, controller, statuses, notes, last_run)
 
 
@@ -157,8 +160,7 @@ class _Source:
     """Steps that the run in progress will submit."""
 
     def queued(self, step: Step) -> slurm.Job | None:
-        # the executor writes wildcards in the order of the rule's output, joined by "_"
-        return self.queue.get(f"rule_{step.rule}_wildcards_{self.folder.track_id}_{self.folder.entry_id}")
+        return self.queue.get(f"rule_{step.rule}_wildcards_{slurm.wildcards(self.folder)}")
 
 
 def _step(step: Step, source: _Source) -> StepStatus:

@@ -65,11 +65,11 @@ def build_package(
     folder: EntryFolder,
     settings: PackageSettings,
     base_model: BaseModelFolder,
-    way_of: Callable[[Path], str],
+    serving_of: Callable[[Path], tuple[str, int]],
 ) -> PackageManifest:
     """Make package/ and package.json in the entry's folder; without an adapter, package the base model.
 
-    `way_of` tries to serve a package and returns how; it raises if that is impossible.
+    `serving_of` tries to serve a package and returns how, and its context; it raises if that is impossible.
 
     Raises Crashed if the package differs from what was trained.
     """
@@ -88,13 +88,15 @@ def build_package(
             if path.stat().st_nlink == 1:  # a linked file is the base model's; its mode stays
                 path.chmod(0o644)
         parameters, dtype = _shape(building)
+        way, context = serving_of(building)
         return {
             "adapter_fingerprint": trained.fingerprint if trained else None,
             "dtype": dtype,
             "parameters": parameters,
             "max_logit_difference": difference,
             "divergence": divergence,
-            "served": way_of(building),
+            "served": way,
+            "context": context,
         }
 
     return package_of(folder, settings, base_model, fill)

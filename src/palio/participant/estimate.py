@@ -11,7 +11,6 @@ the attention matrix).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,21 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """Sizes of a model."""
+
+    hidden: int
+    layers: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        """Read a transformers config; a size that it does not name is 0."""
+        names = ("hidden_size", "num_hidden_layers", "vocab_size")
+        return cls(*(int(getattr(config, name, None) or 0) for name in names))
+
+
+@dataclass(frozen=True)
 class Estimate:
     steps: int
     training_seconds: float
@@ -53,9 +67,9 @@ class Estimate:
 
 
 def estimate(
-    recipe: FinetuneRecipe, track: Track, measured: Measured, source_rows: int, config: Mapping[str, Any]
+    recipe: FinetuneRecipe, track: Track, measured: Measured, source_rows: int, shape: Shape
 ) -> Estimate:
-    """Estimate the full training. `source_rows`: rows of the sources; `config`: the model's config.json."""
+    """Estimate the full training. `source_rows`: rows of the sources."""
     rows = max(1.0, source_rows * measured.rows_kept)
     per_step = recipe.batch_size * recipe.gradient_accumulation
     steps = recipe.max_steps or max(1, math.ceil(rows * recipe.epochs / per_step))
@@ -70,24 +84,26 @@ def estimate(
     else:
         seconds = tokens * measured.seconds_per_token
         grounds = "this machine's speed"
-    return Estimate(steps, seconds, _bytes(recipe, measured, config, peak is not None), grounds)
+    # The longest rows decide: batches are padded or packed up to max_length.
+    longest = recipe.batch_size * min(recipe.max_length, 4 * measured.tokens_per_row)
+    memory = training_bytes(recipe, measured, shape, longest, gpu=peak is not None)
+    return Estimate(steps, seconds, memory, grounds)
 
 
-def _bytes(recipe: FinetuneRecipe, measured: Measured, config: Mapping[str, Any], gpu: bool) -> float:
+def training_bytes(
+    recipe: FinetuneRecipe, measured: Measured, shape: Shape, tokens: float, *, gpu: bool
+) -> float:
+    """Estimate the memory of training with so many tokens in a forward pass."""
     width = 4.0
     if gpu:
         width = 2.0 * (1 - measured.quantized) + WEIGHT_BYTES[recipe.quantization] * measured.quantized
-    hidden, layers = int(config.get("hidden_size", 0)), int(config.get("num_hidden_layers", 0))
-    vocabulary = int(config.get("vocab_size", 0))
-    # The longest rows decide: batches are padded or packed up to max_length.
-    tokens = recipe.batch_size * min(recipe.max_length, 4 * measured.tokens_per_row)
     unit = ACTIVATIONS_COMPILED if recipe.compile_layers else ACTIVATIONS
     unit = (ACTIVATIONS_CHECKPOINTED if recipe.gradient_checkpointing else unit) * (1 if gpu else 2)
     return (
         width * measured.parameters
         + 16 * measured.trained_parameters
-        + unit * hidden * layers * tokens
-        + 8 * vocabulary * tokens
+        + unit * shape.hidden * shape.layers * tokens
+        + 8 * shape.vocabulary * tokens
     )
 
 

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import chdir
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from palio.base_model import require_on_hub
 from palio.config import Competition, Entry, RuleSet, expand, load_competition, load_entry, load_rules
 from palio.demo.data import write_demo_sources
 from palio.errors import BadInput, Crashed
@@ -55,12 +56,15 @@ def rehearse(file: Path, competition: Competition, out: Path) -> Rehearsal:
     """Run the entry at reduced scale under `out`; a second call goes on where the first stopped.
 
     Raises:
-        BadInput: this folder has no workflow, or a source is missing.
+        BadInput: this folder has no workflow, a source is missing, or the base model cannot be fetched.
         Crashed: a step did not finish; with its reason and log.
     """
     if not Path("Snakefile").is_file():
         raise BadInput("Snakefile", why="no workflow in this folder", fix="run palio try in a clone of Palio")
     entry = load_entry(file)
+    model = entry.base_model
+    if model.hub and not Resources().base_model(model.id).manifest.exists():
+        require_on_hub(model.hub)
     project = Project(out / file.stem)
     small = small_competition(competition, entry)
     shutil.rmtree(project.config.parent, ignore_errors=True)
@@ -98,10 +102,11 @@ def _snakemake(project: Project, folder: EntryFolder) -> None:
 
 
 def _first_error(log: Path) -> str:
-    """Return the first error that Snakemake reports, and its log."""
+    """Return the first error that a step reports, or else Snakemake, and the log."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    errors = (lines[number + 1] for number, line in enumerate(lines[:-1]) if line.startswith("WorkflowError"))
-    return f"{next(errors, 'no reason given').strip()}; see {log}"
+    of_steps = (line.partition(": ")[2] for line in lines if line.startswith(("error: ", "Error: ")))
+    its_own = (line for before, line in pairwise(lines) if before.startswith("WorkflowError"))
+    return f"{next(of_steps, next(its_own, 'no reason given')).strip()}; see {log}"
 
 
 # --- the small competition -----------------------------------------------------------------------------
@@ -129,6 +134,7 @@ def small_competition(competition: Competition, entry: Entry) -> dict[str, Any]:
         "withdrawn": {},
         "retries": {},
         "shards": {},
+        "replicates": None,
     }
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from transformers import AutoConfig
 
 from palio.config import Competition, Entry
 from palio.errors import BadInput
 from palio.evaluation.probe import lines
 from palio.layout import EntryFolder
 from palio.packaging.verify import findings_lines, verify_package
-from palio.participant.estimate import estimate, measure, rows_of
+from palio.participant.estimate import Shape, estimate, measure, rows_of
 from palio.participant.rehearsal import Rehearsal
 from palio.records import DatasetManifest, PackageManifest, Panel, ProbeReport, StageRecord, read_record
 from palio.scoring.columns import columns_of, stage_cells
@@ -75,14 +75,14 @@ def _whole_run(at: EntryFolder, entry: Entry, competition: Competition, probe: P
     measured = measure(at)
     if measured is None or entry.finetune is None or entry.dataset is None:
         return
-    config = json.loads((at.package / "config.json").read_text(encoding="utf-8"))
+    shape = Shape.of(AutoConfig.from_pretrained(at.package, trust_remote_code=False))
     manifest = read_record(DatasetManifest, at.dataset.manifest)
     rows_read = {source.name: source.rows for source in manifest.sources}
     rows = sum(
         rows_of(Path(source.path)) if source.path and Path(source.path).is_file() else rows_read[source.label]
         for source in entry.dataset.sources
     )
-    full = estimate(entry.finetune, track, measured, rows, config)
+    full = estimate(entry.finetune, track, measured, rows, shape)
     cap = track.gpu_memory_gb or track.ram_gb
     yield (
         f"whole training: {full.steps} steps, about {duration(full.training_seconds)} of the budget of "

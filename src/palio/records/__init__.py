@@ -17,6 +17,7 @@ results/<track>/<entry>/
     work/failures/<step>.json     StepFailure
 results/leaderboard/<track>.json  Leaderboard
 results/leaderboard/<track>.analysis.json  Analysis
+results/leaderboard/<track>.decision.json  Decision
 """
 
 from palio.records.analysis import (
@@ -33,9 +34,11 @@ from palio.records.analysis import (
     Robustness,
     Scheme,
     Separation,
+    TrainingNoise,
     Uncertainty,
 )
 from palio.records.common import AnyRecord, EntryRecord, Made, Part, Record, TrackRecord, read_record
+from palio.records.decision import Award, Boundary, Chance, Comparison, Decision, Remedy
 from palio.records.entry import (
     AdapterManifest,
     BaseModelManifest,
@@ -62,7 +65,16 @@ from palio.records.evaluation import (
     StageInstances,
     StageRecord,
 )
-from palio.records.scores import Cell, Column, DidNotFinish, Leaderboard, Panel, PanelEntry, ScoredEntry
+from palio.records.scores import (
+    Cell,
+    Column,
+    DidNotFinish,
+    Leaderboard,
+    Panel,
+    PanelEntry,
+    Replicate,
+    ScoredEntry,
+)
 from palio.records.sidecars import (
     CurateRun,
     FinetuneRun,
@@ -80,16 +92,21 @@ __all__ = [
     "AdapterManifest",
     "Analysis",
     "AnyRecord",
+    "Award",
     "BaseModelManifest",
+    "Boundary",
     "Cell",
+    "Chance",
     "Check",
     "Column",
+    "Comparison",
     "Contained",
     "Contamination",
     "ContaminationCount",
     "Correlation",
     "CurateRun",
     "DatasetManifest",
+    "Decision",
     "DidNotFinish",
     "EntryRecord",
     "EntryUncertainty",
@@ -113,7 +130,9 @@ __all__ = [
     "ProbeReport",
     "RankMove",
     "Record",
+    "Remedy",
     "Removal",
+    "Replicate",
     "Robustness",
     "RunFacts",
     "ScenarioCounts",
@@ -127,6 +146,7 @@ __all__ = [
     "StepFailure",
     "TrackRecord",
     "TrainingFacts",
+    "TrainingNoise",
     "Uncertainty",
     "Unsupported",
     "UsedSeconds",

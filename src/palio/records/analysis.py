@@ -36,15 +36,25 @@ class EntryUncertainty(Part):
     half); None for the last entry."""
     group: int
     """Index of its group in `Uncertainty.groups`."""
+    trainings: int = 1
+    """Trainings behind the interval: the entry's own, and its replicates."""
+    mean_score: float | None = None
+    """Final score of the mean over its trainings, which the interval is about; None without replicates: then
+    it is the leaderboard's."""
+    questions_only: Interval | None = None
+    """Interval of the final score that covers the choice of questions alone; None if `final_score` does."""
+    training_share: float | None = None
+    """Share of the variance of the final score that is due to the training of this entry and its rivals; None
+    if training is not covered."""
 
 
 class Separation(Part):
-    """The difference between the first two entries, and what it would take to confirm it."""
+    """The difference between two neighbours on the leaderboard, and what it would take to confirm it."""
 
     first: str
-    """Entry id of the first."""
+    """Entry id of the better one."""
     second: str
-    """Entry id of the second."""
+    """Entry id of the next."""
     difference: Interval
     """Paired interval of the difference between their final scores, first minus second."""
     separated: bool
@@ -53,11 +63,26 @@ class Separation(Part):
     """Distinct evaluation instances behind the two scores now, over all columns."""
     instances_needed: int | None
     """Instances that would separate them at the observed difference, assuming that the interval shrinks with
-    the square root of their number: more than now unless they are separated. None if they are tied."""
+    the square root of their number: more than now unless they are separated. None if they are tied, or if
+    the interval covers the training too, which no number of instances narrows."""
+
+
+class TrainingNoise(Part):
+    """How much results vary from one training of an entry to the next."""
+
+    source: Literal["replicates", "assumption"]
+    """replicates: estimated from entries that were trained several times, and lent to the others. assumption:
+    the competition's `scoring.training_noise`."""
+    replicated: list[str]
+    """Entries with replicates, by id."""
+    degrees: int | None
+    """Degrees of freedom of the estimate: trainings beyond the first, over all entries; None if assumed."""
+    standard_deviation: dict[str, float]
+    """By stage/scenario/metric: of the value from one training to the next, the questions' part removed."""
 
 
 class Uncertainty(Part):
-    """How scores and ranks vary with the choice of evaluation instances."""
+    """How scores and ranks vary with the choice of evaluation instances, and with the training."""
 
     method: Literal["bootstrap", "parametric", "mixed"]
     """bootstrap: instances are resampled, the same ones for all entries. parametric: without instance values,
@@ -78,8 +103,16 @@ class Uncertainty(Part):
     """In the order of the leaderboard."""
     groups: list[list[str]]
     """Entries that cannot be told apart from the best of their group, by rank."""
-    separation: Separation | None
-    """The first two entries; None with fewer than two entries."""
+    neighbours: list[Separation]
+    """The prize ranks and the next: first and second, second and third, third and fourth, where there are
+    so many entries."""
+    training: TrainingNoise | None = None
+    """The training noise that the intervals cover; None if they cover the choice of questions only."""
+
+    @property
+    def separation(self) -> Separation | None:
+        """The first two entries; None with fewer than two entries."""
+        return self.neighbours[0] if self.neighbours else None
 
 
 class RankMove(Part):
@@ -237,6 +270,17 @@ class Analysis(TrackRecord):
     """What else the ranking depends on; None without scored entries."""
     overfitting: Overfitting | None
     """Open against closed; None without scored entries, or if only one stage is scored."""
+
+    def neighbours_of(self, entry: str) -> list[Separation]:
+        """Return how well an entry with a prize rank can be told apart from the entries next to it."""
+        pairs = self.uncertainty.neighbours if self.uncertainty else []
+        return [pair for pair in pairs if entry in (pair.first, pair.second)]
+
+    def holds(self, verdict: PrizeVerdict) -> bool:
+        """Return whether a prize rank depends on no choice, and its holder can be told apart from the entries
+        next to it."""
+        known = self.uncertainty is not None
+        return known and verdict.stable and all(pair.separated for pair in self.neighbours_of(verdict.entry))
 
     @property
     def entry_uncertainty(self) -> dict[str, EntryUncertainty]:

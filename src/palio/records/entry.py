@@ -52,8 +52,12 @@ class Unsupported(Part):
 class Layers(Part):
     """What LoRA and QLoRA find in a base model, as its config tells."""
 
+    parameters: int = 0
+    """Number of its parameters; 0 in a record of an earlier version."""
     linear: tuple[str, ...]
     """Names of its linear layers, which `target_modules` may have."""
+    unsuited: tuple[str, ...] = ()
+    """Names of linear layers that LoRA cannot adapt."""
     tied: tuple[str, ...]
     """Names of modules that share their weights: to train one would change the others in the package."""
     all_linear: str = ""
@@ -68,12 +72,14 @@ class Layers(Part):
         if recipe.method == "full":
             return
         targets = recipe.target_modules
+        fix = f"name some of {', '.join(self.linear)}"
         if targets == "all-linear" and self.all_linear:
-            fix = f"name some of {', '.join(self.linear)}"
             yield BadInput("finetune", "target_modules", targets, why=self.all_linear, fix=fix)
+        elif wrong := sorted(_ends(targets) & {*self.unsuited}):
+            why = f"LoRA cannot adapt {wrong[0]} of this base model"
+            yield BadInput("finetune", "target_modules", targets, why=why, fix=fix)
         for key, names in (("target_modules", targets), ("modules_to_save", recipe.modules_to_save)):
-            ends = [name.rpartition(".")[2] for name in names] if isinstance(names, tuple) else []
-            if shared := sorted({*ends} & {*self.tied}):
+            if shared := sorted(_ends(names) & {*self.tied}):
                 why = f"the base model ties the weights of {shared[0]} to another module's"
                 yield BadInput("finetune", key, names, why=why, fix=f"remove {shared[0]}")
         if recipe.method == "qlora" and sum(self.left.values()) > self.quantized:
@@ -86,6 +92,11 @@ class Layers(Part):
             yield BadInput("finetune", "method", recipe.method, why=why, fix=fix)
 
 
+def _ends(names: str | tuple[str, ...]) -> set[str]:
+    """Return the last parts of modules' names."""
+    return {name.rpartition(".")[2] for name in names} if isinstance(names, tuple) else set()
+
+
 class BaseModelManifest(Record):
     """A base model as it was fetched."""
 
@@ -95,6 +106,8 @@ class BaseModelManifest(Record):
     """Where it was fetched from."""
     files: dict[str, str]
     """sha256 by relative path."""
+    pickled: dict[str, str] = {}
+    """sha256 by name of the pickled files that the weights were converted from; empty if they were not."""
     unsupported: Unsupported | None = None
     """Why Palio cannot train, package and serve it; null if it can."""
     layers: Layers | None = None
@@ -321,6 +334,8 @@ class PackageManifest(EntryRecord):
     served: str | None = None
     """How `palio serve` computes it, as tried when it was packaged: with shared prefixes, one sequence at a
     time, or each sequence anew at every token. None for a server."""
+    context: int | None = None
+    """Tokens of prompt and completion together that it can be served with. None for a server."""
     files: dict[str, str]
     """sha256 by relative path."""
 

@@ -47,8 +47,17 @@ class Cell(Part):
     """Win rate in the column; None if the value is missing and the policy excludes it."""
 
 
+class Replicate(Part):
+    """The results of an entry trained again with another seed."""
+
+    number: int
+    """2 for the first: the entry's own training is 1."""
+    cells: list[Cell]
+    """In the order of the leaderboard's columns, without win rates."""
+
+
 class ScoredEntry(Part):
-    """One entry on the leaderboard."""
+    """One entry on the leaderboard, by its own training."""
 
     entry: str
     """Entry id."""
@@ -65,7 +74,12 @@ class ScoredEntry(Part):
     cells: list[Cell]
     """In the order of the leaderboard's columns."""
     notes: list[str] = []
-    """Footnotes: missing values and their effect, and the cause of a stage score of 0."""
+    """Footnotes: missing values and their effect, the cause of a stage score of 0, replicates without a
+    result."""
+    trained: bool = True
+    """False for a base model as it is, whose score owes nothing to a training."""
+    replicates: list[Replicate] = []
+    """The same entry trained again: they decide no rank, but how certain it is."""
 
 
 class DidNotFinish(Part):

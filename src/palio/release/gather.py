@@ -3,7 +3,8 @@
     <out>/README.md                 what is here, and the one command
     <out>/ro-crate-metadata.json    the same for machines: every file with its sha256 (RO-Crate 1.1)
     <out>/config/                   the competition, its rules, every entry file, public run files
-    <out>/results/<track>/<entry>/  records of every step, HELM's tables, telemetry; no weights, no data
+    <out>/results/<track>/<entry>/  records of every step, HELM's tables, telemetry; no weights, no data.
+                                    replicates/<number>/ in it: those that the leaderboard counts
     <out>/results/leaderboard/      what is to be reproduced
     <out>/results/report/           as it was
     <out>/container/                what serves a package
@@ -27,11 +28,21 @@ from palio.config import Competition, expand
 from palio.credentials import credentials
 from palio.entries import Entries
 from palio.errors import BadInput, PalioError
-from palio.layout import ENTRIES, ENVIRONMENT_LOCK, RULESET, STAGES, Boards, EntryFolder, Project, Results
+from palio.layout import (
+    ENTRIES,
+    ENVIRONMENT_LOCK,
+    RULESET,
+    STAGES,
+    Boards,
+    EntryFolder,
+    Project,
+    Results,
+    replicate_name,
+)
 from palio.packaging.container import write_container
 from palio.pipeline import STEPS
 from palio.provenance import write_text
-from palio.records import INSTANCES_SCHEMA, METRICS_SCHEMA, read_record
+from palio.records import INSTANCES_SCHEMA, METRICS_SCHEMA, Leaderboard, read_record
 from palio.release.crate import METADATA, describe
 
 TABLES = {"metrics.parquet": METRICS_SCHEMA, "instances.parquet": INSTANCES_SCHEMA}
@@ -39,8 +50,21 @@ TABLES = {"metrics.parquet": METRICS_SCHEMA, "instances.parquet": INSTANCES_SCHE
 ANONYMOUS = {"host": None, "slurm_job_id": None}
 """Facts about a run that a release leaves out."""
 LEADERBOARD_SUFFIXES = ("json", "csv", "parquet", "md", "tex", "analysis.json", "analysis.md")
-REPORT_SUFFIXES = (".html", ".svg", ".png", ".csv", ".json", ".md", ".tex", ".parquet")
-TEXT_SUFFIXES = (".json", ".yaml", ".conf", ".md", ".csv", ".tex", ".html", ".svg", ".txt", ".lock", ".py")
+REPORT_SUFFIXES = (".html", ".js", ".svg", ".png", ".csv", ".json", ".md", ".tex", ".parquet")
+TEXT_SUFFIXES = (
+    ".json",
+    ".yaml",
+    ".conf",
+    ".md",
+    ".csv",
+    ".tex",
+    ".html",
+    ".js",
+    ".svg",
+    ".txt",
+    ".lock",
+    ".py",
+)
 SHORTEST_TEXT = 20
 """Characters of the shortest line of a closed instance to search for: shorter ones occur in ordinary text."""
 README = """\
@@ -62,7 +86,7 @@ entry files say where the data comes from), and the texts of the closed stage.
 
 
 class Leak(PalioError):
-    """The release would have published a secret, so it was not made."""
+    """What was to be handed out holds a secret, so it was not made."""
 
 
 def gather(
@@ -84,14 +108,14 @@ def gather(
         _config(competition, entries.files, building)
         for track_id in competition.tracks:
             _leaderboard(track_id, leaderboards, building.results.leaderboards)
-            for entry_id in entries:
-                _entry(results.entry(track_id, entry_id), building.results.entry(track_id, entry_id))
+            for name in [*entries, *_scored_replicates(leaderboards.leaderboard(track_id))]:
+                _entry(results.entry(track_id, name), building.results.entry(track_id, name))
         _take_tree(report, building.results.report)
         write_container(building.container)
         if ENVIRONMENT_LOCK.is_file():
             _take(ENVIRONMENT_LOCK, building.environment_lock)
         write_text(building.readme, _readme(competition, list(entries)))
-        search_for_leaks(building.path, _closed_lines(competition))
+        search_for_leaks(building.path, closed_lines(competition))
         describe(building.path, competition)
         shutil.rmtree(out, ignore_errors=True)
         building.path.rename(out)
@@ -120,8 +144,17 @@ def _config(competition: Competition, files: Mapping[str, Path], release: Projec
         _take(path, release.entry_file(entry_id))
 
 
+def _scored_replicates(leaderboard: Path) -> list[str]:
+    """Return the names of the replicates that are in a leaderboard."""
+    return [
+        replicate_name(scored.entry, replicate.number)
+        for scored in read_record(Leaderboard, leaderboard).entries
+        for replicate in scored.replicates
+    ]
+
+
 def _entry(folder: EntryFolder, out: EntryFolder) -> None:
-    for step in STEPS:
+    for step in (step for step in STEPS if step.replicated or folder.replicate is None):
         for path in (path for path in step.released(folder) if path.is_file()):
             schema = TABLES.get(path.name)
             if schema and not pq.read_schema(path).equals(schema):
@@ -164,7 +197,7 @@ def _readme(competition: Competition, entries: list[str]) -> str:
 # --- what must not ---------------------------------------------------------------------------------------
 
 
-def _closed_lines(competition: Competition) -> list[bytes]:
+def closed_lines(competition: Competition) -> list[bytes]:
     """The longest line of every closed instance, where the closed store is at hand."""
     instances = competition.store.stage.instances
     if not instances.is_file():
@@ -174,15 +207,15 @@ def _closed_lines(competition: Competition) -> list[bytes]:
     return sorted(line.encode() for line in lines if len(line) >= SHORTEST_TEXT)
 
 
-def search_for_leaks(folder: Path, closed_lines: list[bytes]) -> None:
-    """Raises Leak, naming file and kind but not the text, for the first file that holds what it must not."""
+def search_for_leaks(folder: Path, secret_lines: list[bytes]) -> None:
+    """Raise Leak, naming file and kind but not the text, for the first file that holds what it must not."""
     for path in _text_files(folder):
         content = path.read_bytes()
         name = path.relative_to(folder)
         if found := next(credentials(content), None):
-            raise Leak(f"{name}: {found.why}; remove it and release again")
+            raise Leak(f"{name}: {found.why}; remove it and try again")
         # JSON writes quotes and newlines otherwise, HTML more: lines are compared without either.
-        if any(line in content or _escaped(line) in content for line in closed_lines):
+        if any(line in content or _escaped(line) in content for line in secret_lines):
             raise Leak(f"{name} contains a text of the closed stage; find out how it got there")
 
 

@@ -9,13 +9,13 @@ leaderboard can have a report.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from palio.config import Competition, Entry
 from palio.entries import AnyEntry, Entries
-from palio.layout import STAGES, Boards, EntryFolder, Resources, Results
+from palio.layout import STAGES, Boards, EntryFolder, ReportFolder, Resources, Results
 from palio.pipeline import LIMITED
 from palio.provenance import atomic_path, fingerprint, write_text
 from palio.records import Analysis, Leaderboard, StageInstances, read_record
@@ -29,8 +29,18 @@ MAX_LISTED = 16_000
 TYPICAL_OPERATIONS = 4
 
 
-def build_report(competition: Competition, *, results: Results, leaderboards: Boards, out: Path) -> Path:
+def build_report(
+    competition: Competition,
+    *,
+    results: Results,
+    leaderboards: Boards,
+    out: Path,
+    answers: Mapping[str, Collection[str]] | None = None,
+) -> Path:
     """Write a report on leaderboards or standings and return the page's path.
+
+    Args:
+        answers: by track, the entries with a page of answers beside the report (`palio.answers.pages`).
 
     Raises:
         BadInput: a track has no leaderboard in `leaderboards`.
@@ -40,11 +50,12 @@ def build_report(competition: Competition, *, results: Results, leaderboards: Bo
     tracks = []
     for track, settings in competition.tracks.items():
         board, analysis = read_board(leaderboards, track)
-        limits = {step.name: step.limit(competition, track).seconds for step in LIMITED if step.limit}
         reports = [
-            _with_files(report, entries.get(report.id), results.entry(track, report.id), limits, listed)
+            entry_report(competition, report, entries.get(report.id), results.entry(track, report.id), listed)
             for report in entry_reports(board)
         ]
+        with_answers = (answers or {}).get(track, ())
+        reports = [replace(report, answers=report.id in with_answers) for report in reports]
         tracks.append(TrackReport(track, settings.title, board, analysis, reports))
     return write_report(competition.title, tracks, out, asked=_prepared(competition))
 
@@ -73,9 +84,10 @@ def entry_reports(board: Leaderboard) -> list[EntryReport]:
     ]
 
 
-def _with_files(
-    report: EntryReport, entry: AnyEntry | None, folder: EntryFolder, limits: Mapping[str, int], listed: int
+def entry_report(
+    competition: Competition, report: EntryReport, entry: AnyEntry | None, folder: EntryFolder, listed: int
 ) -> EntryReport:
+    """Return a report with what lies in the entry's folder, at most `listed` dropped rows an operation."""
     valid = entry if isinstance(entry, Entry) else None
     if report.stopped:
         step = report.stopped.step
@@ -88,9 +100,10 @@ def _with_files(
         why_missing = "the step left no record"
     files = read_entry(folder, why_missing, listed)
     used: dict[str, tuple[float, float] | None] = {}
-    for step, limit in limits.items():
-        seconds = seconds_used(files.runs[step])
-        used[step] = None if seconds is None else (float(seconds), float(limit))
+    for limited in LIMITED:
+        seconds = seconds_used(files.runs[limited.name])
+        limit = limited.limit(competition, folder.track_id).seconds if limited.limit else 0
+        used[limited.name] = None if seconds is None else (float(seconds), float(limit))
     return replace(report, title=valid.title if valid else "", files=files, used=BudgetUse(report.id, used))
 
 
@@ -111,13 +124,13 @@ def write_report(
     drawings = {plate.name: plate.drawing for plate in appendix}
     for track in tracks:
         drawings |= {f"{track.id}-{name}": drawing for name, drawing in track.figures.items()}
+    folder = ReportFolder(out)
     for name, drawing in drawings.items():
-        write_text(out / "figures" / f"{name}.svg", drawing.svg_file)
-        with atomic_path(out / "figures" / f"{name}.png") as temporary:
+        write_text(folder.figures / f"{name}.svg", drawing.svg_file)
+        with atomic_path(folder.figures / f"{name}.png") as temporary:
             temporary.write_bytes(drawing.png())
-    for path in (out / "figures").glob("*"):
+    for path in folder.figures.glob("*"):
         if path.stem not in drawings:
             path.unlink()
-    file = out / "index.html"
-    write_text(file, page(title, tracks, appendix, asked))
-    return file
+    write_text(folder.page, page(title, tracks, appendix, asked))
+    return folder.page

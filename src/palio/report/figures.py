@@ -10,6 +10,7 @@ from palio.report.drawing import (
     HEAT,
     HEAT_INVERTED,
     SOURCES,
+    Anchor,
     Axes,
     Drawing,
     Point,
@@ -19,7 +20,6 @@ from palio.report.drawing import (
 )
 from palio.text import duration
 
-WIDTH = 640.0
 SMALL = 11.0
 ROW = 24.0
 BASELINE = ROW / 2 + 4
@@ -29,7 +29,25 @@ MAX_BUMPS = 12
 PRIZES = 3
 CROWD = 40
 """With more dots than this, their intervals are drawn fainter."""
-MAX_LABEL = 26
+
+
+@dataclass(frozen=True)
+class Size:
+    """Room for a figure."""
+
+    width: float
+    """In CSS pixels."""
+    label: int
+    """Characters of an entry's id that are shown beside its row."""
+    upright: float
+    """Least distance of upright labels."""
+    number: float
+    """Room beside a bar for its number."""
+
+
+WIDE = Size(640, 26, 34, 58)
+NARROW = Size(340, 14, 0, 36)
+"""A telephone's, where letters must not be shrunk with the figure."""
 
 
 @dataclass(frozen=True)
@@ -41,26 +59,41 @@ class BudgetUse:
     """(seconds used, limit in seconds) of fine-tuning and the stages; None if unknown."""
 
 
+@dataclass(frozen=True)
+class Effort:
+    """What an entry took, by measure; None if it is unknown."""
+
+    entry: str
+    values: dict[str, float | None]
+
+
 def figures_of_track(
-    board: Leaderboard, analysis: Analysis | None, used: Sequence[BudgetUse]
+    board: Leaderboard,
+    analysis: Analysis | None,
+    used: Sequence[BudgetUse],
+    efforts: Sequence[Effort],
+    size: Size = WIDE,
 ) -> dict[str, Drawing]:
-    """Return the figures by file name."""
+    """Return the figures by file name; the map of win rates, which is a table on the page, in `WIDE` only."""
     drawings = {
-        "open-vs-closed": open_against_closed(board, analysis),
-        "rank-intervals": rank_intervals(board, analysis),
-        "win-rates": win_rate_heat_map(board),
-        "leave-one-out": leave_one_out(board, analysis),
-        "budget-use": budget_use(board.track, used),
+        "open-vs-closed": open_against_closed(board, analysis, size),
+        "rank-intervals": rank_intervals(board, analysis, size),
+        "win-rates": win_rate_heat_map(board) if size is WIDE else None,
+        "leave-one-out": leave_one_out(board, analysis, size),
+        "efficiency": efficiency(board, efforts, size),
+        "budget-use": budget_use(board.track, used, size),
     }
     return {name: drawing for name, drawing in drawings.items() if drawing is not None}
 
 
-def open_against_closed(board: Leaderboard, analysis: Analysis | None) -> Drawing | None:
+def open_against_closed(board: Leaderboard, analysis: Analysis | None, size: Size = WIDE) -> Drawing | None:
     """Draw a dot per entry, open score across, closed score up, with 95 % intervals."""
     if not board.entries or not {"open", "closed"} <= set(board.stage_weights):
         return None
-    side = WIDTH - 56 - 14
-    drawing = Drawing(WIDTH, 14 + side + 48, f"Open against closed score of {_entries(board)}, {board.track}")
+    side = size.width - 56 - 14
+    drawing = Drawing(
+        size.width, 14 + side + 48, f"Open against closed score of {_entries(board)}, {board.track}"
+    )
     axes = Axes(drawing, 56, 14, 56 + side, 14 + side, (0, 1), (0, 1))
     axes.grid(ticks(0, 1), ticks(0, 1))
     axes.titles("open score", "closed score")
@@ -79,7 +112,7 @@ def open_against_closed(board: Leaderboard, analysis: Analysis | None) -> Drawin
         scores = f"open {scored.stage_scores['open']:.3f}, closed {scored.stage_scores['closed']:.3f}"
         tip = f"{scored.entry}: {scores}, rank {scored.rank}"
         drawing.dot(x, y, 5.5, "closed" if scored.rank <= PRIZES else "open", tip=tip)
-    labels = place_labels(dots, SMALL, (axes.left, 0, WIDTH, axes.bottom))
+    labels = place_labels(dots, SMALL, (axes.left, 0, size.width, axes.bottom))
     for scored, label in zip(board.entries, labels, strict=True):
         if label:
             x, y, anchor = label
@@ -87,17 +120,19 @@ def open_against_closed(board: Leaderboard, analysis: Analysis | None) -> Drawin
     return drawing
 
 
-def rank_intervals(board: Leaderboard, analysis: Analysis | None) -> Drawing | None:
+def rank_intervals(board: Leaderboard, analysis: Analysis | None, size: Size = WIDE) -> Drawing | None:
     """Draw a line per entry across the interval of its rank."""
     uncertainty = analysis.entry_uncertainty if analysis else {}
     if not uncertainty:
         return None
-    left, top, n = _label_width([scored.entry for scored in board.entries]), 34, len(board.entries)
+    left, top, n = _label_width([scored.entry for scored in board.entries], size), 34, len(board.entries)
     bottom = top + n * ROW
-    drawing = Drawing(WIDTH, bottom + 6, f"Ranks of {_entries(board)} with 95 % intervals, {board.track}")
+    drawing = Drawing(
+        size.width, bottom + 6, f"Ranks of {_entries(board)} with 95 % intervals, {board.track}"
+    )
 
     def at(rank: float) -> float:
-        return left + (rank - 1) / max(n - 1, 1) * (WIDTH - left - 24) + 8
+        return left + (rank - 1) / max(n - 1, 1) * (size.width - left - 24) + 8
 
     for rank in _rank_ticks(n):
         drawing.line([(at(rank), 26), (at(rank), bottom)], "rule")
@@ -108,7 +143,7 @@ def rank_intervals(board: Leaderboard, analysis: Analysis | None) -> Drawing | N
         low, high = limits.rank.low, limits.rank.high
         group = "open" if limits.group % 2 == 0 else "closed"
         tip = f"{scored.entry}: rank {scored.rank}, 95 % interval {low:.0f} to {high:.0f}"
-        _row_label(drawing, left, y + 4, scored.entry, bold=scored.rank <= PRIZES)
+        _row_label(drawing, left, y + 4, scored.entry, size, bold=scored.rank <= PRIZES)
         drawing.line([(at(low), y), (at(high), y)], group, width=4, tip=tip)
         drawing.dot(at(scored.rank), y, 6, group, tip=tip)
     return drawing
@@ -119,8 +154,8 @@ def win_rate_heat_map(board: Leaderboard) -> Drawing | None:
     if not board.entries:
         return None
     scenarios = board.scenario_keys
-    left = _label_width([scored.entry for scored in board.entries])
-    cell = max(44.0, (WIDTH - left) / len(scenarios))
+    left = _label_width([scored.entry for scored in board.entries], WIDE)
+    cell = max(44.0, (WIDE.width - left) / len(scenarios))
     top = 34 + max(text_width(name, SMALL) for _, name in scenarios)
     width = left + cell * len(scenarios)
     drawing = Drawing(width, top + len(board.entries) * ROW, f"Win rates of {_entries(board)}, {board.track}")
@@ -131,7 +166,7 @@ def win_rate_heat_map(board: Leaderboard) -> Drawing | None:
         drawing.text(x + cell / 2 + 4, top - 8, name, size=SMALL, fill="muted", upright=True)
     for row, scored in enumerate(board.entries):
         y = top + row * ROW
-        _row_label(drawing, left, y + BASELINE, scored.entry, bold=scored.rank <= PRIZES)
+        _row_label(drawing, left, y + BASELINE, scored.entry, WIDE, bold=scored.rank <= PRIZES)
         for index, (stage, name) in enumerate(scenarios):
             rate = scored.scenario_win_rates[stage].get(name)
             x = left + index * cell
@@ -151,7 +186,7 @@ def heat_step(rate: float) -> int:
     return round(rate * (len(HEAT) - 1))
 
 
-def leave_one_out(board: Leaderboard, analysis: Analysis | None) -> Drawing | None:
+def leave_one_out(board: Leaderboard, analysis: Analysis | None, size: Size = WIDE) -> Drawing | None:
     """Draw how the order changes when one entry leaves: a level line is a rank that does not depend on it.
 
     Each column leaves out one entry; the others move up or down among the remaining rows of the full ranking.
@@ -162,8 +197,9 @@ def leave_one_out(board: Leaderboard, analysis: Analysis | None) -> Drawing | No
     full = [scored.entry for scored in board.entries]
     shown = full[:MAX_BUMPS]
     removals = [removal for removal in robustness.without_entry if removal.removed in shown]
-    left, top = _label_width(shown), 30 + max(text_width(_cut(name), SMALL) for name in shown)
-    step = max(34.0, (WIDTH - left - 20) / (len(removals) + 1))
+    left = _label_width(shown, size)
+    top = 30 + max(text_width(_cut(name, size), SMALL) for name in shown)
+    step = max(size.upright, (size.width - left - 20) / (len(removals) + 1))
     height = top + len(shown) * ROW + 8
     drawing = Drawing(left + step * (len(removals) + 1), height, f"Ranks without one entry, {board.track}")
 
@@ -177,13 +213,13 @@ def leave_one_out(board: Leaderboard, analysis: Analysis | None) -> Drawing | No
         vacant = full.index(removal.removed)
         columns.append([*removal.order[:vacant], removal.removed, *removal.order[vacant:]])
         x, y = at(column, vacant)
-        ink, name = "closed" if removal.moved else "muted", _cut(removal.removed)
+        ink, name = "closed" if removal.moved else "muted", _cut(removal.removed, size)
         bold = bool(removal.moved)
         drawing.text(x + 4, top - 8, name, size=SMALL, fill=ink, bold=bold, upright=True)
         drawing.text(x, y + 4, "×", anchor="middle", fill="muted")
     for row, name in enumerate(shown):
         color = f"source{row % SOURCES}"
-        _row_label(drawing, left, at(0, row)[1] + 4, name, bold=row < PRIZES)
+        _row_label(drawing, left, at(0, row)[1] + 4, name, size, bold=row < PRIZES)
         dots: list[tuple[Point, str]] = []
         segments: list[list[Point]] = [[]]
         for column, order in enumerate(columns):
@@ -202,21 +238,21 @@ def leave_one_out(board: Leaderboard, analysis: Analysis | None) -> Drawing | No
     return drawing
 
 
-def budget_use(track: str, used: Sequence[BudgetUse]) -> Drawing | None:
+def budget_use(track: str, used: Sequence[BudgetUse], size: Size = WIDE) -> Drawing | None:
     """Draw the share of each limit that every entry used."""
     if not any(use is not None for entry in used for use in entry.used.values()):
         return None
     steps = list(used[0].used)
-    left = _label_width([entry.entry for entry in used])
-    width = (WIDTH - left) / len(steps)
-    drawing = Drawing(WIDTH, 30 + len(used) * ROW, f"Use of the limits, {track}")
+    left = _label_width([entry.entry for entry in used], size)
+    width = (size.width - left) / len(steps)
+    drawing = Drawing(size.width, 30 + len(used) * ROW, f"Use of the limits, {track}")
     for index, step in enumerate(steps):
         drawing.text(left + index * width, 14, step, size=SMALL, fill="muted")
     for row, entry in enumerate(used):
         y = 26 + row * ROW
-        _row_label(drawing, left, y + BASELINE, entry.entry)
+        _row_label(drawing, left, y + BASELINE, entry.entry, size)
         for index, step in enumerate(steps):
-            x, bar = left + index * width, width - 58
+            x, bar = left + index * width, width - size.number
             use = entry.used[step]
             if use is None:
                 drawing.text(x, y + BASELINE, "–", fill="muted")
@@ -230,6 +266,72 @@ def budget_use(track: str, used: Sequence[BudgetUse]) -> Drawing | None:
     return drawing
 
 
+def efficiency(board: Leaderboard, efforts: Sequence[Effort], size: Size = WIDE) -> Drawing | None:
+    """Draw a dot per entry, what it took across, its final score up, a panel for each measure; the stairs are
+    the frontier: nobody got as much for less."""
+    scores = {scored.entry: scored.final_score for scored in board.entries}
+    panels: dict[str, list[tuple[float, float, str]]] = {}
+    for effort in efforts:
+        for measure, value in effort.values.items():
+            if value is not None and effort.entry in scores:
+                panels.setdefault(measure, []).append((value, scores[effort.entry], effort.entry))
+    panels = {measure: points for measure, points in panels.items() if len(points) > 1}
+    if not panels:
+        return None
+    across = 2 if size is WIDE and len(panels) > 1 else 1
+    width, height = size.width / across, 250.0
+    rows = -(-len(panels) // across)
+    title = f"Final score against what it took, {_entries(board)}, {board.track}"
+    drawing = Drawing(size.width, rows * height, title)
+    for place, (measure, points) in enumerate(panels.items()):
+        left, top = place % across * width, place // across * height
+        _effort_panel(drawing, (left + 56, top + 14, left + width - 16, top + height - 52), measure, points)
+    return drawing
+
+
+def _effort_panel(
+    drawing: Drawing,
+    box: tuple[float, float, float, float],
+    measure: str,
+    points: Sequence[tuple[float, float, str]],
+) -> None:
+    scale = ticks(0, max(value for value, _, _ in points), 4)
+    axes = Axes(drawing, *box, (0, scale[-1]), (0, 1))
+    axes.grid(scale, ticks(0, 1))
+    axes.titles(measure, "final score")
+    best = frontier([(value, score) for value, score, _ in points])
+    stairs = [axes.at(*points[best[0]][:2])]
+    for index in best[1:]:
+        x, y = axes.at(*points[index][:2])
+        stairs += [(x, stairs[-1][1]), (x, y)]
+    drawing.line([*stairs, (axes.right, stairs[-1][1])], "closed", width=1.5)
+    dots = [(*axes.at(value, score), entry) for value, score, entry in points]
+    for index, (x, y, entry) in enumerate(dots):
+        value, score, _ = points[index]
+        tip = f"{entry}: {value:.4g} {measure}, final score {score:.4f}"
+        drawing.dot(x, y, 4.5, "closed" if index in best else "open", tip=tip)
+    below = axes.bottom + SMALL
+    for x, y, entry in (dots[index] for index in best):
+        if below - y < SMALL:
+            continue  # it would be on the label before
+        # Above and to the left of a point on the frontier there is nobody.
+        name, below = _cut(entry, NARROW), y
+        left = x - 6 - text_width(name, SMALL) > axes.left
+        at: tuple[float, Anchor] = (x - 6, "end") if left else (x, "start")
+        drawing.text(at[0], y - 7, name, anchor=at[1], size=SMALL, bold=True)
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the indexes of the points (cost, score) that no other point beats: by costing less without a
+    lower score, or by a higher score at no more cost. In the order of their cost."""
+    kept: list[int] = []
+    order = sorted(range(len(points)), key=lambda index: (points[index][0], -points[index][1]))
+    for index in order:
+        if not kept or points[index][1] > points[kept[-1]][1] or points[index] == points[kept[-1]]:
+            kept.append(index)
+    return kept
+
+
 # --- parts -----------------------------------------------------------------------------------------------
 
 
@@ -237,16 +339,16 @@ def _entries(board: Leaderboard) -> str:
     return f"{len(board.entries)} entries" if len(board.entries) != 1 else "one entry"
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…"
+def _cut(text: str, size: Size) -> str:
+    return text if len(text) <= size.label else text[: size.label - 1] + "…"
 
 
-def _label_width(names: Sequence[str]) -> float:
-    return max((text_width(_cut(name), 13) for name in names), default=0) + 20  # 12, bold
+def _label_width(names: Sequence[str], size: Size) -> float:
+    return max((text_width(_cut(name, size), 13) for name in names), default=0) + 20  # 12, bold
 
 
-def _row_label(drawing: Drawing, left: float, y: float, name: str, *, bold: bool = False) -> None:
-    drawing.text(left - 12, y, _cut(name), anchor="end", bold=bold)
+def _row_label(drawing: Drawing, left: float, y: float, name: str, size: Size, *, bold: bool = False) -> None:
+    drawing.text(left - 12, y, _cut(name, size), anchor="end", bold=bold)
 
 
 def _rank_ticks(n: int) -> list[int]:

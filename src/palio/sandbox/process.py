@@ -297,10 +297,7 @@ class Confined:
 
 
 def cannot_confine(why: str) -> PalioError:
-    return PalioError(
-        f"this machine cannot confine a team's program ({why}); `palio doctor` says what to do. "
-        "isolation.unconfined: true runs it without confinement"
-    )
+    return PalioError(f"this machine cannot confine a program ({why}); `palio doctor` says what to do")
 
 
 def memory_file(content: bytes) -> int:

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from palio.config import Competition, Metric
 from palio.errors import BadInput
-from palio.layout import EntryFolder, Results, Stage, stage_named
+from palio.layout import STAGES, EntryFolder, Results, Stage, replicate_name, stage_named
 from palio.provenance import file_sha256, fingerprint
-from palio.records import Analysis, Contamination, Leaderboard, read_record
+from palio.records import Analysis, Contamination, Leaderboard, ScoredEntry, read_record
 from palio.scoring.columns import scored_metrics
+from palio.scoring.conventions import Array
 from palio.scoring.overfitting import overfitting
 from palio.scoring.robustness import robustness
 from palio.scoring.uncertainty import (
@@ -26,6 +27,8 @@ from palio.scoring.uncertainty import (
     Answers,
     AnswersByScenario,
     ScenarioAnswers,
+    interaction,
+    mean_of_trainings,
     uncertainty,
 )
 
@@ -38,9 +41,12 @@ def analyze(
     replicates: int = REPLICATES,
     panel: Sequence[str] = (),
     remark: str = "",
+    training_noise: float | None = None,
 ) -> Analysis:
     """Analyze a leaderboard; for the arguments see `uncertainty`, `robustness` and `overfitting`."""
-    intervals = uncertainty(board, answers or {}, replicates=replicates, remark=remark)
+    intervals = uncertainty(
+        board, answers or {}, replicates=replicates, remark=remark, training_noise=training_noise
+    )
     return Analysis(
         competition=board.competition,
         track=board.track,
@@ -66,6 +72,7 @@ def analyze_track(competition: Competition, board: Leaderboard, results: Results
         read_answers(competition, board, results),
         {name: _contamination(results.entry(board.track, name)) for name in scored},
         panel=[name for name in competition.scoring.reference_panel if name in scored],
+        training_noise=competition.scoring.training_noise,
     )
 
 
@@ -85,12 +92,12 @@ EntryAnswers = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
 def read_answers(competition: Competition, board: Leaderboard, results: Results) -> AnswersByScenario:
-    """Read every scored entry's value on every question from the instances tables.
+    """Read every scored entry's value on every question, over all its trainings, from the instances tables.
 
     Raises:
         BadInput: a table does not exist, is not the one that was scored, or holds an infinite value.
     """
-    entries = sorted(scored.entry for scored in board.entries)
+    trainings = [_trainings(scored) for scored in sorted(board.entries, key=lambda scored: scored.entry)]
     answers: dict[tuple[str, str], ScenarioAnswers] = {}
     for stage in dict.fromkeys(stage_named(column.stage) for column in board.columns):
         scored = {str(of.column): of for of in scored_metrics(competition, stage)}
@@ -99,15 +106,14 @@ def read_answers(competition: Competition, board: Leaderboard, results: Results)
         questions: dict[str, dict[Question, int]] = {column.scenario: {} for column in columns}
         # Tables of strings are large: each becomes numbers before the next one is read.
         by_entry = []
-        for entry in entries:
-            path = _scored_table(board, results, entry, stage)
-            table = _InstancesTable(path, {of.metric.metric for of in metrics})
-            by_entry.append(
-                [
-                    table.answers(of.scenario, of.metric, questions[column.scenario])
-                    for column, of in zip(columns, metrics, strict=True)
-                ]
-            )
+        for names in trainings:
+            of_entry: list[list[EntryAnswers]] = [[] for _ in columns]
+            for name in names:
+                path = _scored_table(board, results, name, stage)
+                table = _InstancesTable(path, {of.metric.metric for of in metrics})
+                for of_column, column, of in zip(of_entry, columns, metrics, strict=True):
+                    of_column.append(table.answers(of.scenario, of.metric, questions[column.scenario]))
+            by_entry.append(of_entry)
         for scenario, numbers in questions.items():
             indexes = [index for index, column in enumerate(columns) if column.scenario == scenario]
             by_column = [[entry_answers[index] for entry_answers in by_entry] for index in indexes]
@@ -115,10 +121,28 @@ def read_answers(competition: Competition, board: Leaderboard, results: Results)
     return answers
 
 
+def _trainings(scored: ScoredEntry) -> list[str]:
+    """Return where the results of all trainings of an entry are: its id, and the names of its replicates."""
+    return [scored.entry, *(replicate_name(scored.entry, one.number) for one in scored.replicates)]
+
+
+def has_instances(board: Leaderboard, results: Results) -> bool:
+    """Return whether a leaderboard was scored from instances tables; a published one has only its values."""
+    return any(
+        _table_key(results.entry(board.track, scored.entry).tables(stage).instances, results) in board.inputs
+        for scored in board.entries
+        for stage in STAGES
+    )
+
+
+def _table_key(path: Path, results: Results) -> str:
+    """Return the name of a table in a leaderboard's inputs."""
+    return path.relative_to(results.path).as_posix()
+
+
 def _scored_table(board: Leaderboard, results: Results, entry: str, stage: Stage) -> Path:
     path = results.entry(board.track, entry).tables(stage).instances
-    key = path.relative_to(results.path).as_posix()
-    if not path.exists() or file_sha256(path) != board.inputs.get(key):
+    if not path.exists() or file_sha256(path) != board.inputs.get(_table_key(path, results)):
         raise BadInput(path, why="is not the table that was scored", fix="run `palio score` again")
     return path
 
@@ -174,17 +198,28 @@ class _InstancesTable:
 
 
 def _scenario_answers(
-    questions: Mapping[Question, int], columns: Sequence[Sequence[EntryAnswers]]
+    questions: Mapping[Question, int], columns: Sequence[Sequence[Sequence[EntryAnswers]]]
 ) -> ScenarioAnswers:
-    """Return arrays over the questions sorted by run and instance id, in whatever order they were read."""
+    """Return arrays over the questions sorted by run and instance id, in whatever order they were read.
+
+    `columns` has the answers by column, entry, and training of the entry.
+    """
     ordered = sorted(questions)
     position = np.empty(len(ordered), dtype=np.int64)
     position[[questions[question] for question in ordered]] = np.arange(len(ordered))
     run_number = {run: number for number, run in enumerate(sorted({run for run, _ in ordered}))}
+    runs = np.array([run_number[run] for run, _ in ordered], dtype=np.int64)
     arrays: list[Answers | None] = []
+    interactions: list[Array] = []
     for entries in columns:
         values = np.full((len(entries), len(ordered)), np.nan, dtype=np.float32)
-        for row, (numbers, known) in zip(values, entries, strict=True):
-            row[position[numbers]] = known
+        of_questions = np.full(len(entries), np.nan)
+        for row, trainings in enumerate(entries):
+            each = np.full((len(trainings), len(ordered)), np.nan, dtype=np.float32)
+            for one, (numbers, known) in zip(each, trainings, strict=True):
+                one[position[numbers]] = known
+            values[row] = mean_of_trainings(each)
+            of_questions[row] = interaction(each, runs) if len(each) > 1 else np.nan
         arrays.append(None if np.isnan(values).all() else values)
-    return ScenarioAnswers(np.array([run_number[run] for run, _ in ordered], dtype=np.int64), arrays)
+        interactions.append(of_questions)
+    return ScenarioAnswers(runs, arrays, interactions)

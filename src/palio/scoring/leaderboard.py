@@ -8,23 +8,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from palio.config import Competition
+from palio.config import Competition, Entry
 from palio.entries import AnyEntry, BrokenEntry
 from palio.errors import BadInput, PalioError, State
 from palio.layout import STAGES, EntryFolder, Results, Stage
 from palio.pipeline import steps_of
 from palio.provenance import file_sha256
 from palio.records import (
+    AdapterManifest,
     Cell,
     Column,
     DidNotFinish,
     Leaderboard,
+    Replicate,
     ScoredEntry,
     StageRecord,
     StepFailure,
@@ -44,6 +46,11 @@ class Candidate:
     team: str
     cells: Sequence[Cell]
     """In the order of the columns."""
+    trained: bool = True
+    """False for a base model as it is."""
+    replicates: Sequence[Replicate] = ()
+    notes: Sequence[str] = ()
+    """Footnotes besides those that follow from the cells."""
 
     def unscored(self, step: str, state: State, reason: str) -> DidNotFinish:
         return DidNotFinish(entry=self.entry, team=self.team, step=step, state=state, reason=reason)
@@ -180,7 +187,9 @@ def _scored(columns: Sequence[Column], pool: Sequence[Candidate], formula: Formu
                 cell.model_copy(update={"win_rate": None if np.isnan(rate) else float(rate)})
                 for cell, rate in zip(candidate.cells, rates[row], strict=True)
             ],
-            notes=_notes(columns, candidate, result, row, len(pool), formula),
+            notes=[*_notes(columns, candidate, result, row, len(pool), formula), *candidate.notes],
+            trained=candidate.trained,
+            replicates=list(candidate.replicates),
         )
         for row, candidate in enumerate(pool)
     ]
@@ -251,6 +260,8 @@ class FinishedEntry:
     records: Mapping[Stage, StageRecord]
     inputs: Mapping[str, str]
     """sha256 by path relative to the results folder."""
+    number: int = 1
+    """Of the training: 1 is the entry's own, the others are replicates."""
 
 
 Due = Callable[[EntryFolder, AnyEntry], Mapping[str, str]]
@@ -262,6 +273,10 @@ def unmade(folder: EntryFolder, entry: AnyEntry) -> Mapping[str, str]:
     return {step.name: "not run yet" for step in steps_of(entry) if not step.record(folder).exists()}
 
 
+Replicates = Callable[[EntryFolder], Sequence[EntryFolder]]
+"""An entry's folder -> those of the replicates that count (`palio.workflow.Workflow.replicates`)."""
+
+
 def score_track(
     competition: Competition,
     track: str,
@@ -270,19 +285,20 @@ def score_track(
     *,
     final: bool,
     due: Due = unmade,
+    replicates: Replicates = EntryFolder.replicates,
 ) -> Leaderboard:
     """Score the results of a track's entries. What was made with other settings than the config's counts as
     not finished.
 
     Standings (`final=False`) score the entries that have finished; a final leaderboard needs every entry
-    finished or withdrawn.
+    finished or withdrawn. A replicate that has not finished stops nobody: a footnote says why.
 
     Raises:
         PalioError: `final`, and an entry is neither finished nor withdrawn, or its tables do not match
             its records, or entries answered different instances.
     """
     outcomes = [
-        _outcome(competition, results.entry(track, name), entry, due, final=final)
+        _outcome(competition, results.entry(track, name), entry, due, replicates, final=final)
         for name, entry in entries.items()
     ]
     finished = [outcome for outcome in outcomes if isinstance(outcome, FinishedEntry)]
@@ -315,16 +331,24 @@ def score_track(
 
 
 def _outcome(
-    competition: Competition, folder: EntryFolder, entry: AnyEntry, due: Due, *, final: bool
+    competition: Competition,
+    folder: EntryFolder,
+    entry: AnyEntry,
+    due: Due,
+    replicates: Replicates,
+    *,
+    final: bool,
 ) -> FinishedEntry | DidNotFinish:
     """Read an entry's results, or say why it has none."""
     name = folder.entry_id
     if name in competition.withdrawn:
         return Candidate(name, entry.team, ()).unscored("", State.WITHDRAWN, competition.withdrawn[name])
     try:
-        return _unfinished_step(folder, entry, due(folder, entry)) or read_finished(
-            competition, folder, entry.team
-        )
+        if stopped := _unfinished_step(folder, entry, due(folder, entry)):
+            return stopped
+        own = read_finished(competition, folder, entry.team, trained=_is_trained(entry))
+        found = [_replicate_outcome(competition, one, entry, due, own) for one in replicates(folder)]
+        return with_replicates(own, found)
     except (PalioError, FileNotFoundError) as error:
         if final:
             raise
@@ -334,7 +358,8 @@ def _outcome(
 
 def _unfinished_step(folder: EntryFolder, entry: AnyEntry, due: Mapping[str, str]) -> DidNotFinish | None:
     """Return the first step without a result that holds, and why; None if the entry has finished."""
-    for step in (step for step in steps_of(entry) if step.ranked and step.name in due):
+    steps = steps_of(entry, replicate=folder.replicate is not None)
+    for step in (step for step in steps if step.ranked and step.name in due):
         state, reason, log = State.NOT_RUN, due[step.name], None
         if (path := folder.failure(step.name)).exists():
             failure = read_record(StepFailure, path)
@@ -349,8 +374,60 @@ def _unfinished_step(folder: EntryFolder, entry: AnyEntry, due: Mapping[str, str
     return None
 
 
-def read_finished(competition: Competition, folder: EntryFolder, team: str) -> FinishedEntry:
-    """Read both stages of one entry and check its tables against its records.
+def _is_trained(entry: AnyEntry) -> bool:
+    """Return whether a training decides the entry's results: here, or where the team's server was made."""
+    return isinstance(entry, Entry) and (entry.trained or entry.server is not None)
+
+
+# --- replicates ------------------------------------------------------------------------------------------
+
+
+def _replicate_outcome(
+    competition: Competition, folder: EntryFolder, entry: AnyEntry, due: Due, own: FinishedEntry
+) -> FinishedEntry | str:
+    """Read a replicate's results, or say in words why it does not count."""
+    name = f"Training {folder.replicate} does not count"
+    if stopped := _unfinished_step(folder, entry, due(folder, entry)):
+        return f"{name}: {stopped.step}, {stopped.state.value.replace('_', ' ')}: {stopped.reason}."
+    try:
+        found = read_finished(competition, folder, entry.team)
+    except (PalioError, FileNotFoundError) as error:
+        return f"{name}: {error}."
+    if _same_weights(folder):
+        return f"{name}: its adapter is the one of another training, so the program ignores PALIO_SEED."
+    if any(_basis(found.records[stage]) != _basis(own.records[stage]) for stage in STAGES):
+        return (
+            f"{name}: it was evaluated on other instances, or by another HELM version; run its stages again."
+        )
+    return found
+
+
+def _same_weights(folder: EntryFolder) -> bool:
+    """Return whether an earlier training of the entry has the same adapter."""
+    if not folder.adapter_manifest.exists():
+        return False
+    earlier = [one for one in folder.own.replicates() if (one.replicate or 0) < (folder.replicate or 0)]
+    manifests = [one.adapter_manifest for one in (folder.own, *earlier)]
+    files = [read_record(AdapterManifest, path).files for path in manifests if path.exists()]
+    return read_record(AdapterManifest, folder.adapter_manifest).files in files
+
+
+def with_replicates(own: FinishedEntry, found: Sequence[FinishedEntry | str]) -> FinishedEntry:
+    """Return an entry with its replicates, and as footnotes why others do not count."""
+    finished = [one for one in found if isinstance(one, FinishedEntry)]
+    candidate = replace(
+        own.candidate,
+        replicates=[Replicate(number=one.number, cells=list(one.candidate.cells)) for one in finished],
+        notes=[one for one in found if isinstance(one, str)],
+    )
+    inputs = {path: digest for one in (own, *finished) for path, digest in one.inputs.items()}
+    return replace(own, candidate=candidate, inputs=inputs)
+
+
+def read_finished(
+    competition: Competition, folder: EntryFolder, team: str, *, trained: bool = True
+) -> FinishedEntry:
+    """Read both stages of one entry or replicate and check its tables against its records.
 
     Raises:
         BadInput: a file does not exist, differs from its record, or belongs to another entry.
@@ -375,7 +452,13 @@ def read_finished(competition: Competition, folder: EntryFolder, team: str) -> F
         records[stage] = record
         metrics = pq.read_table(tables.metrics)
         cells += stage_cells(competition, stage, record.runs, metrics, str(tables.metrics))
-    return FinishedEntry(Candidate(folder.entry_id, team, cells), records, inputs)
+    candidate = Candidate(folder.entry_id, team, cells, trained)
+    return FinishedEntry(candidate, records, inputs, folder.replicate or 1)
+
+
+def _basis(record: StageRecord) -> tuple[str, str]:
+    """Return what the results of a stage must have in common to be compared."""
+    return record.instances_sha256, record.helm_version
 
 
 def _on_other_instances(finished: Sequence[FinishedEntry]) -> dict[str, DidNotFinish]:
@@ -383,7 +466,7 @@ def _on_other_instances(finished: Sequence[FinishedEntry]) -> dict[str, DidNotFi
     stopped: dict[str, DidNotFinish] = {}
     for stage in STAGES:
         records = [entry.records[stage] for entry in finished]
-        basis = [(record.instances_sha256, record.helm_version) for record in records]
+        basis = [_basis(record) for record in records]
         counts = Counter(basis)
         usual = max(sorted(counts), key=lambda key: counts[key], default=None)
         reason = (

@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from palio.records import Cell, Column, Leaderboard
+from palio.records import Cell, Column, Leaderboard, ScoredEntry
 from palio.scoring.conventions import CONVENTIONS, Array, Missing
 from palio.scoring.formula import Formula
 
@@ -46,15 +46,29 @@ class Pool:
         return Pool(self.entries, columns, self.values[:, keep], self.instances[:, keep])
 
 
-def pool_of(board: Leaderboard) -> Pool:
-    """Return the scored entries of a leaderboard."""
+def mean_over_trainings(scored: ScoredEntry) -> Array:
+    """Return the values of an entry's cells as means over its trainings that have one, shape (columns,).
+
+    A value that the entry's own training lacks stays missing: the leaderboard has none.
+    """
+    values = values_of([scored.cells, *(replicate.cells for replicate in scored.replicates)])
+    present = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        means = np.where(present, values, 0).sum(axis=0) / present.sum(axis=0)
+    return np.where(present[0], means, np.nan) if scored.replicates else values[0]
+
+
+def pool_of(board: Leaderboard, *, all_trainings: bool = False) -> Pool:
+    """Return the scored entries of a leaderboard, with the values of their own training, or the means over
+    all trainings."""
     entries = sorted(board.entries, key=lambda scored: scored.entry)
     cells = [scored.cells for scored in entries]
     shape = (len(entries), len(board.columns))
+    values = [mean_over_trainings(scored) for scored in entries] if all_trainings else values_of(cells)
     return Pool(
         tuple(scored.entry for scored in entries),
         tuple(board.columns),
-        values_of(cells).reshape(shape),
+        np.asarray(values, dtype=float).reshape(shape),
         np.array([[cell.n for cell in row] for row in cells], dtype=np.int64).reshape(shape),
     )
 

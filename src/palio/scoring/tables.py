@@ -29,6 +29,7 @@ from palio.records import (
     Overfitting,
     OverfittingEntry,
     Robustness,
+    TrainingNoise,
     Uncertainty,
 )
 from palio.text import markdown_table
@@ -123,7 +124,7 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
 # --- the short table: Markdown, LaTeX, terminal ----------------------------------------------------------
 
 TEXT_COLUMNS = frozenset(
-    {"entry", "team", "state", "reason", "log", "did not finish"}
+    {"entry", "team", "column", "state", "reason", "log", "did not finish"}
     | {"without entry", "without scenario", "who moves"}
 )
 """Columns of text, aligned left; all others are numbers."""
@@ -155,7 +156,7 @@ def _scores(board: Leaderboard) -> tuple[_Table, list[str]]:
 def _uncertainty(uncertainty: Uncertainty) -> _Table:
     rows = [
         [
-            f"{entry.final_score.low:.3f} to {entry.final_score.high:.3f}",
+            _limits(entry.final_score),
             f"{entry.rank.low:.0f} to {entry.rank.high:.0f}",
             f"{entry.p_first:.2f}",
             f"{entry.p_top3:.2f}",
@@ -163,7 +164,18 @@ def _uncertainty(uncertainty: Uncertainty) -> _Table:
         ]
         for entry in uncertainty.entries
     ]
-    return _Table(["95 % interval", "rank 95 %", "P(first)", "P(top 3)", "group"], rows)
+    table = _Table(["95 % interval", "rank 95 %", "P(first)", "P(top 3)", "group"], rows)
+    return table.beside(_training(uncertainty)) if uncertainty.training else table
+
+
+def _training(uncertainty: Uncertainty) -> _Table:
+    """Return how often entries were trained, and how much of the variance of their scores training is."""
+    rows = [[str(entry.trainings), _share(entry.training_share)] for entry in uncertainty.entries]
+    return _Table(["trainings", "of it training"], rows)
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 def _scores_and_uncertainty(board: Leaderboard, analysis: Analysis | None) -> tuple[_Table, list[str]]:
@@ -232,11 +244,44 @@ def analysis_markdown(board: Leaderboard, analysis: Analysis) -> str:
     name = markup.markdown(f"{board.competition}, {board.track}")
     lines = [f"# How far this leaderboard can be trusted: {name}", ""]
     lines += [f"- {markup.markdown(remark)}" for remark in _remarks(analysis)]
+    if analysis.uncertainty and analysis.uncertainty.training:
+        lines += _training_markdown(board, analysis.uncertainty, analysis.uncertainty.training)
     if analysis.robustness:
         lines += _robustness_markdown(board, analysis.robustness)
     if analysis.overfitting:
         lines += _overfitting_markdown(analysis.overfitting)
     return "\n".join(lines) + "\n"
+
+
+def _training_markdown(board: Leaderboard, uncertainty: Uncertainty, noise: TrainingNoise) -> list[str]:
+    head = ["entry", "trainings", "score", "mean over trainings", "95 % interval", "questions only"]
+    rows = [
+        [
+            entry.entry,
+            str(entry.trainings),
+            f"{scored.final_score:.4f}",
+            "" if entry.mean_score is None else f"{entry.mean_score:.4f}",
+            _limits(entry.final_score),
+            _limits(entry.questions_only) if entry.questions_only else "",
+            _share(entry.training_share),
+        ]
+        for scored, entry in zip(board.entries, uncertainty.entries, strict=True)
+    ]
+    of_columns = [[name, f"{value:.4f}"] for name, value in noise.standard_deviation.items()]
+    legend = (
+        "*Share*: of the variance of the final score, what is due to the training of the entry and its "
+        "rivals. Below: how much a value varies from one training to the next (standard deviation)."
+    )
+    measured = "measured" if noise.source == "replicates" else "assumed, not measured"
+    return [
+        *("", f"## Noise of training ({measured})", ""),
+        *(_markdown_table(_Table([*head, "share"], rows)), "", legend, ""),
+        _markdown_table(_Table(["column", "from training to training"], of_columns)),
+    ]
+
+
+def _limits(interval: Interval) -> str:
+    return f"{interval.low:.3f} to {interval.high:.3f}"
 
 
 def _robustness_markdown(board: Leaderboard, robustness: Robustness) -> list[str]:
@@ -281,7 +326,7 @@ def _overfitting_markdown(overfitting: Overfitting) -> list[str]:
 
 
 def _with_interval(score: float, interval: Interval | None) -> str:
-    return f"{score:.3f}" + (f" ({interval.low:.3f} to {interval.high:.3f})" if interval else "")
+    return f"{score:.3f}" + (f" ({_limits(interval)})" if interval else "")
 
 
 def _seen(entry: OverfittingEntry, stage: str) -> str:

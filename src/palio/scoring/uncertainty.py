@@ -1,4 +1,4 @@
-"""Uncertainty of scores and ranks: how they vary with the choice of evaluation instances.
+"""Uncertainty of scores and ranks: how they vary with the choice of evaluation instances and the training.
 
 Paired bootstrap (Efron, 1979). A replicate draws the questions of every scenario again, the same ones for
 all entries and for all columns of the scenario, recomputes every column's value, and from there everything
@@ -14,6 +14,10 @@ instances, as for worst-case and bias metrics) is drawn parametrically: Binomial
 for every entry and column. That ignores that all entries answer the same questions, and so understates how
 clearly entries differ; the result lists these columns.
 
+Training. An entry that was trained several times counts by the mean of its trainings, question by question,
+and every draw adds to each column's value the effect of a training (`palio.scoring.training_noise`), divided
+by the square root of their number. Without replicates and without an assumption, nothing is added.
+
 Cost: entries x instances x replicates multiplications per column, done as matrix products, and a sort of
 entries x replicates values per column. Memory does not grow with the number of columns.
 """
@@ -24,17 +28,23 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from palio.records import EntryUncertainty, Interval, Leaderboard, Separation, Uncertainty
+from palio.records import EntryUncertainty, Interval, Leaderboard, ScoredEntry, Separation, Uncertainty
 from palio.scoring.conventions import TIE, Array
-from palio.scoring.formula import Formula, Scores, ranks, scores_of_win_rates
+from palio.scoring.formula import Formula, Scores, ranks, scores, scores_of_win_rates
 from palio.scoring.pool import Pool, formula_of, pool_of
+from palio.scoring.training_noise import TrainingEffects, training_effects
+from palio.scoring.training_noise import explanation as training_noise_in_words
 
 LEVEL = 0.95
 REPLICATES = 1000
+PRIZES = 3
+"""Ranks that are held against the next."""
 MIN_CLUSTERS = 10
 """A scenario with at least this many HELM runs is drawn by whole runs."""
 BLOCK = 128
@@ -55,7 +65,9 @@ class ScenarioAnswers:
     """Shape (questions,): number of each question's HELM run, from 0, ascending."""
     columns: Sequence[Answers | None]
     """One array of shape (entries, questions) per column of the scenario, entries by id, NaN where a value
-    is missing; None for a column without instance values."""
+    is missing; None for a column without instance values. Of an entry with replicates the means over them."""
+    interactions: Sequence[Array | None] = ()
+    """By column, of shape (entries,): see `interaction`. Empty without replicates."""
 
 
 AnswersByScenario = Mapping[tuple[str, str], ScenarioAnswers]
@@ -69,37 +81,36 @@ def uncertainty(
     replicates: int = REPLICATES,
     seed: int = 0,
     remark: str = "",
+    training_noise: float | None = None,
 ) -> Uncertainty | None:
     """Return intervals of scores and ranks, groups, and what separates the first two; None without entries.
 
     Args:
         answers: may be empty: every column is then drawn parametrically.
+        training_noise: assumed standard deviation of a value between trainings, if no entry has replicates.
         remark: a sentence to add to the explanation.
     """
     if not board.entries:
         return None
-    pool = pool_of(board)
-    usable = usable_answers(pool, answers)
-    drawn = draw_scores(pool, usable, formula_of(board), replicates, seed)
-    # From here on in the order of the leaderboard.
-    order = [pool.entries.index(scored.entry) for scored in board.entries]
-    final, rank = drawn.final[:, order], ranks(drawn.final)[:, order]
-    stages = {stage: scores[:, order] for stage, scores in drawn.stages.items()}
+    drawn = draw(board, answers, replicates=replicates, seed=seed, training_noise=training_noise)
+    pool, usable, final = drawn.pool, drawn.usable, drawn.all.final
+    rank, estimated_rank = ranks(final), ranks(drawn.estimate.final)
     groups = _groups(final)
     group_of = {index: number for number, group in enumerate(groups) for index in group}
     entries = [
         EntryUncertainty(
             entry=scored.entry,
-            final_score=_score_interval(final[:, index], scored.final_score),
+            final_score=_score_interval(final[:, index], float(drawn.estimate.final[index])),
             stage_scores={
-                stage: _score_interval(scores[:, index], scored.stage_scores[stage])
-                for stage, scores in stages.items()
+                stage: _score_interval(scores[:, index], float(drawn.estimate.stages[stage][index]))
+                for stage, scores in drawn.all.stages.items()
             },
-            rank=_rank_interval(rank[:, index], scored.rank),
+            rank=_rank_interval(rank[:, index], int(estimated_rank[index])),
             p_first=float(np.mean(rank[:, index] == 1)),
             p_top3=float(np.mean(rank[:, index] <= 3)),
-            p_above_next=_p_above_next(rank, index) if index + 1 < len(order) else None,
+            p_above_next=_p_above_next(rank, index) if index + 1 < len(board.entries) else None,
             group=group_of[index],
+            **_of_training(drawn, scored, index),
         )
         for index, scored in enumerate(board.entries)
     ]
@@ -109,7 +120,7 @@ def uncertainty(
     sampled = len(pool.columns) - len(parametric)
     return Uncertainty(
         method="bootstrap" if not parametric else "mixed" if sampled else "parametric",
-        explanation=_explanation(len(parametric), sampled, replicates, remark),
+        explanation=_explanation(len(parametric), sampled, replicates, remark, drawn.effects),
         level=LEVEL,
         replicates=replicates,
         seed=seed,
@@ -117,7 +128,80 @@ def uncertainty(
         parametric_columns=parametric,
         entries=entries,
         groups=[[board.entries[index].entry for index in group] for group in groups],
-        separation=_separation(board, final, pool, usable) if len(board.entries) > 1 else None,
+        neighbours=_neighbours(board, drawn),
+        training=drawn.effects.record if drawn.effects else None,
+    )
+
+
+def _of_training(drawn: Draws, scored: ScoredEntry, index: int) -> dict[str, Any]:
+    """Return the fields that say how much of an entry's interval is the training's."""
+    if drawn.effects is None:
+        return {}
+    estimate, total = float(drawn.estimate.final[index]), drawn.all.final[:, index]
+    questions = drawn.questions.final[:, index]
+    share = 1 - float(np.var(questions) / np.var(total)) if np.var(total) > 0 else 0.0
+    return {
+        "trainings": 1 + len(scored.replicates),
+        "mean_score": estimate if scored.replicates else None,
+        "questions_only": _score_interval(questions, estimate),
+        "training_share": min(1.0, max(0.0, share)),
+    }
+
+
+# --- draws of a leaderboard ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Scores in the order of the leaderboard: estimated, and drawn."""
+
+    estimate: Scores
+    """Shape (entries,), from the means over all trainings."""
+    all: Scores
+    """Shape (replicates, entries): questions and training drawn."""
+    questions: Scores
+    """The same with the questions drawn alone."""
+    pool: Pool
+    usable: UsableAnswers
+    effects: TrainingEffects | None
+
+
+def draw(
+    board: Leaderboard,
+    answers: AnswersByScenario,
+    *,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+    training_noise: float | None = None,
+) -> Draws:
+    """Draw the scores of a leaderboard with at least one entry; for the arguments see `uncertainty`."""
+    pool, formula = pool_of(board, all_trainings=True), formula_of(board)
+    usable = usable_answers(pool, answers)
+    effects = training_effects(board, usable.interactions, training_noise)
+    questions = draw_scores(pool, usable, formula, replicates, seed)
+    everything = questions
+    if effects is not None:
+        everything = draw_scores(pool, usable, formula, replicates, seed, effects)
+    order = [pool.entries.index(scored.entry) for scored in board.entries]
+    estimate = scores(pool.columns, pool.values.T, formula)
+    return Draws(
+        _ordered(estimate, order),
+        _ordered(everything, order),
+        _ordered(questions, order),
+        pool,
+        usable,
+        effects,
+    )
+
+
+def _ordered(drawn: Scores, order: Sequence[int]) -> Scores:
+    return Scores(
+        {
+            stage: {name: values[..., order] for name, values in scenarios.items()}
+            for stage, scenarios in drawn.scenarios.items()
+        },
+        {stage: values[..., order] for stage, values in drawn.stages.items()},
+        drawn.final[..., order],
     )
 
 
@@ -133,23 +217,63 @@ class UsableAnswers:
     """None: the column is drawn parametrically."""
     sampled: Sequence[tuple[str, str]]
     """(stage, scenario) of the scenarios with at least one column of instance values."""
+    interactions: Sequence[Array | None]
+    """By column of the pool; see `interaction`."""
 
 
 def usable_answers(pool: Pool, answers: AnswersByScenario) -> UsableAnswers:
     """Keep the columns whose mean over instances is the leaderboard's value, for every entry that has one."""
     columns: list[Answers | None] = []
+    interactions: list[Array | None] = []
     sampled: list[tuple[str, str]] = []
     rank_in_scenario: Counter[tuple[str, str]] = Counter()
     for index, column in enumerate(pool.columns):
         key = column.scenario_key
-        candidate = answers[key].columns[rank_in_scenario[key]] if key in answers else None
+        place = rank_in_scenario[key]
+        candidate = answers[key].columns[place] if key in answers else None
+        known = answers[key].interactions if key in answers else ()
         rank_in_scenario[key] += 1
         if candidate is not None and _agrees(candidate, answers[key].runs, pool.values[:, index]):
             columns.append(candidate)
+            interactions.append(known[place] if known else None)
             sampled.append(key)
         else:
             columns.append(None)
-    return UsableAnswers(answers, columns, list(dict.fromkeys(sampled)))
+            interactions.append(None)
+    return UsableAnswers(answers, columns, list(dict.fromkeys(sampled)), interactions)
+
+
+def mean_of_trainings(trainings: Answers) -> Answers:
+    """Return each question's mean answer over the trainings that have one, from (trainings, questions)."""
+    present = ~np.isnan(trainings)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(present, trainings, 0).sum(axis=0) / present.sum(axis=0), dtype=np.float32)
+
+
+def interaction(trainings: Answers, runs: NDArray[np.int64]) -> float:
+    """Return the variance of one training's value in a column that more questions would remove.
+
+    It is what is left of the answers of an entry's trainings, shape (trainings, questions), once the mean of
+    each training and of each question is taken out; or of the means of HELM runs, where these are drawn. NaN
+    with a single training, or a single question.
+    """
+    runs_of_column = list(_runs_of_column(trainings, runs))
+    if len(runs_of_column) >= MIN_CLUSTERS:
+        values = _run_means(trainings, runs)
+        weights = np.full(values.shape[1], 1 / values.shape[1])
+    else:
+        positions = np.concatenate(runs_of_column) if runs_of_column else np.empty(0, dtype=np.int64)
+        values = trainings[:, positions].astype(float)
+        sizes = [len(of_run) for of_run in runs_of_column]
+        weights = np.repeat([1 / (len(sizes) * size) for size in sizes], sizes)
+    complete = ~np.isnan(values).any(axis=0)
+    values, weights = values[:, complete], weights[complete]
+    count, questions = values.shape
+    if count < 2 or questions < 2:
+        return float("nan")
+    rest = values - values.mean(axis=0) - (values.mean(axis=1, keepdims=True) - values.mean())
+    variance = (rest**2).sum(axis=0) / (count - 1) * questions / (questions - 1)
+    return float(weights**2 @ variance)
 
 
 def _agrees(answers: Answers, runs: NDArray[np.int64], values: Array) -> bool:
@@ -179,14 +303,26 @@ def _run_means(answers: Answers, runs: NDArray[np.int64]) -> Array:
 # --- drawing -------------------------------------------------------------------------------------------
 
 
-def draw_scores(pool: Pool, usable: UsableAnswers, formula: Formula, replicates: int, seed: int) -> Scores:
+def draw_scores(
+    pool: Pool,
+    usable: UsableAnswers,
+    formula: Formula,
+    replicates: int,
+    seed: int,
+    effects: TrainingEffects | None = None,
+) -> Scores:
     """Return the scores of every replicate, shape (replicates, entries), entries by id.
 
     They depend on the seed, the questions and the values, but not on the order of the entries or on `BLOCK`.
+    With `effects`, the same questions are drawn, and a training of every entry besides.
     """
     keys = list(dict.fromkeys(column.scenario_key for column in pool.columns))
     streams = dict(zip(keys, np.random.SeedSequence(seed).spawn(len(keys)), strict=True))
     draws = {key: draw_questions(usable.scenarios[key], replicates, streams[key]) for key in usable.sampled}
+    trainings = None
+    if effects is not None:
+        stream = np.random.SeedSequence(seed, spawn_key=(len(keys), len(pool.columns)))
+        trainings = effects.draw(replicates, np.random.default_rng(stream))
 
     def win_rates() -> Iterator[Array]:
         for index, (column, answers) in enumerate(zip(pool.columns, usable.columns, strict=True)):
@@ -199,6 +335,10 @@ def draw_scores(pool: Pool, usable: UsableAnswers, formula: Formula, replicates:
             # A draw without any value of an entry is uninformative: the observed value is kept. A value
             # that is missing on the leaderboard stays missing.
             observed = pool.values[:, index]
+            if effects is not None and trainings is not None:
+                values = _with_training(
+                    values, trainings @ effects.factor[index].astype(np.float32), observed
+                )
             values = np.where(np.isnan(values) | np.isnan(observed), observed, values)
             rates = np.empty(values.shape)
             for start in range(0, replicates, BLOCK):
@@ -207,6 +347,13 @@ def draw_scores(pool: Pool, usable: UsableAnswers, formula: Formula, replicates:
             yield rates
 
     return scores_of_win_rates(pool.columns, win_rates(), formula)
+
+
+def _with_training(values: Array, effect: NDArray[np.float32], observed: Array) -> Array:
+    """Add effects of the training to a column's drawn values; those of a share stay in [0, 1]."""
+    is_share = np.nanmin(observed, initial=0) >= 0 and np.nanmax(observed, initial=0) <= 1
+    moved = values + effect
+    return np.clip(moved, 0, 1) if is_share else moved
 
 
 @dataclass(frozen=True)
@@ -314,10 +461,26 @@ def _groups(final: Array) -> list[list[int]]:
     return groups
 
 
-def _separation(board: Leaderboard, final: Array, pool: Pool, usable: UsableAnswers) -> Separation:
-    first, second = board.entries[:2]
-    observed = first.final_score - second.final_score
-    interval = _interval(final[:, 0] - final[:, 1], observed)
+def _neighbours(board: Leaderboard, drawn: Draws) -> list[Separation]:
+    """Hold each of the prize ranks against the next."""
+    instances = _instances(board, drawn.pool, drawn.usable)
+    estimate, final = drawn.estimate.final, drawn.all.final
+    pairs = list(pairwise(board.entries))[:PRIZES]
+    return [
+        _separation(
+            first,
+            second,
+            float(estimate[place] - estimate[place + 1]),
+            final[:, place] - final[:, place + 1],
+            instances,
+            enough=drawn.effects is None,
+        )
+        for place, (first, second) in enumerate(pairs)
+    ]
+
+
+def _instances(board: Leaderboard, pool: Pool, usable: UsableAnswers) -> int:
+    """Return the number of distinct questions behind the scores."""
     instances = 0
     for key in board.scenario_keys:
         if key in usable.sampled:
@@ -325,8 +488,20 @@ def _separation(board: Leaderboard, final: Array, pool: Pool, usable: UsableAnsw
         else:  # those of its largest column
             indexes = [index for index, column in enumerate(pool.columns) if column.scenario_key == key]
             instances += int(pool.instances[:, indexes].max())
+    return instances
+
+
+def _separation(
+    first: ScoredEntry, second: ScoredEntry, observed: float, leads: Array, instances: int, *, enough: bool
+) -> Separation:
+    """Return what tells two entries apart.
+
+    `leads` is the difference of their final scores in every draw; `enough` is whether more questions would
+    do: they narrow nothing of the training noise.
+    """
+    interval = _interval(leads, observed)
     needed = None
-    if first.rank < second.rank:
+    if observed > TIE and enough:
         needed = max(1, math.ceil(instances * ((observed - interval.low) / observed) ** 2))
     return Separation(
         first=first.entry,
@@ -338,7 +513,9 @@ def _separation(board: Leaderboard, final: Array, pool: Pool, usable: UsableAnsw
     )
 
 
-def _explanation(parametric: int, sampled: int, replicates: int, remark: str) -> str:
+def _explanation(
+    parametric: int, sampled: int, replicates: int, remark: str, effects: TrainingEffects | None
+) -> str:
     sentences = []
     if sampled:
         sentences.append(
@@ -356,8 +533,5 @@ def _explanation(parametric: int, sampled: int, replicates: int, remark: str) ->
         )
     if remark:
         sentences.append(remark)
-    sentences.append(
-        "The intervals cover the choice of questions only: not another training run, another seed, another "
-        "pool of entries or another choice of scenarios."
-    )
+    sentences.append(training_noise_in_words(effects.record if effects else None))
     return " ".join(sentences)

@@ -23,7 +23,7 @@ from palio.records import Analysis, Column, Leaderboard, Part, read_record
 from palio.scoring.columns import columns_of
 from palio.scoring.conventions import CONVENTIONS, TIE, Missing
 from palio.scoring.formula import Formula, Scores, scores
-from palio.scoring.leaderboard import Candidate, read_finished, score
+from palio.scoring.leaderboard import Candidate, read_finished, score, with_replicates
 from palio.scoring.pool import formula_of
 from palio.scoring.robustness import rank_by_entry
 from palio.scoring.tables import weights_text, write_leaderboard
@@ -53,7 +53,13 @@ def rescore(
     candidates: list[Candidate] = []
     inputs: dict[str, str] = {}
     for scored in board.entries:
-        finished = read_finished(competition, results.entry(board.track, scored.entry), scored.team)
+        folder = results.entry(board.track, scored.entry)
+        numbers = {replicate.number for replicate in scored.replicates}
+        again = [one for one in folder.replicates() if one.replicate in numbers]
+        finished = with_replicates(
+            read_finished(competition, folder, scored.team, trained=scored.trained),
+            [read_finished(competition, one, scored.team) for one in again],
+        )
         for path, digest in finished.inputs.items():
             if board.inputs.get(path) != digest:
                 why, fix = "changed since the leaderboard was made", "run `palio score` instead"

@@ -8,7 +8,7 @@ all of them; the parts are merged by the log-sum-exp of their scores, which is e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -108,17 +108,9 @@ def tree_attention(
 
     Stores the new keys and values in the chunks' nodes.
 
-    Raises:
-        NotImplementedError: a window shorter than a prompt, or any argument that may change the result, as
-            soft caps, sinks and biases do.
+    Raises as `check_arguments` does.
     """
-    given = {name for name, value in others.items() if value is not None} - HARMLESS
-    if (sliding_window or MIN_WINDOW) < MIN_WINDOW:
-        given.add("a short sliding_window")
-    if not getattr(module, "is_causal", True):
-        given.add("is_causal=False")
-    if given:
-        raise NotImplementedError(f"{type(module).__name__} asks for {', '.join(sorted(given))}")
+    check_arguments(module, sliding_window, others)
     plan.window = min(plan.window, sliding_window or plan.window)
     layer: int = module.layer_idx  # type: ignore[assignment]
     for chunk, (first, last) in zip(plan.chunks, plan.rows, strict=True):
@@ -133,6 +125,22 @@ def tree_attention(
         merged[:, rows].lerp_(out.float(), (level_sums - sums[:, rows]).sigmoid_().unsqueeze(-1))
         sums[:, rows] = sums[:, rows].logaddexp(level_sums)
     return merged.to(query.dtype)[None].transpose(1, 2), None
+
+
+def check_arguments(module: torch.nn.Module, sliding_window: int | None, others: Mapping[str, Any]) -> None:
+    """Refuse what plain causal attention with one scale does not compute.
+
+    Raises:
+        NotImplementedError: a window shorter than a prompt, or any argument that may change the result, as
+            soft caps, sinks and biases do.
+    """
+    given = {name for name, value in others.items() if value is not None} - HARMLESS
+    if (sliding_window or MIN_WINDOW) < MIN_WINDOW:
+        given.add("a short sliding_window")
+    if not getattr(module, "is_causal", True):
+        given.add("is_causal=False")
+    if given:
+        raise NotImplementedError(f"{type(module).__name__} asks for {', '.join(sorted(given))}")
 
 
 def _attend_level(

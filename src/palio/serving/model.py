@@ -1,7 +1,9 @@
 """A loaded model that computes chunks of a prefix tree, in the fastest way that gives its own logits.
 
-TreeModel    all chunks in one pass, sequences share prefixes     PlainModel   one sequence after the other
-WholeModel   each sequence from its beginning at every step: for a model without a key-value cache
+PooledModel   all chunks in one pass, sequences share prefixes, one kernel call a level: on a GPU
+TreeModel     all chunks in one pass, sequences share prefixes, one kernel call a node
+PlainModel    one sequence after the other
+WholeModel    each sequence from its beginning at every step: for a model without a key-value cache
 """
 
 from __future__ import annotations
@@ -16,10 +18,18 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from palio.errors import BadInput, OutOfMemory
-from palio.serving import attention
+from palio.serving import attention, pooled
 from palio.serving.attention import Chunk, Plan
+from palio.serving.pooled import Pool, PooledPlan
 from palio.serving.prefix_tree import Node, PrefixTree
-from palio.tensors import cap_gpu_memory, largest_difference, last_bits_flipped, load_causal_model
+from palio.serving.regions import Regions
+from palio.tensors import (
+    cache_bytes,
+    cap_gpu_memory,
+    largest_difference,
+    last_bits_flipped,
+    load_causal_model,
+)
 
 DEFAULT_CONTEXT = 2048
 """Tokens, for a model that states no limit."""
@@ -43,6 +53,10 @@ class Model(Protocol):
     """Whether sequences can share nodes of a prefix tree."""
     token_bytes: int
     """Memory of the keys and values of one token."""
+
+    def tree(self, capacity: int) -> PrefixTree:
+        """Return an empty tree with memory for so many tokens, the only one that this model computes."""
+        ...
 
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
         """Compute chunks and mark them filled; return (keep, vocabulary) fp32 logits of each, in order.
@@ -84,21 +98,23 @@ def choose_model(loaded: Any) -> Model:
     original = loaded.config._attn_implementation
     whole = WholeModel(loaded)
     try:
-        expected = _probe(whole)
+        (expected,) = _probe(whole)
         with last_bits_flipped(loaded, loaded.dtype):
-            flipped = largest_difference(expected, _probe(whole))
+            flipped = largest_difference(expected, *_probe(whole))
         noise = max(flipped, torch.finfo(loaded.dtype).eps * float(expected.nan_to_num().abs().max()))
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # another team's model may raise anything
         why = f"it cannot compute a text of {len(PROBE)} tokens ({type(error).__name__}: {error})"
         raise BadInput("package", "model", why=why, fix="use another base model") from error
-    ways: tuple[tuple[type[TreeModel | PlainModel], Callable[[Model], torch.Tensor]], ...]
-    ways = ((TreeModel, _probe_shared), (PlainModel, _probe))
+    ways: list[tuple[type[TreeModel | PlainModel], Callable[[Model], list[torch.Tensor]]]]
+    ways = [(TreeModel, _probe_shared), (PlainModel, _probe)]
+    if loaded.device.type == "cuda":
+        ways.insert(0, (PooledModel, _probe_shared))
     for kind, probe in ways:
         try:
             model = kind(loaded)
-            difference = largest_difference(expected, probe(model))
+            difference = max(largest_difference(expected, logits) for logits in probe(model))
             if difference <= TOLERANCE * noise:
                 return model
             reason = f"a logit would be off by {difference:.2g}, rounding changes it by {noise:.2g}"
@@ -111,9 +127,13 @@ def choose_model(loaded: Any) -> Model:
     return whole
 
 
-def way_of(package: Path) -> str:
-    """Return how `palio serve` computes a package on this machine. Raises as `load_model` does."""
-    return load_model(package, "auto", None).way
+def serving_of(package: Path) -> tuple[str, int]:
+    """Return how `palio serve` computes a package on this machine, and its context in tokens.
+
+    Raises as `load_model` does.
+    """
+    model = load_model(package, "auto", None)
+    return model.way, model.context
 
 
 def check_model(model: Model) -> None:
@@ -125,21 +145,28 @@ def _new_leaf(tokens: list[int]) -> Node:
     return Node(Node(None, [], 0, 0), tokens, 0, len(tokens))
 
 
-def _probe(model: Model) -> torch.Tensor:
+def _probe(model: Model) -> list[torch.Tensor]:
     """Compute the last logits of a known text in three chunks, the last of one token."""
     leaf = _new_leaf(PROBE)
     bounds = ((0, 32, 0), (32, 40, 8), (40, 47, 7), (47, 48, 1))
-    return torch.cat([model.forward([Chunk(leaf, start, stop, keep)])[0] for start, stop, keep in bounds])
+    return [torch.cat([model.forward([Chunk(leaf, start, stop, keep)])[0] for start, stop, keep in bounds])]
 
 
-def _probe_shared(model: Model) -> torch.Tensor:
-    """Compute the same logits in every way: a node and its child in one pass, part of a node, one token."""
-    (leaf,) = PrefixTree(len(PROBE)).acquire(PROBE[:32], 16) or []
-    leaf.tokens = PROBE[32:]
-    assert leaf.parent is not None
-    _, first = model.forward([Chunk(leaf.parent, 0, 32, 0), Chunk(leaf, 0, 8, 8)])
-    rest = [model.forward([Chunk(leaf, start, stop, stop - start)])[0] for start, stop in ((8, 15), (15, 16))]
-    return torch.cat([first, *rest])
+def _probe_shared(model: Model) -> list[torch.Tensor]:
+    """Compute the same logits twice, by two sequences that share half the text: a node with those below it
+    in one pass, then parts of nodes, then single tokens."""
+    tree = model.tree(2 * len(PROBE))
+    leaves = [tree.acquire(PROBE[:shared], len(PROBE) - shared) for shared in (32, 24)]
+    first, second = (leaf for one in leaves if one for leaf in one)
+    first.tokens, second.tokens = PROBE[32:], PROBE[24:]
+    upper, lower, _ = first.path()
+    _, _, *found = model.forward(
+        [Chunk(upper, 0, 24, 0), Chunk(lower, 0, 8, 0), Chunk(first, 0, 8, 8), Chunk(second, 0, 16, 8)]
+    )
+    for start, stop in ((8, 15), (15, 16)):
+        count = stop - start
+        found += model.forward([Chunk(first, start, stop, count), Chunk(second, start + 8, stop + 8, count)])
+    return [torch.cat(found[::2]), torch.cat(found[1::2])]
 
 
 def cache_tokens(model: Model, cache_gb: float | None, gpu_memory_gb: float | None) -> int:
@@ -168,16 +195,28 @@ class TreeModel:
     shares = True
     way = "shared prefixes"
 
+    attention = attention.NAME
+
     def __init__(self, loaded: Any) -> None:
-        loaded.set_attn_implementation(attention.NAME)
-        if loaded.config._attn_implementation != attention.NAME:
+        loaded.set_attn_implementation(self.attention)
+        if loaded.config._attn_implementation != self.attention:
             raise NotImplementedError("its attention cannot be replaced")
         self._model = loaded
         self._selects_logits = "logits_to_keep" in inspect.signature(loaded.forward).parameters
         leaf = _new_leaf(PROBE[:1])
         plan, _ = self._run([Chunk(leaf, 0, 1, 1)])
         self.context = int(min(context_of(loaded.config), plan.window))
-        self.token_bytes = sum(kv.nbytes for kv in leaf.memory.values())
+        self.token_bytes = self._bytes(leaf)
+
+    def tree(self, capacity: int) -> PrefixTree:
+        return PrefixTree(capacity)
+
+    def _bytes(self, leaf: Node) -> int:
+        """Return the memory of the keys and values of a token, given a leaf of one that has been computed."""
+        return sum(kv.nbytes for kv in leaf.memory.values())
+
+    def _plan(self, chunks: Sequence[Chunk]) -> Plan | PooledPlan:
+        return Plan(chunks)
 
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
         plan, logits = self._run(chunks)
@@ -188,8 +227,8 @@ class TreeModel:
         return [by_chunk[chunk] for chunk in chunks]
 
     @torch.inference_mode()
-    def _run(self, chunks: Sequence[Chunk]) -> tuple[Plan, torch.Tensor]:
-        plan = Plan(chunks)
+    def _run(self, chunks: Sequence[Chunk]) -> tuple[Plan | PooledPlan, torch.Tensor]:
+        plan = self._plan(chunks)
         ids: list[int] = []
         positions: list[int] = []
         kept: list[int] = []
@@ -210,6 +249,28 @@ class TreeModel:
         return plan, logits.float()
 
 
+class PooledModel(TreeModel):
+    """The same with the keys and values of all nodes in one tensor a layer: on a GPU."""
+
+    way = "shared prefixes in one pool"
+    attention = pooled.NAME
+
+    def __init__(self, loaded: Any) -> None:
+        self._pool = Pool(0, len(PROBE))
+        super().__init__(loaded)
+
+    def tree(self, capacity: int) -> PrefixTree:
+        self._pool = Pool(capacity, len(PROBE))
+        self._run([Chunk(_new_leaf(PROBE[:1]), 0, 1, 1)])  # takes its memory
+        return PrefixTree(capacity, Regions(capacity))
+
+    def _bytes(self, leaf: Node) -> int:
+        return sum(kv.nbytes for kv in self._pool.layers.values()) // self._pool.rows
+
+    def _plan(self, chunks: Sequence[Chunk]) -> PooledPlan:
+        return PooledPlan(chunks, self._pool, self._model.device)
+
+
 class PlainModel:
     """One chunk after the other, each sequence with its own transformers cache."""
 
@@ -219,7 +280,10 @@ class PlainModel:
     def __init__(self, loaded: Any) -> None:
         self._model = loaded
         self.context = context_of(loaded.config)
-        self.token_bytes = _token_bytes(loaded)
+        self.token_bytes = cache_bytes(loaded.config, loaded.dtype.itemsize)
+
+    def tree(self, capacity: int) -> PrefixTree:
+        return PrefixTree(capacity)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
@@ -245,6 +309,9 @@ class WholeModel:
         self._model = loaded
         self.context = context_of(loaded.config)
 
+    def tree(self, capacity: int) -> PrefixTree:
+        return PrefixTree(capacity)
+
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
         return [self._forward(chunk) for chunk in chunks]
@@ -255,14 +322,6 @@ class WholeModel:
         chunk.node.filled = chunk.stop
         logits: torch.Tensor = output.logits[0, chunk.stop - chunk.keep :].float()
         return logits
-
-
-def _token_bytes(loaded: Any) -> int:
-    """Return the memory of the keys and values of one token, by the heads that have their own."""
-    config = loaded.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * size * loaded.dtype.itemsize)
 
 
 def context_of(config: Any) -> int:

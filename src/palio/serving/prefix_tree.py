@@ -11,6 +11,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from palio.serving.regions import Regions
+
 _serials = itertools.count()
 
 
@@ -28,7 +30,9 @@ class Node:
         self.children: dict[int, Node] = {}
         """By first token."""
         self.memory: dict[int, Any] = {}
-        """Layer -> (2, heads, capacity, size) tensor of keys and values."""
+        """Layer -> (2, heads, capacity, size) tensor of keys and values, where nodes have their own."""
+        self.offset: int | None = None
+        """First row of its keys and values in the pool, where there is one."""
         self.users = 0
         """Running sequences whose shared prefix ends here."""
         self.last_used = 0
@@ -45,10 +49,14 @@ class Node:
 
 
 class PrefixTree:
-    """Nodes with memory for at most `capacity` tokens in all, including running sequences' own."""
+    """Nodes with memory for at most `capacity` tokens in all, including running sequences' own.
 
-    def __init__(self, capacity: int) -> None:
+    With `pool`, every node has a region of it, and a prompt waits until there is one that is long enough.
+    """
+
+    def __init__(self, capacity: int, pool: Regions | None = None) -> None:
         self.capacity = capacity
+        self._pool = pool
         self.size = 0
         """Tokens that memory is reserved for now."""
         self.peak = 0
@@ -65,20 +73,24 @@ class PrefixTree:
         """
         node = self._insert(tokens)
         node.users += copies
-        if not self._make_room(own * copies):
+        begin = node.begin + len(node.tokens)
+        leaves = [Node(node, [], begin, own) for _ in range(copies)]
+        if not (self._make_room(own * copies) and self._place([node, *leaves])):
             node.users -= copies
             if node.parent is not None and not (node.filled or node.users or node.children):
                 self._remove(node)
+            if self.root.children and not self._in_use() and len(tokens) + own * copies <= self.capacity:
+                self._clear()  # nothing runs: what is kept stands in the way of a region that is long enough
+                return self.acquire(tokens, own, copies)
             return None
         self.size += own * copies
         self.peak = max(self.peak, self.size)
-        begin = node.begin + len(node.tokens)
-        return [Node(node, [], begin, own) for _ in range(copies)]
+        return leaves
 
     def release(self, leaf: Node) -> None:
         """Free a finished sequence's own tokens; its shared prefix stays cached."""
         self.size -= leaf.capacity
-        leaf.memory.clear()
+        self._free(leaf)
         assert leaf.parent is not None
         leaf.parent.users -= 1
 
@@ -117,6 +129,9 @@ class PrefixTree:
         assert node.parent is not None
         upper = Node(node.parent, node.tokens[:at], node.begin, at)
         upper.filled = min(node.filled, at)
+        if node.offset is not None:
+            upper.offset = node.offset
+            node.offset += at
         upper.memory = {layer: kv[:, :, :at].clone() for layer, kv in node.memory.items()}
         upper.children[node.tokens[at]] = node
         node.parent.children[upper.tokens[0]] = upper
@@ -149,11 +164,48 @@ class PrefixTree:
                 break
         return True
 
+    def _place(self, nodes: Sequence[Node]) -> bool:
+        """Give a region of the pool to each node that has none, evicting for it.
+
+        Returns False, and gives none, if one is not to be had.
+        """
+        if self._pool is None:
+            return True
+        given: list[Node] = []
+        for node in nodes:
+            if node is self.root or node.offset is not None:
+                continue
+            while (offset := self._pool.take(node.capacity)) is None:
+                if not (idle := self._idle()):
+                    for other in given:
+                        self._free(other)
+                    return False
+                self.evicted += idle[0].filled
+                self._remove(idle[0])
+            node.offset = offset
+            given.append(node)
+        return True
+
+    def _in_use(self) -> bool:
+        return bool(self.root.users) or any(node.users for node in self.nodes())
+
+    def _clear(self) -> None:
+        for node in self._idle():
+            self.evicted += node.filled
+            self._remove(node)
+
     def _remove(self, node: Node) -> None:
         assert node.parent is not None
         del node.parent.children[node.tokens[0]]
         self.size -= node.capacity
+        self._free(node)
+
+    def _free(self, node: Node) -> None:
+        """Give a node's memory back."""
         node.memory.clear()
+        if self._pool is not None and node.offset is not None:
+            self._pool.give_back(node.offset, node.capacity)
+            node.offset = None
 
 
 def _common_length(run: Sequence[int], tokens: Sequence[int], start: int) -> int:

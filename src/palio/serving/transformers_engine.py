@@ -21,7 +21,7 @@ import torch
 from palio.serving.attention import Chunk
 from palio.serving.job import Generation, Job
 from palio.serving.model import Model, cache_tokens, check_model, load_model
-from palio.serving.prefix_tree import Node, PrefixTree
+from palio.serving.prefix_tree import Node
 from palio.serving.request import BadRequest, Completion, QueueFull, Request, RequestFailed, Unavailable
 from palio.serving.text import Vocabulary
 
@@ -96,7 +96,7 @@ class TransformersEngine:
         self.vocabulary = Vocabulary.load(package)
         self._model: Model = load_model(package, device, gpu_memory_gb)
         self._model.context = min(self._model.context, max_context or self._model.context)
-        self._tree = PrefixTree(cache_tokens(self._model, cache_gb, gpu_memory_gb))
+        self._tree = self._model.tree(cache_tokens(self._model, cache_gb, gpu_memory_gb))
         self._waiting: deque[Job] = deque()
         self._running: list[Generation] = []
         self._closed = False

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 from transformers import AutoConfig
 
 from palio.errors import Crashed
@@ -45,14 +45,38 @@ from palio.vllm import PROGRAM, vllm_version
 REQUEST_SECONDS = 3600.0
 """Above the deadline of the HTTP API, which cancels late requests."""
 STOP_SECONDS = 5.0
-SETTLE_SECONDS = 2.0
-"""From a broken connection to the end of the guard, if it broke because vllm died."""
+SETTLE_SECONDS = 5.0
+"""From a broken connection or an HTTP 500 to the end of the guard, if it is because vllm breaks."""
 MAX_REQUESTS = 320
 """Requests in vLLM, running or waiting: as many as the default engine takes."""
 MAX_LOGPROBS = 100
 MAX_STOP_SEQUENCES = 4
 """Limits of vLLM's API. All stop sequences are looked for here again."""
-MAX_TEMPERATURE = 2.0
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
+"""vLLM refuses higher ones, and silently raises lower ones unless they are greedy."""
+CPU_BLOCK_TOKENS = 32
+"""Prompts share whole blocks, by default of 128 tokens: the rest of a common prefix is computed for each."""
+FLAGS = ("--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log")
+"""Replies tell how many prompt tokens were shared. The log's last lines are for why vllm ended."""
+NOT_FINITE = "not JSON compliant"
+"""In vLLM's refusal of an answer whose log-probabilities are NaN."""
+COUNTERS = (
+    "requests_total",
+    "requests_answered_total",
+    "requests_rejected_total",
+    "requests_cancelled_total",
+    "requests_failed_total",
+    "prompt_tokens_total",
+    "prompt_tokens_computed_total",
+    "new_tokens_total",
+)
+
+
+class _NotFinite(RequestFailed):
+    """The model's log-probabilities are NaN."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's log-probabilities are not finite")
 
 
 class VllmEngine:
@@ -77,11 +101,11 @@ class VllmEngine:
         vllm_version()
         config = AutoConfig.from_pretrained(package, trust_remote_code=False)
         self._context = min(context_of(config), max_context or context_of(config))
-        self._counts: Counter[str] = Counter()
+        self._counts = dict.fromkeys(COUNTERS, 0.0)
         self._in_flight = 0
         self._counting = threading.Lock()  # threads of the HTTP API add, the loop's thread takes away
         port = free_port()
-        on_cpu = device == "cpu"
+        on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
         options: dict[str, object] = {
             "host": "127.0.0.1",
             "port": port,
@@ -91,13 +115,15 @@ class VllmEngine:
             "max-model-len": self._context,
             "max-logprobs": MAX_LOGPROBS,
         }
+        if on_cpu:
+            options["block-size"] = CPU_BLOCK_TOKENS
         if gpu_memory_gb:
             options["gpu-memory-utilization"] = f"{gpu_memory_share(gpu_memory_gb):.4f}"
         if cache_gb or on_cpu:
             options["kv-cache-memory-bytes"] = int((cache_gb or CPU_CACHE_GB) * 1e9)
         arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         self._process = subprocess.Popen(
-            guarded([PROGRAM, "serve", str(package), "--enable-prefix-caching", *arguments]),
+            guarded([PROGRAM, "serve", str(package), *FLAGS, *arguments]),
             env=os.environ | _environment(on_cpu, threads),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -119,8 +145,11 @@ class VllmEngine:
     def submit(self, request: Request) -> Future[list[Completion]]:
         if self.failure():
             raise Unavailable(self.failure())
-        if request.temperature > MAX_TEMPERATURE:
-            raise BadRequest(f"vllm samples at temperatures of at most {MAX_TEMPERATURE:g}; lower it")
+        if not (
+            request.temperature < GREEDY_BELOW or MIN_TEMPERATURE <= request.temperature <= MAX_TEMPERATURE
+        ):
+            possible = f"{MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}, or 0"
+            raise BadRequest(f"vllm samples at temperatures of {possible}; choose one of these")
         prompt = self.vocabulary.prompt(request, self._context)
         with self._counting:
             if self._in_flight >= MAX_REQUESTS:
@@ -175,6 +204,26 @@ class VllmEngine:
         limit = min(request.max_new_tokens, self._context - len(prompt))
         if limit == 0 and not request.echo_prompt:
             return [Completion("", ())] * request.num_return_sequences
+        body = self._body(request, prompt, limit)
+        try:
+            reply = await self._post(body)
+        except _NotFinite:
+            await self._overwrite(body["n"] * (len(prompt) + limit))
+            try:
+                reply = await self._post(body)
+            except _NotFinite:  # they are this request's own
+                await self._overwrite(body["n"] * (len(prompt) + limit))
+                raise
+        used = reply["usage"]
+        with self._counting:
+            shared = (used["prompt_tokens_details"] or {}).get("cached_tokens") or 0
+            self._counts["prompt_tokens_computed_total"] += used["prompt_tokens"] - shared
+            self._counts["new_tokens_total"] += used["completion_tokens"] if limit else 0
+        completions = [self._completion(request, prompt, choice["logprobs"]) for choice in reply["choices"]]
+        return completions * (request.num_return_sequences // len(completions))
+
+    def _body(self, request: Request, prompt: list[int], limit: int) -> dict[str, Any]:
+        """Return what to ask of vLLM."""
         greedy = request.temperature < GREEDY_BELOW  # of which vLLM makes one only
         body = {
             "model": "palio",
@@ -191,21 +240,46 @@ class VllmEngine:
             "add_special_tokens": False,
             "return_tokens_as_token_ids": True,
         }
+        if len(prompt) == self._context:
+            # vLLM wants room for a new token. So the prompt's last one is new, and the only one that it may
+            # choose, which changes neither its log-probability nor the candidates.
+            body |= {"prompt": prompt[:-1], "max_tokens": 1, "allowed_token_ids": prompt[-1:]}
+        return body
+
+    async def _overwrite(self, tokens: int) -> None:
+        """Fill the blocks that a request of so many tokens has just given back, which vLLM takes first.
+
+        On a CPU it multiplies with the unused rest of a request's last block, where NaN of an earlier request
+        would make NaN of all.
+        """
+        blocks = min(-(-tokens // CPU_BLOCK_TOKENS) + 1, (self._context - 1) // CPU_BLOCK_TOKENS)
+        body = {"model": "palio", "prompt": [0] * blocks * CPU_BLOCK_TOKENS, "max_tokens": 1}
+        await self._post(body | {"cache_salt": str(time.monotonic())})  # so that nothing of it is shared
+
+    async def _post(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Return vLLM's answer.
+
+        Raises:
+            BadRequest, RequestFailed, Unavailable: see there.
+        """
         try:
             reply = await self._client.post("/v1/completions", json=body)
         except httpx.HTTPError as error:
-            await asyncio.sleep(SETTLE_SECONDS)
+            why = f"vllm did not answer: {type(error).__name__}"
+        else:
+            if reply.status_code == 200:
+                return dict(reply.json())
+            if NOT_FINITE in reply.text:
+                raise _NotFinite
+            if reply.status_code in (400, 422):
+                raise BadRequest(f"vllm refused it: {reply.text[:200]}")
+            why = f"vllm answered HTTP {reply.status_code}"
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while time.monotonic() < deadline:
             if failure := self.failure():
-                raise Unavailable(failure) from None
-            raise RequestFailed(f"vllm did not answer: {type(error).__name__}") from None
-        if reply.status_code in (400, 422):
-            raise BadRequest(f"vllm refused it: {reply.text[:200]}")
-        if reply.status_code != 200:
-            raise RequestFailed(f"vllm answered HTTP {reply.status_code}")
-        completions = [
-            self._completion(request, prompt, choice["logprobs"]) for choice in reply.json()["choices"]
-        ]
-        return completions * (request.num_return_sequences if greedy else 1)
+                raise Unavailable(failure)
+            await asyncio.sleep(0.1)
+        raise RequestFailed(why)
 
     def _completion(self, request: Request, prompt: list[int], logprobs: Mapping[str, Any]) -> Completion:
         """Read vLLM's log-probabilities and candidates, one per token, whose names are `token_id:N`."""
@@ -216,6 +290,8 @@ class VllmEngine:
             logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
         ):
             token = _token_id(name)
+            if logprob is None and (tokens or not echoed):  # NaN, in a JSON that has no such number
+                raise _NotFinite
             if len(tokens) >= echoed and token in self.vocabulary.ends:
                 break
             # vLLM adds the chosen token where it is not among the candidates asked for.
@@ -228,11 +304,9 @@ class VllmEngine:
                 )
             )
         echo, new = tokens[:echoed], tokens[echoed:]
-        with self._counting:
-            self._counts["new_tokens_total"] += len(new)
-        text = "".join(token.text for token in new)
-        stop = find_stop(text, request.stop_sequences)
-        new = list(cut(new, len(text) if stop is None else stop).tokens)
+        stop = find_stop("".join(token.text for token in new), request.stop_sequences)
+        if stop is not None:
+            new = list(cut(new, stop).tokens)
         return Completion("".join(token.text for token in echo + new), (*echo, *new))
 
 

@@ -98,10 +98,10 @@ def rows_attention(
             is_causal=True,
             scale=scaling,
             enable_gqa=grouped,
-        )
+        ).transpose(1, 2)
         for start, end in pairwise(_Rows.bounds)
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat(parts, dim=1), None  # contiguous: some models view the heads in another shape
 
 
 def kernel_dtype(query: torch.Tensor) -> torch.dtype:

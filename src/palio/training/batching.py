@@ -63,7 +63,9 @@ def choose_batching(model: Any, rows: Sequence[Row], batch_size: int, device: to
                 if difference <= TOLERANCE * noise:
                     return Batching("end to end", difference)
                 reason = f"a logit would change by {difference:.2g}, rounding changes it by {noise:.2g}"
-            except (NotImplementedError, TypeError, ValueError, KeyError, AttributeError) as error:
+            except torch.OutOfMemoryError:
+                raise
+            except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
                 reason = f"{type(error).__name__}: {error}"
             inner.set_attn_implementation(own)
         difference = largest_difference(alone, _logits(model, probes, batch_size, padded_batch, device))

@@ -62,7 +62,7 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
         **program.model_dump(mode="json", exclude_none=True),
         "files_sha256": fingerprint(folder_sha256(files)) if files else None,
         "network": step.settings.network,
-    }
+    } | ({"seed": step.settings.seed} if step.settings.seed else {})
     if image and not image.startswith("docker://"):
         recipe["image_sha256"] = file_sha256(Path(image))
 
@@ -79,7 +79,7 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
         facts, log = gpu.facts() if gpu else {"device": "cpu"}, work.program_log
         budget, meter = float(step.track.training_budget), gpu.joules if gpu else None
         with Ledger(work.ledger, budget, meter=meter, **facts) as ledger:
-            state = _run(program, room, ledger, log, isolation.unconfined)
+            state = _run(program, room, ledger, log, isolation.unconfined, step.settings.seed)
             method, pickles = take_model(
                 work.program_result,
                 work.adapter,
@@ -111,7 +111,7 @@ def _taken(path: str | None, key: str, target: Path, step: TrainingStep, isolati
 
 
 def _run(
-    program: Program, room: Room, ledger: Ledger, log: Path, unconfined: bool
+    program: Program, room: Room, ledger: Ledger, log: Path, unconfined: bool, seed: int | None
 ) -> Literal["finished", "budget_reached"]:
     """Let the program train within the rest of the budget."""
     assert room.output is not None
@@ -123,7 +123,7 @@ def _run(
     if left <= POLL_SECONDS:
         return "budget_reached"  # by an earlier attempt, whose result is used
     notice = min(NOTICE_SECONDS, ledger.budget * NOTICE_SHARE)
-    room = _with_contract(room, left)
+    room = _with_contract(room, left, seed)
     print(f"{left:.0f} s of the budget left; the program's output goes to {log}", file=sys.stderr, flush=True)
     with caught_signals() as caught, Confined(program, room, log, unconfined=unconfined) as running:
         asked = False
@@ -150,8 +150,8 @@ def _run(
     return "finished"
 
 
-def _with_contract(room: Room, left: float) -> Room:
-    """Add the environment variables of contract 1."""
+def _with_contract(room: Room, left: float, seed: int | None) -> Room:
+    """Add the environment variables of contract 1, and a replicate's seed."""
     variables = {
         "PALIO_CONTRACT": "1",
         "PALIO_BASE_MODEL": "/base_model",
@@ -163,5 +163,5 @@ def _with_contract(room: Room, left: float) -> Room:
         "PALIO_CPUS": str(room.limits.cpus),
         "PALIO_MEMORY_BYTES": str(room.limits.memory),
         "PALIO_GPU_MEMORY_BYTES": str(room.limits.gpu_memory or 0),
-    }
+    } | ({"PALIO_SEED": str(seed)} if seed else {})
     return Room(**{**vars(room), "variables": variables})

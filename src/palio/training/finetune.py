@@ -65,7 +65,7 @@ def finetune(recipe: FinetuneRecipe, step: TrainingStep) -> AdapterManifest:
         with dashboards(
             step.options.telemetry.report_to,
             folder=folder.dashboards,
-            run=f"{step.settings.competition_id}/{folder.track_id}/{folder.entry_id}",
+            run=f"{step.settings.competition_id}/{folder.track_id}/{folder.name}",
             key=work.path.name,
             recipe=recipe.model_dump(mode="json"),
         ) as training.dashboards:

@@ -29,6 +29,7 @@ DATASET = Path(os.environ["PALIO_DATASET"])
 OUTPUT = Path(os.environ["PALIO_OUTPUT"])
 CHECKPOINTS = os.environ["PALIO_CHECKPOINTS"]
 DEADLINE = float(os.environ["PALIO_DEADLINE"])
+SEED = int(os.environ.get("PALIO_SEED", "0"))
 
 
 class StopInTime(TrainerCallback):
@@ -66,13 +67,12 @@ def main():
     options.add_argument("--batch-size", type=int, default=8)
     options.add_argument("--learning-rate", type=float, default=1e-3)
     options.add_argument("--save-steps", type=int, default=20)
-    options.add_argument("--seed", type=int, default=0)
     options = options.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     cuda = torch.cuda.is_available()
-    set_seed(options.seed)  # the adapter's first weights are drawn before Trainer seeds anything
+    set_seed(SEED)  # the adapter's first weights are drawn before Trainer seeds anything
     model = AutoModelForCausalLM.from_pretrained(BASE_MODEL, dtype=torch.bfloat16 if cuda else torch.float32)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
 
@@ -85,7 +85,7 @@ def main():
             per_device_train_batch_size=options.batch_size,
             learning_rate=options.learning_rate,
             save_steps=options.save_steps,
-            seed=options.seed,
+            seed=SEED,
             save_total_limit=2,
             logging_steps=5,
             report_to="none",

@@ -9,15 +9,18 @@ name of our scenario, so every scenario has its own budget and every run tells i
     process     `helm-run` itself
     log         errors in HELM's log
     statistic   values of a finished run
+    answer      its questions and answers, for people
     plan        evaluation instances, from a dry run
 
 Names, files and fields follow the sources of crfm-helm 0.5.16, the release that pyproject.toml pins.
 """
 
+from palio.evaluation.helm.answer import InstanceAnswer, Reference, Reply, instance_answers
 from palio.evaluation.helm.folder import (
     MODEL,
     RequestSettings,
     RunFolder,
+    package_folder,
     run_folders,
     write_helm_folder,
 )
@@ -27,6 +30,7 @@ from palio.evaluation.helm.plan import (
     plan_stage,
     planned_prompts,
     prompt_of,
+    question_kept,
     scenario_counts,
     variant,
 )
@@ -38,20 +42,26 @@ from palio.evaluation.helm.statistic import instance_statistics, statistics
 __all__ = [
     "MODEL",
     "HelmExit",
+    "InstanceAnswer",
+    "Reference",
+    "Reply",
     "RequestSettings",
     "RunFolder",
     "budgets",
     "check_directions",
     "distinct",
     "helm_version",
+    "instance_answers",
     "instance_statistics",
     "log_error",
     "metric_directions",
+    "package_folder",
     "plan_stage",
     "planned_prompts",
     "printed",
     "prompt_of",
     "public_error",
+    "question_kept",
     "run_entries",
     "run_folders",
     "run_helm",

@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 
 from palio.evaluation.window import Window
-from palio.layout import HelmFolder
-from palio.provenance import canonical_json, write_text
+from palio.layout import EntryFolder, HelmFolder, Stage
+from palio.provenance import canonical_json, fingerprint, write_text
 
 MODEL = "palio/entry"
 """HELM's name for whatever is evaluated: the same for all entries, so run names are comparable."""
@@ -55,6 +55,8 @@ class RequestSettings:
     """Seconds since the epoch."""
     window: Window
     """Counts tokens of prompts."""
+    context: int = CONTEXT_TOKENS
+    """Tokens of prompt and completion together: HELM shows fewer examples where they do not fit."""
 
 
 def write_helm_folder(
@@ -97,7 +99,7 @@ def _deployment(requests: RequestSettings, journal: Path) -> dict[str, Any]:
         "name": MODEL,
         "model_name": MODEL,
         "tokenizer_name": MODEL,
-        "max_sequence_length": CONTEXT_TOKENS,
+        "max_sequence_length": requests.context,
         "client_spec": {"class_name": "palio.evaluation.client.EntryClient", "args": arguments},
     }
 
@@ -136,6 +138,22 @@ def _tokenizer(definition: Path) -> dict[str, Any]:
         "end_of_text_token": "",
         "prefix_token": "",
     }
+
+
+def package_folder(
+    folder: EntryFolder,
+    stage: Stage,
+    package_fingerprint: str,
+    base_model_fingerprint: str,
+    engine: str,
+    instances_sha256: str,
+    helm_version: str,
+    cut_at_stop_sequences: bool,
+) -> HelmFolder:
+    """Return where the answers of a package lie, as one engine serves it, to the questions of a stage."""
+    served = [package_fingerprint, base_model_fingerprint, engine]
+    asked = [instances_sha256, helm_version, cut_at_stop_sequences]
+    return folder.helm(stage, fingerprint([*served, *asked])[:16])
 
 
 # --- what HELM writes ------------------------------------------------------------------------------

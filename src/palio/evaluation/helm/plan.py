@@ -26,6 +26,8 @@ from palio.provenance import canonical_json
 from palio.records import ScenarioCounts
 
 MULTIPLE_CHOICE = "multiple_choice_joint"
+TAIL_CHARACTERS = 60
+"""End of a prompt by which a cut one is told: HELM drops examples first, then cuts from the right."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,11 @@ def distinct(bodies: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
 
 def prompt_of(state: Mapping[str, Any]) -> str:
     return str(state["request"]["prompt"])
+
+
+def question_kept(sent: str, whole: str) -> bool:
+    """Return whether a prompt that was shortened to `sent` has lost examples only."""
+    return sent.endswith(whole[-TAIL_CHARACTERS:])
 
 
 def variant(state: Mapping[str, Any]) -> str:

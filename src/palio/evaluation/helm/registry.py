@@ -5,6 +5,7 @@ Read from HELM's sources: importing its registry takes seconds, and every start 
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.util
 import re
@@ -66,8 +67,10 @@ def check_directions(competition: Competition, file: str) -> None:
                 key = f"stages.{stage}.scenarios.{name}.metrics.{title}.higher_is_better"
                 known = metric_directions().get(metric.metric)
                 if known is None and "higher_is_better" not in metric.model_fields_set:
-                    why, fix = f"HELM does not say which way {metric.metric} is better", "write true or false"
-                    raise BadInput(file, key, why=why, fix=fix)
+                    why = f"HELM does not say which way {metric.metric} is better"
+                    near = difflib.get_close_matches(metric.metric, metric_directions(), 1)
+                    meant = f"if you mean {near[0]}, correct metric; else " if near else ""
+                    raise BadInput(file, key, why=why, fix=f"{meant}write true or false")
                 if known is not None and known != metric.higher_is_better:
                     better = "higher" if known else "lower"
                     why = f"HELM says of {metric.metric} that {better} is better"

@@ -1,4 +1,11 @@
 "use strict";
+// On a narrow screen the style sheet stacks the cells of a row, each under its column's name.
+for (const table of document.querySelectorAll(".wide > table")) {
+  if (!table.tHead) continue;
+  const names = [...table.tHead.rows[table.tHead.rows.length - 1].cells].map((head) => head.textContent.trim());
+  for (const row of table.tBodies[0].rows) [...row.cells].forEach((cell, at) => { cell.dataset.label = names[at]; });
+  table.classList.add("stacked");
+}
 // Sort any column of a table with class "sortable", missing values last in both directions.
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
