@@ -84,6 +84,11 @@ def test_the_same_folder_is_built_once_and_a_changed_one_again(
     assert build(entry_folder, context).digest != first.digest
 
 
+def test_a_replicate_is_served_with_the_image_of_its_entry(entry_folder: EntryFolder) -> None:
+    replicate = EntryFolder.at(entry_folder.path / "replicates" / "2")
+    assert (replicate.image, replicate.image_manifest) == (entry_folder.image, entry_folder.image_manifest)
+
+
 @builds
 @pytest.mark.parametrize(
     ("text", "kind", "words"),
