@@ -15,6 +15,7 @@ from palio.packaging.image import build_image
 from palio.packaging.server import package_server
 from palio.provenance import file_sha256
 from palio.records import ImageManifest
+from palio.sandbox.build import own_range
 from palio.sandbox.build_log import KINDS, lost_network, reason
 from palio.sandbox.room import Limits
 from palio.sandbox.server import ConfinedServer
@@ -172,6 +173,14 @@ def test_a_result_that_is_a_link_is_refused(entry_folder: EntryFolder, tmp_path:
         patch.setattr(module, "BUILD", "ln -s /etc/shadow /output/image.tar")
         with pytest.raises(RuleViolation, match=r"image\.tar is a symbolic link"):
             build(entry_folder, context)
+
+
+def test_users_and_groups_have_ranges_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "subgid").write_text("alice:100000:65536\nbob:300000:1000\n")
+    found = own_range(100, {"1000", "bob"}, tmp_path / "subgid")
+    assert found.lines == "0 100 1\n1 300000 1000\n"
+    with pytest.raises(PalioError, match="subgid gives carol no ids: usermod --add-subuids"):
+        own_range(100, {"1001", "carol"}, tmp_path / "subgid")
 
 
 def test_a_folder_without_dockerfile_is_named(entry_folder: EntryFolder, tmp_path: Path) -> None:
