@@ -210,7 +210,7 @@ class EntryFolder:
     """results/<track>/<entry>: one entry's records, logs and work.
 
     A replicate, the entry trained again with another seed, has a folder of its own inside. It shares the
-    entry's check and dataset.
+    entry's check, image and dataset.
     """
 
     results: Path
@@ -224,8 +224,6 @@ class EntryFolder:
     adapter = At("adapter")
     adapter_manifest = At("adapter.json")
     telemetry = At("train.parquet")  # loss, speed and memory of every training step
-    image = At("image.tar")  # built from a team's Dockerfile, an OCI archive
-    image_manifest = At("image.json")
     package = At("package")
     package_manifest = At("package.json")
     probe = At("probe.json")
@@ -273,6 +271,15 @@ class EntryFolder:
     @property
     def check(self) -> Path:
         return self.own.path / "check.json"
+
+    @property
+    def image(self) -> Path:
+        """Built from a team's Dockerfile, an OCI archive."""
+        return self.own.path / "image.tar"
+
+    @property
+    def image_manifest(self) -> Path:
+        return self.own.path / "image.json"
 
     @property
     def contamination(self) -> Path:

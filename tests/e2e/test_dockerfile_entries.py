@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from palio.sandbox.doctor import examine_builds
-from tests.support.dockerfiles import SERVER, SERVES
+from tests.support.dockerfiles import SERVER, SERVES, require_builds
 from tests.support.folder import WorkingFolder
 from tests.support.training import tiny_base_model
 
@@ -55,8 +54,7 @@ def _mmdebstrap(made: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Iterator[WorkingFolder]:
-    if not (builds := examine_builds()).ok:
-        pytest.skip(f"this machine builds no images: {builds}")
+    require_builds()
     base = tiny_base_model(tmp_path_factory.mktemp("base"), base_model) / "model"
     folder = WorkingFolder.create(tmp_path_factory.mktemp("e2e") / "competition")
 

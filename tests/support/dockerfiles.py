@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 
+import pytest
+
+from palio.sandbox.doctor import examine_builds
 from tests.support.images import folder, host_files, layer
 
 SERVER = """
@@ -56,6 +60,14 @@ WORKDIR /srv
 EXPOSE 80
 CMD ["python3", "main.py"]
 """
+
+
+@functools.cache
+def require_builds() -> None:
+    """Skip a test where no image can be built, and say why."""
+    finding = examine_builds()
+    if shutil.which("buildah") is None or not finding.ok:
+        pytest.skip(f"this machine builds no images: {finding}")
 
 
 @functools.cache

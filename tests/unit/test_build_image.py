@@ -15,20 +15,23 @@ from palio.packaging.image import build_image
 from palio.packaging.server import package_server
 from palio.provenance import file_sha256
 from palio.records import ImageManifest
+from palio.sandbox.build import own_range
 from palio.sandbox.build_log import KINDS, lost_network, reason
-from palio.sandbox.doctor import examine_builds
 from palio.sandbox.room import Limits
 from palio.sandbox.server import ConfinedServer
 from palio.settings import ImageSettings, PackageSettings
-from tests.support.dockerfiles import dockerfile, serving_dockerfile
+from tests.support.dockerfiles import dockerfile, require_builds, serving_dockerfile
 
 BASE = "FROM scratch\nADD base.tar /\n"
 MB = 1 << 20
 LIMITS = Limits(memory=1024 * MB, processes=128, scratch=16 * MB, output=16 * MB, cpus=1)
 
-builds = pytest.mark.skipif(
-    not examine_builds().ok, reason=f"this machine builds no images: {examine_builds()}"
-)
+builds = pytest.mark.usefixtures("can_build")
+
+
+@pytest.fixture
+def can_build() -> None:
+    require_builds()
 
 
 def build(folder: EntryFolder, context: Path, **isolation: object) -> ImageManifest:
@@ -80,6 +83,11 @@ def test_the_same_folder_is_built_once_and_a_changed_one_again(
     assert log.read_text() == before
     dockerfile(context, BASE + "RUN echo other > /built\n")
     assert build(entry_folder, context).digest != first.digest
+
+
+def test_a_replicate_is_served_with_the_image_of_its_entry(entry_folder: EntryFolder) -> None:
+    replicate = EntryFolder.at(entry_folder.path / "replicates" / "2")
+    assert (replicate.image, replicate.image_manifest) == (entry_folder.image, entry_folder.image_manifest)
 
 
 @builds
@@ -165,6 +173,14 @@ def test_a_result_that_is_a_link_is_refused(entry_folder: EntryFolder, tmp_path:
         patch.setattr(module, "BUILD", "ln -s /etc/shadow /output/image.tar")
         with pytest.raises(RuleViolation, match=r"image\.tar is a symbolic link"):
             build(entry_folder, context)
+
+
+def test_users_and_groups_have_ranges_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "subgid").write_text("alice:100000:65536\nbob:300000:1000\n")
+    found = own_range(100, {"1000", "bob"}, tmp_path / "subgid")
+    assert found.lines == "0 100 1\n1 300000 1000\n"
+    with pytest.raises(PalioError, match="subgid gives carol no ids: usermod --add-subuids"):
+        own_range(100, {"1001", "carol"}, tmp_path / "subgid")
 
 
 def test_a_folder_without_dockerfile_is_named(entry_folder: EntryFolder, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from palio.config import Isolation
 from palio.errors import PalioError
 from palio.sandbox import process
-from palio.sandbox.doctor import examine_confinement
+from palio.sandbox.doctor import examine_builds, examine_confinement, examine_images
 from tests.support.programs import HANDS_IN, program_of, run_command
 from tests.support.training import Entry, tiny_base_model
 
@@ -36,6 +37,16 @@ def test_a_machine_that_cannot_says_why_and_what_is_lost() -> None:
     assert not trial.ok
     assert "No permissions to create new namespace" in str(trial)
     assert "they can read the closed stage and your home" in str(trial)
+
+
+@pytest.mark.usefixtures("without_user_namespaces")
+def test_it_neither_builds_images_nor_runs_programs_in_them() -> None:
+    if shutil.which("buildah") is None:
+        pytest.skip("no buildah here; envs/debian.txt names the package")
+    for trial in (examine_images(), examine_builds()):
+        assert not trial.ok
+        assert "No permissions to create new namespace" in str(trial)
+    assert "Until then entries with a Dockerfile wait" in str(examine_builds())
 
 
 @pytest.mark.usefixtures("without_user_namespaces")

@@ -224,3 +224,13 @@ def test_epochs_differ_in_order_and_seeds_do_too() -> None:
     assert order(0, 0) != order(0, 1)
     assert order(0, 0) != order(1, 0)
     assert order(0, 0) == order(0, 0)
+
+
+def test_a_data_seed_keeps_the_order_when_the_seed_changes() -> None:
+    rows = rows_of(*[3] * 64)
+
+    def order(**seeds: int) -> list[int]:
+        return [row.number for row in step_rows(rows, FinetuneRecipe(batch_size=64, **seeds), 0)]
+
+    assert order(seed=1, data_seed=0) == order(seed=2, data_seed=0) == order(seed=0)
+    assert order(seed=0, data_seed=1) == order(seed=1)

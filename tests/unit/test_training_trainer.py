@@ -191,6 +191,33 @@ def test_the_rate_rises_then_follows_the_schedule(scheduler: str, last: float) -
     assert rates[5:] == sorted(rates[5:], reverse=True)
 
 
+def test_warmup_steps_take_the_place_of_the_ratio() -> None:
+    recipe = FinetuneRecipe(
+        scheduler="constant_with_warmup", learning_rate=1.0, warmup_ratio=0.5, warmup_steps=4
+    )
+    assert [learning_rate(recipe, step, 25) for step in range(5)] == pytest.approx(
+        [0.25, 0.5, 0.75, 1.0, 1.0]
+    )
+    none = recipe.model_copy(update={"warmup_steps": 0})
+    assert learning_rate(none, 0, 25) == 1.0
+
+
+def test_adams_moments_and_epsilon_are_the_recipes() -> None:
+    """One step from zero moves a weight by rate * g / (|g| + epsilon), whatever the moments' decays."""
+    from palio.training.trainer import _optimizer
+
+    recipe = FinetuneRecipe(learning_rate=1.0, adam_beta1=0.5, adam_beta2=0.9, adam_epsilon=3.0)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = _optimizer(recipe, [weight], torch.device("cpu"))
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    assert weight.item() == pytest.approx(-1 / (1 + 3.0))
+    weight.grad = torch.zeros(1)
+    optimizer.step()
+    mean, squares = 0.25 / (1 - 0.5**2), 0.09 / (1 - 0.9**2)
+    assert weight.item() == pytest.approx(-1 / 4 - mean / (squares**0.5 + 3.0))
+
+
 @pytest.mark.gpu
 def test_the_gpus_attention_keeps_rows_apart_as_the_cpus_does() -> None:
     device = torch.device("cuda")

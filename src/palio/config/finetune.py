@@ -40,10 +40,18 @@ class FinetuneRecipe(Strict):
     architectures that cannot be packed (Bloom, Falcon with ALiBi, MPT)."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Share of the steps over which the learning rate warms up."""
+    warmup_steps: NonNegativeInt | None = None
+    """Number of steps over which it warms up, in place of `warmup_ratio`."""
     scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
     """Shape of the learning rate after warmup."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of AdamW."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's decay of the mean of gradients."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """AdamW's decay of the mean of squared gradients; 0.95 for large batches."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """What AdamW adds to the root of the latter."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients with a larger norm are clipped to this."""
     optimizer: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
@@ -83,6 +91,13 @@ class FinetuneRecipe(Strict):
     """Stop after this many validations without a lower loss; omit to train to the end."""
     seed: int = 0
     """Seed of initialization, row order and dropout."""
+    data_seed: NonNegativeInt | None = None
+    """Seed of the row order and of the rows held out, where it is to stay as `seed` changes."""
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the row order and of the rows held out."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @model_validator(mode="after")
     def _patience_needs_validation(self) -> FinetuneRecipe:

@@ -12,6 +12,7 @@ daemon, no root of the machine's. The network is the organizer's, where the rule
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import subprocess
 from contextlib import suppress
@@ -77,13 +78,13 @@ class Building(Confined):
 
     def __init__(self, script: str, room: Room, log: Path) -> None:
         super().__init__(Program(run=script, files="."), room, log)
-        self._ids = range_of_ids()
+        self._users, self._groups = ranges_of_ids()
 
     def _start_confined(self) -> None:
         assert self.room.output is not None
         as_root = os.geteuid() == 0
-        if as_root and self.room.output.stat().st_uid != self._ids.own:
-            os.chown(self.room.output, self._ids.own, self._ids.own)
+        if as_root:
+            os.chown(self.room.output, self._users.own, self._groups.own)
         files = {place: memory_file(text.encode()) for place, text in SETTINGS.items()}
         seccomp = memory_file(filter_program())
         (reported, info), (block, release) = os.pipe(), os.pipe()
@@ -91,24 +92,23 @@ class Building(Confined):
         described = memory_file("".join(f"{argument}\0" for argument in arguments).encode())
         inside = ["sh", "-c", str(self.program.run)]
         line = limited(self.room, ["bwrap", "--args", str(described), "--", *inside])
-        staging = stage(_mounts(self.room), uid=self._ids.own) if as_root else []
+        staging = stage(_mounts(self.room), uid=self._users.own) if as_root else []
         self._begin([*staging, *line], [*files.values(), seccomp, info, block, described], reported, release)
 
     def _before_start(self, pid: int) -> None:
         """Give the room its user ids."""
-        if os.geteuid() == 0:
-            for name in ("uid_map", "gid_map"):
-                Path(f"/proc/{pid}/{name}").write_text(self._ids.lines)
-            return
-        numbers = self._ids.lines.split()
-        for tool in ("newuidmap", "newgidmap"):
-            done = subprocess.run([tool, str(pid), *numbers], capture_output=True, text=True, check=False)
+        for kind, ids in (("uid", self._users), ("gid", self._groups)):
+            if os.geteuid() == 0:
+                Path(f"/proc/{pid}/{kind}_map").write_text(ids.lines)
+                continue
+            line = [f"new{kind}map", str(pid), *ids.lines.split()]
+            done = subprocess.run(line, capture_output=True, text=True, check=False)
             if done.returncode != 0:
-                raise cannot_confine(done.stderr.strip() or f"{tool} failed")
+                raise cannot_confine(done.stderr.strip() or f"{line[0]} failed")
 
 
-def range_of_ids() -> IdRange:
-    """Return the user ids of a build. An ordinary user has those of /etc/subuid.
+def ranges_of_ids() -> tuple[IdRange, IdRange]:
+    """Return user and group ids of a build. An ordinary user has those of /etc/subuid and /etc/subgid.
 
     Raises PalioError if there are none, or no buildah.
     """
@@ -118,24 +118,24 @@ def range_of_ids() -> IdRange:
         )
     if os.geteuid() == 0:
         first = FIRST_RANGE + os.getpid() % RANGES * RANGE
-        return IdRange(first, first + 1, RANGE - 1)
-    names = (str(os.getuid()), _login())
-    with suppress(OSError, ValueError):
-        for line in Path("/etc/subuid").read_text(encoding="utf-8").splitlines():
-            name, first_id, count = line.split(":")
-            if name in names:
-                return IdRange(os.getuid(), int(first_id), min(int(count), RANGE - 1))
-    raise cannot_confine(
-        f"{names[1]} has no range of user ids: usermod --add-subuids and --add-subgids give one"
+        return (IdRange(first, first + 1, RANGE - 1),) * 2
+    names = {str(os.getuid())}
+    with suppress(KeyError):
+        names.add(pwd.getpwuid(os.getuid()).pw_name)
+    return (
+        own_range(os.getuid(), names, Path("/etc/subuid")),
+        own_range(os.getgid(), names, Path("/etc/subgid")),
     )
 
 
-def _login() -> str:
-    import pwd
-
-    with suppress(KeyError):
-        return pwd.getpwuid(os.getuid()).pw_name
-    return str(os.getuid())
+def own_range(own: int, names: set[str], table: Path) -> IdRange:
+    """Return the ids that a table gives to a user, known by any of `names`. Raises PalioError if none."""
+    with suppress(OSError, ValueError):
+        for line in table.read_text(encoding="utf-8").splitlines():
+            name, first, count = line.split(":")
+            if name in names:
+                return IdRange(own, int(first), min(int(count), RANGE - 1))
+    raise cannot_confine(f"{table} gives {max(names)} no ids: usermod --add-subuids and --add-subgids do")
 
 
 def _mounts(room: Room) -> list[Mount]:

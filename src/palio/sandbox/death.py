@@ -17,7 +17,7 @@ KNOWN = (
     (r"No module named '([\w.]{1,60})'", "hand in {0} with server.files, or an image that has it"),
     (
         r"bind.*permission denied|PermissionError: \[Errno 13\]",
-        "listen on $PORT: ports below 1024 are refused",
+        "listen on $PORT; a port below 1024 is open only if the entry says server.port",
     ),
     (r"address already in use", "listen on $PORT, once"),
     (r"huggingface|OfflineModeIsEnabled|HF_HUB_OFFLINE|LocalEntryNotFound", NO_NETWORK),

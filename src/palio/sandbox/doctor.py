@@ -113,6 +113,8 @@ def _try_in_image(what: str, program: Program, limits: Limits, more: list[str], 
 def examine_builds() -> Finding:
     """Try to build a Dockerfile. Only entries with one need it."""
     what = "Dockerfiles of teams are built"
+    if shutil.which("buildah") is None:
+        return Finding(True, "without buildah, which entries with a Dockerfile need")
     with tempfile.TemporaryDirectory() as name:
         trial = BuildFolder(Path(name))
         trial.context.mkdir()

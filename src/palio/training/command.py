@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from palio.config import Isolation, Program
 from palio.errors import Crashed, Interrupted
 from palio.layout import TrainingFolder
-from palio.provenance import atomic_path, fingerprint, folder_sha256
+from palio.provenance import atomic_path, file_sha256, fingerprint, folder_sha256
 from palio.records import AdapterManifest, Contained
 from palio.sandbox.gpu import track_gpu
 from palio.sandbox.handed_in import take_files, take_model
@@ -63,6 +63,8 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
         "files_sha256": fingerprint(folder_sha256(files)) if files else None,
         "network": step.settings.network,
     } | ({"seed": step.settings.seed} if step.settings.seed else {})
+    if image and not image.startswith("docker://"):
+        recipe["image_sha256"] = file_sha256(Path(image))
 
     def train(work: TrainingFolder, base_model: str) -> Trained:
         room = Room(

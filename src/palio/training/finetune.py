@@ -98,7 +98,7 @@ class _Training:
     def run(self, base_model: str) -> Trained:
         """Train to the end or until the budget runs out, and save."""
         rows, too_long = self._rows()
-        rows, self.held_out = split(rows, self.recipe.validation_rows, self.recipe.seed)
+        rows, self.held_out = split(rows, self.recipe.validation_rows, self.recipe.order_seed)
         try:
             trainer = self._trainer(rows)
             budget = float(self.track.training_budget)

@@ -151,14 +151,14 @@ def step_rows(rows: Sequence[Row], recipe: FinetuneRecipe, step: int) -> list[Ro
     """Return the rows of step `step` (from 0): a pure function, so the step is the position in the data."""
     per_epoch = _steps_per_epoch(len(rows), recipe)
     epoch, position = divmod(step, per_epoch)
-    order = np.random.default_rng([recipe.seed, epoch]).permutation(len(rows))
+    order = np.random.default_rng([recipe.order_seed, epoch]).permutation(len(rows))
     size = recipe.batch_size * recipe.gradient_accumulation
     if recipe.group_by_length:
         window, position = divmod(position, WINDOW)
         order = order[window * WINDOW * size : (window + 1) * WINDOW * size]
         order = order[np.argsort([len(rows[index].ids) for index in order], kind="stable")]
         whole = len(order) // size  # the step of the remaining rows stays the last
-        steps = np.random.default_rng([recipe.seed, epoch, window]).permutation(whole)
+        steps = np.random.default_rng([recipe.order_seed, epoch, window]).permutation(whole)
         position = int(steps[position]) if position < whole else position
     return [rows[index] for index in order[position * size : (position + 1) * size]]
 

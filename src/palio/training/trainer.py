@@ -54,7 +54,9 @@ class StepReport:
 
 def learning_rate(recipe: FinetuneRecipe, step: int, steps: int) -> float:
     """Return the rate of step `step` (from 0) of `steps`: linear warm-up, then the recipe's schedule."""
-    warmup = math.ceil(recipe.warmup_ratio * steps)
+    warmup = recipe.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(recipe.warmup_ratio * steps)
     if step < warmup:
         return recipe.learning_rate * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
@@ -246,7 +248,12 @@ def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _optimizer(
     recipe: FinetuneRecipe, parameters: list[torch.nn.Parameter], device: torch.device
 ) -> torch.optim.Optimizer:
-    settings: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    settings: dict[str, Any] = {
+        "lr": recipe.learning_rate,
+        "betas": (recipe.adam_beta1, recipe.adam_beta2),
+        "eps": recipe.adam_epsilon,
+        "weight_decay": recipe.weight_decay,
+    }
     if recipe.optimizer == "adamw_torch":
         return torch.optim.AdamW(parameters, fused=True, **settings)
     import bitsandbytes
