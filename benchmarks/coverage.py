@@ -154,6 +154,11 @@ class Tally:
     first: int = 0
     """Worlds in which the first place went to one entry."""
 
+    luck: float = 0.0
+    """Sum over worlds of the first entry's score minus its true one."""
+    luck_left: float = 0.0
+    """The same of its score without the luck of the selected."""
+
     @property
     def coverage(self) -> float:
         return self.covered / self.intervals
@@ -161,8 +166,11 @@ class Tally:
     def __str__(self) -> str:
         false, first = self.false / self.worlds, self.first / self.worlds
         prizes = f"false prizes {false:.3f}, first place decided {first:.3f}"
+        luck = (
+            f"luck of the first {self.luck / self.worlds:+.3f}, corrected {self.luck_left / self.worlds:+.3f}"
+        )
         covered = f"scores covered {self.coverage:.3f}, ranks {self.ranks_covered / self.intervals:.3f}"
-        return f"{covered}, mean width {self.width / self.intervals:.3f}; {prizes}"
+        return f"{covered}, width {self.width / self.intervals:.3f}; {prizes}; {luck}"
 
     def add_decision(self, decision: Decision, truth: np.ndarray) -> None:
         """Count a decision; a claim about entries that are equal in truth is false."""
@@ -181,6 +189,10 @@ class Tally:
 
     def add(self, board: Leaderboard, found, truth: np.ndarray) -> None:
         true_rank = ranks(truth)
+        selection = found.selections[0]
+        first = truth[int(selection.entry.removeprefix("entry"))]
+        self.luck += selection.score - first
+        self.luck_left += selection.corrected_score - first
         for of_entry in found.entries:
             entry = int(of_entry.entry.removeprefix("entry"))
             interval = of_entry.final_score

@@ -4,6 +4,8 @@
 cores. The 50 columns are 10 scenarios of 5 metrics, 500 instances each, in HELM runs of 50 (drawn by
 whole runs) or of 100 (drawn by instances). Baselines compute the same replicates, a few of them:
 
+With `--trainings 3`, every entry has replicates, and the intervals cover the noise of training too.
+
     naive   a Python loop over replicates, entries, columns and instances
     pandas  resampling by numpy indices, means by pandas, scipy.stats.rankdata along each column
 
@@ -26,7 +28,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from palio.records import Cell, Column
+from palio.records import Cell, Column, Replicate
 from palio.scoring.analysis import analyze
 from palio.scoring.leaderboard import Candidate, score
 from palio.scoring.uncertainty import ScenarioAnswers, uncertainty
@@ -74,13 +76,29 @@ def long_columns(entries: int, instances: int) -> tuple[list[Column], Answers]:
     return columns, answers
 
 
-def leaderboard(columns: list[Column], answers: Answers):
+def leaderboard(columns: list[Column], answers: Answers, trainings: int = 1):
+    """Scores of the first training; the others are as much better as worse, so the answers are their mean."""
+    generator = np.random.default_rng(1)
+
+    def replicates(row: int) -> list[Replicate]:
+        shift = generator.normal(scale=0.01, size=(trainings - 1, values.shape[1]))
+        shift -= shift.mean(axis=0) if trainings > 1 else 0
+        return [
+            Replicate(number=number + 2, cells=[Cell(value=float(value), n=1) for value in values[row] + of])
+            for number, of in enumerate(shift)
+        ]
+
     values = np.stack(
         [of.mean(axis=1) for scenario in answers.values() for of in scenario.columns if of is not None],
         axis=1,
     )
     candidates = [
-        Candidate(f"entry{row:04}", f"team{row // 3}", [Cell(value=float(value), n=1) for value in of])
+        Candidate(
+            f"entry{row:04}",
+            f"team{row // 3}",
+            [Cell(value=float(value), n=1) for value in of],
+            replicates=replicates(row),
+        )
         for row, of in enumerate(values)
     ]
     return score(
@@ -151,12 +169,13 @@ def main() -> int:
     parser.add_argument("--entries", type=int, default=500)
     parser.add_argument("--instances", type=int, default=5000)
     parser.add_argument("--replicates", type=int, default=1000)
+    parser.add_argument("--trainings", type=int, default=1)
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--long", action="store_true")
     options = parser.parse_args()
 
     columns, answers = made_up_answers(options.entries, options.instances)
-    board = leaderboard(columns, answers)
+    board = leaderboard(columns, answers, options.trainings)
     process = time.process_time()
     wall = seconds(lambda: analyze(board, answers, replicates=options.replicates))
     cpu = time.process_time() - process

@@ -16,11 +16,12 @@ import yaml
 
 from palio.config import Competition, load_competition
 from palio.errors import BadInput
-from palio.layout import Results
+from palio.layout import Boards, Results
 from palio.provenance import file_sha256
-from palio.records import RunFacts, read_record
+from palio.records import Leaderboard, RunFacts, read_record
 from palio.release.crate import METADATA, changed_files
 from palio.release.gather import Leak, gather
+from palio.report.build import build_report
 from tests.support.folder import ROOT
 from tests.support.report import competition, score_competition, write_competition
 
@@ -82,6 +83,45 @@ def test_the_release_alone_gives_the_identical_leaderboard(folder: Path) -> None
     run = verify(made)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout == "pass     laptop: the identical leaderboard, 4 entries\n"
+
+
+def leave_replicate(folder: Path, entry: str, number: int) -> None:
+    """The same results again, of other weights."""
+    own = folder / "results/laptop" / entry
+    replicate = own / "replicates" / str(number)
+    for name in ("adapter.json", "package.json", "open.json", "closed.json"):
+        replicate.mkdir(parents=True, exist_ok=True)
+        shutil.copy(own / name, replicate)
+    shutil.copytree(own / "helm", replicate / "helm")
+    manifest = json.loads((replicate / "adapter.json").read_text())
+    manifest["files"] = {"adapter_model.safetensors": f"{number}" * 64}
+    (replicate / "adapter.json").write_text(json.dumps(manifest))
+
+
+def test_replicates_are_scored_reported_released_and_verified(folder: Path) -> None:
+    leave_replicate(folder, "raw", 2)
+    leave_replicate(folder, "raw", 3)
+    score_competition(folder, competition(folder))
+    board = read_record(Leaderboard, folder / "results/leaderboard/laptop.json")
+    assert {scored.entry: len(scored.replicates) for scored in board.entries} == {
+        "curated": 0,
+        "open_only": 0,
+        "raw": 2,
+        "untuned": 0,
+    }
+    assert [scored.entry for scored in board.entries if not scored.trained] == ["untuned"]
+    page = build_report(
+        competition(folder),
+        results=Results(Path("results")),
+        leaderboards=Boards(Path("results/leaderboard")),
+        out=Path("results/report"),
+    )
+    assert "Table: how much of the intervals is the training" in page.read_text()
+    made = release(folder)
+    assert (made / "results/laptop/raw/replicates/3/helm/closed/instances.parquet").is_file()
+    assert not (made / "results/laptop/raw/replicates/3/check.json").exists()
+    run = verify(made)
+    assert run.stdout == "pass     laptop: the identical leaderboard, 4 entries\n", run.stderr
 
 
 def test_entries_records_tables_report_and_container_are_in_it(folder: Path) -> None:

@@ -25,3 +25,20 @@ def test_the_benchmark_prints_time_memory_and_both_baselines() -> None:
     assert naive
     assert int(naive[1]) > 1
     assert "numpy + pandas + scipy" in done.stdout
+
+
+def test_the_benchmark_of_coverage_has_a_line_for_each_way_to_analyze_each_kind_of_world() -> None:
+    size = ["--worlds", "2", "--entries", "5", "--questions", "40", "--replicates", "50"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/coverage.py"), *size],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stderr == ""
+    kinds = re.findall(r"^(\w.*):$", done.stdout, re.MULTILINE)
+    assert len(kinds) == 4
+    found = re.findall(r"^  (\w[\w ]*?) +scores covered ([\d.]+), ranks ([\d.]+)", done.stdout, re.MULTILINE)
+    assert [name for name, _, _ in found] == ["as before", "lent", "replicated", "assumed"] * 4
+    assert all(0 <= float(share) <= 1 for _, *shares in found for share in shares)

@@ -23,6 +23,7 @@ from tests.support.report import score_competition, write_competition
 from tests.unit.test_scoring_uncertainty import CLOSED, OPEN, board_and_answers, first
 
 ROOT = Path(__file__).parents[2]
+DEMO_RULES = (ROOT / "config/rulesets/demo.yaml").read_text()
 Given = tuple[Leaderboard, AnswersByScenario]
 
 
@@ -172,7 +173,7 @@ def test_decide_takes_prizes_from_the_rule_set_or_the_command_line(tmp_path: Pat
     competition = write_competition(tmp_path)
     boards = score_competition(tmp_path, competition)
     rules = tmp_path / "rules.yaml"
-    rules.write_text((ROOT / "config/rulesets/demo.yaml").read_text() + "prizes: {places: 2, alpha: 0.1}\n")
+    rules.write_text(DEMO_RULES.replace("{places: 2}", "{places: 2, alpha: 0.1}"))
     given = competition.model_copy(update={"rules": str(rules)}).model_dump_json(exclude_none=True)
     at = [
         "decide",
@@ -195,7 +196,7 @@ def test_prizes_score_again_and_check_no_entry_again(tmp_path: Path, monkeypatch
     workflow = Workflow(Path("config/config.yaml"))
     before = CheckSettings.of(workflow.planned("raw"), "check"), workflow.scored_with("laptop")
     rules = tmp_path / "rules.yaml"
-    rules.write_text((ROOT / "config/rulesets/demo.yaml").read_text() + "prizes: {}\n")
+    rules.write_text(DEMO_RULES.replace("{places: 2}", "{places: 3}"))
     workflow.rules = load_rules(rules)
     after = CheckSettings.of(workflow.planned("raw"), "check"), workflow.scored_with("laptop")
     assert before[0] == after[0]

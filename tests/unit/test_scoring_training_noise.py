@@ -242,3 +242,31 @@ def test_an_analysis_is_the_same_whatever_the_order_of_entries() -> None:
     trainings = {"a": [[0.6, 0.6], [0.5, 0.5]], "b": [[0.5, 0.5], [0.52, 0.4]], "c": [[0.3, 0.3]]}
     turned = dict(reversed(trainings.items()))
     assert analyze(board_of(trainings), replicates=50) == analyze(board_of(turned), replicates=50)
+
+
+# --- the luck of the selected ----------------------------------------------------------------------------
+
+
+def test_the_first_of_many_equals_was_lucky_and_a_clear_winner_was_not() -> None:
+    draw = np.random.default_rng(0)
+    equals = {f"e{number}": [draw.binomial(100, 0.5, size=2) / 100] for number in range(8)}
+    (first,) = found(board_of({name: [of[0].tolist()] for name, of in equals.items()})).selections
+    assert first.selected_as == "the first of 8 entries"
+    assert first.score - first.corrected_score > 0.05
+    (clear,) = found(board_of({"a": [[0.9, 0.9]], "b": [[0.5, 0.5]], "c": [[0.1, 0.1]]})).selections
+    assert clear.corrected_score == pytest.approx(clear.score, abs=1e-6)
+
+
+def test_the_best_of_a_teams_entries_counts_as_such() -> None:
+    board = board_of({"a1": [[0.6, 0.6]], "a2": [[0.59, 0.59]], "a3": [[0.58, 0.6]], "b": [[0.5, 0.5]]})
+    teams = [
+        scored.model_copy(update={"team": "A" if scored.entry.startswith("a") else "B"})
+        for scored in board.entries
+    ]
+    made = found(board.model_copy(update={"entries": teams}))
+    assert [one.selected_as for one in made.selections] == [
+        "the first of 4 entries",
+        "the best of 3 entries of A",
+    ]
+    assert made.selections[1].corrected_score < made.selections[1].score
+    assert "is the luck of the selected" in markdown(board, analyze(board, replicates=50))

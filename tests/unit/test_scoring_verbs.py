@@ -18,7 +18,7 @@ from palio.cli import palio
 from palio.errors import PalioError
 from palio.neurips2023.download import SHA256, fetch_published
 from palio.provenance import file_sha256
-from palio.records import Leaderboard, read_record
+from palio.records import Decision, Leaderboard, read_record
 from tests.support.report import score_competition, write_competition
 
 PUBLISHED = Path(os.environ.get("PALIO_SHARED", Path(__file__).parents[3] / "shared")) / "neurips2023"
@@ -44,8 +44,12 @@ def test_published_recomputes_every_cell_and_reports_on_every_round(tables: Path
     assert done.exit_code == 0
     assert "4090_full_ranks_final_round.json: entries 8, cells 96, mismatches 0" in done.output
     assert "3 files, 510 cells, 0 mismatches" in done.output
-    rounds = {path.name for path in tmp_path.glob("4090_*.json") if "analysis" not in path.name}
+    rounds = {path.name for path in tmp_path.glob("4090_*.json") if path.name.count(".") == 1}
     assert rounds == {f"4090_{name}.json" for name in ("open", "hidden", "final", "rounds")}
+    decision = read_record(Decision, tmp_path / "4090_final.decision.json")
+    assert [(award.places, len(award.entries)) for award in decision.awards] == [([1, 2, 3], 8)]
+    assert not any(boundary.stands for boundary in decision.boundaries)
+    assert decision.chances[-1].best_rank == 3
     page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
     assert "6 of 8 removals reorder the rest" in page
     paper = {path.stem for path in (tmp_path / "report/figures").glob("*.png")}

@@ -62,7 +62,7 @@ def standings(competition: str, results: Path, out: Path) -> None:
 
 def _score(workflow: Workflow, tracks: list[str], results: Path, out: Path, *, final: bool) -> None:
     from palio.scoring.analysis import analyze_track
-    from palio.scoring.decision_document import decide_track
+    from palio.scoring.decision_document import decide_track, remove_decision
     from palio.scoring.leaderboard import score_track
     from palio.scoring.tables import print_leaderboard, write_leaderboard
 
@@ -89,10 +89,12 @@ def _score(workflow: Workflow, tracks: list[str], results: Path, out: Path, *, f
             print(f"no analysis: {error}", file=sys.stderr)
         write_leaderboard(board, Boards(out), analysis)
         print_leaderboard(board, analysis)
+        remove_decision(Boards(out), track)  # of an earlier leaderboard
         if analysis and workflow.rules.prizes:
             prizes, assumed = workflow.rules.prizes, competition.scoring.training_noise
-            lines = decide_track(competition, board, folders, prizes, Boards(out), training_noise=assumed)
-            for line in lines:
+            for line in decide_track(
+                competition, board, folders, prizes, Boards(out), training_noise=assumed
+            ):
                 print(line)
 
 

@@ -81,6 +81,19 @@ class TrainingNoise(Part):
     """By stage/scenario/metric: of the value from one training to the next, the questions' part removed."""
 
 
+class Selection(Part):
+    """An entry that was selected by its score, and what is left of the score without the luck of that."""
+
+    entry: str
+    """Entry id."""
+    selected_as: str
+    """Among whom it was selected, in words."""
+    score: float
+    """Final score of the mean over its trainings."""
+    corrected_score: float
+    """The same without the mean luck of whoever is selected so."""
+
+
 class Uncertainty(Part):
     """How scores and ranks vary with the choice of evaluation instances, and with the training."""
 
@@ -108,6 +121,8 @@ class Uncertainty(Part):
     so many entries."""
     training: TrainingNoise | None = None
     """The training noise that the intervals cover; None if they cover the choice of questions only."""
+    selections: list[Selection] = []
+    """The first of all entries, and the best of each team's that has several."""
 
     @property
     def separation(self) -> Separation | None:

@@ -49,21 +49,14 @@ TABLES = {"metrics.parquet": METRICS_SCHEMA, "instances.parquet": INSTANCES_SCHE
 """HELM's tables of a stage. Their schemas hold ids and numbers; a table with another column is not taken."""
 ANONYMOUS = {"host": None, "slurm_job_id": None}
 """Facts about a run that a release leaves out."""
-LEADERBOARD_SUFFIXES = ("json", "csv", "parquet", "md", "tex", "analysis.json", "analysis.md")
+LEADERBOARD_SUFFIXES = (
+    *("json", "csv", "parquet", "md", "tex", "analysis.json", "analysis.md"),
+    *("decision.json", "decision.md"),
+)
 REPORT_SUFFIXES = (".html", ".js", ".svg", ".png", ".csv", ".json", ".md", ".tex", ".parquet")
 TEXT_SUFFIXES = (
-    ".json",
-    ".yaml",
-    ".conf",
-    ".md",
-    ".csv",
-    ".tex",
-    ".html",
-    ".js",
-    ".svg",
-    ".txt",
-    ".lock",
-    ".py",
+    *(".json", ".yaml", ".conf", ".md", ".csv", ".tex"),
+    *(".html", ".js", ".svg", ".txt", ".lock", ".py"),
 )
 SHORTEST_TEXT = 20
 """Characters of the shortest line of a closed instance to search for: shorter ones occur in ordinary text."""

@@ -8,6 +8,7 @@ tables       a leaderboard as CSV, Parquet, Markdown, LaTeX, and on the terminal
 pool         a leaderboard's entries as arrays
 uncertainty  intervals of scores and ranks, bootstrap or parametric
 training_noise     how much they owe to the seed of the training
+selection    the luck of whoever is first
 decision     who gets the prizes, and what would separate entries that cannot be told apart
 decision_document  the same to read
 robustness   sensitivity of the ranking to pool, scenarios, and scoring rule

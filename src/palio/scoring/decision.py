@@ -30,7 +30,7 @@ from palio.scoring.formula import ranks
 from palio.scoring.training_noise import explanation
 from palio.scoring.uncertainty import AnswersByScenario, Draws, draw
 
-DRAWS = 2000
+DRAWS = 1000
 WORDS = {
     "share": "they share",
     "more_questions": "the rules ask for more questions first",

@@ -48,6 +48,12 @@ def write_decision(decision: Decision, boards: Boards, name: str) -> None:
     decision.write(boards.decision(name))
 
 
+def remove_decision(boards: Boards, name: str) -> None:
+    """Remove a decision, and the document on it."""
+    for path in (boards.table(name, "decision.md"), boards.decision(name)):
+        path.unlink(missing_ok=True)
+
+
 TESTED = (
     "Below each place with a prize: whether every entry above is better than every entry below. The p value "
     "of such a boundary is that of its weakest comparison, two-sided, by {draws} draws. The boundaries are "

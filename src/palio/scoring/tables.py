@@ -32,6 +32,7 @@ from palio.records import (
     TrainingNoise,
     Uncertainty,
 )
+from palio.scoring.selection import in_words
 from palio.text import markdown_table
 
 
@@ -207,6 +208,7 @@ def _remarks(analysis: Analysis | None) -> list[str]:
     if analysis and analysis.overfitting:
         remarks.append(analysis.overfitting.text)
     if analysis and analysis.uncertainty:
+        remarks += [in_words(selection) for selection in analysis.uncertainty.selections]
         remarks.append(f"Entries in one group cannot be told apart. {analysis.uncertainty.explanation}")
     return remarks
 

@@ -83,31 +83,17 @@ def training_effects(
     replicated = [index for index, count in enumerate(trainings) if count > 1]
     if not replicated:
         return _assumed(board.columns, trained, assumed) if assumed is not None else None
-    deviations = [
-        np.nan_to_num(values - np.nanmean(values, axis=0)) for values in (groups[i] for i in replicated)
-    ]
+    deviations = [_deviations(groups[index]) for index in replicated]
     degrees = trainings[replicated] - 1
     pooled = int(degrees.sum())
     scatter = np.concatenate(deviations)
     covariance = scatter.T @ scatter / pooled
     variance = np.diag(covariance)
-    by_questions = np.array(
-        [
-            0.0 if of_column is None else float(degrees @ np.nan_to_num(of_column[replicated])) / pooled
-            for of_column in interactions
-        ]
-    )
-    with np.errstate(invalid="ignore", divide="ignore"):
-        kept = np.where(variance > 0, np.clip(1 - by_questions / variance, 0, 1), 0.0)
-        ratios = [
-            np.nanmean(np.where(variance > 0, (of_entry**2).sum(axis=0) / count / variance, np.nan))
-            if (variance > 0).any()
-            else 1.0
-            for of_entry, count in zip(deviations, degrees, strict=True)
-        ]
+    kept = _kept(variance, [None if of is None else of[replicated] for of in interactions], degrees)
+    ratios = np.array([_ratio(*one, variance) for one in zip(deviations, degrees, strict=True)])
     scale, own = np.ones(len(entries)), np.zeros(len(entries))
     own[replicated] = degrees
-    scale[replicated] = (PRIOR_DEGREES + degrees * np.array(ratios)) / (PRIOR_DEGREES + degrees)
+    scale[replicated] = (PRIOR_DEGREES + degrees * ratios) / (PRIOR_DEGREES + degrees)
     damped = np.sqrt(kept)
     return TrainingEffects(
         factor=_factor(covariance * np.outer(damped, damped)),
@@ -122,6 +108,28 @@ def training_effects(
             standard_deviation=_by_column(board.columns, np.sqrt(variance * kept)),
         ),
     )
+
+
+def _deviations(values: Array) -> Array:
+    """Return the deviations of an entry's trainings from their mean, 0 for a missing value."""
+    present = ~np.isnan(values)
+    means = np.where(present, values, 0).sum(axis=0) / np.maximum(present.sum(axis=0), 1)
+    return np.asarray(np.where(present, values - means, 0.0))
+
+
+def _kept(variance: Array, interactions: Sequence[Array | None], degrees: NDArray[np.int64]) -> Array:
+    """Return the share of each column's variance between trainings that more questions would not remove."""
+    removed = [0.0 if of is None else degrees @ np.nan_to_num(of) / degrees.sum() for of in interactions]
+    share = np.divide(np.array(removed), variance, out=np.ones(len(variance)), where=variance > 0)
+    return np.asarray(np.clip(1 - share, 0, 1))
+
+
+def _ratio(deviations: Array, degrees: int, variance: Array) -> float:
+    """Return an entry's variance relative to the pooled one, as a mean over columns; 1 if nothing varies."""
+    varies = variance > 0
+    if not varies.any():
+        return 1.0
+    return float(((deviations**2).sum(axis=0)[varies] / degrees / variance[varies]).mean())
 
 
 def _factor(covariance: Array) -> Array:

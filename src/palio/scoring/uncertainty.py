@@ -38,6 +38,7 @@ from palio.records import EntryUncertainty, Interval, Leaderboard, ScoredEntry, 
 from palio.scoring.conventions import TIE, Array
 from palio.scoring.formula import Formula, Scores, ranks, scores, scores_of_win_rates
 from palio.scoring.pool import Pool, formula_of, pool_of
+from palio.scoring.selection import selections
 from palio.scoring.training_noise import TrainingEffects, training_effects
 from palio.scoring.training_noise import explanation as training_noise_in_words
 
@@ -130,6 +131,7 @@ def uncertainty(
         groups=[[board.entries[index].entry for index in group] for group in groups],
         neighbours=_neighbours(board, drawn),
         training=drawn.effects.record if drawn.effects else None,
+        selections=selections(board, drawn.estimate.final, final),
     )
 
 
