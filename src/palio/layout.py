@@ -310,7 +310,7 @@ class EntryFolder:
         return self.work / "settings" / f"{step}.json"
 
     def kept(self, step: str) -> Path:
-        """What a step had made before it ran again (`palio.operating.kept`)."""
+        """What a step has made, until the run ends (`palio.operating.kept`)."""
         return self.work / "kept" / step
 
     def failure(self, step: str) -> Path:

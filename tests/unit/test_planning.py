@@ -22,7 +22,7 @@ from palio import planning, steps
 from palio.config import Entry
 from palio.errors import Interrupted
 from palio.layout import EntryFolder
-from palio.operating.kept import keep, put_back
+from palio.operating.kept import keep, let_go, put_back
 from palio.pipeline import BY_NAME, LIMITED, Step, steps_of
 from palio.provenance import fingerprint
 from palio.records import Made
@@ -150,6 +150,7 @@ class Night:
         else:
             for entry in self.entries:
                 put_back(self.folder(entry))
+                let_go(self.folder(entry))
         assert {path: path.read_bytes() for path in holding} == holding, "what holds is not touched"
 
     def _holding(self, due: set[tuple[str, str]]) -> dict[Path, bytes]:

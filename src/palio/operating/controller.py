@@ -28,7 +28,7 @@ from palio.guard import CONTROLLER_VARIABLE
 from palio.layout import LOCK
 from palio.operating import slurm
 from palio.operating.attempt import RUN_VARIABLE
-from palio.operating.kept import keep, put_back
+from palio.operating.kept import keep, let_go, put_back
 from palio.operating.status import EntryStatus, competition_status
 from palio.workflow import Workflow
 
@@ -67,6 +67,7 @@ def begin(workflow: Workflow, run: str) -> None:
     """Keep what is about to be made again, write the plan down for the jobs, and watch how the run goes."""
     from palio.operating import hooks  # imports Snakemake
 
+    put_back_all(workflow)  # what the orphans' Snakemakes have deleted as they were cancelled
     for folder, step in workflow.due_steps():
         with suppress(OSError):  # a folder that cannot be written has nothing to lose
             keep(step, folder)
@@ -80,6 +81,9 @@ def end(workflow: Workflow, event: str, message: str) -> None:
     """Tell the organizer and `palio status` how this process's run has ended; only the first call counts."""
     if _lock is not None:
         put_back_all(workflow)
+        for folder in workflow.folders():
+            with suppress(OSError):
+                let_go(folder)
         _free(workflow, event, message)
 
 
@@ -102,7 +106,7 @@ def _free(workflow: Workflow, event: str, message: str) -> None:
 
 
 def put_back_all(workflow: Workflow) -> None:
-    """Put back what steps had made and have not made again."""
+    """Put back what steps have made and Snakemake has deleted."""
     for folder in workflow.folders():
         with suppress(OSError):
             put_back(folder)

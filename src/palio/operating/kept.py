@@ -36,7 +36,7 @@ def keep(step: Step, folder: EntryFolder) -> None:
 
 
 def put_back(folder: EntryFolder) -> None:
-    """Put back what is no longer there. Only while no controller runs."""
+    """Put back what is no longer there. Only while no step runs."""
     for step in STEPS:
         kept = folder.kept(step.name)
         if not _list_of(kept).exists():
@@ -45,8 +45,14 @@ def put_back(folder: EntryFolder) -> None:
         if not step.record(folder).exists() and listed["folders"] == _folders(step, folder):
             for name in listed["files"]:  # the record comes last
                 _link(kept / name, folder.path / name)
-        _list_of(kept).unlink()
-        shutil.rmtree(kept)
+
+
+def let_go(folder: EntryFolder) -> None:
+    """Keep nothing any longer: the run has ended, and what is deleted from now on is meant to be."""
+    for step in STEPS:
+        kept = folder.kept(step.name)
+        _list_of(kept).unlink(missing_ok=True)
+        shutil.rmtree(kept, ignore_errors=True)
 
 
 def _list_of(kept: Path) -> Path:
