@@ -1,9 +1,9 @@
 """The winner's curse: the best of several is better than the others, and luckier.
 
 Whoever is first of many, or the best of a team's entries (arXiv 2504.20879 counts what that gained on a
-public leaderboard), was selected by a score that holds the luck of its questions and its training. How much
-that is follows from the draws: around the scores seen, each draw has its own first, whose drawn score exceeds
-its score by this luck. The mean of that is taken off.
+public leaderboard), was selected by a score that holds the luck of its questions and its training. Each draw
+has its own first, whose drawn score differs from its score by this luck, less the pull towards 1/2 that noise
+gives every win rate, which a first score has too. The mean of that is taken off, if it is luck.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ def selections(board: Leaderboard, estimate: Array, final: Array) -> list[Select
         estimate: final scores by the order of the leaderboard, of the means over all trainings.
         final: drawn final scores, shape (replicates, entries).
     """
-    around = estimate + final - final.mean(axis=0)
     everybody = list(range(len(board.entries)))
-    found = [_selection(board, everybody, f"the first of {len(everybody)} entries", estimate, around)]
+    found = [_selection(board, everybody, f"the first of {len(everybody)} entries", estimate, final)]
     teams: dict[str, list[int]] = {}
     for index, scored in enumerate(board.entries):
         teams.setdefault(scored.team, []).append(index)
     found += [
-        _selection(board, of_team, f"the best of {len(of_team)} entries of {team}", estimate, around)
+        _selection(board, of_team, f"the best of {len(of_team)} entries of {team}", estimate, final)
         for team, of_team in teams.items()
         if 1 < len(of_team) < len(everybody)
     ]
@@ -38,9 +37,9 @@ def selections(board: Leaderboard, estimate: Array, final: Array) -> list[Select
 
 
 def _selection(
-    board: Leaderboard, among: Sequence[int], selected_as: str, estimate: Array, around: Array
+    board: Leaderboard, among: Sequence[int], selected_as: str, estimate: Array, final: Array
 ) -> Selection:
-    of_draw = around[:, among]
+    of_draw = final[:, among]
     selected = of_draw.argmax(axis=1)
     luck = float(np.mean(of_draw.max(axis=1) - estimate[among][selected]))
     best = among[int(np.argmax(estimate[among]))]
