@@ -110,6 +110,8 @@ def fetch_configs(source: BaseModelSource, out: Path) -> None:
     if source.gguf:
         _gguf_configs(*_gguf_file(source.gguf), out)
         return
+    if source.hub:
+        require_on_hub(source.hub)
     folder = _hub_download(source.hub, CONFIGS) if source.hub else expand(source.path or "")
     if not (folder / "config.json").is_file():
         why, fix = "has no config.json", "give a model in Hugging Face format"
@@ -188,7 +190,7 @@ def _check_announced(path: Path, value: str) -> None:
 
 
 def require_on_hub(address: str) -> None:
-    """Check, before anything is started, that a model of the hub can be fetched.
+    """Check in seconds that a model of the hub can be fetched, which tries for minutes.
 
     Raises:
         BadInput: it is not in the local hub cache, and the hub has it not or does not answer.

@@ -135,8 +135,7 @@ except OSError as error:
     assert done.said[0] == "File too large"
 
 
-def test_a_flood_of_files_is_ended(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "OUTPUT_FILES", 500)
+def test_a_flood_of_files_is_ended(attack: Attack) -> None:
     done = attack(
         """
 import time
@@ -144,7 +143,8 @@ for n in range(5000):
     open(f"/output/{n}", "w").close()
     time.sleep(0.001)
 print("MADE")
-"""
+""",
+        limits=replace(LIMITS, files=500),
     )
     assert isinstance(done.broken, Crashed)
     assert len(list(done.output.iterdir())) < 5000

@@ -51,6 +51,6 @@ def test_a_metric_where_lower_is_better_must_say_so() -> None:
 
 
 def test_a_metric_unknown_to_helm_needs_a_direction() -> None:
-    with pytest.raises(BadInput, match="HELM does not say which way wit is better; write true or false"):
+    with pytest.raises(BadInput, match=r"HELM does not say which way wit is better; .*write true or false"):
         check(with_metric(metric="wit"))
     check(with_metric(metric="wit", higher_is_better=False))

@@ -27,7 +27,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from palio.base_model import require_on_hub
 from palio.config import Competition, Entry, RuleSet, expand, load_competition, load_entry, load_rules
 from palio.demo.data import write_demo_sources
 from palio.errors import BadInput, Crashed
@@ -56,15 +55,12 @@ def rehearse(file: Path, competition: Competition, out: Path) -> Rehearsal:
     """Run the entry at reduced scale under `out`; a second call goes on where the first stopped.
 
     Raises:
-        BadInput: this folder has no workflow, a source is missing, or the base model cannot be fetched.
+        BadInput: this folder has no workflow, or a source is missing.
         Crashed: a step did not finish; with its reason and log.
     """
     if not Path("Snakefile").is_file():
         raise BadInput("Snakefile", why="no workflow in this folder", fix="run palio try in a clone of Palio")
     entry = load_entry(file)
-    model = entry.base_model
-    if model.hub and not Resources().base_model(model.id).manifest.exists():
-        require_on_hub(model.hub)
     project = Project(out / file.stem)
     small = small_competition(competition, entry)
     shutil.rmtree(project.config.parent, ignore_errors=True)
