@@ -202,7 +202,11 @@ class Workflow:
         return self.again_if_changed(self.resources.stage_record(stage), self.stage_runs[stage].made)
 
     def score_again(self, wildcards: Any) -> list[str]:
+        """Also if results were deleted: Snakemake makes nothing for a leaderboard that is there."""
         board = self.results.leaderboards.leaderboard(wildcards.track)
+        folders = (self.results.entry(wildcards.track, name) for name in self.active[wildcards.track])
+        if any(not BY_NAME["closed"].record(one).exists() for one in folders if one.name not in self.barred):
+            return self._again(board)
         return self.again_if_changed(board, self.scored_with(wildcards.track))
 
     # --- wildcards and targets
