@@ -25,7 +25,6 @@ from palio.network import free_port
 from palio.packaging.container import write_container
 from palio.packaging.package import (
     DIVERGENCE,
-    TOLERANCE,
     largest_difference,
     probe_logits,
 )
@@ -36,6 +35,9 @@ from palio.records import AdapterManifest, BaseModelManifest, Cell, Column, Pack
 from palio.scoring.leaderboard import Candidate, score
 from palio.tensors import mean_divergence
 from tests.support.training import Entry, tiny_base_model
+
+ROUNDING = 1e-3
+"""Largest change of a logit of these small models, in fp32."""
 
 
 def package(entry: Entry, *, adapter: bool = True) -> PackageManifest:
@@ -63,8 +65,8 @@ def test_the_package_answers_as_base_plus_adapter_and_not_as_the_base(trained: E
     base = AutoModelForCausalLM.from_pretrained(trained.base / "model")
     untuned = probe_logits(base, tokenizer)
     adapted = probe_logits(PeftModel.from_pretrained(base, trained.folder / "adapter"), tokenizer)
-    assert largest_difference(ours, adapted) < TOLERANCE
-    assert largest_difference(ours, untuned) > 10 * TOLERANCE
+    assert largest_difference(ours, adapted) < ROUNDING
+    assert largest_difference(ours, untuned) > 10 * ROUNDING
 
 
 def test_transformers_alone_loads_the_package_offline(trained: Entry) -> None:
@@ -90,7 +92,7 @@ def test_the_manifest_names_the_lineage_and_every_file(trained: Entry) -> None:
     assert manifest.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert manifest.context == model.config.max_position_embeddings
     assert manifest.max_logit_difference is not None
-    assert manifest.max_logit_difference <= TOLERANCE
+    assert manifest.max_logit_difference <= ROUNDING
     card = (trained.folder / "package" / "README.md").read_text()
     for digest in (adapter.fingerprint, adapter.dataset_sha256, adapter.base_model_fingerprint):
         assert digest in card

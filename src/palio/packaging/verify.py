@@ -315,10 +315,10 @@ def _same_weights(folder: Path, other: Path) -> str:
 def _same_answers(folder: Path, base: Path, adapter: Path, trained: AdapterManifest) -> str:
     from palio.packaging.package import (
         DIVERGENCE,
-        TOLERANCE,
         adapted_model,
         largest_difference,
         probe_logits,
+        rounding_bound,
     )
     from palio.tensors import load_causal_model, mean_divergence
     from palio.tokens import load_tokenizer
@@ -331,8 +331,9 @@ def _same_answers(folder: Path, base: Path, adapter: Path, trained: AdapterManif
     reference = as_trained or probe_logits(adapted, tokenizer)
     if exact and as_trained is None:
         difference = largest_difference(ours, reference)
-        if not difference <= TOLERANCE:
-            raise Fault(f"differs from base plus adapter by {difference:.2g} in a logit, not {TOLERANCE:g}")
+        bound = rounding_bound(adapted, tokenizer, reference)
+        if not difference <= bound:
+            raise Fault(f"differs from base plus adapter by {difference:.2g} in a logit, not {bound:.2g}")
         return f"logits of base plus adapter within {difference:.1g}"
     divergence = mean_divergence(reference, ours)
     if not divergence <= DIVERGENCE:
