@@ -2,8 +2,8 @@
 
     python benchmarks/serving.py --overhead
 
-On a GPU each operation costs about 10 µs of Python and launch, so their number bounds the steps a second of a
-model whatever its size. Counted here on a CPU, with a Llama too narrow to cost arithmetic, of requests that
+On a GPU each operation costs time in Python and for its launch, so their number bounds the steps a second of
+a model whatever its size. Counted here on a CPU, with a Llama too narrow to cost arithmetic, of requests that
 share a prompt and generate: the default way on a CPU (a kernel call for each node), and the way that a GPU is
 served (a kernel call for each level, counted as one operation, as it is on a GPU).
 """

@@ -21,6 +21,16 @@ SHOTS = "".join(f"Question: What is {n} plus {3 * n}?\nAnswer: {4 * n}\n\n" for 
 QUESTIONS = [f"{SHOTS}Question: What is {7 * n} plus {n + 5}?\nAnswer:" for n in range(6)]
 """Prompts as HELM makes them: the same examples, then each its own question."""
 
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+"""Of a config that costs no time."""
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+
 
 @contextmanager
 def engine_of(package: Path, *, device: str = "cpu", **settings: Any) -> Iterator[TransformersEngine]:

@@ -23,17 +23,10 @@ from palio.serving.prefix_tree import Node, PrefixTree
 from palio.serving.regions import Regions
 from palio.serving.request import Request
 from palio.serving.transformers_engine import TransformersEngine
+from tests.support.serving import GROUPED, SMALL
 from tests.support.training import tiny_base_model
 
 ROOT = Path(__file__).parents[2]
-SMALL: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-GROUPED = {**SMALL, "num_key_value_heads": 2}
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 100)), max_size=60))

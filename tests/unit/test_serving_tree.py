@@ -28,15 +28,7 @@ from palio.errors import BadInput
 from palio.serving.attention import Chunk, attend, attend_unfused
 from palio.serving.model import PROBE, PlainModel, TreeModel, WholeModel, choose_model
 from palio.serving.prefix_tree import Node, PrefixTree
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-GROUPED = {**SMALL, "num_key_value_heads": 2}
+from tests.support.serving import GROUPED, SMALL
 
 
 def compute(tree: PrefixTree) -> None:

@@ -201,6 +201,13 @@ def test_what_was_deleted_is_made_again_where_a_change_needs_it(finished: Workin
     assert finished.plan() == {(rule, "raw") for rule in rules} | FINISH
 
 
+def test_results_deleted_under_a_leaderboard_are_made_again(finished: WorkingFolder) -> None:
+    """| all results of an entry deleted | all its steps; score, report |"""
+    shutil.rmtree(finished.path / "results/laptop/untuned")
+    rules = {"check_entry", "build_package", "helm_open", "helm_closed"}
+    assert finished.plan() == {(rule, "untuned") for rule in rules} | FINISH
+
+
 def test_what_was_made_from_another_dataset_is_made_again(finished: WorkingFolder) -> None:
     """
     | a record made from another one than the one that is there | it, and what follows; score, report |
