@@ -31,7 +31,7 @@ from palio.evaluation.stage import PlannedRun, PromptKey, StagePlan, verify_data
 from palio.evaluation.window import Window
 from palio.heartbeat import HeartbeatWriter
 from palio.layout import EntryFolder, HelmFolder
-from palio.provenance import atomic_path, file_sha256
+from palio.provenance import atomic_path, file_sha256, fingerprint
 from palio.records import (
     INSTANCES_SCHEMA,
     METRICS_SCHEMA,
@@ -289,6 +289,7 @@ def _write_results(
         instances_sha256=prepared.sha256,
         helm_version=prepared.helm_version,
         engine=engine,
+        code=fingerprint(package.code) if package.code else "",
         state=State.TIME_LIMIT if any(outcome.limited for outcome in outcomes) else State.FINISHED,
         reason=f"{missing} of {planned} instances unanswered" if missing else "",
         unanswered=limits.unanswered,
