@@ -82,7 +82,7 @@ def build_package(
     def fill(building: Path, base: BaseModelManifest) -> dict[str, Any]:
         base.require_supported()
         difference = divergence = None
-        if base.code and trained is not None:
+        if base.code and trained is not None and trained.recipe["method"] != "full":
             difference, divergence = merge_confined(folder, base_model, trained, building, threads)
         elif trained is not None:
             difference, divergence = write_tuned(base_model.model, folder.adapter, trained, building)

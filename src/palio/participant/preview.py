@@ -18,7 +18,7 @@ from palio.config import Entry, FinetuneRecipe, RuleSet, Track
 from palio.eligibility.check import approved_model
 from palio.errors import BadInput
 from palio.evaluation.helm.folder import CONTEXT_TOKENS
-from palio.layout import Resources
+from palio.layout import BaseModelFolder, Resources
 from palio.model_code import named_classes
 from palio.participant.estimate import Measured, Shape, training_bytes
 from palio.records import Layers, Unsupported
@@ -42,9 +42,11 @@ def preview(entry: Entry, track: Track, rules: RuleSet) -> Iterator[str]:
     if fetched.manifest.is_file():
         yield from _preview(fetched.model, code, entry, track)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        fetch_configs(entry.base_model, Path(folder), code)
-        yield from _preview(Path(folder), code, entry, track)
+    with tempfile.TemporaryDirectory() as work:
+        folder = BaseModelFolder(Path(work)).model
+        folder.mkdir()
+        fetch_configs(entry.base_model, folder, code)
+        yield from _preview(folder, code, entry, track)
 
 
 def _preview(folder: Path, code: Mapping[str, str], entry: Entry, track: Track) -> Iterator[str]:

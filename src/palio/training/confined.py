@@ -138,14 +138,14 @@ def _begin_ledger(path: Path, seconds: float) -> None:
 def _checked(report: Any, ledger: Ledger, facts: dict[str, Any]) -> Trained:
     """Return what the room reports of the training; time and device are what is known outside."""
     try:
-        manifest = _typed(AdapterManifest, FIELDS, report["manifest"])
-        reported = _typed(TrainingFacts, FACTS, report["facts"])
+        manifest = typed(AdapterManifest, FIELDS, report["manifest"])
+        reported = typed(TrainingFacts, FACTS, report["facts"])
     except (TypeError, KeyError, ValidationError):
         raise Crashed("the process with the model's own code did not report its training") from None
     return Trained(manifest, ledger.used(), reported | facts)
 
 
-def _typed(record: type[Record], names: frozenset[str], values: Any) -> dict[str, Any]:
+def typed(record: type[Record], names: frozenset[str], values: Any) -> dict[str, Any]:
     """Return the values of some fields of a record. Raises ValidationError if they are of other types."""
     fields: dict[str, Any] = {name: (record.model_fields[name].annotation, ...) for name in names}
     reported: Any = create_model("Reported", **fields)
