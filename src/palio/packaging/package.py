@@ -39,7 +39,7 @@ from palio.records import (
     PackageManifest,
 )
 from palio.settings import PackageSettings
-from palio.tensors import last_bits_flipped, load_causal_model, mean_divergence
+from palio.tensors import add_embeddings, last_bits_flipped, load_causal_model, mean_divergence
 from palio.tokens import Tokens, load_tokenizer
 
 TOLERANCE = 10.0
@@ -81,6 +81,8 @@ def build_package(
         difference = divergence = None
         if trained is not None:
             difference, divergence = _write_tuned(base_model.model, folder.adapter, trained, building)
+            if trained.recipe.get("extra_tokens"):
+                _link_tokenizer(folder.adapter, building)
         _link_files(base_model.model, building, weights=trained is None)
         _complete(building, _ends(base_model.model, trained))
         _write_cards(folder, settings, base, trained, base_model.model, building)
@@ -173,11 +175,15 @@ def adapted_model(
 ) -> tuple[Any, list[torch.Tensor] | None]:
     """Return base model plus adapter in fp32, ready to merge; after QLoRA also the trained model's logits."""
     model = load_causal_model(base, dtype=torch.float32)
+    extra = list(trained.recipe.get("extra_tokens", ()))
+    tokens = load_tokenizer(adapter).convert_tokens_to_ids(extra) if extra else []
     as_trained = None
     if trained.recipe["method"] == "qlora":
         quantised = _requantise(model, base, trained.recipe["quantization"])
+        add_embeddings(quantised, tokens)
         with_adapter = evaluation_mode(PeftModel.from_pretrained(quantised, adapter))
         as_trained = probe_logits(with_adapter, load_tokenizer(base))
+    add_embeddings(model, tokens)
     return PeftModel.from_pretrained(model, adapter).eval(), as_trained
 
 
@@ -260,6 +266,14 @@ def _link_files(source: Path, target: Path, *, weights: bool) -> None:
         if not weights and (path.suffix == ".safetensors" or path.name.endswith(".index.json")):
             continue
         link_or_copy(path, target / path.name)
+
+
+def _link_tokenizer(adapter: Path, target: Path) -> None:
+    """Link the tokenizer that was trained with, which lies beside the adapter."""
+    for path in sorted(adapter.iterdir()):
+        if path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "chat_template")):
+            (target / path.name).unlink(missing_ok=True)
+            link_or_copy(path, target / path.name)
 
 
 def _shape(folder: Path) -> tuple[int, str]:
