@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from palio.base_model import card_facts
-from palio.errors import Crashed
+from palio.errors import Crashed, RuleViolation
 from palio.files import link_or_copy
 from palio.layout import BaseModelFolder, EntryFolder
 from palio.packaging.card import model_card
@@ -71,9 +71,14 @@ def build_package(
 
     `serving_of` tries to serve a package and returns how, and its context; it raises if that is impossible.
 
-    Raises Crashed if the package differs from what was trained.
+    Raises:
+        Crashed: the package differs from what was trained.
+        RuleViolation: several adapters were trained, for a server of the team's own.
     """
     trained = trained_adapter(folder) if settings.adapter else None
+    if trained is not None and (several := trained.recipe.get("adapters")):
+        why = f"the program left adapters {', '.join(several)} in folders, and Palio's server serves one"
+        raise RuleViolation(why, "leave one in PALIO_OUTPUT itself, or give the entry a server of its own")
     disable_progress_bar()  # transformers' bars are noise in a log
 
     def fill(building: Path, base: BaseModelManifest) -> dict[str, Any]:
