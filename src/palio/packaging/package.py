@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
@@ -172,6 +171,8 @@ def adapted_model(
     base: Path, adapter: Path, trained: AdapterManifest
 ) -> tuple[Any, list[torch.Tensor] | None]:
     """Return base model plus adapter in fp32, ready to merge; after QLoRA also the trained model's logits."""
+    from peft import PeftModel  # a second of CPU time that a package without an adapter need not pay
+
     model = load_causal_model(base, dtype=torch.float32)
     as_trained = None
     if trained.recipe["method"] == "qlora":
