@@ -209,7 +209,7 @@ def test_weights_of_another_shape_are_not_taken(own: Path, tmp_path: Path) -> No
 
 def test_what_it_says_of_its_training_is_known_fields_of_known_types() -> None:
     said: dict[str, Any] = dict.fromkeys(FIELDS) | {"state": "finished", "rows": 3, "rows_cut": 0}
-    said |= {"answers_left_out": 0}
+    said |= {"answers_left_out": 0, "rows_held_out": 0}
     assert typed(AdapterManifest, FIELDS, said | {"entry": "another", "fingerprint": "0"}).keys() == FIELDS
     with pytest.raises(ValueError, match="rows"):
         typed(AdapterManifest, FIELDS, said | {"rows": "many"})

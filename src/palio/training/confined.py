@@ -40,7 +40,7 @@ HEARTBEAT = "heartbeat.json"
 FIELDS = frozenset(
     {
         "answers_left_out", "batching", "batching_difference", "best_step", "final_loss", "planned_steps",
-        "quantized", "rows", "rows_cut", "rows_too_long", "state", "steps", "validation_loss",
+        "quantized", "rows", "rows_cut", "rows_held_out", "rows_too_long", "state", "steps", "validation_loss",
     }
 )  # fmt: skip
 """Of the AdapterManifest, that the trainer inside decides."""
@@ -138,9 +138,11 @@ def _begin_ledger(path: Path, seconds: float) -> None:
 def _checked(report: Any, ledger: Ledger, facts: dict[str, Any]) -> Trained:
     """Return what the room reports of the training; time and device are what is known outside."""
     try:
+        if report["manifest"].keys() != FIELDS:
+            raise KeyError
         manifest = typed(AdapterManifest, FIELDS, report["manifest"])
         reported = typed(TrainingFacts, FACTS, report["facts"])
-    except (TypeError, KeyError, ValidationError):
+    except (AttributeError, TypeError, KeyError, ValidationError):
         raise Crashed("the process with the model's own code did not report its training") from None
     return Trained(manifest, ledger.used(), reported | facts)
 
@@ -160,7 +162,9 @@ def _take(
     if recipe.method == "full":
         take_weights(left, work.adapter, base_model=base, limit=limits.output)
     else:
-        take_model(left, work.adapter, base_model=base, base_model_id=model.id, limit=limits.output)
+        found = take_model(left, work.adapter, base_model=base, base_model_id=model.id, limit=limits.output)
+        if (found.kind, found.adapters) != ("lora", ()):
+            raise Crashed("the process with the model's own code left no adapter, or several")
 
 
 def _telemetry(report: Any) -> pa.Table:
