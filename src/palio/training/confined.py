@@ -40,7 +40,8 @@ HEARTBEAT = "heartbeat.json"
 FIELDS = frozenset(
     {
         "answers_left_out", "batching", "batching_difference", "best_step", "final_loss", "planned_steps",
-        "quantized", "rows", "rows_cut", "rows_held_out", "rows_too_long", "state", "steps", "validation_loss",
+        "quantized", "rows", "rows_cut", "rows_held_out", "rows_too_long", "state", "steps",
+        "validation_loss",
     }
 )  # fmt: skip
 """Of the AdapterManifest, that the trainer inside decides."""
