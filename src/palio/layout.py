@@ -177,6 +177,17 @@ class HelmFolder(Folder):
     server_log = At("server.log")
 
 
+class HelmSuite(Folder):
+    """Runs of several entries for HELM's own viewer, in the layout of its output folder."""
+
+    schema = At("schema.yaml")
+    config = At("config")
+    export = At("static")
+
+    def run(self, suite: str, name: str) -> Path:
+        return self.path / "runs" / suite / name
+
+
 class StageTables(Folder):
     """HELM's results of one stage as two tidy tables."""
 

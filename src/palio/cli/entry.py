@@ -27,6 +27,7 @@ from palio.layout import (
     BaseModelFolder,
     DatasetFolder,
     EntryFolder,
+    HelmSuite,
     Resources,
     Stage,
 )
@@ -335,29 +336,40 @@ def contamination(dataset: Path, stage: Stage, limit: int, competition: str) -> 
 
 
 @palio.command(cls=Verb, example="palio answers curated --wrong --compare raw")
-@click.argument("entry")
+@click.argument("entry", required=False)
 @competition_option
 @results_option
 @click.option("--stage", type=click.Choice(STAGES), default="open", show_default=True)
 @click.option("--scenario", help="Only its questions.")
 @click.option("--wrong", is_flag=True, help="Only answers without full marks, the worst first.")
 @click.option("--compare", metavar="OTHER", help="Another entry: the questions that decide between them.")
+@click.option(
+    "--helm", type=ExistingPath, metavar="DIR", help="Write all entries' open runs for HELM's own viewer."
+)
 def answers(
-    entry: str,
+    entry: str | None,
     competition: str,
     results: Path,
     stage: Stage,
     scenario: str | None,
     wrong: bool,
     compare: str | None,
+    helm: Path | None,
 ) -> None:
     """Page through an entry's answers: prompt, answer, references, metrics, and why one is cut or missing.
 
     The closed stage's are shown to the organizer alone: they are read from the closed store.
     """
     from palio.answers.listing import entry_lines
+    from palio.answers.viewer import write_helm_suite
 
     settings = competition_of(competition)
+    if helm:
+        for command in write_helm_suite(settings, results_of(settings, results), HelmSuite(helm)):
+            print(command)
+        return
+    if entry is None:
+        raise click.UsageError("give an entry, or --helm DIR")
     lines = entry_lines(settings, results_of(settings, results), entry, stage, scenario, wrong, compare)
     click.echo_via_pager(f"{line}\n" for line in lines)
 
