@@ -138,6 +138,12 @@ def test_a_stacked_row_names_its_columns_and_sorts(page: Page, address: str) -> 
     assert order(page)[0] == "open_only"
 
 
+def test_the_open_stage_comes_first(page: Page) -> None:
+    heads = page.do(f"[...{BOARD}.tHead.rows[0].cells].map(head => head.innerText.trim())")
+    assert heads.index("open") + 1 == heads.index("closed")
+    assert "33.3 % open + 66.7 % closed" in page.do(f"{BOARD}.caption.innerText")
+
+
 def test_a_wide_screen_has_tables_as_tables_and_each_figure_once(page: Page) -> None:
     assert page.do(f"getComputedStyle({BOARD}.tBodies[0].rows[0]).display") == "table-row"
     shown = (
