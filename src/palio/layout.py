@@ -2,7 +2,7 @@
 
     results/<track>/<entry>/     `EntryFolder`; logs/ and work/ inside it
     results/<track>/<entry>/replicates/<number>/    the same, of the entry trained again with another seed
-    results/{leaderboard,standings,report,published}/
+    results/{leaderboard,standings,report,site,published}/
     resources/base_models/<id>/  `BaseModelFolder`, fetched once for all entries
     resources/stages/<stage>/    records of the prepared stages; the open stage's `StageStore`
     <closed_store>/<id>/         `ClosedStore`: everything of the closed stage that shows a prompt
@@ -514,6 +514,10 @@ class Results(Folder):
     @property
     def standings(self) -> Boards:
         return Boards(self.path / "standings")
+
+    def site_mark(self, track_id: str, entry_id: str) -> Path:
+        """Says that the site has been published since the entry has finished."""
+        return self.path / "site" / track_id / entry_id
 
     @property
     def published(self) -> Boards:

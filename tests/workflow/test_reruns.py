@@ -269,6 +269,14 @@ def test_what_changes_no_content_re_runs_nothing(finished: WorkingFolder) -> Non
     assert finished.plan() == set()
 
 
+def test_a_site_is_published_and_nothing_else_is_made(finished: WorkingFolder) -> None:
+    """| `site` | it is published |"""
+    finished.edit_yaml("config/config.yaml", lambda config: config.update(site="public"))
+    entries = ("curated", "open_only", "raw", "untuned")
+    published = {("publish_standings", entry) for entry in entries} | {("publish_leaderboards", "")}
+    assert finished.plan() == published | {("all", "")}
+
+
 def test_snakemakes_own_report_has_leaderboards_figures_and_the_report(
     template: WorkingFolder, tmp_path: Path
 ) -> None:

@@ -11,8 +11,11 @@ Other files in the folder, such as a web server's own, are left alone. Equal res
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -50,7 +53,10 @@ def publish_site(
         raise BadInput(site.page, why="is not a site of Palio", fix="name another folder")
     boards = {track: _boards(track, leaderboards, results) for track in competition.tracks}
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
+    with (
+        _alone(out.with_name(f".{out.name}.lock")),
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name,
+    ):
         building = SiteFolder(Path(name))
         if site.history.is_dir():
             shutil.copytree(site.history, building.history)
@@ -63,6 +69,14 @@ def publish_site(
             if made.exists():
                 made.replace(part)
     return site
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a lock; entries that finish at once are published one after the other."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _boards(track: str, leaderboards: Boards, results: Results) -> Boards:
