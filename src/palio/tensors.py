@@ -19,6 +19,19 @@ def load_causal_model(folder: Path, **settings: Any) -> Any:
     )
 
 
+@torch.no_grad()
+def add_embeddings(model: Any, tokens: Sequence[int]) -> None:
+    """Give a model embeddings for new tokens, each the mean of those of the tokens before."""
+    if not tokens:
+        return
+    first, size = min(tokens), max(tokens) + 1
+    if size > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(size, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            module.weight[list(tokens)] = module.weight[:first].float().mean(0).to(module.weight.dtype)
+
+
 def meta_model(folder: Path, **settings: Any) -> Any:
     """Build the model of a folder's config on the meta device, which needs neither weights nor memory."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -42,12 +55,12 @@ def cache_bytes(config: Any, itemsize: int) -> int:
     return int(2 * config.num_hidden_layers * heads * size * itemsize)
 
 
-def mean_divergence(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
+def mean_divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
     """Return the mean KL divergence, in nats, of the next-token distributions in `other` from `reference`'s.
 
-    Both are logits, each of shape (positions, vocabulary): mean over positions of sum p (log p - log q).
+    Both are logits of shape (positions, vocabulary): mean over positions of sum p (log p - log q).
     """
-    log_p, log_q = (torch.cat([*logits]).double().log_softmax(-1) for logits in (reference, other))
+    log_p, log_q = (logits.double().log_softmax(-1) for logits in (reference, other))
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from palio.base_model import card_facts
-from palio.errors import Crashed
+from palio.errors import Crashed, RuleViolation
 from palio.files import link_or_copy
 from palio.layout import BaseModelFolder, EntryFolder
 from palio.packaging.card import model_card
@@ -38,7 +38,7 @@ from palio.records import (
     PackageManifest,
 )
 from palio.settings import PackageSettings
-from palio.tensors import last_bits_flipped, load_causal_model, mean_divergence
+from palio.tensors import add_embeddings, last_bits_flipped, load_causal_model, mean_divergence
 from palio.tokens import Tokens, load_tokenizer
 
 TOLERANCE = 10.0
@@ -50,14 +50,12 @@ DIVERGENCE = 1e-2
 TOKENS = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
 """Keys of generation_config.json that a package keeps."""
 
-PROBES = (
-    "The capital of France is",
-    "Question: What is 17 + 25?\nAnswer:",
-    "def fibonacci(n):\n    ",
-    "Translate to German: Good morning, how are you today?\n",
-    "1 2 3 4 5 6 7 8 9 10 11 12",
+PROBE = (
+    "The capital of France is Paris.\nQuestion: What is 17 + 25?\nAnswer: 42\n"
+    "def f(n):\n    return n\nGerman: Guten Morgen\n1 2 3 4 5"
 )
-"""Short texts of different kinds, compared by the logits at all their positions."""
+"""Compared by the logits at all its positions. One text, so that one pass reads the weights, and short enough
+for a small context and a tokenizer of bytes."""
 
 
 def build_package(
@@ -70,9 +68,14 @@ def build_package(
 
     `serving_of` tries to serve a package and returns how, and its context; it raises if that is impossible.
 
-    Raises Crashed if the package differs from what was trained.
+    Raises:
+        Crashed: the package differs from what was trained.
+        RuleViolation: several adapters were trained, for a server of the team's own.
     """
     trained = trained_adapter(folder) if settings.adapter else None
+    if trained is not None and (several := trained.recipe.get("adapters")):
+        why = f"the program left adapters {', '.join(several)} in folders, and Palio's server serves one"
+        raise RuleViolation(why, "leave one in PALIO_OUTPUT itself, or give the entry a server of its own")
     disable_progress_bar()  # transformers' bars are noise in a log
 
     def fill(building: Path, base: BaseModelManifest) -> dict[str, Any]:
@@ -80,6 +83,8 @@ def build_package(
         difference = divergence = None
         if trained is not None:
             difference, divergence = _write_tuned(base_model.model, folder.adapter, trained, building)
+            if trained.recipe.get("extra_tokens"):
+                _link_tokenizer(folder.adapter, building)
         _link_files(base_model.model, building, weights=trained is None)
         _complete(building, _ends(base_model.model, trained))
         _write_cards(folder, settings, base, trained, base_model.model, building)
@@ -146,7 +151,9 @@ def _write_tuned(
     if as_trained is not None or stored != torch.float32:
         merged.to(stored)
         merged.config.dtype = stored
-        divergence = mean_divergence(as_trained or before, probe_logits(merged, tokenizer))
+        divergence = mean_divergence(
+            before if as_trained is None else as_trained, probe_logits(merged, tokenizer)
+        )
         if not divergence <= DIVERGENCE:
             raise Crashed(
                 f"the package in {stored} differs from the trained model (KL {divergence:.2g}, at most "
@@ -156,29 +163,30 @@ def _write_tuned(
     return difference, divergence
 
 
-def rounding_bound(model: Any, tokenizer: Any, logits: list[torch.Tensor]) -> float:
+def rounding_bound(model: Any, tokenizer: Any, logits: torch.Tensor) -> float:
     """Return the largest change of a logit by the merge of a model in fp32, whose logits these are.
 
     It is `TOLERANCE` times what rounding moves them, at least one unit in the last place of the largest.
     """
     with last_bits_flipped(model, torch.float32):
         flipped = largest_difference(logits, probe_logits(model, tokenizer))
-    largest = max(float(one.abs().max()) for one in logits)
-    return TOLERANCE * max(flipped, torch.finfo(torch.float32).eps * largest)
+    return TOLERANCE * max(flipped, torch.finfo(torch.float32).eps * float(logits.abs().max()))
 
 
-def adapted_model(
-    base: Path, adapter: Path, trained: AdapterManifest
-) -> tuple[Any, list[torch.Tensor] | None]:
+def adapted_model(base: Path, adapter: Path, trained: AdapterManifest) -> tuple[Any, torch.Tensor | None]:
     """Return base model plus adapter in fp32, ready to merge; after QLoRA also the trained model's logits."""
     from peft import PeftModel  # a second of CPU time that a package without an adapter need not pay
 
     model = load_causal_model(base, dtype=torch.float32)
+    extra = list(trained.recipe.get("extra_tokens", ()))
+    tokens = load_tokenizer(adapter).convert_tokens_to_ids(extra) if extra else []
     as_trained = None
     if trained.recipe["method"] == "qlora":
         quantised = _requantise(model, base, trained.recipe["quantization"])
+        add_embeddings(quantised, tokens)
         with_adapter = evaluation_mode(PeftModel.from_pretrained(quantised, adapter))
         as_trained = probe_logits(with_adapter, load_tokenizer(base))
+    add_embeddings(model, tokens)
     return PeftModel.from_pretrained(model, adapter).eval(), as_trained
 
 
@@ -209,16 +217,17 @@ def _ends(base: Path, trained: AdapterManifest | None) -> set[int]:
 
 
 @torch.inference_mode()
-def probe_logits(model: Any, tokenizer: Any) -> list[torch.Tensor]:
-    """Return the (positions, vocabulary) logits of each probe text."""
-    batches = (tokenizer(text, add_special_tokens=False, return_tensors="pt") for text in PROBES)
+def probe_logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    """Return the (positions, vocabulary) logits of the probe text."""
+    batch = tokenizer(PROBE, add_special_tokens=False, return_tensors="pt")
     # Without a cache, which transformers makes wrong for some models of linear attention.
-    return [model(input_ids=batch["input_ids"], use_cache=False).logits[0].float() for batch in batches]
+    logits: torch.Tensor = model(input_ids=batch["input_ids"], use_cache=False).logits[0].float()
+    return logits
 
 
-def largest_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+def largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
     """Return the largest difference of two probe logits; NaN, which no tolerance accepts, if any is."""
-    return torch.stack([(a - b).abs().max() for a, b in zip(one, other, strict=True)]).max().item()
+    return (one - other).abs().max().item()
 
 
 def _complete(folder: Path, ends: set[int]) -> None:
@@ -261,6 +270,14 @@ def _link_files(source: Path, target: Path, *, weights: bool) -> None:
         if not weights and (path.suffix == ".safetensors" or path.name.endswith(".index.json")):
             continue
         link_or_copy(path, target / path.name)
+
+
+def _link_tokenizer(adapter: Path, target: Path) -> None:
+    """Link the tokenizer that was trained with, which lies beside the adapter."""
+    for path in sorted(adapter.iterdir()):
+        if path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "chat_template")):
+            (target / path.name).unlink(missing_ok=True)
+            link_or_copy(path, target / path.name)
 
 
 def _shape(folder: Path) -> tuple[int, str]:

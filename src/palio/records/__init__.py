@@ -57,6 +57,7 @@ from palio.records.entry import (
     Unsupported,
     Violation,
     coarse,
+    extra_tokens_faults,
 )
 from palio.records.evaluation import (
     HelmRun,
@@ -154,6 +155,7 @@ __all__ = [
     "UsedSeconds",
     "Violation",
     "coarse",
+    "extra_tokens_faults",
     "read_record",
     "timed_run",
 ]
