@@ -40,8 +40,8 @@ test-setup:
 check: lint types workflow
 
 lint: env
-	ruff format --check src tests benchmarks envs
-	ruff check src tests benchmarks envs
+	ruff format --check src tests benchmarks envs docs
+	ruff check src tests benchmarks envs docs
 
 types: env
 	mypy

@@ -1,4 +1,4 @@
-"""A hook of MkDocs: the repository's pages outside docs/ and the files that pages link to, with links that hold.
+"""A hook of MkDocs: the pages outside docs/ and the files that pages link to, with links that hold.
 
 In the repository docs/scoring.md links to ../config/README.md; on the site, whose root is docs/, to
 config/README.md. README.md is the front page.

@@ -13,7 +13,6 @@ from rich.text import Text
 
 from palio.operating.status import EntryStatus, Status, StepStatus
 from palio.pipeline import STEPS
-from palio.report.rendering import render
 from palio.text import duration
 
 REASON_WIDTH = 24
@@ -159,6 +158,8 @@ def watch_status(look: Callable[[], Status], every: float = 5.0) -> None:
 
 def html_page(status: Status) -> str:
     """Return one self-contained page that loads itself again every 30 seconds, if it is let."""
+    from palio.report.rendering import render
+
     rows = [
         (entry, [(step, cell(step) if step else "–") for step in _cells(entry)]) for entry in status.entries
     ]
