@@ -40,8 +40,8 @@ test-setup:
 check: lint types workflow
 
 lint: env
-	ruff format --check src tests benchmarks envs docs
-	ruff check src tests benchmarks envs docs
+	ruff format --check src tests benchmarks envs docs/site
+	ruff check src tests benchmarks envs docs/site
 
 types: env
 	mypy
