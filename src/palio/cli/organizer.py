@@ -157,6 +157,26 @@ def report(competition: str, results: Path, leaderboards: Path, out: Path) -> No
     print(build_report(settings, results=folders, leaderboards=boards, out=out, answers=answers))
 
 
+@palio.command("publish-site", cls=Verb, example="palio publish-site public")
+@click.argument("folder", metavar="DIR", type=ExistingPath)
+@competition_option
+@results_option
+@leaderboards_option
+def publish_site_verb(folder: Path, competition: str, results: Path, leaderboards: Path) -> None:
+    """Make or update a static site: leaderboards and their history, entries, open answers, downloads.
+
+    Of a track without a final leaderboard the standings are published.
+    """
+    from datetime import UTC, datetime
+
+    from palio.site.building import publish_site
+
+    settings = competition_of(competition)
+    folders, boards = results_of(settings, results), Boards(leaderboards)
+    site = publish_site(settings, results=folders, leaderboards=boards, out=folder, now=datetime.now(UTC))
+    print(site.page)
+
+
 @palio.command(cls=Verb, example="palio feedback --all --out feedback")
 @click.argument("entry", required=False)
 @click.option("--all", "everybody", is_flag=True, help="Of every entry.")

@@ -269,6 +269,9 @@ class Competition(Strict):
     notify: str | None = None
     """Shell command run on news, with `PALIO_EVENT` (`finish`, `failure`, `stall`), `PALIO_MESSAGE` and
     `PALIO_COMPETITION` set, e.g. `mail -s "$PALIO_EVENT" me@example.org <<< "$PALIO_MESSAGE"`."""
+    site: str | None = None
+    """Folder of a static site that the workflow makes again whenever an entry has finished, as `palio
+    publish-site` does; omit for none. See docs/operating.md."""
     stalled_after: Seconds = seconds("1h")
     """A running step whose log has not grown for this long counts as stalled."""
     scoring: Scoring = Scoring()

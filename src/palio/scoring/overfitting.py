@@ -63,6 +63,17 @@ def overfitting(
     return Overfitting(entries=entries, pearson=pearson(x, y), spearman=rank_correlation, text=text)
 
 
+def without_closed_counts(overfitting: Overfitting) -> Overfitting:
+    """Leave out how many closed questions are in the entries' training data."""
+    entries = [
+        entry.model_copy(update={"contamination": {"open": entry.contamination["open"]}})
+        if entry.contamination
+        else entry
+        for entry in overfitting.entries
+    ]
+    return overfitting.model_copy(update={"entries": entries, "text": _text(entries, overfitting.spearman)})
+
+
 def _contamination_counts(report: Contamination) -> dict[str, ContaminationCount]:
     return {
         stage: ContaminationCount(
