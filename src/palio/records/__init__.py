@@ -77,6 +77,7 @@ from palio.records.scores import (
     ScoredEntry,
 )
 from palio.records.sidecars import (
+    AskedQuestions,
     CurateRun,
     FinetuneRun,
     RunFacts,
@@ -93,6 +94,7 @@ __all__ = [
     "AdapterManifest",
     "Analysis",
     "AnyRecord",
+    "AskedQuestions",
     "Award",
     "BaseModelManifest",
     "Boundary",
