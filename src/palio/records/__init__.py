@@ -66,6 +66,7 @@ from palio.records.evaluation import (
     StageInstances,
     StageRecord,
 )
+from palio.records.plan import QuestionPlan, Separating, Way
 from palio.records.scores import (
     Cell,
     Column,
@@ -131,6 +132,7 @@ __all__ = [
     "PrizeVerdict",
     "ProbeCheck",
     "ProbeReport",
+    "QuestionPlan",
     "RankMove",
     "Record",
     "Remedy",
@@ -142,6 +144,7 @@ __all__ = [
     "Scheme",
     "ScoredEntry",
     "Selection",
+    "Separating",
     "Separation",
     "SourceReport",
     "StageInstances",
@@ -155,6 +158,7 @@ __all__ = [
     "Unsupported",
     "UsedSeconds",
     "Violation",
+    "Way",
     "coarse",
     "read_record",
     "timed_run",
