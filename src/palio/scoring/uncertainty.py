@@ -56,6 +56,8 @@ AGREEMENT = 1e-4
 """Largest difference between a column's mean over instances and the leaderboard's value."""
 
 Answers = NDArray[np.float32]
+Question = tuple[str, str]
+"""(HELM run, instance id)."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class ScenarioAnswers:
     is missing; None for a column without instance values. Of an entry with replicates the means over them."""
     interactions: Sequence[Array | None] = ()
     """By column, of shape (entries,): see `interaction`. Empty without replicates."""
+    questions: Sequence[Question] = ()
+    """Which they are; empty if that is not known."""
 
 
 AnswersByScenario = Mapping[tuple[str, str], ScenarioAnswers]
@@ -94,7 +98,13 @@ def uncertainty(
     if not board.entries:
         return None
     drawn = draw(board, answers, replicates=replicates, seed=seed, training_noise=training_noise)
+    return uncertainty_of(board, drawn, remark)
+
+
+def uncertainty_of(board: Leaderboard, drawn: Draws, remark: str = "") -> Uncertainty:
+    """Return what the draws of a leaderboard with at least one entry say; see `uncertainty`."""
     pool, usable, final = drawn.pool, drawn.usable, drawn.all.final
+    replicates = len(final)
     rank, estimated_rank = ranks(final), ranks(drawn.estimate.final)
     groups = _groups(final)
     group_of = {index: number for number, group in enumerate(groups) for index in group}
@@ -124,7 +134,7 @@ def uncertainty(
         explanation=_explanation(len(parametric), sampled, replicates, remark, drawn.effects),
         level=LEVEL,
         replicates=replicates,
-        seed=seed,
+        seed=drawn.seed,
         instances=sum(len(usable.scenarios[key].runs) for key in usable.sampled),
         parametric_columns=parametric,
         entries=entries,
@@ -166,6 +176,8 @@ class Draws:
     pool: Pool
     usable: UsableAnswers
     effects: TrainingEffects | None
+    seed: int
+    """Of the draws."""
 
 
 def draw(
@@ -193,6 +205,7 @@ def draw(
         pool,
         usable,
         effects,
+        seed,
     )
 
 
@@ -289,6 +302,12 @@ def _runs_of_column(answers: Answers, runs: NDArray[np.int64]) -> Iterator[NDArr
     has_value = ~np.isnan(answers).all(axis=0)
     for run in np.unique(runs[has_value]):
         yield np.flatnonzero((runs == run) & has_value)
+
+
+def values_without(answers: Answers, runs: NDArray[np.int64], left_out: NDArray[np.bool_]) -> Array:
+    """Return a column's values on the questions that are not left out, shape (entries,); NaN without any."""
+    means = _run_means(answers[:, ~left_out], runs[~left_out]).mean(axis=1)
+    return np.asarray(np.round(means, VALUE_DIGITS))
 
 
 def _run_means(answers: Answers, runs: NDArray[np.int64]) -> Array:
