@@ -195,6 +195,8 @@ class Robustness(Part):
     """One per scenario, in the order of the columns."""
     schemes: list[Scheme]
     """The leaderboard's own first."""
+    views: list[Scheme] = []
+    """performance_profile and item_response, to look at: no verdict counts them."""
     verdicts: list[PrizeVerdict]
     """For the first three entries, or as many as there are."""
 

@@ -59,7 +59,7 @@ def analyze(
         convention_version=board.convention_version,
         leaderboard_fingerprint=fingerprint(board.model_dump(mode="json")),
         uncertainty=intervals,
-        robustness=robustness(board, panel),
+        robustness=robustness(board, panel, drawn.usable if drawn else None),
         overfitting=overfitting(board, intervals, contamination or {}, drawn),
     )
 

@@ -299,7 +299,7 @@ def _robustness_markdown(board: Leaderboard, robustness: Robustness) -> list[str
         ]
         lines += ["", f"## Without one {kind}: {changed} of {len(removals)} removals reorder the rest", ""]
         lines.append(_markdown_table(_Table([f"without {kind}", "who moves"], rows)))
-    schemes = robustness.schemes
+    schemes = [*robustness.schemes, *robustness.views]
     rows = [
         [scored.entry, *(str(scheme.ranks.get(scored.entry, "")) for scheme in schemes)]
         for scored in board.entries
