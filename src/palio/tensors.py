@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,12 @@ def cache_bytes(config: Any, itemsize: int) -> int:
     return int(2 * config.num_hidden_layers * heads * size * itemsize)
 
 
-def mean_divergence(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
+def mean_divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
     """Return the mean KL divergence, in nats, of the next-token distributions in `other` from `reference`'s.
 
-    Both are logits, each of shape (positions, vocabulary): mean over positions of sum p (log p - log q).
+    Both are logits of shape (positions, vocabulary): mean over positions of sum p (log p - log q).
     """
-    log_p, log_q = (torch.cat([*logits]).double().log_softmax(-1) for logits in (reference, other))
+    log_p, log_q = (logits.double().log_softmax(-1) for logits in (reference, other))
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 

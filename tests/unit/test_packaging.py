@@ -25,6 +25,7 @@ from palio.network import free_port
 from palio.packaging.container import write_container
 from palio.packaging.package import (
     DIVERGENCE,
+    adapted_model,
     largest_difference,
     probe_logits,
 )
@@ -188,8 +189,10 @@ def test_a_package_answers_as_the_quantised_model_that_was_trained(
     base = AutoModelForCausalLM.from_pretrained(tiny / "model")
     plain = PeftModel.from_pretrained(base, entry.folder / "adapter").merge_and_unload()
     tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
-    ours = probe_logits(AutoModelForCausalLM.from_pretrained(entry.folder / "package"), tokenizer)
-    assert mean_divergence(ours, probe_logits(plain, tokenizer)) > manifest.divergence
+    manifest_of_adapter = read_record(AdapterManifest, entry.folder / "adapter.json")
+    _, trained = adapted_model(tiny / "model", entry.folder / "adapter", manifest_of_adapter)
+    assert trained is not None
+    assert mean_divergence(trained, probe_logits(plain, tokenizer)) > manifest.divergence
 
 
 def test_transposed_layers_are_dequantised_as_they_were_trained(tiny: Path, tmp_path: Path) -> None:
@@ -217,10 +220,10 @@ def test_an_adapter_that_differs_from_its_manifest_is_refused(entry: Entry) -> N
 
 
 def test_the_largest_difference_is_found_and_nan_is_not_lost() -> None:
-    one, other = [torch.zeros(2, 3), torch.zeros(1, 3)], [torch.zeros(2, 3), torch.zeros(1, 3)]
-    other[1][0, 2] = -0.5
+    one, other = torch.zeros(3, 3), torch.zeros(3, 3)
+    other[2, 2] = -0.5
     assert largest_difference(one, other) == 0.5
-    other[0][1, 1] = torch.nan
+    other[1, 1] = torch.nan
     assert not largest_difference(one, other) <= 0.5
 
 
@@ -251,7 +254,7 @@ def test_a_package_keeps_the_dtype_of_its_base_model(
 
 
 def test_equal_predictions_have_no_divergence_and_others_have() -> None:
-    one, other = [torch.tensor([[0.0, 0.0]])], [torch.tensor([[0.0, 1.0]])]
+    one, other = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     assert mean_divergence(one, one) == 0
     # Half a nat of log-odds on each side: ln((1 + e) / 2) - 1/2.
     assert mean_divergence(one, other) == pytest.approx(0.1201, abs=1e-4)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
@@ -51,14 +50,12 @@ DIVERGENCE = 1e-2
 TOKENS = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
 """Keys of generation_config.json that a package keeps."""
 
-PROBES = (
-    "The capital of France is",
-    "Question: What is 17 + 25?\nAnswer:",
-    "def fibonacci(n):\n    ",
-    "Translate to German: Good morning, how are you today?\n",
-    "1 2 3 4 5 6 7 8 9 10 11 12",
+PROBE = (
+    "The capital of France is Paris.\nQuestion: What is 17 + 25?\nAnswer: 42\n"
+    "def f(n):\n    return n\nGerman: Guten Morgen\n1 2 3 4 5"
 )
-"""Short texts of different kinds, compared by the logits at all their positions."""
+"""Compared by the logits at all its positions. One text, so that one pass reads the weights, and short enough
+for a small context and a tokenizer of bytes."""
 
 
 def build_package(
@@ -147,7 +144,9 @@ def _write_tuned(
     if as_trained is not None or stored != torch.float32:
         merged.to(stored)
         merged.config.dtype = stored
-        divergence = mean_divergence(as_trained or before, probe_logits(merged, tokenizer))
+        divergence = mean_divergence(
+            before if as_trained is None else as_trained, probe_logits(merged, tokenizer)
+        )
         if not divergence <= DIVERGENCE:
             raise Crashed(
                 f"the package in {stored} differs from the trained model (KL {divergence:.2g}, at most "
@@ -157,21 +156,20 @@ def _write_tuned(
     return difference, divergence
 
 
-def rounding_bound(model: Any, tokenizer: Any, logits: list[torch.Tensor]) -> float:
+def rounding_bound(model: Any, tokenizer: Any, logits: torch.Tensor) -> float:
     """Return the largest change of a logit by the merge of a model in fp32, whose logits these are.
 
     It is `TOLERANCE` times what rounding moves them, at least one unit in the last place of the largest.
     """
     with last_bits_flipped(model, torch.float32):
         flipped = largest_difference(logits, probe_logits(model, tokenizer))
-    largest = max(float(one.abs().max()) for one in logits)
-    return TOLERANCE * max(flipped, torch.finfo(torch.float32).eps * largest)
+    return TOLERANCE * max(flipped, torch.finfo(torch.float32).eps * float(logits.abs().max()))
 
 
-def adapted_model(
-    base: Path, adapter: Path, trained: AdapterManifest
-) -> tuple[Any, list[torch.Tensor] | None]:
+def adapted_model(base: Path, adapter: Path, trained: AdapterManifest) -> tuple[Any, torch.Tensor | None]:
     """Return base model plus adapter in fp32, ready to merge; after QLoRA also the trained model's logits."""
+    from peft import PeftModel  # a second of CPU time that a package without an adapter need not pay
+
     model = load_causal_model(base, dtype=torch.float32)
     as_trained = None
     if trained.recipe["method"] == "qlora":
@@ -208,16 +206,17 @@ def _ends(base: Path, trained: AdapterManifest | None) -> set[int]:
 
 
 @torch.inference_mode()
-def probe_logits(model: Any, tokenizer: Any) -> list[torch.Tensor]:
-    """Return the (positions, vocabulary) logits of each probe text."""
-    batches = (tokenizer(text, add_special_tokens=False, return_tensors="pt") for text in PROBES)
+def probe_logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    """Return the (positions, vocabulary) logits of the probe text."""
+    batch = tokenizer(PROBE, add_special_tokens=False, return_tensors="pt")
     # Without a cache, which transformers makes wrong for some models of linear attention.
-    return [model(input_ids=batch["input_ids"], use_cache=False).logits[0].float() for batch in batches]
+    logits: torch.Tensor = model(input_ids=batch["input_ids"], use_cache=False).logits[0].float()
+    return logits
 
 
-def largest_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+def largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
     """Return the largest difference of two probe logits; NaN, which no tolerance accepts, if any is."""
-    return torch.stack([(a - b).abs().max() for a, b in zip(one, other, strict=True)]).max().item()
+    return (one - other).abs().max().item()
 
 
 def _complete(folder: Path, ends: set[int]) -> None:

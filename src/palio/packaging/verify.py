@@ -328,7 +328,7 @@ def _same_answers(folder: Path, base: Path, adapter: Path, trained: AdapterManif
     exact = package.dtype.is_floating_point and package.dtype.itemsize == 4
     ours = probe_logits(package, tokenizer)
     adapted, as_trained = adapted_model(base, adapter, trained)
-    reference = as_trained or probe_logits(adapted, tokenizer)
+    reference = probe_logits(adapted, tokenizer) if as_trained is None else as_trained
     if exact and as_trained is None:
         difference = largest_difference(ours, reference)
         bound = rounding_bound(adapted, tokenizer, reference)
