@@ -76,43 +76,48 @@ def plan_questions(
         BadInput: an entry is not on the leaderboard, or a table is not the one that was scored.
     """
     answers = read_answers(competition, board, results) if has_instances(board, results) else {}
-    wanted: list[tuple[str, str, float]] = []
-    if named:
-        wanted = [(*_known(board, named), prizes.alpha)]
-    elif decision := decide(board, answers, prizes, training_noise=training_noise):
+    wanted = [(*_known(board, named), prizes.alpha)] if named else []
+    if not named and (decision := decide(board, answers, prizes, training_noise=training_noise)):
         wanted = [(one.better, one.worse, one.level) for one in decision.boundaries if not one.stands]
-    own = board.competition == competition.competition
-    found = error_parts(
-        board, answers, [(first, second) for first, second, _ in wanted], training_noise=training_noise
-    )
-    measured = Measured.of(competition, board, results) if own else None
-    pairs = []
-    for parts, (_, _, level) in zip(found, wanted, strict=True):
-        allowed = largest_error(parts.difference, level, power)
-        cheapest_first = ways(parts, allowed, measured.prices(board, parts) if measured else None)
-        pairs.append(
-            Separating(
-                better=parts.better,
-                worse=parts.worse,
-                difference=parts.difference,
-                standard_error=math.sqrt(parts.variance),
-                largest_error=allowed,
-                level=level,
-                variance=_variance(parts),
-                ways=cheapest_first,
-                limits=limits(parts, allowed),
-                config=_config(competition, board, parts, cheapest_first[0], measured)
-                if own and cheapest_first
-                else "",
-            )
-        )
+    pairs = [(first, second) for first, second, _ in wanted]
+    found = error_parts(board, answers, pairs, training_noise=training_noise)
+    own = competition if board.competition == competition.competition else None
+    measured = Measured.of(board, results) if own else None
     return QuestionPlan(
         competition=board.competition,
         track=board.track,
         leaderboard_fingerprint=fingerprint(board.model_dump(mode="json")),
         power=power,
-        pairs=pairs,
+        pairs=[
+            _separating(board, parts, level, power, own, measured)
+            for parts, (*_, level) in zip(found, wanted, strict=True)
+        ],
         assumptions=list(ASSUMPTIONS),
+    )
+
+
+def _separating(
+    board: Leaderboard,
+    parts: ErrorParts,
+    level: float,
+    power: float,
+    competition: Competition | None,
+    measured: Measured | None,
+) -> Separating:
+    """Return what separates two entries; of another competition there are no prices and no config."""
+    allowed = largest_error(parts.difference, level, power)
+    found = ways(parts, allowed, measured.prices(board, parts) if measured else None)
+    return Separating(
+        better=parts.better,
+        worse=parts.worse,
+        difference=parts.difference,
+        standard_error=math.sqrt(parts.variance),
+        largest_error=allowed,
+        level=level,
+        variance=_variance(parts),
+        ways=found,
+        limits=limits(parts, allowed),
+        config=_config(competition, board, parts, found[0], measured) if competition and found else "",
     )
 
 
@@ -154,7 +159,7 @@ class Measured:
     """Seconds of an entry's own training."""
 
     @classmethod
-    def of(cls, competition: Competition, board: Leaderboard, results: Results) -> Measured:
+    def of(cls, board: Leaderboard, results: Results) -> Measured:
         """Read the sidecars of everybody on the leaderboard."""
         stages: dict[str, dict[str, StageRun]] = {}
         trainings: dict[str, float] = {}

@@ -13,7 +13,7 @@ Least cost: the questions that bring the variance down to what the test allows, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -23,9 +23,9 @@ from scipy import optimize, stats
 
 from palio.records import Leaderboard, Way
 from palio.scoring.conventions import TIE, Array
+from palio.scoring.formula import Scores
 from palio.scoring.pool import formula_of
-from palio.scoring.training_noise import TrainingEffects
-from palio.scoring.uncertainty import AnswersByScenario, draw, draw_scores, drawn_by_runs, questions_of
+from palio.scoring.uncertainty import AnswersByScenario, Draws, draw, draw_scores, drawn_by_runs, questions_of
 
 DRAWS = 1000
 MOST_SEEDS = 100
@@ -117,38 +117,49 @@ def error_parts(
         answers, training_noise: as for `palio.scoring.uncertainty.uncertainty`.
     """
     drawn = draw(board, answers, replicates=draws, seed=seed, training_noise=training_noise)
-    pool, usable, formula = drawn.pool, drawn.usable, formula_of(board)
-    place = {scored.entry: index for index, scored in enumerate(board.entries)}
-    row = {name: index for index, name in enumerate(pool.entries)}
-
-    alone = partial(draw_scores, pool, usable, formula, draws, seed)
+    usable = drawn.usable
+    alone = partial(draw_scores, drawn.pool, usable, formula_of(board), draws, seed)
     of_scenario, within_runs = [], []
     for key in board.scenario_keys:
         of_scenario.append(alone(vary=[key]).final)
         by_runs = key in usable.sampled and drawn_by_runs(usable.scenarios[key])
         within_runs.append(alone(vary=[key], within_runs=True).final if by_runs else of_scenario[-1])
+    sources = _Sources(board, drawn, alone, of_scenario, within_runs)
+    return [sources.parts(*pair) for pair in pairs]
 
-    def parts(first: str, second: str) -> ErrorParts:
-        better, worse = sorted((first, second), key=lambda name: (-drawn.estimate.final[place[name]], name))
-        columns = (row[better], row[worse])
-        whole = np.array([_variance(final, *columns) for final in of_scenario])
-        within = np.minimum(whole, [_variance(final, *columns) for final in within_runs])
-        at = (place[better], place[worse])
+
+@dataclass(frozen=True)
+class _Sources:
+    """Final scores of shape (draws, entries), entries by id, with one source drawn at a time."""
+
+    board: Leaderboard
+    drawn: Draws
+    alone: Callable[..., Scores]
+    """`draw_scores` of this leaderboard."""
+    of_scenario: Sequence[Array]
+    """With the questions of each scenario drawn."""
+    within_runs: Sequence[Array]
+    """The same, with no HELM run drawn as a whole."""
+
+    def parts(self, *pair: str) -> ErrorParts:
+        board, drawn = self.board, self.drawn
+        place = {scored.entry: index for index, scored in enumerate(board.entries)}
+        better, worse = sorted(pair, key=lambda name: (-drawn.estimate.final[place[name]], name))
+        at, columns = [
+            [of.index(name) for name in (better, worse)] for of in (list(place), drawn.pool.entries)
+        ]
+        whole = np.array([_variance(final, *columns) for final in self.of_scenario])
+        within = np.minimum(whole, [_variance(final, *columns) for final in self.within_runs])
         of_all = _variance(drawn.questions.final, *at)
         scale = of_all / whole.sum() if whole.sum() > 0 else 0.0
-        masks = [np.arange(len(row)) == column for column in columns]
-        trained = [
-            _variance(alone(vary=[], effects=_only(drawn.effects, mask)).final, *columns)
-            for mask in (*masks, ~(masks[0] | masks[1]))
-            if drawn.effects is not None
-        ]
-        training = _adding_up(trained or [0.0] * 3, _variance(drawn.all.final, *at) - of_all)
+        training = self._training(columns, _variance(drawn.all.final, *at) - of_all)
+        questions = [questions_of(drawn.pool, drawn.usable, key) for key in board.scenario_keys]
         return ErrorParts(
             better=better,
             worse=worse,
             difference=float(drawn.estimate.final[at[0]] - drawn.estimate.final[at[1]]),
             scenarios=board.scenario_keys,
-            questions=np.array([questions_of(pool, usable, key) for key in board.scenario_keys], dtype=float),
+            questions=np.array(questions, dtype=float),
             of_questions=within * scale,
             of_runs=float((whole - within).sum() * scale),
             training=training[:2],
@@ -157,21 +168,21 @@ def error_parts(
             covers_training=drawn.effects is not None,
         )
 
-    return [parts(*pair) for pair in pairs]
+    def _training(self, columns: Sequence[int], total: float) -> Array:
+        """Return the variance due to the training of either entry and of all others, of `total` together."""
+        effects = self.drawn.effects
+        if effects is None:
+            return np.zeros(3)
+        either = [np.arange(len(effects.scale)) == column for column in columns]
+        found = []
+        for mask in (*either, ~(either[0] | either[1])):
+            only = replace(effects, scale=np.where(mask, effects.scale, 0.0))
+            found.append(_variance(self.alone(vary=[], effects=only).final, *columns))
+        return np.array(found) * (max(0.0, total) / sum(found) if sum(found) > 0 else 0.0)
 
 
 def _variance(final: Array, first: int, second: int) -> float:
     return float(np.var(final[:, first] - final[:, second], ddof=1))
-
-
-def _adding_up(parts: Sequence[float], total: float) -> Array:
-    """Return the parts scaled to add up to `total`; zeros if there is nothing to share out."""
-    added = sum(parts)
-    return np.array(parts) * (max(0.0, total) / added if added > 0 else 0.0)
-
-
-def _only(effects: TrainingEffects, mask: Array) -> TrainingEffects:
-    return replace(effects, scale=np.where(mask, effects.scale, 0.0))
 
 
 # --- how many more ---------------------------------------------------------------------------------------
