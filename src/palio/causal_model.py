@@ -103,6 +103,8 @@ def _layers(folder: Path) -> Layers:
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not model.get_output_embeddings()
     }
     tied = {name.split(".")[-2] for pair in model.all_tied_weights_keys.items() for name in pair}
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
     all_linear, unsuited = _obstacle(folder, "all-linear"), set[str]()
     if all_linear:
         unsuited = {name for name in linear if _obstacle(folder, [name])}
@@ -113,6 +115,7 @@ def _layers(folder: Path) -> Layers:
         tied=tuple(sorted(tied)),
         all_linear=all_linear,
         quantized=round(quantized, 4),
+        embeddings=tuple(names[table] for table in tables if table is not None),
         left={kind: round(share, 4) for kind, share in sorted(left.items())},
     )
 

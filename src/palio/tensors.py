@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,19 @@ def load_causal_model(folder: Path, **settings: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=False, use_safetensors=True, **settings
     )
+
+
+@torch.no_grad()
+def add_embeddings(model: Any, tokens: Sequence[int]) -> None:
+    """Give a model embeddings for new tokens, each the mean of those of the tokens before."""
+    if not tokens:
+        return
+    first, size = min(tokens), max(tokens) + 1
+    if size > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(size, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            module.weight[list(tokens)] = module.weight[:first].float().mean(0).to(module.weight.dtype)
 
 
 def meta_model(folder: Path, **settings: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 import transformers
 from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from palio.errors import BadInput
@@ -32,6 +32,20 @@ MASK = "\ue000"
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a model folder, the same one whether or not mistral-common is installed."""
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, mistral_format=False)
+
+
+def extended_tokenizer(folder: Path, extra: Sequence[str]) -> Any:
+    """Load the tokenizer of a model folder and add tokens to it, whose texts then become one token each.
+
+    They are no control tokens: text that spells one would stay text. Raises BadInput for one that it has.
+    """
+    tokenizer = load_tokenizer(folder)
+    for text in extra:
+        if text in tokenizer.get_vocab():
+            why, fix = "the base model's tokenizer has it", "leave it out"
+            raise BadInput("finetune", "extra_tokens", text, why=why, fix=fix)
+        tokenizer.add_tokens(AddedToken(text, normalized=False, special=False))
+    return tokenizer
 
 
 MARK = "\u2581"

@@ -45,6 +45,13 @@ def rows(tmp_path: Path) -> str:
 PATTERNS = [r"(a+)+$", r"(a|a)*$", r"(a|aa)+$", r"(.*a){25}$", r"(?:a?){40}a{40}b", r"(\w*\s?)*#"]
 
 
+def test_so_is_one_that_a_field_of_the_record_is_held_to(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "a", "tag": LETTERS}])
+    given = recipe([{"path": str(path)}], {"op": "keep_where", "field": "tag", "matches": r"(a+)+$"})
+    with pytest.raises(BadInput, match=r"operations\.0 is 'keep_where': takes too much"):
+        curate(given, tmp_path / "dataset")
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_catastrophic_pattern_is_named_with_its_operation(tmp_path: Path, rows: str, pattern: str) -> None:
     given = recipe([{"path": rows}], {"op": "drop_matches", "patterns": ["^zz", pattern]})

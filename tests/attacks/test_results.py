@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.numpy import save_file
 
 from palio.errors import RuleViolation
 from palio.records import StepFailure, read_record
-from palio.sandbox.handed_in import take_files, take_model
+from palio.sandbox.handed_in import HandedIn, take_files, take_model
 from tests.support.programs import program_of, start_command
 from tests.support.training import Entry, tiny_base_model
 
@@ -45,7 +46,7 @@ def left(tmp_path: Path, tiny: Path) -> Path:
     return folder
 
 
-def take(left: Path) -> tuple[str, list[str]]:
+def take(left: Path) -> HandedIn:
     base = left.parent / "base"
     return take_model(left, left.parent / "taken", base_model=base, base_model_id="base", limit=1 << 30)
 
@@ -57,8 +58,60 @@ def taken(left: Path) -> set[str]:
 def test_a_plain_adapter_is_taken_and_nothing_beside_it(left: Path) -> None:
     (left / "training_args.bin").write_bytes(pickle.dumps({}))
     (left / "modeling.py").write_text("import os")
-    assert take(left) == ("lora", ["training_args.bin"])
+    assert take(left) == HandedIn("lora", ["training_args.bin"])
     assert taken(left) == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.fixture
+def two(left: Path) -> Path:
+    """A result of two adapters, each in a folder of its own, beside a checkpoint that is none."""
+    both = left.parent / "both"
+    for name in ("sums", "words"):
+        shutil.copytree(left, both / name)
+    (both / "checkpoint").mkdir()
+    (both / "log.txt").write_text("step 1")
+    return both
+
+
+def test_several_adapters_are_taken_each_by_the_same_rules(two: Path) -> None:
+    (two / "words" / "optimizer.pt").write_bytes(pickle.dumps({}))
+    assert take(two) == HandedIn("lora", ["words/optimizer.pt"], ("sums", "words"))
+    files = {path.relative_to(two.parent / "taken").as_posix() for path in taken_files(two)}
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    assert files == {f"{folder}/{name}" for folder in ("sums", "words") for name in names}
+
+
+def taken_files(left: Path) -> list[Path]:
+    return [path for path in (left.parent / "taken").rglob("*") if path.is_file()]
+
+
+def test_one_of_several_adapters_that_is_refused_is_named(two: Path) -> None:
+    weights = two / "words" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(RuleViolation, match=r"adapter words: adapter_model\.safetensors is torn"):
+        take(two)
+
+
+def test_an_adapter_that_is_a_link_to_a_folder_is_refused(two: Path) -> None:
+    shutil.move(two / "words", two.parent / "elsewhere")
+    (two / "words").symlink_to(two.parent / "elsewhere")
+    with pytest.raises(RuleViolation, match="both/words is a symbolic link"):
+        take(two)
+
+
+def test_several_adapters_share_the_limit_of_bytes(two: Path) -> None:
+    size = sum(path.stat().st_size for path in (two / "words").iterdir())
+    base = two.parent / "base"
+    with pytest.raises(RuleViolation, match="more than the 0 allowed"):
+        take_model(two, two.parent / "taken", base_model=base, base_model_id="base", limit=2 * size - 1)
+
+
+@pytest.mark.parametrize("names", [["a b"], [f"a{number}" for number in range(65)]])
+def test_adapters_too_many_or_of_odd_names_are_refused(left: Path, names: list[str]) -> None:
+    for name in names:
+        shutil.copytree(left, left.parent / "many" / name)
+    with pytest.raises(RuleViolation, match=r"left \d+ adapters: .*; leave at most 64, in folders named by"):
+        take(left.parent / "many")
 
 
 def test_an_adapter_names_no_path_and_no_module(left: Path) -> None:

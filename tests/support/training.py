@@ -89,8 +89,8 @@ class Entry:
     def write_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         dataset = self.folder / "dataset"
         dataset.mkdir(parents=True, exist_ok=True)
-        schema = pa.schema([ROW.field(name) for name in ("prompt", "completion", "history")])
-        table = pa.Table.from_pylist([{"history": [], **row} for row in rows], schema)
+        schema = pa.schema([ROW.field(name) for name in ("prompt", "completion", "history", "source")])
+        table = pa.Table.from_pylist([{"history": [], "source": "rows", **row} for row in rows], schema)
         pq.write_table(table, dataset / "train.parquet")
         DatasetManifest(
             competition="c",

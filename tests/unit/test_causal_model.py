@@ -250,6 +250,10 @@ LAYERS: dict[str, Callable[[], Any]] = {
         ("gpt2", {"target_modules": ["lm_head"]}, r"ties the weights of lm_head .*; remove lm_head"),
         ("gpt2", {"modules_to_save": ["wte"]}, r"modules_to_save is .* ties the weights of wte"),
         ("llama", {"modules_to_save": ["lm_head"]}, None),  # not tied
+        ("llama", {"extra_tokens": ["<a>"]}, r"extra_tokens is .*; add embed_tokens and lm_head to modules"),
+        ("llama", {"extra_tokens": ["<a>"], "modules_to_save": ["embed_tokens", "lm_head"]}, None),
+        ("gpt2", {"extra_tokens": ["<a>"]}, r"leaves their rows in wte and lm_head as .*; set method: full"),
+        ("gpt2", {"extra_tokens": ["<a>"], "method": "full"}, None),
     ],
 )
 def test_a_recipe_that_a_base_model_does_not_allow_is_known_from_its_config(

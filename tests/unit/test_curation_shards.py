@@ -55,6 +55,7 @@ def rows(count: int, seed: int) -> list[dict[str, object]]:
             )
         answer = "As an AI I cannot say." if 100 <= number < 160 else answer
         made.append({"id": number, "prompt": prompt, "completion": answer, "reward": number % 7})
+        made[-1]["riders"] = {"of": town}
     return made
 
 
@@ -89,6 +90,8 @@ def every_operation(tmp_path_factory: pytest.TempPathFactory, base_model: Path) 
         "drop_disagreement",
         "drop_exact_duplicates",
         {"op": "drop_matches", "patterns": ["day 9"]},
+        {"op": "keep_where", "field": "reward", "max": 5},
+        {"op": "drop_where", "field": "riders.of", "matches": "^mas"},
         {"op": "keep_languages", "min_characters": 20},
         {"op": "keep_quality", "max_top_words": 0.9, "refused": ["on day 8"]},
         {"op": "length_filter", "min_prompt": 63},

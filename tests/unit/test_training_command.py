@@ -59,7 +59,7 @@ import pyarrow.parquet as pq
 given = {name: value for name, value in os.environ.items() if name.startswith("PALIO_")}
 print(sorted(given))
 columns = pq.read_schema(Path(given["PALIO_DATASET"], "train.parquet")).names
-assert columns == ["prompt", "completion", "history"]
+assert {"prompt", "completion", "history", "source"} <= set(columns)
 assert Path(given["PALIO_BASE_MODEL"], "model.safetensors").exists()
 assert 0 < float(given["PALIO_DEADLINE"]) - time.time() <= float(given["PALIO_SECONDS"]) + 1 <= 61
 Path(given["PALIO_CHECKPOINTS"], "step1").write_text("x")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from palio.training.ledger import read_ledger
 from palio.training.model import load_model
 from palio.training.rows import Row, split
 from palio.training.telemetry import SCHEMA
+from palio.training.trainer import Trainer
 from tests.support.training import Entry
 
 
@@ -359,6 +361,43 @@ def test_held_out_rows_are_not_trained_on() -> None:
     assert len(held) == 5
     assert sorted(row.number for row in kept + held) == list(range(20))
     assert split(rows, 0, seed=3) == (rows, [])
+
+
+@pytest.mark.parametrize(("share", "held_out"), [(0.25, 16), (0.005, 1), (0.1, 6)])
+def test_a_share_of_the_rows_is_held_out_at_least_one(share: float, held_out: int, entry: Entry) -> None:
+    manifest = entry.finetune(max_steps=2, save_steps=1, validation_rows=share)
+    assert (manifest.rows, manifest.rows_held_out) == (64 - held_out, held_out)
+    losses = pq.read_table(entry.folder / "train.parquet")["validation_loss"].to_pylist()
+    assert None not in losses
+    assert manifest.validation_loss == min(losses)
+
+
+def test_the_same_rows_are_held_out_as_long_as_the_data_seed_is_the_same(
+    entry: Entry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[int]] = []
+    validate = Trainer.validation_loss
+
+    def validation_loss(trainer: Trainer, rows: Sequence[Row]) -> float:
+        assert not {row.number for row in rows} & {row.number for row in trainer.rows}
+        seen.append({row.number for row in rows})
+        return validate(trainer, rows)
+
+    monkeypatch.setattr(Trainer, "validation_loss", validation_loss)
+    for seeds in ({"seed": 1, "data_seed": 3}, {"seed": 2, "data_seed": 3}, {"seed": 2, "data_seed": 4}):
+        entry.finetune(max_steps=1, validation_rows=0.25, **seeds)
+    assert seen[0] == seen[1] != seen[2]
+
+
+def test_learning_whole_rows_teaches_the_prompts_too(entry: Entry) -> None:
+    """Prompts hold one of a hundred numbers: their loss falls more slowly than that of a copied word."""
+    of = {
+        what: entry.finetune(max_steps=30, learning_rate=1e-2, loss_on=what)
+        for what in ("rows", "completions")
+    }
+    assert of["rows"].fingerprint != of["completions"].fingerprint
+    losses = [of[what].final_loss or 0 for what in ("rows", "completions")]
+    assert losses[0] > losses[1] > 0
 
 
 def test_holding_out_every_row_is_refused(entry: Entry) -> None:

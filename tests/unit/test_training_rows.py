@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from palio.errors import BadInput
 from palio.tokens import Tokens
 from palio.training.attention import NAME, row_bounds
 from palio.training.rows import (
+    Batch,
     Row,
     TooLong,
     flat_batch,
@@ -68,6 +71,17 @@ def test_rows_end_to_end_give_the_logits_of_each_row_alone(config: PretrainedCon
         with row_bounds(batch.bounds, CPU):
             flat = model(**batch.inputs, use_cache=False).logits[0]
     torch.testing.assert_close(flat, torch.cat(alone), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch_of", [flat_batch, padded_batch])
+def test_the_loss_on_whole_rows_falls_on_all_tokens_but_the_first(
+    batch_of: Callable[[Sequence[Row], torch.device], Batch],
+) -> None:
+    rows = [replace(row, whole=True) for row in rows_of(6, 9)]
+    batch = batch_of(rows, CPU)
+    assert batch.targets.tolist() == [token for row in rows for token in row.ids[1:]]
+    assert batch.inputs["input_ids"].flatten()[batch.predict + 1].tolist() == batch.targets.tolist()
+    assert [row.targets for row in rows] == [5, 8]
 
 
 def test_the_loss_falls_on_completion_tokens_only() -> None:

@@ -189,6 +189,11 @@ class DatasetRecipe(Strict):
             for given in operation.inputs
         ]
 
+    @property
+    def metadata_fields(self) -> list[str]:
+        """Fields of the records that operations look at."""
+        return sorted({field for operation in self.operations for field in operation.metadata_fields})
+
     @model_validator(mode="after")
     def _labels_differ(self) -> DatasetRecipe:
         labels = [source.label for source in self.sources]

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from palio.config.common import Strict
+from palio.config.common import PlainText, Strict
 from palio.errors import InvalidValue
+
+
+def _unlike(tokens: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(tokens)) < len(tokens):
+        raise InvalidValue(why="names a token twice", fix="leave one of them out")
+    return tokens
 
 
 class FinetuneRecipe(Strict):
@@ -35,6 +41,13 @@ class FinetuneRecipe(Strict):
     chat_template: bool = False
     """Format rows with the tokenizer's chat template, as a user's turn and its answer. HELM sends plain
     prompts: only for a package whose server applies the template too."""
+    loss_on: Literal["completions", "rows"] = "completions"
+    """What is learned: `completions`, or `rows` whole, prompts too."""
+    extra_tokens: Annotated[
+        tuple[Annotated[PlainText, Field(min_length=1)], ...], AfterValidator(_unlike)
+    ] = ()
+    """Texts that become one token each wherever they occur, in training and in serving, e.g. `<|user|>`. They
+    start as the mean of all embeddings. Adapters learn them only with the embeddings in `modules_to_save`."""
     group_by_length: bool = False
     """Batch rows of similar length. Rows are packed end to end and do not need it; it saves padding with
     architectures that cannot be packed (Bloom, Falcon with ALiBi, MPT)."""
@@ -84,9 +97,9 @@ class FinetuneRecipe(Strict):
     minute of the budget in every attempt. `benchmarks/finetune.py --device cuda --shape 7b` measures it."""
     save_steps: PositiveInt = 50
     """Optimizer steps between checkpoints: the most that a crash can cost."""
-    validation_rows: NonNegativeInt = 0
-    """Rows held out of training. Their loss is measured every `save_steps`, and the step with the lowest loss
-    is handed in; 0 hands in the last step."""
+    validation_rows: NonNegativeInt | Annotated[float, Field(gt=0, lt=1)] = 0
+    """Rows held out of training, or their share of the dataset, e.g. 0.05. Their loss is measured every
+    `save_steps`, and the step with the lowest loss is handed in; 0 hands in the last step."""
     patience: PositiveInt | None = None
     """Stop after this many validations without a lower loss; omit to train to the end."""
     seed: int = 0
@@ -98,6 +111,11 @@ class FinetuneRecipe(Strict):
     def order_seed(self) -> int:
         """Seed of the row order and of the rows held out."""
         return self.seed if self.data_seed is None else self.data_seed
+
+    def held_out_of(self, rows: int) -> int:
+        """Return how many of the dataset's rows are held out; of a share at least one."""
+        given = self.validation_rows
+        return given if isinstance(given, int) else max(1, round(given * rows))
 
     @model_validator(mode="after")
     def _patience_needs_validation(self) -> FinetuneRecipe:

@@ -53,6 +53,11 @@ class Operation(Strict):
     def inputs(self) -> tuple[Input, ...]:
         return ()
 
+    @property
+    def metadata_fields(self) -> tuple[str, ...]:
+        """Fields of the sources' records that it looks at beside the texts: `Batch.metadata` has them."""
+        return ()
+
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         """Register the class under its `op`, a `Literal`; base classes have none."""

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from palio.config import DatasetRecipe, DataSource
-from palio.curation.rows import BATCH_CHARACTERS, BATCH_ROWS, ROW, columns_of
-from palio.curation.source import Quarantined, SourceRow, read_source, source_digest
+from palio.curation.rows import BATCH_CHARACTERS, BATCH_ROWS, METADATA, ROW, columns_of, shortened
+from palio.curation.source import Quarantined, SourceRow, known_fields, read_source, source_digest
 from palio.curation.store import batch_file, write_batches
 from palio.errors import BadInput
 from palio.layout import DatasetFolder
@@ -60,11 +60,13 @@ def read_sources(
     folder = work / f"sources-{key[:16]}"
     if not (folder / "sources.json").exists():
         stamp = _stamp(recipe, limit, version)
-        reading = _Reading(limit, progress)
+        reading = _Reading(recipe.metadata_fields, limit, progress)
         batches = 0
         for batch in reading.batches(recipe.sources, digests, team_folders, recipe.max_quarantined):
-            write_batches(batch_file(folder, batches), ROW, [batch])
+            write_batches(batch_file(folder, batches), batch.schema, [batch])
             batches += 1
+        if batches:
+            _refuse_unknown_fields(recipe, reading.seen, team_folders)
         text = "".join(canonical_json(line) + "\n" for line in reading.quarantine)
         write_text(DatasetFolder(folder).quarantine, text)
         reports = [report.model_dump(mode="json") for report in reading.reports]
@@ -86,6 +88,15 @@ def find_sources(recipe: DatasetRecipe, work: Path, version: str) -> Sources | N
     return next((_sources(path.parent) for path, record in records if record["stamp"] == stamp), None)
 
 
+def _refuse_unknown_fields(recipe: DatasetRecipe, seen: set[str], team_folders: Sequence[Path]) -> None:
+    for index, operation in enumerate(recipe.operations):
+        for name in operation.metadata_fields:
+            if name not in seen:
+                known = {field for source in recipe.sources for field in known_fields(source, team_folders)}
+                fix = f"name one of {shortened(', '.join(sorted(known)), 1000)}"
+                raise BadInput("dataset", f"operations.{index}.field", name, why="no row has it", fix=fix)
+
+
 def _sources(folder: Path) -> Sources:
     record = json.loads((folder / "sources.json").read_text(encoding="utf-8"))
     reports = [SourceReport.model_validate(source) for source in record["sources"]]
@@ -97,7 +108,8 @@ def _how(recipe: DatasetRecipe, limit: int | None, version: str) -> Any:
         source.model_dump(mode="json", exclude={"path"}) | {"label": source.label}
         for source in recipe.sources
     ]
-    return [version, described, recipe.max_quarantined, limit]
+    fields = [recipe.metadata_fields] if recipe.metadata_fields else []
+    return [version, described, recipe.max_quarantined, limit, *fields]
 
 
 def _stamp(recipe: DatasetRecipe, limit: int | None, version: str) -> str:
@@ -115,8 +127,12 @@ def _stamp(recipe: DatasetRecipe, limit: int | None, version: str) -> str:
 class _Reading:
     """Rows of all sources in batches, and what was set aside on the way."""
 
+    fields: Sequence[str]
+    """Of the records, to keep."""
     limit: int | None
     progress: Progress
+    seen: set[str] = field(default_factory=set)
+    """Those of the fields that a row has."""
     reports: list[SourceReport] = field(default_factory=list)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
 
@@ -130,7 +146,7 @@ class _Reading:
         for source, digest in zip(sources, digests, strict=True):
             rows = quarantined = size = 0
             batch: list[SourceRow] = []
-            for record in _within_limits(source, team_folders):
+            for record in _within_limits(source, team_folders, self.fields):
                 if isinstance(record, Quarantined):
                     quarantined += 1
                     self.quarantine.append({"source": source.label, **record.__dict__})
@@ -141,13 +157,14 @@ class _Reading:
                     break
                 rows += 1
                 batch.append(record)
+                self.seen.update(record.metadata)
                 size += sum(map(len, record.turns))
                 if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
-                    yield _record_batch(source, batch)
+                    yield _record_batch(source, batch, self.fields)
                     self.progress(f"0 read {source.label}", None, len(batch))
                     batch, size = [], 0
             if batch:
-                yield _record_batch(source, batch)
+                yield _record_batch(source, batch, self.fields)
             if quarantined > most * (rows + quarantined):
                 first = next(line for line in self.quarantine if line["source"] == source.label)
                 share = f"{quarantined} of {rows + quarantined} lines are malformed"
@@ -167,12 +184,14 @@ class _Reading:
             )
 
 
-def _within_limits(source: DataSource, team_folders: Sequence[Path]) -> Iterator[SourceRow | Quarantined]:
+def _within_limits(
+    source: DataSource, team_folders: Sequence[Path], fields: Sequence[str]
+) -> Iterator[SourceRow | Quarantined]:
     """Read a source. Raises BadInput for a record, or its template, that takes too much time or memory."""
     line = 0
     try:
         with bounded(total=math.inf) as watched:
-            for record in watched(read_source(source, team_folders)):
+            for record in watched(read_source(source, team_folders, fields)):
                 line = record.line
                 yield record
     except TooMuch as error:
@@ -181,7 +200,8 @@ def _within_limits(source: DataSource, team_folders: Sequence[Path]) -> Iterator
         raise BadInput(source.address, key, why=f"takes too much: {error}", fix=fix) from None
 
 
-def _record_batch(source: DataSource, rows: Sequence[SourceRow]) -> pa.RecordBatch:
+def _record_batch(source: DataSource, rows: Sequence[SourceRow], fields: Sequence[str]) -> pa.RecordBatch:
+    """Return rows as a batch, with a column of metadata only if there are fields to keep."""
     count = len(rows)
     columns = {
         **columns_of([row.turns for row in rows]),
@@ -191,4 +211,7 @@ def _record_batch(source: DataSource, rows: Sequence[SourceRow]) -> pa.RecordBat
         "generator": [source.generator] * count,
         "score": [row.score for row in rows],
     }
-    return pa.RecordBatch.from_pydict(columns, schema=ROW)
+    if not fields:
+        return pa.RecordBatch.from_pydict(columns, schema=ROW)
+    columns[METADATA.name] = [json.dumps(row.metadata) for row in rows]
+    return pa.RecordBatch.from_pydict(columns, schema=ROW.append(METADATA))

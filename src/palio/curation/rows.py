@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -23,6 +24,8 @@ ROW = pa.schema(
         pa.field("score", pa.float64()),
     ]
 )
+METADATA = pa.field("metadata", pa.string(), nullable=False)
+"""A column between operations, where one looks at it: the record's fields that it names, as a JSON object."""
 DROPPED = ROW.append(pa.field("operation", pa.string(), nullable=False)).append(
     pa.field("reason", pa.string(), nullable=False)
 )
@@ -63,6 +66,11 @@ class Batch:
         return [
             (*before, *pair) for before, pair in zip(self.table["history"].to_pylist(), pairs, strict=True)
         ]
+
+    @cached_property
+    def metadata(self) -> list[dict[str, Any]]:
+        """Of each row the `metadata_fields` that operations of the recipe name and its record has."""
+        return [json.loads(fields) for fields in self.table[METADATA.name].to_pylist()]
 
     def rewritten(self, turns: Sequence[Turns]) -> pa.RecordBatch:
         """Return the rows with other texts."""

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from palio.config import DataSource
 from palio.curation.files import Numbered, file_records, hub_records
 from palio.curation.formats import format_of, is_missing
+from palio.curation.metadata import field_names, metadata_of
 from palio.curation.rows import Malformed, Record, Turns
 from palio.errors import BadInput
 from palio.incoming import Incoming
 from palio.provenance import fingerprint
+
+LOOKED_AT = 100
+"""Records whose fields are named where a recipe names another."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class SourceRow:
     turns: Turns
     id: str
     score: float | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the record that were asked for and are there."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +71,11 @@ def source_records(source: DataSource, team_folders: Sequence[Path]) -> Iterator
     return file_records(Incoming.locate(Path(source.path), team_folders))
 
 
-def read_source(source: DataSource, team_folders: Sequence[Path]) -> Iterator[SourceRow | Quarantined]:
+def read_source(
+    source: DataSource, team_folders: Sequence[Path], fields: Sequence[str] = ()
+) -> Iterator[SourceRow | Quarantined]:
     """Yield every record of the source as a row (of some formats as several) or, with the reason, as a
-    quarantined one.
+    quarantined one. Rows have the `fields` of their record as metadata.
 
     Raises:
         BadInput, RuleViolation: as `source_records`.
@@ -81,9 +91,10 @@ def read_source(source: DataSource, team_folders: Sequence[Path]) -> Iterator[So
         try:
             found = rows_of(record)
             score = _score(record, source.score)
+            metadata = metadata_of(record, fields)
             name = _id(record, source.id) or f"{source.label}:{line}"
             rows = [
-                SourceRow(line, turns, name if len(found) == 1 else f"{name}.{number}", score)
+                SourceRow(line, turns, name if len(found) == 1 else f"{name}.{number}", score, metadata)
                 for number, turns in enumerate(found, start=1)
             ]
             for row in rows:
@@ -95,6 +106,15 @@ def read_source(source: DataSource, team_folders: Sequence[Path]) -> Iterator[So
         else:
             seen.update(_digest(row) for row in rows)
             yield from rows
+
+
+def known_fields(source: DataSource, team_folders: Sequence[Path]) -> list[str]:
+    """Return the names of the fields that the first `LOOKED_AT` records have. Raises as `source_records`."""
+    gather = format_of(source).gather
+    records = source_records(source, team_folders)
+    first = islice(gather(records) if gather else records, LOOKED_AT)
+    found = [field_names(record) for _, record in first if not isinstance(record, Malformed)]
+    return list(dict.fromkeys(name for names in found for name in names))
 
 
 def _id(record: Record, key: str) -> str:

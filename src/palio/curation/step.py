@@ -22,14 +22,13 @@ import pyarrow.ipc
 from palio.config import Operation
 from palio.curation.dataset import EXAMPLES
 from palio.curation.operations import OperationContext, RowOperation, TableOperation, Verdict
-from palio.curation.rows import ROW, Batch, asked, shortened, texts_of
+from palio.curation.rows import Batch, asked, shortened, texts_of
 from palio.curation.store import Stored, batch_file, read_batch, write_batches
 from palio.errors import BadInput
 from palio.limits import TooMuch
 from palio.records import OperationReport
 
 _REASON = pa.schema([pa.field("reason", pa.string())])
-_OUTCOME = ROW.append(_REASON.field("reason"))
 _KEPT, _DROPPED = 0, 1
 _ACCOUNT = b"account"
 
@@ -92,7 +91,7 @@ class Step:
         else:
             verdict = Verdict(read_batch(self._reasons, number)["reason"].to_pylist())
         kept, dropped, account = self._carried_out(batch.table, verdict)
-        schema = _OUTCOME.with_metadata({_ACCOUNT: account.model_dump_json()})
+        schema = kept.schema.with_metadata({_ACCOUNT: account.model_dump_json()})
         write_batches(batch_file(self.folder, number), schema, [kept, dropped])
         return len(batch)
 
@@ -116,7 +115,8 @@ class Step:
         return self._report(rows_in, rows_out, changed, by_source, examples)
 
     def _batch(self, number: int) -> Batch:
-        return Batch(read_batch(batch_file(self.rows, number), _KEPT).select(ROW.names))
+        rows = read_batch(batch_file(self.rows, number), _KEPT)
+        return Batch(rows.select([name for name in rows.schema.names if name not in _REASON.names]))
 
     def _files(self) -> set[Path]:
         """List the folder: asked for single files, a network file system may hide what other nodes wrote."""
@@ -164,7 +164,8 @@ class Step:
 
 
 def _outcome(rows: pa.RecordBatch, reasons: pa.Array) -> pa.RecordBatch:
-    return pa.RecordBatch.from_arrays([*rows.columns, reasons], schema=_OUTCOME)
+    schema = rows.schema.append(_REASON.field("reason"))
+    return pa.RecordBatch.from_arrays([*rows.columns, reasons], schema=schema)
 
 
 def _rewritten(before: pa.RecordBatch, after: pa.RecordBatch) -> tuple[int, list[str]]:

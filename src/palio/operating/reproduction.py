@@ -211,12 +211,14 @@ def _compared(first: EntryFolder, again: EntryFolder) -> Reproduction:
 
 
 def weight_distance(one: Path, other: Path) -> float:
-    """|a - b| / |a| over the weights of two adapters (or models) of the same shape."""
+    """|a - b| / |a| over the weights of two adapters (or sets of them, or models) of the same shape. What the
+    other lacks counts as zero."""
     apart = length = 0.0
-    for path in sorted(one.glob("*.safetensors")):
-        ours, theirs = load_file(path), load_file(other / path.name)
-        for name, tensor in ours.items():
-            apart += (tensor.double() - theirs[name].double()).square().sum().item()
+    for path in sorted(one.rglob("*.safetensors")):
+        twin = other / path.relative_to(one)
+        theirs = load_file(twin) if twin.exists() else {}
+        for name, tensor in load_file(path).items():
+            apart += (tensor.double() - theirs.get(name, torch.zeros(()))).square().sum().item()
             length += tensor.double().square().sum().item()
     return float(torch.tensor(apart / length).sqrt())
 

@@ -49,8 +49,8 @@ def model_card(
         recipe = json.dumps(trained.recipe, indent=2, sort_keys=True)
         sections += [
             "## Data and recipe",
-            f"{trained.rows} rows ({trained.rows_too_long} more were too long, {trained.rows_cut} cut "
-            "between turns); "
+            f"{trained.rows} rows ({trained.rows_held_out} more were held out, {trained.rows_too_long} too "
+            f"long, {trained.rows_cut} cut between turns); "
             "sources, licenses and operations are listed in DATA_CARD.md.",
             f"```json\n{recipe}\n```",
         ]

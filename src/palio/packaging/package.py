@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from palio.base_model import card_facts
-from palio.errors import Crashed
+from palio.errors import Crashed, RuleViolation
 from palio.files import link_or_copy
 from palio.layout import BaseModelFolder, EntryFolder
 from palio.packaging.card import model_card
@@ -38,7 +38,7 @@ from palio.records import (
     PackageManifest,
 )
 from palio.settings import PackageSettings
-from palio.tensors import last_bits_flipped, load_causal_model, mean_divergence
+from palio.tensors import add_embeddings, last_bits_flipped, load_causal_model, mean_divergence
 from palio.tokens import Tokens, load_tokenizer
 
 TOLERANCE = 10.0
@@ -68,9 +68,14 @@ def build_package(
 
     `serving_of` tries to serve a package and returns how, and its context; it raises if that is impossible.
 
-    Raises Crashed if the package differs from what was trained.
+    Raises:
+        Crashed: the package differs from what was trained.
+        RuleViolation: several adapters were trained, for a server of the team's own.
     """
     trained = trained_adapter(folder) if settings.adapter else None
+    if trained is not None and (several := trained.recipe.get("adapters")):
+        why = f"the program left adapters {', '.join(several)} in folders, and Palio's server serves one"
+        raise RuleViolation(why, "leave one in PALIO_OUTPUT itself, or give the entry a server of its own")
     disable_progress_bar()  # transformers' bars are noise in a log
 
     def fill(building: Path, base: BaseModelManifest) -> dict[str, Any]:
@@ -78,6 +83,8 @@ def build_package(
         difference = divergence = None
         if trained is not None:
             difference, divergence = _write_tuned(base_model.model, folder.adapter, trained, building)
+            if trained.recipe.get("extra_tokens"):
+                _link_tokenizer(folder.adapter, building)
         _link_files(base_model.model, building, weights=trained is None)
         _complete(building, _ends(base_model.model, trained))
         _write_cards(folder, settings, base, trained, base_model.model, building)
@@ -171,11 +178,15 @@ def adapted_model(base: Path, adapter: Path, trained: AdapterManifest) -> tuple[
     from peft import PeftModel  # a second of CPU time that a package without an adapter need not pay
 
     model = load_causal_model(base, dtype=torch.float32)
+    extra = list(trained.recipe.get("extra_tokens", ()))
+    tokens = load_tokenizer(adapter).convert_tokens_to_ids(extra) if extra else []
     as_trained = None
     if trained.recipe["method"] == "qlora":
         quantised = _requantise(model, base, trained.recipe["quantization"])
+        add_embeddings(quantised, tokens)
         with_adapter = evaluation_mode(PeftModel.from_pretrained(quantised, adapter))
         as_trained = probe_logits(with_adapter, load_tokenizer(base))
+    add_embeddings(model, tokens)
     return PeftModel.from_pretrained(model, adapter).eval(), as_trained
 
 
@@ -259,6 +270,14 @@ def _link_files(source: Path, target: Path, *, weights: bool) -> None:
         if not weights and (path.suffix == ".safetensors" or path.name.endswith(".index.json")):
             continue
         link_or_copy(path, target / path.name)
+
+
+def _link_tokenizer(adapter: Path, target: Path) -> None:
+    """Link the tokenizer that was trained with, which lies beside the adapter."""
+    for path in sorted(adapter.iterdir()):
+        if path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "chat_template")):
+            (target / path.name).unlink(missing_ok=True)
+            link_or_copy(path, target / path.name)
 
 
 def _shape(folder: Path) -> tuple[int, str]:

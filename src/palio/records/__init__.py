@@ -59,6 +59,7 @@ from palio.records.entry import (
     Unsupported,
     Violation,
     coarse,
+    extra_tokens_faults,
 )
 from palio.records.evaluation import (
     HelmRun,
@@ -164,6 +165,7 @@ __all__ = [
     "Violation",
     "Way",
     "coarse",
+    "extra_tokens_faults",
     "read_record",
     "timed_run",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,11 +66,14 @@ class Layers(Part):
     """Share of its parameters that qlora quantizes."""
     left: dict[str, float]
     """By class of layer, the share of matrices that it does not, besides embeddings and output."""
+    embeddings: tuple[str, ...] = ()
+    """Last parts of the names of the modules with a row for each token: the embedding, and the output."""
 
     def recipe_faults(self, recipe: FinetuneRecipe) -> Iterator[BadInput]:
         """Yield what is wrong with a recipe for this base model."""
         if recipe.method == "full":
             return
+        yield from extra_tokens_faults(recipe, self.embeddings, bool({*self.embeddings} & {*self.tied}))
         targets = recipe.target_modules
         fix = f"name some of {', '.join(self.linear)}"
         if targets == "all-linear" and self.all_linear:
@@ -90,6 +93,21 @@ class Layers(Part):
             )
             fix = "use lora, or another base model"
             yield BadInput("finetune", "method", recipe.method, why=why, fix=fix)
+
+
+def extra_tokens_faults(recipe: FinetuneRecipe, embeddings: Sequence[str], tied: bool) -> Iterator[BadInput]:
+    """Yield why an adapter would not learn the recipe's extra tokens.
+
+    Args:
+        embeddings: last parts of the names of the modules with a row for each token.
+        tied: whether they share one matrix.
+    """
+    lacking = [name for name in embeddings if name not in _ends(recipe.modules_to_save)]
+    if not recipe.extra_tokens or not lacking or recipe.method == "full":
+        return
+    why = f"{recipe.method} trains an adapter, and leaves their rows in {' and '.join(lacking)} as they are"
+    fix = "set method: full" if tied else f"add {' and '.join(lacking)} to modules_to_save"
+    yield BadInput("finetune", "extra_tokens", recipe.extra_tokens, why=why, fix=fix)
 
 
 def _ends(names: str | tuple[str, ...]) -> set[str]:
@@ -266,6 +284,8 @@ class AdapterManifest(EntryRecord):
     """Conversations over max_length that were truncated or split (`over_length`)."""
     answers_left_out: int = 0
     """Answers of these that are in no row."""
+    rows_held_out: int = 0
+    """Rows held out of training for validation."""
     final_loss: float | None
     """Mean training loss of the last ten steps."""
     best_step: int | None = None

@@ -2,7 +2,7 @@
 code is not taken, and a weight file must be what its name says.
 
     take_files     a team's folder or image, as a copy that its program is shown
-    take_model     what a training program left, into a folder of ours
+    take_model     what a training program left, into a folder of ours: a model, an adapter, or several
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from palio.config import ID_PATTERN
 from palio.credentials import FIX, credentials_in
 from palio.errors import BadInput, RuleViolation
 from palio.incoming import INDEX_BYTES, Incoming, copy_files, shard_names
@@ -34,6 +36,7 @@ from palio.sandbox.model_files import (
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILES_LIMIT = 100_000
+ADAPTERS_LIMIT = 64
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -92,33 +95,65 @@ def take_files(path: str, key: str, target: Path, *, roots: Sequence[str], limit
     return target
 
 
-def take_model(
-    left: Path, out: Path, *, base_model: Path, base_model_id: str, limit: int
-) -> tuple[Literal["lora", "full"], list[str]]:
-    """Copy an adapter or a model out of the folder a program left; which of the two it is, and the names of
-    pickles that were left there.
+class HandedIn(NamedTuple):
+    """What a training program left."""
 
-    Other files are left where they are too: checkpoints, logs. The index of a sharded model is written anew.
+    kind: Literal["lora", "full"]
+    pickles: list[str]
+    """Names of pickles, which were not taken."""
+    adapters: tuple[str, ...] = ()
+    """Folders of the adapters, if it left several."""
+
+
+def take_model(left: Path, out: Path, *, base_model: Path, base_model_id: str, limit: int) -> HandedIn:
+    """Copy an adapter or a model out of the folder a program left, or several adapters, each in a folder of
+    its own.
+
+    Other files are left where they are: checkpoints, logs. The index of a sharded model is written anew.
 
     Raises RuleViolation if there is neither, if it has more than `limit` bytes, or holds what Palio does not
     load.
     """
     result = Incoming(left.parent, left.name)
-    try:
-        names = result.names()
-    except (FileNotFoundError, NotADirectoryError):
-        names = []
-    if "adapter_config.json" in names:
-        kind: Literal["lora", "full"] = "lora"
-    elif "config.json" in names:
-        kind = "full"
-    else:
+    names = _names(result)
+    shutil.rmtree(out, ignore_errors=True)
+    take = partial(_take, base_model=base_model, base_model_id=base_model_id)
+    if ADAPTER in names or CONFIG in names:
+        return HandedIn(*take(result, names, out, limit)[:2])
+    adapters = {name: found for name in names if ADAPTER in (found := _names(result / name))}
+    if not adapters:
         raise RuleViolation(
             f"the program left neither adapter_config.json nor config.json in its result: {_some(names)}"
         )
-    shutil.rmtree(out, ignore_errors=True)
+    if len(adapters) > ADAPTERS_LIMIT or not all(map(ID_PATTERN.fullmatch, adapters)):
+        why = f"the program left {len(adapters)} adapters: {_some(list(adapters))}"
+        fix = f"leave at most {ADAPTERS_LIMIT}, in folders named by letters, digits, - and _"
+        raise RuleViolation(why, fix)
+    pickles = []
+    for name, found in adapters.items():
+        try:
+            _, beside, size = take(result / name, found, out / name, limit)
+        except RuleViolation as fault:
+            raise RuleViolation(f"adapter {name}: {fault.why}", fault.fix) from None
+        limit -= size
+        pickles += [f"{name}/{pickle}" for pickle in beside]
+    return HandedIn("lora", pickles, tuple(adapters))
+
+
+def _names(folder: Incoming) -> list[str]:
+    try:
+        return folder.names()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _take(
+    result: Incoming, names: list[str], out: Path, limit: int, *, base_model: Path, base_model_id: str
+) -> tuple[Literal["lora", "full"], list[str], int]:
+    """Copy one adapter or model: which of the two it is, the pickles beside it, and the bytes copied."""
+    kind: Literal["lora", "full"] = "lora" if ADAPTER in names else "full"
     out.mkdir(parents=True)
-    copy_files(_taken(result, names, sharded=kind == "full" and WEIGHTS not in names), out, limit)
+    size = copy_files(_taken(result, names, sharded=kind == "full" and WEIGHTS not in names), out, limit)
     weights = sorted(out.glob("*.safetensors"))
     pickles = [name for name in names if Path(name).suffix in PICKLES]
     if not weights:
@@ -130,25 +165,28 @@ def take_model(
         if isinstance(content, dict) and content.get("auto_map"):
             raise RuleViolation(f"{path.name} has auto_map, code of its own; hand in a model without")
     base = _json(base_model / CONFIG)
-    base_tensors = folder_tensors(base_model)
     if kind == "lora":
         hidden_size = next((base[key] for key in ("hidden_size", "n_embd") if key in base), 1 << 16)
         settings = adapter_settings(_json(out / ADAPTER), base_model_id, hidden_size)
-        check_adapter(_joined(held), settings, base_tensors)
+        check_adapter(_joined(held), settings, folder_tensors(base_model))
         write_json(out / ADAPTER, settings)
         _remove(out, [CONFIG, GENERATION])  # the base model's serve
     else:
-        config = model_config(_json(out / CONFIG), base_model, _joined(held))
-        check_weights(_joined(held), base_tensors)
-        write_json(out / CONFIG, config)
-        if (out / GENERATION).exists():
-            kept = generation_config(_json(out / GENERATION), base.get("vocab_size", 0))
-            write_json(out / GENERATION, kept)
+        _keep_model(out, held, base_model, base)
         if WEIGHTS not in names:
             _write_index(out / INDEX, held)
     if (out / TOKENIZER[0]).exists() or list(out.glob("*.model")):
         check_tokenizer(out, base.get("vocab_size", 0))
-    return kind, pickles
+    return kind, pickles, size
+
+
+def _keep_model(out: Path, held: dict[Path, Tensors], base_model: Path, base: dict[str, Any]) -> None:
+    """Check a whole model's weights, and write its configs anew."""
+    config = model_config(_json(out / CONFIG), base_model, _joined(held))
+    check_weights(_joined(held), folder_tensors(base_model))
+    write_json(out / CONFIG, config)
+    if (out / GENERATION).exists():
+        write_json(out / GENERATION, generation_config(_json(out / GENERATION), base.get("vocab_size", 0)))
 
 
 def _taken(result: Incoming, names: list[str], *, sharded: bool) -> list[Incoming]:

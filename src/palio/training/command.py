@@ -80,7 +80,7 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
         budget, meter = float(step.track.training_budget), gpu.joules if gpu else None
         with Ledger(work.ledger, budget, meter=meter, **facts) as ledger:
             state = _run(program, room, ledger, log, isolation.unconfined, step.settings.seed)
-            method, pickles = take_model(
+            handed_in = take_model(
                 work.program_result,
                 work.adapter,
                 base_model=step.base_model.model,
@@ -91,12 +91,13 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
             seconds = ledger.used()
         with atomic_path(work.telemetry) as temporary:  # steps are the program's own affair
             pq.write_table(SCHEMA.empty_table(), temporary)
+        adapters = {"adapters": list(handed_in.adapters)} if handed_in.adapters else {}
         manifest = {
-            "recipe": recipe | {"method": method},
+            "recipe": recipe | {"method": handed_in.kind} | adapters,
             "state": state,
             **dict.fromkeys(("steps", "planned_steps", "rows_too_long", "final_loss")),
             "contained": Contained.beside(log).counts
-            | {f"a pickle that was not taken: {name!r}": 1 for name in pickles},
+            | {f"a pickle that was not taken: {name!r}": 1 for name in handed_in.pickles},
         }
         return Trained(manifest, seconds, facts)
 

@@ -24,6 +24,7 @@ from palio.layout import TrainingFolder
 from palio.provenance import atomic_path, library_versions
 from palio.quantization import quantized_share
 from palio.records import AdapterManifest, BaseModelManifest, read_record
+from palio.tokens import extended_tokenizer
 from palio.training.batching import choose_batching
 from palio.training.checkpoint import load_checkpoint, save_checkpoint
 from palio.training.device import hardware, nvml_gpu, training_device
@@ -97,8 +98,7 @@ class _Training:
 
     def run(self, base_model: str) -> Trained:
         """Train to the end or until the budget runs out, and save."""
-        rows, too_long = self._rows()
-        rows, self.held_out = split(rows, self.recipe.validation_rows, self.recipe.order_seed)
+        rows, self.held_out, too_long = self._rows()
         try:
             trainer = self._trainer(rows)
             budget = float(self.track.training_budget)
@@ -136,6 +136,7 @@ class _Training:
             "rows_too_long": too_long.dropped,
             "rows_cut": too_long.cut,
             "answers_left_out": too_long.answers,
+            "rows_held_out": len(self.held_out),
             "final_loss": sum(last) / len(last),
             "quantized": self.quantized,
             "batching": self.batching.rows,
@@ -152,17 +153,19 @@ class _Training:
         }
         return Trained(manifest, seconds, facts)
 
-    def _rows(self) -> tuple[list[Row], TooLong]:
-        """Return the tokenized rows and what was too long; refuse unusable input."""
+    def _rows(self) -> tuple[list[Row], list[Row], TooLong]:
+        """Return the tokenized rows to train on and to hold out, and what was too long; refuse unusable
+        input."""
         rows, too_long = dataset_rows(self.dataset, self.model_folder, self.recipe)
         if not rows:
             why, fix = f"all {too_long.dropped} rows are longer", "raise it or shorten the data"
             raise BadInput("finetune", "max_length", self.recipe.max_length, why=why, fix=fix)
         count = len({row.number for row in rows})
-        if self.recipe.validation_rows >= count:
+        held_out = self.recipe.held_out_of(count)
+        if held_out >= count:
             why, fix = f"the dataset has {count} rows", "hold out fewer"
             raise BadInput("finetune", "validation_rows", self.recipe.validation_rows, why=why, fix=fix)
-        return rows, too_long
+        return *split(rows, held_out, self.recipe.order_seed), too_long
 
     def _trainer(self, rows: list[Row]) -> Trainer:
         model = load_model(self.model_folder, self.recipe, self.device)
@@ -280,7 +283,9 @@ class _Training:
         if self.best is not None:
             trainer.put(self.best["parameters"])
         try:
-            save_adapter(trainer.model, self.work.adapter, base_model, self.work.initial_adapter)
+            extra = self.recipe.extra_tokens
+            tokenizer = extended_tokenizer(self.model_folder, extra) if extra else None
+            save_adapter(trainer.model, self.work.adapter, base_model, self.work.initial_adapter, tokenizer)
             with atomic_path(self.work.telemetry) as temporary:
                 pq.write_table(pa.Table.from_pylist(self.telemetry, SCHEMA), temporary)
         except (OSError, SafetensorError) as error:  # safetensors' error for a full disk

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from palio.config import FinetuneRecipe
 from palio.errors import BadInput
 from palio.markup import visible
-from palio.tokens import load_tokenizer
+from palio.tokens import extended_tokenizer
 from palio.training.rows import Row, TooLong, dataset_rows
 
 WHITE_SPACE = str.maketrans({"\n": "⏎", "\t": "⇥", "\r": "␍"})
@@ -141,7 +141,7 @@ class Inspection:
 
     def _tokens(self, row: Row) -> list[Token]:
         learned = np.zeros(len(row.ids), dtype=bool)
-        for start, end in row.answers:
+        for start, end in row.learned:
             learned[start:end] = True
         special = set(self.tokenizer.all_special_ids) | {
             number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special
@@ -194,7 +194,7 @@ def inspection(dataset: Path, model_folder: Path, recipe: FinetuneRecipe) -> Ins
         kept = {row.number for row in rows}
         whole, _ = dataset_rows(dataset, model_folder, recipe.model_copy(update={"max_length": sys.maxsize}))
         lengths = {row.number: len(row.ids) for row in whole if row.number not in kept}
-    tokenizer = load_tokenizer(model_folder)
+    tokenizer = extended_tokenizer(model_folder, recipe.extra_tokens)
     texts = ("".join((*history, *pair)) for history, *pair in zip(histories, *sides, strict=True))
     return Inspection(
         recipe=recipe,

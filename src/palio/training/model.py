@@ -13,7 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from palio.errors import BadInput
 from palio.quantization import quantization
-from palio.tensors import load_causal_model
+from palio.records import extra_tokens_faults
+from palio.tensors import add_embeddings, load_causal_model
+from palio.tokens import extended_tokenizer
 
 if TYPE_CHECKING:
     from palio.config import FinetuneRecipe
@@ -43,6 +45,8 @@ def load_model(folder: Path, recipe: FinetuneRecipe, device: torch.device) -> An
     if recipe.method == "qlora":
         settings["quantization_config"] = quantization(recipe.quantization, settings["dtype"])
     model = load_causal_model(folder, **settings)
+    tokenizer = extended_tokenizer(folder, recipe.extra_tokens)
+    add_embeddings(model, tokenizer.convert_tokens_to_ids(list(recipe.extra_tokens)))
     adapted = adapt(model, recipe)
     if recipe.lora_init == "loftq":
         _loftq(adapted, folder)
@@ -52,7 +56,8 @@ def load_model(folder: Path, recipe: FinetuneRecipe, device: torch.device) -> An
 def adapt(model: Any, recipe: FinetuneRecipe) -> Any:
     """Return `model` with the recipe's trainable parameters: an adapter initialized from the seed, or all.
 
-    Raises BadInput if peft cannot adapt the target modules, or if the base model ties one to another module.
+    Raises BadInput if peft cannot adapt the target modules, if the base model ties one to another module, or
+    if the recipe's extra tokens would not be trained.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -74,13 +79,17 @@ def adapt(model: Any, recipe: FinetuneRecipe) -> Any:
         init_lora_weights="pissa_niter_16" if recipe.lora_init == "pissa" else True,
     )
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tied = embeddings[1] is not None and embeddings[0].weight is embeddings[1].weight
+    names = [name.rpartition(".")[2] for name, module in model.named_modules() if module in embeddings]
+    for fault in extra_tokens_faults(recipe, names, tied):
+        raise fault
     try:
         adapted = get_peft_model(model, settings)
     except (ValueError, TypeError, NotImplementedError) as error:
         why = f"peft cannot adapt it: {str(error).strip().partition(chr(10))[0]}"
         fix = "name linear layers of the base model"
         raise BadInput("finetune", "target_modules", targets, why=why, fix=fix) from error
-    if embeddings[1] is not None and embeddings[0].weight is embeddings[1].weight:
+    if tied:
         _refuse_tied(adapted, embeddings, recipe)
     _fuse(adapted)
     return adapted
@@ -153,15 +162,24 @@ def _adapted_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), up, alpha=scale).view(out.shape)
 
 
-def save_adapter(model: Any, folder: Path, base_model: str, initial: Path) -> None:
-    """Save the adapter in peft's format or, after full fine-tuning, the model.
+def save_adapter(
+    model: Any, folder: Path, base_model: str, initial: Path, tokenizer: Any | None = None
+) -> None:
+    """Save the adapter in peft's format or, after full fine-tuning, the model; beside it a tokenizer that is
+    not the base model's.
 
     A PiSSA adapter is converted, by its difference from the adapter in `initial`, to one of twice the rank
     for the original base model. The files hold no path and no set in random order, so equal training gives
     equal bytes.
     """
-    converted = {"path_initial_model_for_weight_conversion": str(initial)} if initial.exists() else {}
-    model.save_pretrained(folder, **converted)
+    options: dict[str, Any] = {}
+    if initial.exists():
+        options["path_initial_model_for_weight_conversion"] = str(initial)
+    if tokenizer is not None and hasattr(model, "peft_config"):
+        options["save_embedding_layers"] = False  # they are among the modules to save
+    model.save_pretrained(folder, **options)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     for path in folder.iterdir():
         path.chmod(0o644)
     config = folder / "adapter_config.json"

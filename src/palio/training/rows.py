@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from palio.errors import BadInput
-from palio.tokens import TokenRow, Tokens, load_tokenizer
+from palio.tokens import TokenRow, Tokens, extended_tokenizer
 
 if TYPE_CHECKING:
     from palio.config import FinetuneRecipe
@@ -34,17 +34,24 @@ class Row:
     ids: npt.NDArray[np.int32]
     """Tokens: prompt, completion, end of sequence; of a conversation that turn after turn."""
     answers: tuple[tuple[int, int], ...]
-    """Start and end of each completion, in tokens; the loss is taken on these."""
+    """Start and end of each completion, in tokens."""
+    whole: bool = False
+    """Whether all of it is learned, not only the completions."""
+
+    @property
+    def learned(self) -> tuple[tuple[int, int], ...]:
+        """Start and end of the parts that the loss is taken on. The first token follows nothing."""
+        return ((1, len(self.ids)),) if self.whole else self.answers
 
     @property
     def predict(self) -> npt.NDArray[np.int64]:
         """Positions whose next token the loss is taken on."""
-        return np.concatenate([np.arange(start - 1, end - 1) for start, end in self.answers])
+        return np.concatenate([np.arange(start - 1, end - 1) for start, end in self.learned])
 
     @property
     def targets(self) -> int:
         """Number of tokens that the loss is taken on."""
-        return sum(end - start for start, end in self.answers)
+        return sum(end - start for start, end in self.learned)
 
 
 @dataclass
@@ -70,11 +77,12 @@ def dataset_rows(dataset: Path, model_folder: Path, recipe: FinetuneRecipe) -> t
     if not conversations:
         raise BadInput(dataset, why="has no rows", fix="loosen the dataset's operations")
     return tokenize(
-        Tokens(load_tokenizer(model_folder)),
+        Tokens(extended_tokenizer(model_folder, recipe.extra_tokens)),
         conversations,
         recipe.max_length,
         chat=recipe.chat_template,
         over_length=recipe.over_length,
+        whole=recipe.loss_on == "rows",
     )
 
 
@@ -85,27 +93,29 @@ def tokenize(
     *,
     chat: bool = False,
     over_length: Literal["drop", "truncate", "split"] = "drop",
+    whole: bool = False,
 ) -> tuple[list[Row], TooLong]:
     """Return the rows, each of at most `max_length` tokens, and what became of longer conversations.
 
     A conversation is a prompt and its completion, or several of them in turn; with `chat` they are turns of
-    the tokenizer's chat template. Raises BadInput as `Tokens` does.
+    the tokenizer's chat template. With `whole` all of it is learned. Raises BadInput as `Tokens` does.
     """
     encode = tokens.chat_rows if chat else tokens.rows
     rows: list[Row] = []
     too_long = TooLong()
-    for number, (turns, whole) in enumerate(zip(conversations, encode(conversations), strict=True)):
-        if whole[1][0][0] == 0:  # its first token would be predicted from nothing
+    for number, (turns, encoded) in enumerate(zip(conversations, encode(conversations), strict=True)):
+        ids, answers = encoded
+        if answers[0][0] == 0:  # its first token would be predicted from nothing
             why, fix = "writes nothing before an answer", "leave out finetune.chat_template"
             raise BadInput("tokenizer", "chat_template", why=why, fix=fix)
-        parts = [whole]
-        if len(whole[0]) > max_length:
-            parts = list(_parts(turns, whole, max_length, encode)) if over_length != "drop" else []
+        parts = [encoded]
+        if len(ids) > max_length:
+            parts = list(_parts(turns, encoded, max_length, encode)) if over_length != "drop" else []
             parts = parts[: 1 if over_length == "truncate" else None]
             too_long.dropped += not parts
             too_long.cut += bool(parts)
-            too_long.answers += (len(whole[1]) - sum(len(answers) for _, answers in parts)) if parts else 0
-        rows += [Row(number, np.asarray(ids, dtype=np.int32), answers) for ids, answers in parts]
+            too_long.answers += (len(answers) - sum(len(kept) for _, kept in parts)) if parts else 0
+        rows += [Row(number, np.asarray(part, dtype=np.int32), kept, whole) for part, kept in parts]
     return rows, too_long
 
 

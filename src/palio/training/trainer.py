@@ -43,7 +43,7 @@ class StepReport:
     step: int
     """From 1."""
     loss: float
-    """Mean cross-entropy over the step's completion tokens, in nats."""
+    """Mean cross-entropy over the step's learned tokens, in nats."""
     learning_rate: float
     grad_norm: float
     """L2 norm before clipping."""
@@ -135,7 +135,7 @@ class Trainer:
 
     @torch.no_grad()
     def validation_loss(self, rows: Sequence[Row]) -> float:
-        """Return the mean cross-entropy over completion tokens, in nats, without dropout or noise."""
+        """Return the mean cross-entropy over learned tokens, in nats, without dropout or noise."""
         evaluation_mode(self.model)
         total, targets = 0.0, sum(row.targets for row in rows)
         for start in range(0, len(rows), self.recipe.batch_size):
@@ -146,7 +146,7 @@ class Trainer:
 
     @contextmanager
     def _loss(self, rows: Sequence[Row]) -> Iterator[torch.Tensor]:
-        """Yield the summed cross-entropy over the completion tokens of `rows`.
+        """Yield the summed cross-entropy over the learned tokens of `rows`.
 
         The backward pass belongs inside the block: recomputed layers need the rows' bounds again.
         """
