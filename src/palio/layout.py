@@ -173,6 +173,7 @@ class HelmFolder(Folder):
     runs = At("output/runs/stage")  # <run>/*.json
     journal = At("answers.jsonl")  # answers as they came (`palio.evaluation.client`)
     used_seconds = At("used_seconds.json")  # of the stage's limit, over all attempts
+    asked = At("asked.json")  # questions by run (`palio.evaluation.earlier`)
     log = At("helm.log")  # may show prompts, and is never copied
     server_log = At("server.log")
 

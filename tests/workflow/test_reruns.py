@@ -81,8 +81,8 @@ def test_a_new_entry_runs_its_own_chain_and_the_scoring(finished: WorkingFolder)
 
 def test_a_scenario_of_the_closed_stage_re_evaluates_closed_only(finished: WorkingFolder) -> None:
     """
-    | a stage's run entries or instance budget | `prepare_stage`, that stage of every entry, overlap;
-      score, report |
+    | a stage's run entries or instance budget | `prepare_stage`, that stage of every entry (with more
+      questions, it asks only these), overlap; score, report |
     """
 
     def more(config: dict[str, Any]) -> None:

@@ -140,7 +140,8 @@ class Scoring(Strict):
     `palio panel` publishes their open values for teams."""
     training_noise: PositiveFloat | None = None
     """Standard deviation of a metric from one training of an entry to the next, e.g. 0.01, for tracks without
-    `replicates`: an assumption, and marked as one. Omit it, and intervals there cover the questions only."""
+    `replicates`: an assumption, and marked as one, half of whose variance moves all scenarios together. Omit
+    it, and intervals there cover the questions only."""
 
 
 class Telemetry(Strict):

@@ -37,7 +37,14 @@ from palio.evaluation.helm.plan import (
 )
 from palio.evaluation.helm.process import HelmExit, run_helm
 from palio.evaluation.helm.registry import check_directions, helm_version, metric_directions
-from palio.evaluation.helm.run_entry import budgets, run_entries, shares, stage_entries, stage_runs
+from palio.evaluation.helm.run_entry import (
+    asked_of_runs,
+    budgets,
+    run_entries,
+    shares,
+    stage_entries,
+    stage_runs,
+)
 from palio.evaluation.helm.statistic import instance_statistics, statistics
 from palio.evaluation.helm.suite import SuiteModel, write_suite
 
@@ -50,6 +57,7 @@ __all__ = [
     "RequestSettings",
     "RunFolder",
     "SuiteModel",
+    "asked_of_runs",
     "budgets",
     "check_directions",
     "distinct",
