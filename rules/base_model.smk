@@ -12,8 +12,10 @@ rule fetch_base_model:
     params:
         source=W.base_model,
         approved_as=W.approved_as,
+        code=W.approved_code,
     shell:
         "exec palio step fetch-base-model resources/base_models/{wildcards.base_model:q}"
         " --source {params.source:q}"
         " --approved-as={params.approved_as:q}"
+        " --code {params.code:q}"
         " > {log:q} 2>&1"

@@ -6,7 +6,8 @@
 
 Sources: `hub` (a snapshot of the Hugging Face hub at a revision), `path` (a folder) and `gguf` (a GGUF file
 in an installed Python package, dequantized once to fp32 safetensors). A model that has pickled weights alone
-is converted in a sandbox. Pickled weights beside safetensors, and Python code, are not even downloaded.
+is converted in a sandbox. Pickled weights beside safetensors, and Python code that no rule set approves, are
+not even downloaded.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ import fnmatch
 import importlib.util
 import re
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from palio.config import REVISION_PATTERN, BaseModelSource, expand
 from palio.errors import BadInput, Crashed
 from palio.files import link_or_copy
 from palio.incoming import shard_names
 from palio.layout import BaseModelFolder, Resources
+from palio.model_code import named_classes, python_files, take_code
 from palio.provenance import file_sha256, folder_sha256
 from palio.records import BaseModelManifest, Layers, Unsupported, read_record
 
@@ -40,6 +44,9 @@ PICKLES = ("pytorch_model*.bin",)
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 """Weights in one file; those of several are named by an index."""
 
+CODE = ("*.py",)
+"""The model's own code, if it is approved."""
+
 HUB_SECONDS = 10.0
 """The hub's time to answer whether it has a model."""
 MAX_CARD = 1 << 20
@@ -47,19 +54,26 @@ MAX_CARD = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = False) -> BaseModelManifest:
+def fetch_base_model(
+    source: BaseModelSource, out: Path, *, code: Mapping[str, str] | None = None, offline: bool = False
+) -> BaseModelManifest:
     """Make `out/model` and `out/manifest.json` from `source`, unless they are already complete.
 
-    With `offline` the network is not used: a hub model must be in the local hub cache.
+    Args:
+        code: sha256 by name of the model's own Python files, if the rule set approves them.
+        offline: do not use the network: a hub model must be in the local hub cache.
 
-    Raises BadInput if the source is missing or unusable, RuleViolation if pickled weights are no weights,
-    Crashed if a download fails or is damaged, or pickled weights cannot be converted on this machine.
+    Raises BadInput if the source is missing or unusable, RuleViolation if pickled weights are no weights or
+    the code is not the approved one, Crashed if a download fails or is damaged, or pickled weights cannot be
+    converted on this machine.
     """
+    code = dict(code or {})
     folder = BaseModelFolder(out)
     manifest_path, model = folder.manifest, folder.model
     if manifest_path.is_file():
         known = read_record(BaseModelManifest, manifest_path)
-        if known.source == source and model.is_dir() and folder_sha256(model) == known.files:
+        same = (known.source, known.code) == (source, code)
+        if same and model.is_dir() and folder_sha256(model) == known.files:
             return known
         manifest_path.unlink()
     building = out / "model.tmp"
@@ -68,19 +82,16 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
     pickled: dict[str, str] = {}
     if source.gguf:
         _convert_gguf(source.gguf, building)
-    elif source.hub:
-        pickled = _take_files(_hub_snapshot(source.hub, offline), building, "hub", source.hub)
-    elif source.path:
-        given = expand(source.path)
-        if not given.is_dir():
-            raise BadInput("base_model", "path", source.path, why="no such folder", fix="correct the path")
-        pickled = _take_files(given, building, "path", source.path)
-    from palio.causal_model import examine
+    else:
+        given = _hub_snapshot(source.hub, offline, code) if source.hub else _given_folder(source)
+        pickled = _take_files(given, building, source.kind, source.hub or source.path or "")
+        if code:
+            take_code(given, building, code)
     from palio.tokens import complete_tokenizer
 
     try:
         complete_tokenizer(building)
-        found = examine(building)
+        found = _examined(building, code)
     except BadInput as error:  # a team's own server may read it its own way
         found = Unsupported(why=f"{error.key}: {error.why}", fix=error.fix)
     for path in building.iterdir():
@@ -93,6 +104,7 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
         source=source,
         files=folder_sha256(model),
         pickled=pickled,
+        code=code,
         unsupported=found if isinstance(found, Unsupported) else None,
         layers=found if isinstance(found, Layers) else None,
     )
@@ -100,8 +112,44 @@ def fetch_base_model(source: BaseModelSource, out: Path, *, offline: bool = Fals
     return manifest
 
 
-def fetch_configs(source: BaseModelSource, out: Path) -> None:
+def _examined(folder: Path, code: Mapping[str, str]) -> Layers | Unsupported:
+    """Return what `palio.causal_model.examine` finds; with code of the model's own, in a sandbox.
+
+    Raises BadInput if that code is not needed or names no causal language model, Crashed if this machine
+    cannot confine it.
+    """
+    from palio.causal_model import examine, is_known
+
+    if not code:
+        return examine(folder)
+    if is_known(folder):
+        why, fix = "transformers knows this family, so it would not run", "remove it from the rule set"
+        raise BadInput("base_model", "code", why=why, fix=fix)
+    named_classes(folder)
+    from palio.sandbox.model_room import look
+
+    try:
+        found = look("examine", folder, code, weights=True)
+        return (Unsupported if "why" in found else Layers).model_validate(found)
+    except (TypeError, ValidationError):
+        raise Crashed("the model's own code spoiled what was to be learned about it") from None
+
+
+def source_code(source: BaseModelSource) -> dict[str, bytes]:
+    """Return the content of a base model's own Python files by name; none is run.
+
+    Raises BadInput if the model is missing or has none, Crashed if a download fails.
+    """
+    folder = _hub_download(source.hub, CODE) if source.hub else _given_folder(source)
+    if not (sources := python_files(folder)):
+        raise BadInput("base_model", source.kind, source.address, why="brings no Python file")
+    return sources
+
+
+def fetch_configs(source: BaseModelSource, out: Path, code: Mapping[str, str] | None = None) -> None:
     """Put a base model's config and tokenizer into the folder `out`: all but its weights.
+
+    Its Python files too, if they are those approved in `code`, sha256 by name.
 
     Raises as `fetch_base_model` does.
     """
@@ -112,13 +160,16 @@ def fetch_configs(source: BaseModelSource, out: Path) -> None:
         return
     if source.hub:
         require_on_hub(source.hub)
-    folder = _hub_download(source.hub, CONFIGS) if source.hub else expand(source.path or "")
+    wanted = (*CONFIGS, *CODE) if code else CONFIGS
+    folder = _hub_download(source.hub, wanted) if source.hub else expand(source.path or "")
     if not (folder / "config.json").is_file():
         why, fix = "has no config.json", "give a model in Hugging Face format"
         raise BadInput("base_model", source.kind, source.hub or source.path, why=why, fix=fix)
     for path in folder.iterdir():
         if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in CONFIGS):
             link_or_copy(path.resolve(), out / path.name)
+    if code:
+        take_code(folder, out, code)
     complete_tokenizer(out)
 
 
@@ -146,6 +197,14 @@ def card_facts(folder: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _given_folder(source: BaseModelSource) -> Path:
+    """Return the folder of a source that is not on the hub. Raises BadInput if it has none."""
+    if source.path and (given := expand(source.path)).is_dir():
+        return given
+    value = source.path or source.gguf
+    raise BadInput("base_model", source.kind, value, why="no such folder", fix="correct the path")
 
 
 def _take_files(folder: Path, target: Path, key: str, value: str) -> dict[str, str]:
@@ -239,29 +298,34 @@ def _unknown_to_hub(address: str) -> BadInput:
     return BadInput("base_model", "hub", address, why=why, fix="correct it or set HF_TOKEN")
 
 
-def _hub_snapshot(address: str, offline: bool) -> Path:
-    """Return the snapshot's folder in the local hub cache, after a download if it is incomplete."""
+def _hub_snapshot(address: str, offline: bool, code: Mapping[str, str]) -> Path:
+    """Return the snapshot's folder in the local hub cache, after a download if it is incomplete.
+
+    Python files are downloaded if `code`, their approved names and sha256, has any.
+    """
     import huggingface_hub
     from huggingface_hub import errors
 
     repo, _, revision = address.partition("@")
+    wanted = (*WANTED, *CODE) if code else WANTED
     try:
         cached = Path(
             huggingface_hub.snapshot_download(
-                repo, revision=revision or None, allow_patterns=WANTED, local_files_only=True
+                repo, revision=revision or None, allow_patterns=wanted, local_files_only=True
             )
         )
         if offline or (
             REVISION_PATTERN.fullmatch(revision)
             and (cached / "config.json").is_file()
             and (weight_files(cached) or weight_files(cached, PICKLED))
+            and all((cached / name).is_file() for name in code)
         ):
             return cached
     except (errors.LocalEntryNotFoundError, FileNotFoundError):
         if offline:
             why, fix = "is not in the local hub cache", "fetch it once with a network, or give `path`"
             raise BadInput("base_model", "hub", address, why=why, fix=fix) from None
-    fetched = _hub_download(address, WANTED)
+    fetched = _hub_download(address, wanted)
     return fetched if weight_files(fetched) else _hub_download(address, PICKLES)
 
 

@@ -19,6 +19,12 @@ from palio.tensors import load_causal_model, meta_model
 from palio.tokens import Tokens, load_tokenizer
 
 
+def is_known(folder: Path) -> bool:
+    """Return whether transformers has the family of a model's config."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return content.get("model_type") in CONFIG_MAPPING
+
+
 def examine(folder: Path, *, weights: bool = True) -> Layers | Unsupported:
     """Return a model's layers or, if Palio cannot train, package and serve it, why and the way out.
 
@@ -31,9 +37,11 @@ def examine(folder: Path, *, weights: bool = True) -> Layers | Unsupported:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         family = str(content.get("model_type"))
         if family not in CONFIG_MAPPING:
-            code = " and needs code of its own (auto_map)" if "auto_map" in content else ""
-            why = f"transformers {transformers.__version__} does not know this family{code}"
+            why = f"transformers {transformers.__version__} does not know this family"
             fix = "use another base model, or train and serve it by programs of your own (command, server)"
+            if "auto_map" in content:
+                why += " and needs code of its own (auto_map)"
+                fix += "; or the organizer approves the code: `palio model-code` prints how"
             raise _UnsupportedError(why, fix)
         _check_family(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         _check_model(meta_model(folder), folder)

@@ -148,9 +148,17 @@ class TrainingFolder(Folder):
     facts = At("training.json")  # what trained it and how long; goes into finetune.run.json
     checkpoints = At("checkpoints")
     initial_adapter = At("checkpoints/initial")  # PiSSA's adapter before training
-    program = At("program")  # /output of a team's own training program
+    program = At("program")  # /output of a team's own training program, or of a model with its own code
     program_result = At("program/result")
     program_log = At("program.log")
+
+
+class RoomFolder(Folder):
+    """Work on a model with code of its own, in a room."""
+
+    output = At("output")  # the only folder that the room writes to
+    model = At("output/model")
+    log = At("room.log")
 
 
 class BuildFolder(Folder):
@@ -320,6 +328,9 @@ class EntryFolder:
     def settings(self, step: str) -> Path:
         """The settings that a step last ended with, to tell what differs from the config."""
         return self.work / "settings" / f"{step}.json"
+
+    def room(self, task: str) -> RoomFolder:
+        return RoomFolder(self.work / "rooms" / task)
 
     def kept(self, step: str) -> Path:
         """What a step has made, until the run ends (`palio.operating.kept`)."""

@@ -90,8 +90,14 @@ class PlannedEntry:
 
     @property
     def isolation(self) -> Isolation | None:
-        """Confinement of the team's own programs, if the entry has any."""
-        return self.competition.isolation if self.valid and self.valid.programs else None
+        """Confinement of what the entry runs that is not Palio's, if it may run any."""
+        foreign = self.valid and (self.valid.programs or self.approves_code)
+        return self.competition.isolation if foreign else None
+
+    @property
+    def approves_code(self) -> bool:
+        """Whether the rules approve code of any base model."""
+        return any(family.code for family in self.rules.base_models)
 
     def fresh_start(self, step: str) -> int | None:
         """How many fresh starts of the step `palio retry` has granted."""
@@ -317,7 +323,7 @@ class FinetuneSettings(StepSettings):
             recipe=planned.recipe,
             program=entry.command,
             seed=planned.replicate if entry.command else None,
-            isolation=planned.isolation if entry.command else None,
+            isolation=planned.isolation if entry.command or planned.approves_code else None,
             network=entry.command is not None and planned.rules.network_in_training,
             team_folders=planned.rules.folders_of(entry.team) if entry.command else (),
             fresh_start=planned.fresh_start(step),
@@ -431,7 +437,7 @@ class EvaluateSettings(StepSettings):
         return settings.model_copy(
             update={
                 "base_model_id": planned.base_model_id if own_server else None,
-                "isolation": planned.isolation if own_server else None,
+                "isolation": planned.isolation if own_server or planned.approves_code else None,
                 "fresh_start": planned.fresh_start(step),
             }
         )

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from palio import planning
-from palio.errors import Interrupted, PalioError, RuleViolation
+from palio.config import Isolation
+from palio.errors import BadInput, Interrupted, PalioError, RuleViolation
 from palio.layout import EntryFolder, Resources
 from palio.operating.attempt import set_aside
 from palio.operating.kept import keep
@@ -29,6 +30,8 @@ from palio.settings import (
 )
 
 RESOURCES = Resources()
+DEFAULT_ENGINE = "transformers"
+"""Palio's own."""
 
 
 def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOptions) -> None:
@@ -164,7 +167,7 @@ def package(folder: EntryFolder, settings: PackageSettings, options: RunOptions)
         from palio.serving.model import serving_of
 
         torch.set_num_threads(options.threads or torch.get_num_threads())
-        build_package(folder, settings, base_model, serving_of)
+        build_package(folder, settings, base_model, serving_of, options.threads)
 
 
 def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOptions) -> None:
@@ -173,7 +176,8 @@ def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOption
     from palio.evaluation.helm.folder import CONTEXT_TOKENS
     from palio.records import PackageManifest, read_record
     from palio.sandbox.room import Limits
-    from palio.sandbox.server import ConfinedServer
+    from palio.sandbox.server import model_server, team_server
+    from palio.serving.app import DEADLINE_SECONDS
     from palio.serving.process import ServerProcess
 
     if settings.fresh_start:
@@ -181,6 +185,19 @@ def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOption
     handed_in = read_record(PackageManifest, folder.package_manifest)
 
     def start_server(log: Path) -> AbstractContextManager[Server]:
+        isolation = settings.isolation or Isolation()
+        limits = Limits.of(settings.track, isolation, options.threads)
+        if handed_in.code:
+            return model_server(
+                folder.package,
+                handed_in.code,
+                limits=limits,
+                isolation=isolation,
+                log=log,
+                reply_seconds=DEADLINE_SECONDS,
+                exact=settings.runs.stage == "open",
+                settings={"max_context": CONTEXT_TOKENS},
+            )
         if handed_in.kind == "model":
             return ServerProcess(
                 folder.package,
@@ -190,15 +207,15 @@ def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOption
                 max_context=CONTEXT_TOKENS,
                 engine=settings.limits.engine,
             )
-        if settings.base_model_id is None or settings.isolation is None:
+        if settings.base_model_id is None:
             raise RuleViolation(
                 f"{folder.package} is a server, which the entry is not; run its package again"
             )
-        return ConfinedServer(
+        return team_server(
             folder.package,
             base_model=RESOURCES.base_model(settings.base_model_id).model,
-            limits=Limits.of(settings.track, settings.isolation, options.threads),
-            isolation=settings.isolation,
+            limits=limits,
+            isolation=isolation,
             log=log,
             work=folder.work,
             exact=settings.runs.stage == "open",
@@ -207,6 +224,10 @@ def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOption
     engine, tokenizer = "", folder.package
     if handed_in.kind == "model":
         engine = _engine(settings.limits.engine)
+        if handed_in.code and settings.limits.engine != DEFAULT_ENGINE:
+            why, fix = "runs no model with code of its own", f"use {DEFAULT_ENGINE}"
+            key, value = f"{settings.runs.stage}.engine", settings.limits.engine
+            raise BadInput("config", key, value, why=why, fix=fix)
     elif settings.base_model_id is not None:
         tokenizer = RESOURCES.base_model(settings.base_model_id).model
     prepared = RESOURCES.stage_record(settings.runs.stage)

@@ -420,6 +420,11 @@ class Workflow:
         family = approved_model(self.base_model_source(wildcards), self.rules)
         return family.family if family else ""
 
+    def approved_code(self, wildcards: Any) -> str:
+        """The base model's own Python files that the rules approve: JSON, sha256 by name."""
+        family = approved_model(self.base_model_source(wildcards), self.rules)
+        return canonical_json((family.code if family else None) or {})
+
     def whole(self) -> str:
         """All that scores and reports depend on."""
         return canonical_json(self.competition.model_dump(mode="json", exclude_none=True, exclude=OPERATING))

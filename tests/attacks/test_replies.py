@@ -15,7 +15,7 @@ from palio.errors import Crashed, OutOfMemory, RuleViolation
 from palio.provenance import write_json
 from palio.records import Contained
 from palio.sandbox.gateway import REPLY_BYTES
-from palio.sandbox.server import ConfinedServer
+from palio.sandbox.server import ConfinedServer, team_server
 from tests.attacks.conftest import LIMITS, MB
 
 HEAD = """
@@ -55,7 +55,7 @@ def server(tmp_path: Path) -> Server:
         (files / "main.py").write_text(HEAD + reply + TAIL)
         program = ServerProgram(run="python -I main.py", files="files")
         write_json(tmp_path / "package" / "server.json", program.model_dump(mode="json", exclude_none=True))
-        return ConfinedServer(
+        return team_server(
             tmp_path / "package",
             base_model=model,
             limits=LIMITS,

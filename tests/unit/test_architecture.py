@@ -125,10 +125,10 @@ LEVELS = (
     {"settings"},
     {"pipeline"},
     {"base_model", "causal_model", "demo", "gpu", "heartbeat", "quantization", "sandbox"}
-    | {"tensors", "tokens", "vllm"},
+    | {"model_code", "tensors", "tokens", "vllm"},
     {"curation", "training", "packaging", "serving", "evaluation", "eligibility", "scoring", "report"},
     {"answers", "feedback", "neurips2023", "release", "operating", "participant", "planning", "site"}
-    | {"workflow", "steps"},
+    | {"inside", "workflow", "steps"},
     {"cli"},
 )
 """Packages and modules of `palio`, from the lowest level up: each imports lower ones only."""

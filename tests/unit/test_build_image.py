@@ -18,7 +18,7 @@ from palio.records import ImageManifest
 from palio.sandbox.build import own_range
 from palio.sandbox.build_log import KINDS, lost_network, reason
 from palio.sandbox.room import Limits
-from palio.sandbox.server import ConfinedServer
+from palio.sandbox.server import team_server
 from palio.settings import ImageSettings, PackageSettings
 from tests.support.dockerfiles import dockerfile, require_builds, serving_dockerfile
 
@@ -57,7 +57,7 @@ def test_an_image_is_built_packaged_and_serves_on_port_80(
     settings = PackageSettings(competition_id="c", base_model_id="tiny", adapter=False, server=program)
     package = package_server(program, entry_folder, settings, BaseModelFolder(tiny))
     assert package.files["image.tar"] == built.archive_sha256
-    server = ConfinedServer(
+    server = team_server(
         entry_folder.package,
         base_model=tiny / "model",
         limits=LIMITS,

@@ -18,7 +18,7 @@ from palio.packaging.server import package_server
 from palio.provenance import folder_sha256
 from palio.records import Contained, PackageManifest, read_record
 from palio.sandbox.room import Limits
-from palio.sandbox.server import ConfinedServer
+from palio.sandbox.server import ConfinedServer, team_server
 from palio.settings import PackageSettings
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def serve(tiny: Path, tmp_path: Path) -> Serve:
         files.mkdir(exist_ok=True)
         (files / "main.py").write_text(code)
         package(ServerProgram(run="python main.py", files=str(files)), tiny, tmp_path / "entry")
-        return ConfinedServer(
+        return team_server(
             tmp_path / "entry" / "package",
             base_model=tiny / "model",
             limits=limits,
@@ -133,7 +133,7 @@ def test_the_example_of_2023_answers_and_its_defects_are_named(tiny: Path, tmp_p
         files=str(ROOT / "config/entries/examples/server2023"),
     )
     package(program, tiny, tmp_path / "e")
-    server = ConfinedServer(
+    server = team_server(
         tmp_path / "e" / "package",
         base_model=tiny / "model",
         limits=LIMITS,

@@ -28,7 +28,7 @@ from palio.operating.attempt import attempt
 from palio.packaging.server import package_server
 from palio.records import ProbeReport, StepFailure, read_record
 from palio.sandbox.room import Limits
-from palio.sandbox.server import ConfinedServer
+from palio.sandbox.server import ConfinedServer, team_server
 from palio.settings import EvaluateSettings, PackageSettings, StageLimits, StageRuns
 from tests.support.entry import packaged_entry, scenario
 from tests.support.folder import ROOT
@@ -228,7 +228,7 @@ def test_a_server_that_ends_is_crashed_with_its_own_last_lines_and_log(
     package_server(program, folder, packaging, BaseModelFolder(tiny))
 
     def start(log: Path) -> ConfinedServer:
-        return ConfinedServer(
+        return team_server(
             folder.package,
             base_model=tiny / "model",
             limits=Limits(memory=2 << 30, processes=128, scratch=64 << 20, output=64 << 20, cpus=1),

@@ -126,7 +126,7 @@ def _commit(text: str) -> str:
 )
 def try_entry(file: Path, competition: str, panel: Path | None, out: Path, dry_run: bool) -> None:
     """Rehearse an entry on this machine at reduced scale: every step, its place, and an estimate in full."""
-    from palio.config import load_entry
+    from palio.config import load_entry, load_rules
     from palio.eligibility.entry_file import check_file
     from palio.layout import panel as panel_file
     from palio.participant.preview import preview
@@ -141,7 +141,7 @@ def try_entry(file: Path, competition: str, panel: Path | None, out: Path, dry_r
     checked.require_clean()
     print("check: clean", flush=True)
     entry = load_entry(file)
-    for line in preview(entry, rules.tracks[entry.track]):
+    for line in preview(entry, rules.tracks[entry.track], load_rules(Path(rules.rules))):
         print(line, flush=True)
     if dry_run:
         return
@@ -426,6 +426,10 @@ def serve(package: Path, **settings: Any) -> None:
     """Serve a package behind HELM's HTTP contract: /process, /tokenize, /decode, /health."""
     from palio.serving.app import serve as run
 
+    config = package / "config.json"
+    if config.is_file() and "auto_map" in config.read_text(encoding="utf-8"):
+        why = "brings code of its model, which runs in the sandbox of an evaluation only"
+        raise BadInput(package, why=why, fix="evaluate it with the workflow, or `palio verify` it")
     run(package, **settings)
 
 

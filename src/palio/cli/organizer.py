@@ -349,6 +349,23 @@ def reproduce(
     print("reproduced")
 
 
+@palio.command("model-code", cls=Verb, example="palio model-code config/entries/neurips2023/percent_bfd.yaml")
+@click.argument("file", type=ExistingPath)
+def model_code(file: Path) -> None:
+    """Print what a rule set says to approve the code that an entry's base model brings. Read that code first.
+
+    None of it is run. It runs in the sandbox only, and only what has these hashes.
+    """
+    from palio.base_model import source_code
+    from palio.config import load_entry
+    from palio.model_code import approval_lines
+
+    source = load_entry(file).base_model
+    print(f"# {source.address}, in the rule set's base_models; `sources` that match it alone")
+    for line in approval_lines(source_code(source)):
+        print(line)
+
+
 @palio.command("fetch-data", cls=Verb, example="palio fetch-data --stage open")
 @competition_option
 @click.option("--stage", type=click.Choice(STAGES), required=True)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,7 +122,8 @@ def shard_of(given: str) -> tuple[int, int]:
 @click.argument("out", type=ExistingPath)
 @click.option("--source", required=True, help="JSON with one of hub, path, gguf.")
 @click.option("--approved-as", required=True, help="Approved family; empty: not approved, and refused.")
-def fetch_base_model_step(out: Path, source: str, approved_as: str) -> None:
+@click.option("--code", default="{}", help="JSON: sha256 by name of the model's approved Python files.")
+def fetch_base_model_step(out: Path, source: str, approved_as: str, code: str) -> None:
     """Bring a base model into the folder OUT, as safetensors with a manifest of hashes."""
     from palio.base_model import fetch_base_model
     from palio.config import BaseModelSource
@@ -130,7 +132,7 @@ def fetch_base_model_step(out: Path, source: str, approved_as: str) -> None:
     wanted = read_slice(BaseModelSource, source, "--source")
     if not approved_as:
         raise RuleViolation(f"base_model: {wanted.address} is not approved; it is not downloaded")
-    fetch_base_model(wanted, out)
+    fetch_base_model(wanted, out, code=json.loads(code))
 
 
 @step.command("prepare-stage")

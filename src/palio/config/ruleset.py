@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
 from palio.config.common import Strict
 from palio.config.team import team_id
 from palio.layout import TEAMS
+
+PythonFile = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\.py$")]
+"""Name of a Python module's file."""
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ApprovedModel(Strict):
@@ -23,6 +27,9 @@ class ApprovedModel(Strict):
     with any other is refused."""
     outputs_train: tuple[str, ...] | None = None
     """Families that may be trained on this family's output; omit for any."""
+    code: Annotated[dict[PythonFile, Sha256], Field(min_length=1)] | None = None
+    """Approved Python code of a family that transformers does not know: the sha256 of every Python file in
+    the model's folder, as `palio model-code` prints it. It runs in the sandbox only. Omit to run none."""
 
 
 class Prizes(Strict):

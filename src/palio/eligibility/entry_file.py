@@ -103,9 +103,10 @@ def check_file(
             found += lineage_violations(entry.base_model, model_facts(folder), rules)
             break
     manifest = RESOURCES.base_model(entry.base_model.id).manifest
-    if manifest.is_file():
-        found += base_model_violations(read_record(BaseModelManifest, manifest), entry)
     family = approved_model(entry.base_model, rules)
+    if manifest.is_file() and family is not None:
+        approved = family.code or {}
+        found += base_model_violations(read_record(BaseModelManifest, manifest), entry, approved)
     if found or family is None:
         return Checked(file, found, notices)
     record = Check(

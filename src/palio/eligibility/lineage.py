@@ -7,7 +7,7 @@ untrusted: an unreadable one says nothing, and is not an error.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from palio.base_model import card_facts
 from palio.config import BaseModelSource, Entry, RuleSet
 from palio.eligibility.check import approved_address, approved_model, first_match
+from palio.model_code import code_differences
 from palio.records import BaseModelManifest, Violation
 
 
@@ -77,9 +78,18 @@ def lineage_violations(source: BaseModelSource, facts: ModelFacts, rules: RuleSe
         )
 
 
-def base_model_violations(manifest: BaseModelManifest, entry: Entry) -> Iterator[Violation]:
-    """Yield what keeps Palio from training a base model with the entry's recipe, packaging and serving it."""
-    if manifest.unsupported is not None and (entry.finetune or entry.server is None):
+def base_model_violations(
+    manifest: BaseModelManifest, entry: Entry, approved: Mapping[str, str]
+) -> Iterator[Violation]:
+    """Yield what keeps Palio from training a base model with the entry's recipe, packaging and serving it.
+
+    `approved`: sha256 by name of its own Python files, as the rule set approves them.
+    """
+    if wrong := code_differences(approved, manifest.code):
+        why = f"it was fetched with other code than the rules approve: {'; '.join(wrong)}"
+        fix = f"delete resources/base_models/{manifest.id}/manifest.json and start again"
+        yield Violation(rule="base_model.code", key="base_model", why=why, fix=fix)
+    elif manifest.unsupported is not None and (entry.finetune or entry.server is None):
         key = f"base_model.{manifest.source.kind}"
         yield Violation(rule="base_model.unsupported", key=key, **manifest.unsupported.model_dump())
     for fault in manifest.recipe_faults(entry.finetune) if entry.finetune else ():

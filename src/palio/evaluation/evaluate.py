@@ -291,6 +291,7 @@ def _write_results(
         instances_sha256=prepared.sha256,
         helm_version=prepared.helm_version,
         engine=engine,
+        code=fingerprint(package.code) if package.code else "",
         state=State.TIME_LIMIT if any(outcome.limited for outcome in outcomes) else State.FINISHED,
         reason=f"{missing} of {planned} instances unanswered" if missing else "",
         unanswered=limits.unanswered,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
@@ -30,6 +30,7 @@ from palio.errors import Crashed, RuleViolation
 from palio.files import link_or_copy
 from palio.layout import BaseModelFolder, EntryFolder
 from palio.packaging.card import model_card
+from palio.packaging.confined import merge_confined, serving_of_confined
 from palio.packaging.step import package_of, trained_adapter
 from palio.quantization import evaluation_mode, quantization
 from palio.records import (
@@ -63,10 +64,12 @@ def build_package(
     settings: PackageSettings,
     base_model: BaseModelFolder,
     serving_of: Callable[[Path], tuple[str, int]],
+    threads: int | None = None,
 ) -> PackageManifest:
     """Make package/ and package.json in the entry's folder; without an adapter, package the base model.
 
-    `serving_of` tries to serve a package and returns how, and its context; it raises if that is impossible.
+    `serving_of` tries to serve a package and returns how, and its context; it raises if that is impossible. A
+    base model with code of its own is merged and tried in a room.
 
     Raises:
         Crashed: the package differs from what was trained.
@@ -81,19 +84,25 @@ def build_package(
     def fill(building: Path, base: BaseModelManifest) -> dict[str, Any]:
         base.require_supported()
         difference = divergence = None
-        if trained is not None:
-            difference, divergence = _write_tuned(base_model.model, folder.adapter, trained, building)
+        if base.code and trained is not None and trained.recipe["method"] != "full":
+            difference, divergence = merge_confined(folder, base_model, trained, building, threads)
+        elif trained is not None:
+            difference, divergence = write_tuned(base_model.model, folder.adapter, trained, building)
             if trained.recipe.get("extra_tokens"):
                 _link_tokenizer(folder.adapter, building)
         _link_files(base_model.model, building, weights=trained is None)
-        _complete(building, _ends(base_model.model, trained))
+        _complete(building, _ends(base_model.model, trained), code=bool(base.code))
         _write_cards(folder, settings, base, trained, base_model.model, building)
         for path in building.iterdir():
             if path.stat().st_nlink == 1:  # a linked file is the base model's; its mode stays
                 path.chmod(0o644)
         parameters, dtype = _shape(building)
-        way, context = serving_of(building)
+        if base.code:
+            way, context = serving_of_confined(folder, building, base.code, threads)
+        else:
+            way, context = serving_of(building)
         return {
+            "code": base.code,
             "adapter_fingerprint": trained.fingerprint if trained else None,
             "dtype": dtype,
             "parameters": parameters,
@@ -124,7 +133,7 @@ def _write_cards(
         (building / name).write_text(text, encoding="utf-8")
 
 
-def _write_tuned(
+def write_tuned(
     base: Path, adapter: Path, trained: AdapterManifest, target: Path
 ) -> tuple[float | None, float | None]:
     """Save the tuned model's weights and configs.
@@ -230,17 +239,22 @@ def largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return (one - other).abs().max().item()
 
 
-def _complete(folder: Path, ends: set[int]) -> None:
+def _complete(folder: Path, ends: set[int], *, code: bool) -> None:
     """Make the generation config, which everyone who loads the model uses, stop at the trained end tokens.
+
+    `code`: the model needs code of its own, which its configs name.
 
     It names tokens alone. Forced tokens, penalties and sampling defaults of the base model's would make
     `generate` answer otherwise than the server, which gives the model's own probabilities.
     """
     path = folder / "generation_config.json"
     if not path.is_file():
-        GenerationConfig.from_model_config(
-            AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        ).save_pretrained(folder)
+        config = (
+            PreTrainedConfig.from_dict(PreTrainedConfig.get_config_dict(folder)[0])
+            if code
+            else AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        )
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
     content = json.loads(path.read_text(encoding="utf-8"))
     kept = {key: content[key] for key in TOKENS if content.get(key) is not None}
     named = kept.get("eos_token_id", [])
@@ -248,7 +262,7 @@ def _complete(folder: Path, ends: set[int]) -> None:
     if not ends <= known:
         kept["eos_token_id"] = sorted(known | ends)
     _rewrite(path, content, kept)
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in () if code else ("config.json", "tokenizer_config.json"):
         path = folder / name
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         # Code of its own beside a family that transformers knows: nobody needs it, and loaders ask about it.

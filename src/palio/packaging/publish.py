@@ -40,7 +40,7 @@ def assemble(folder: EntryFolder, leaderboard: Path | None = None) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(package / name, target)
     manifest.write(published.manifest)
-    if manifest.kind == "model":  # a server entry has its own
+    if manifest.kind == "model" and not manifest.code:  # a server entry has its own; code needs the sandbox
         write_container(published.container)
     if leaderboard is not None:
         board = read_record(Leaderboard, leaderboard)

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +21,13 @@ from palio.config import Track
 from palio.errors import BadInput, RuleViolation
 from palio.incoming import shard_names
 from palio.layout import BaseModelFolder, EntryFolder, PublishedPackage, Resources
+from palio.model_code import named_classes, python_files, require_approved
+from palio.packaging.confined import output_confined, same_answers_confined
 from palio.packaging.container import PINNED
 from palio.provenance import file_differences, folder_sha256
 from palio.records import AdapterManifest, BaseModelManifest, PackageManifest, read_record
 from palio.sandbox.model_files import check_claims, check_tokenizer, folder_tensors
+from palio.sandbox.model_room import PACKAGE
 
 RESOURCES = Resources()
 NEEDED = ("config.json", "generation_config.json", "tokenizer_config.json", "README.md")
@@ -83,7 +86,7 @@ def verify_package(
     manifest = read_record(PackageManifest, manifest_of(folder))
     checks: list[tuple[str, Callable[[], str]]] = [
         ("files", lambda: _files(folder, manifest)),
-        ("no code", lambda: _no_code(folder)),
+        ("no code", lambda: _no_code(folder, manifest)),
         ("weights", lambda: _weights(folder)),
         ("tokenizer", lambda: _tokenizer(folder)),
         ("complete", lambda: _complete(folder)),
@@ -144,13 +147,28 @@ def _files(folder: Path, manifest: PackageManifest) -> str:
     return f"{len(manifest.files)} files have the sha256 of the manifest"
 
 
-def _no_code(folder: Path) -> str:
+def _no_code(folder: Path, manifest: PackageManifest) -> str:
+    if manifest.code:
+        return _approved_code(folder, manifest.code)
     if code := sorted(path.name for path in folder.iterdir() if path.suffix in CODE):
         raise Fault(f"{code[0]} could run code when loaded; hand in safetensors and configs only")
     for name in ("config.json", "tokenizer_config.json"):
         if "auto_map" in _json(folder / name):
             raise Fault(f"{name} asks for custom code (auto_map); use a model that transformers knows")
     return "no pickles, no Python, no auto_map"
+
+
+def _approved_code(folder: Path, approved: Mapping[str, str]) -> str:
+    """Check that the only code is what an organizer approved for the base model."""
+    others = {*CODE} - {".py"}
+    if other := sorted(path.name for path in folder.iterdir() if path.suffix in others):
+        raise Fault(f"{other[0]} could run code when loaded, and is not approved")
+    try:
+        require_approved(approved, python_files(folder))
+        named_classes(folder)
+    except (RuleViolation, BadInput) as refused:
+        raise Fault(str(refused)) from None
+    return f"none but {', '.join(sorted(approved))}, as approved for the base model; it runs in the sandbox"
 
 
 def _weights(folder: Path) -> str:
@@ -234,13 +252,32 @@ def serving_bytes(folder: Path) -> int:
     return weights + 2 * layers * kv_heads * head_size * width * BATCH * CONTEXT
 
 
+_NO_CODE = """
+import sys
+folder, own_code = sys.argv[1], False
+"""
+_OWN_CODE = """
+import hashlib, json, socket, sys
+from pathlib import Path
+assert socket.gethostname() == "entry", "a model's own code is run in the sandbox only"
+package, copy, approved = Path(sys.argv[1]), Path("/tmp/package"), json.loads(sys.argv[2])
+copy.mkdir()
+for path in package.iterdir():
+    if path.suffix in (".json", ".py"):
+        (copy / path.name).write_bytes(path.read_bytes())
+    else:
+        (copy / path.name).symlink_to(path)
+found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in copy.glob("*.py")}
+assert found == approved, "the code is not the approved one"
+folder, own_code = str(copy), True
+"""
+"""Only here transformers is asked to run a model's code: a copy that nobody outside the room can change."""
 _LOADER = """
 import json, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder = sys.argv[1]
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True).eval()
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own_code, use_safetensors=True).eval()
 with torch.inference_mode():
     prompt = tokenizer("The capital of Italy is", return_tensors="pt")
     finite = bool(model(**prompt).logits.isfinite().all())
@@ -255,13 +292,18 @@ print(json.dumps({
 
 
 def _loads(folder: Path, manifest: PackageManifest) -> str:
-    """Load the package in a separate process without our code, a network or the caller's variables."""
+    """Load the package in a separate process without our code, a network or the caller's variables; in a room
+    if it has code of its own."""
+    if manifest.code:
+        line = (sys.executable, "-I", "-c", _OWN_CODE + _LOADER, PACKAGE, json.dumps(manifest.code))
+        code, output = output_confined(line, folder, LOAD_SECONDS)
+        return _loaded(code, output, output)
     with tempfile.TemporaryDirectory() as home:
         environment = {"PATH": os.environ.get("PATH", ""), "HOME": home, "HF_HUB_OFFLINE": "1"}
         for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH"):
             if name in os.environ:
                 environment[name] = os.environ[name]
-        command = [sys.executable, "-I", "-c", _LOADER, str(folder.resolve())]
+        command = [sys.executable, "-I", "-c", _NO_CODE + _LOADER, str(folder.resolve())]
         try:
             done = subprocess.run(
                 command, env=environment, cwd=home, capture_output=True, text=True, timeout=LOAD_SECONDS,
@@ -269,15 +311,24 @@ def _loads(folder: Path, manifest: PackageManifest) -> str:
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise Fault(f"did not load and answer within {LOAD_SECONDS} s") from None
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exited with code {done.returncode}"]
-        raise Fault(f"from_pretrained fails: {last[0]}")
-    result = json.loads(done.stdout.splitlines()[-1])
+    return _loaded(done.returncode, done.stdout, done.stderr)
+
+
+def _loaded(code: int | None, output: str, errors: str) -> str:
+    """Return what the loader says. Raises Fault if it failed."""
+    if code != 0:
+        last = errors.strip().splitlines()[-1:] or [f"exited with code {code}"]
+        raise Fault(f"from_pretrained fails: {last[0]:.300}")
+    try:
+        result = json.loads(output.splitlines()[-1])
+        parameters, new = int(result["parameters"]), int(result["new"])
+    except (IndexError, ValueError, TypeError, KeyError):  # the model's own code may print and do anything
+        raise Fault("the process that loaded it does not say what it loaded") from None
     if result["ours"]:
         raise Fault(f"loading it imports {result['ours'][0]}")
     if not result["finite"]:
         raise Fault("its logits are not finite")
-    return f"plain from_pretrained: {result['parameters'] / 1e6:.1f} M parameters, {result['new']} new tokens"
+    return f"plain from_pretrained: {parameters / 1e6:.1f} M parameters, {new} new tokens"
 
 
 def _as_trained(folder: Path, manifest: PackageManifest, base_models: Path) -> str:
@@ -299,7 +350,9 @@ def _as_trained(folder: Path, manifest: PackageManifest, base_models: Path) -> s
         raise Fault("the adapter beside it differs from adapter.json")
     if trained.recipe["method"] == "full":
         return _same_weights(folder, entry.adapter)
-    return _same_answers(folder, base.model, entry.adapter, trained)
+    if manifest.code:
+        return same_answers_confined(folder, base, entry.adapter, trained)
+    return same_answers(folder, base.model, entry.adapter, trained)
 
 
 def _same_weights(folder: Path, other: Path) -> str:
@@ -312,7 +365,7 @@ def _same_weights(folder: Path, other: Path) -> str:
     return "its weights are those it was made from, byte for byte"
 
 
-def _same_answers(folder: Path, base: Path, adapter: Path, trained: AdapterManifest) -> str:
+def same_answers(folder: Path, base: Path, adapter: Path, trained: AdapterManifest) -> str:
     from palio.packaging.package import (
         DIVERGENCE,
         adapted_model,

@@ -6,38 +6,57 @@ The model is built on the meta device, so a laptop tells it of any model, withou
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from palio.base_model import fetch_configs
-from palio.causal_model import examine
-from palio.config import Entry, FinetuneRecipe, Track
+from palio.causal_model import examine, is_known
+from palio.config import Entry, FinetuneRecipe, RuleSet, Track
+from palio.eligibility.check import approved_model
 from palio.errors import BadInput
 from palio.evaluation.helm.folder import CONTEXT_TOKENS
-from palio.layout import Resources
+from palio.layout import BaseModelFolder, Resources
+from palio.model_code import named_classes
 from palio.participant.estimate import Measured, Shape, training_bytes
 from palio.records import Layers, Unsupported
+from palio.sandbox.model_room import look
 from palio.serving.model import context_of
 from palio.tensors import cache_bytes, meta_model
 from palio.tokens import Tokens, load_tokenizer
 from palio.training.model import adapt
 
 
-def preview(entry: Entry, track: Track) -> Iterator[str]:
+def preview(entry: Entry, track: Track, rules: RuleSet) -> Iterator[str]:
     """Yield lines about the entry's base model; fetch its config and tokenizer if they are not here.
+
+    Code of its own that the rules approve is run in a room.
 
     Raises BadInput if Palio cannot train it with the entry's recipe, or cannot package and serve it.
     """
+    family = approved_model(entry.base_model, rules)
+    code = (family.code if family else None) or {}
     fetched = Resources().base_model(entry.base_model.id)
     if fetched.manifest.is_file():
-        yield from preview_of(fetched.model, entry, track)
+        yield from _preview(fetched.model, code, entry, track)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        fetch_configs(entry.base_model, Path(folder))
-        yield from preview_of(Path(folder), entry, track)
+    with tempfile.TemporaryDirectory() as work:
+        folder = BaseModelFolder(Path(work)).model
+        folder.mkdir()
+        fetch_configs(entry.base_model, folder, code)
+        yield from _preview(folder, code, entry, track)
+
+
+def _preview(folder: Path, code: Mapping[str, str], entry: Entry, track: Track) -> Iterator[str]:
+    if not code or is_known(folder):
+        yield from preview_of(folder, entry, track)
+        return
+    yield f"base model: its own code, in the sandbox: {', '.join(sorted(code))}"
+    named_classes(folder)
+    given = {"entry": entry.model_dump(mode="json"), "track": track.model_dump(mode="json")}
+    yield from map(str, look("preview", folder, code, **given))
 
 
 def preview_of(folder: Path, entry: Entry, track: Track) -> Iterator[str]:

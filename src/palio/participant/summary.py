@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from palio.config import Competition, Entry
 from palio.errors import BadInput
@@ -75,7 +75,11 @@ def _whole_run(at: EntryFolder, entry: Entry, competition: Competition, probe: P
     measured = measure(at)
     if measured is None or entry.finetune is None or entry.dataset is None:
         return
-    shape = Shape.of(AutoConfig.from_pretrained(at.package, trust_remote_code=False))
+    if read_record(PackageManifest, at.package_manifest).code:  # which is not run for an estimate
+        config: PreTrainedConfig = PreTrainedConfig.from_dict(PreTrainedConfig.get_config_dict(at.package)[0])
+    else:
+        config = AutoConfig.from_pretrained(at.package, trust_remote_code=False)
+    shape = Shape.of(config)
     manifest = read_record(DatasetManifest, at.dataset.manifest)
     rows_read = {source.name: source.rows for source in manifest.sources}
     rows = sum(

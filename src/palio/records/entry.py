@@ -126,6 +126,9 @@ class BaseModelManifest(Record):
     """sha256 by relative path."""
     pickled: dict[str, str] = {}
     """sha256 by name of the pickled files that the weights were converted from; empty if they were not."""
+    code: dict[str, str] = {}
+    """sha256 by name of the model's own Python files, as the rule set approved them; they run in the sandbox
+    only. Empty for a family that transformers knows."""
     unsupported: Unsupported | None = None
     """Why Palio cannot train, package and serve it; null if it can."""
     layers: Layers | None = None
@@ -144,6 +147,9 @@ class BaseModelManifest(Record):
 
     def recipe_faults(self, recipe: FinetuneRecipe) -> Iterator[BadInput]:
         """Yield what keeps a supported base model from being trained with a recipe."""
+        if self.code and recipe.extra_tokens:
+            why = "a base model with code of its own is trained with the tokens that it has"
+            yield BadInput("finetune", "extra_tokens", recipe.extra_tokens, why=why, fix="remove them")
         yield from self.layers.recipe_faults(recipe) if self.layers else ()
 
 
@@ -299,7 +305,10 @@ class AdapterManifest(EntryRecord):
     batching_difference: float | None = None
     """Largest difference of a logit from the row alone, in the trainer's start-up check."""
     contained: dict[str, int] = {}
-    """What the confinement of a team's own program held back or ended, over all attempts, and how often."""
+    """What the confinement of a team's own program held back or ended, over all attempts, and how often; of
+    the trainer too, if the base model brought code."""
+    code: str = ""
+    """Fingerprint of the base model's own code, which ran in the sandbox; empty if there was none."""
     files: dict[str, str]
     """sha256 by relative path."""
 
@@ -359,6 +368,9 @@ class PackageManifest(EntryRecord):
     time, or each sequence anew at every token. None for a server."""
     context: int | None = None
     """Tokens of prompt and completion together that it can be served with. None for a server."""
+    code: dict[str, str] = {}
+    """sha256 by name of the base model's own Python files, which run in the sandbox only; empty if
+    transformers knows its family."""
     files: dict[str, str]
     """sha256 by relative path."""
 

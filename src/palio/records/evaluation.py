@@ -145,6 +145,8 @@ class StageRecord(EntryRecord):
     """Version of HELM."""
     engine: str = ""
     """Name and version of what served the model, e.g. `vllm 0.33.0`; empty for a team's own server."""
+    code: str = ""
+    """Fingerprint of the model's own code, which ran in the sandbox; empty if there was none."""
     state: State
     """finished: every instance is answered; time_limit: some are not, the stage's limit ran out."""
     reason: str = ""

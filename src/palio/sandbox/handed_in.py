@@ -3,6 +3,7 @@ code is not taken, and a weight file must be what its name says.
 
     take_files     a team's folder or image, as a copy that its program is shown
     take_model     what a training program left, into a folder of ours: a model, an adapter, or several
+    take_weights   the weights that a model with code of its own left, likewise
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from palio.sandbox.model_files import (
     generation_config,
     model_config,
     tensors,
+    with_dtype,
 )
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -187,6 +189,25 @@ def _keep_model(out: Path, held: dict[Path, Tensors], base_model: Path, base: di
     write_json(out / CONFIG, config)
     if (out / GENERATION).exists():
         write_json(out / GENERATION, generation_config(_json(out / GENERATION), base.get("vocab_size", 0)))
+
+
+def take_weights(left: Path, out: Path, *, base_model: Path, limit: int) -> None:
+    """Copy the weights of a whole model; its config is the base model's, with their dtype.
+
+    Raises RuleViolation as `take_model` does.
+    """
+    result = Incoming(left.parent, left.name)
+    names = [name for name in _names(result) if name.endswith(".safetensors")]
+    if not names:
+        raise RuleViolation(f"{left.name} has no .safetensors weights")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    copy_files([result / name for name in names], out, limit)
+    held = {path: tensors(path) for path in sorted(out.glob("*.safetensors"))}
+    check_weights(_joined(held), folder_tensors(base_model))
+    write_json(out / CONFIG, with_dtype(_json(base_model / CONFIG), _joined(held)))
+    if names != [WEIGHTS]:
+        _write_index(out / INDEX, held)
 
 
 def _taken(result: Incoming, names: list[str], *, sharded: bool) -> list[Incoming]:

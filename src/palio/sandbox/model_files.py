@@ -275,13 +275,18 @@ def model_config(content: Any, base_model: Path, found: Tensors) -> dict[str, An
                 continue
         why = f"{CONFIG}: {ascii(key)[1:-1]:.100} is {value!r:.100}"
         raise RuleViolation(why, f"it must be {base.get(key, 'absent')!r:.100}, as in the base model")
-    dtypes = {tensor.dtype for tensor in found.values()}
-    if len(dtypes) == 1:
-        base.pop("torch_dtype", None)
-        base["dtype"] = _DTYPES[dtypes.pop()]
     size = base.get("vocab_size", 0)
     tokens = {key: content[key] for key in _TOKENS if _is_token(content.get(key), size)}
-    return {**base, **tokens}
+    return {**with_dtype(base, found), **tokens}
+
+
+def with_dtype(config: dict[str, Any], found: Tensors) -> dict[str, Any]:
+    """Return a config with the dtype of the weights, if they have one in common."""
+    dtypes = {tensor.dtype for tensor in found.values()}
+    if len(dtypes) != 1:
+        return config
+    kept = {key: value for key, value in config.items() if key != "torch_dtype"}
+    return kept | {"dtype": _DTYPES[dtypes.pop()]}
 
 
 def _full_config(base_model: Path) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""A team's server, confined: package → room → door → gateway. docs/server_entries.md is its contract."""
+"""A server, confined: package → room → door → gateway.
+
+team_server    a team's own program; docs/server_entries.md is its contract
+model_server   Palio's, of a model that brings code of its own
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,10 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from palio.config import Isolation, ServerProgram
 from palio.errors import Crashed, PalioError
@@ -20,6 +25,7 @@ from palio.sandbox.death import last_words
 from palio.sandbox.door import Door
 from palio.sandbox.gateway import REPLY_SECONDS, BadReply, Gateway
 from palio.sandbox.image import image_folder, served_port
+from palio.sandbox.model_room import PACKAGE, Call
 from palio.sandbox.process import Confined
 from palio.sandbox.room import GIB, Limits, Room
 
@@ -31,6 +37,8 @@ FIRST_FREE_PORT = 1024
 """Lower ports are root's, unless a network says otherwise."""
 READY_SECONDS = 1800.0
 CONNECT_SECONDS = 10.0
+PORT = 8080
+"""Of Palio's own server, in a network of its own."""
 
 
 def read_program(package: Path) -> ServerProgram:
@@ -38,7 +46,7 @@ def read_program(package: Path) -> ServerProgram:
 
 
 class ConfinedServer:
-    """`with ConfinedServer(package, …) as server: server.base_url`, once it answers on its port.
+    """`with ConfinedServer(program, …) as server: server.base_url`, once it answers on its port.
 
     The server's output is appended to `log`, and what it did wrong is counted in the `Contained` record
     beside it. It sees prompts: for the closed stage both lie in the closed store, and what is said of them
@@ -51,42 +59,20 @@ class ConfinedServer:
 
     def __init__(
         self,
-        package: Path,
-        *,
-        base_model: Path,
-        limits: Limits,
-        isolation: Isolation,
+        program: ServerProgram,
+        room: Room,
         log: Path,
-        work: Path,
+        *,
+        port: int,
+        unconfined: bool = False,
         ready_seconds: float = READY_SECONDS,
         reply_seconds: float = REPLY_SECONDS,
         exact: bool = True,
     ) -> None:
         self._exact, self._log = exact, log
         self._log_start = log.stat().st_size if log.exists() else 0
-        program = read_program(package)
-        path = next((package / name for name in IMAGES if (package / name).exists()), None)
-        image = image_folder(str(path) if path else None, work, int(isolation.image_gb * GIB))
-        self._port = free_port() if isolation.unconfined else served_port(image, program.port)
-        self._ready_seconds, self._reply_seconds = ready_seconds, reply_seconds
-        trained = {name: package / name for name in TRAINED if (package / name).is_dir()}
-        room = Room(
-            limits=limits,
-            files=package / FILES if (package / FILES).is_dir() else None,
-            inputs={"/base_model": base_model, **{f"/{name}": path for name, path in trained.items()}},
-            variables={
-                "PALIO_CONTRACT": "1",
-                "PALIO_BASE_MODEL": "/base_model",
-                **{TRAINED[name]: f"/{name}" for name in trained},
-                "PALIO_MEMORY_BYTES": str(limits.memory),
-                "PALIO_GPU_MEMORY_BYTES": str(limits.gpu_memory or 0),
-                "PORT": str(self._port),
-            },
-            visible=isolation.visible,
-            image=image,
-            low_ports=self._port < FIRST_FREE_PORT,
-        )
-        self._confined = Confined(program, room, log, unconfined=isolation.unconfined)
+        self._port, self._ready_seconds, self._reply_seconds = port, ready_seconds, reply_seconds
+        self._confined = Confined(program, room, log, unconfined=unconfined)
         self._open = contextlib.ExitStack()
         self.base_url = ""
 
@@ -153,3 +139,76 @@ class ConfinedServer:
         error = Crashed(f"{what}{last_words(self._log, self._log_start)}")
         error.log = self._log
         return error
+
+
+def team_server(
+    package: Path,
+    *,
+    base_model: Path,
+    limits: Limits,
+    isolation: Isolation,
+    log: Path,
+    work: Path,
+    ready_seconds: float = READY_SECONDS,
+    reply_seconds: float = REPLY_SECONDS,
+    exact: bool = True,
+) -> ConfinedServer:
+    """Return the server that a package holds as a team's own program; an image is unpacked in `work`."""
+    program = read_program(package)
+    path = next((package / name for name in IMAGES if (package / name).exists()), None)
+    image = image_folder(str(path) if path else None, work, int(isolation.image_gb * GIB))
+    port = free_port() if isolation.unconfined else served_port(image, program.port)
+    trained = {name: package / name for name in TRAINED if (package / name).is_dir()}
+    room = Room(
+        limits=limits,
+        files=package / FILES if (package / FILES).is_dir() else None,
+        inputs={"/base_model": base_model, **{f"/{name}": path for name, path in trained.items()}},
+        variables={
+            "PALIO_CONTRACT": "1",
+            "PALIO_BASE_MODEL": "/base_model",
+            **{TRAINED[name]: f"/{name}" for name in trained},
+            "PALIO_MEMORY_BYTES": str(limits.memory),
+            "PALIO_GPU_MEMORY_BYTES": str(limits.gpu_memory or 0),
+            "PORT": str(port),
+        },
+        visible=isolation.visible,
+        image=image,
+        low_ports=port < FIRST_FREE_PORT,
+    )
+    return ConfinedServer(
+        program,
+        room,
+        log,
+        port=port,
+        unconfined=isolation.unconfined,
+        ready_seconds=ready_seconds,
+        reply_seconds=reply_seconds,
+        exact=exact,
+    )
+
+
+def model_server(
+    package: Path,
+    code: Mapping[str, str],
+    *,
+    limits: Limits,
+    isolation: Isolation,
+    log: Path,
+    reply_seconds: float,
+    exact: bool = True,
+    settings: Mapping[str, Any],
+) -> ConfinedServer:
+    """Return Palio's own server of a package with code of its model's own (sha256 by name), which is confined
+    whatever `isolation` says; `settings` are those of the engine."""
+    on_gpu = limits.gpu_memory is not None
+    given = {
+        "device": "cuda" if on_gpu else "cpu",
+        "threads": limits.cpus,
+        "gpu_memory_gb": limits.gpu_memory / 1e9 if limits.gpu_memory is not None else None,
+        "cache_gb": None,
+        **settings,
+    }
+    variables = {"PORT": str(PORT), "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    call = Call("serve", given, code, {PACKAGE: package}, PACKAGE, variables)
+    room = call.room(limits, visible=isolation.visible)
+    return ConfinedServer(call.program(), room, log, port=PORT, reply_seconds=reply_seconds, exact=exact)

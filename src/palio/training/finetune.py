@@ -9,6 +9,8 @@ import math
 import shutil
 import signal
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -17,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
-from palio.config import FinetuneRecipe
+from palio.config import FinetuneRecipe, Track
 from palio.errors import BadInput, Crashed, Interrupted, OutOfMemory, TimeLimit
 from palio.heartbeat import HeartbeatWriter
 from palio.layout import TrainingFolder
@@ -27,6 +29,7 @@ from palio.records import AdapterManifest, BaseModelManifest, read_record
 from palio.tokens import extended_tokenizer
 from palio.training.batching import choose_batching
 from palio.training.checkpoint import load_checkpoint, save_checkpoint
+from palio.training.confined import train_confined
 from palio.training.device import hardware, nvml_gpu, training_device
 from palio.training.ledger import Ledger
 from palio.training.model import load_model, save_adapter
@@ -60,9 +63,19 @@ def finetune(recipe: FinetuneRecipe, step: TrainingStep) -> AdapterManifest:
     disable_progress_bar()  # transformers' bars are noise in a log
     folder = step.folder
     torch.set_num_threads(step.options.threads or torch.get_num_threads())
+    model = read_record(BaseModelManifest, step.base_model.manifest)
 
     def train(work: TrainingFolder, base_model: str) -> Trained:
-        training = _Training(recipe, step, work)
+        if model.code:
+            return train_confined(recipe, step, work, model)
+        training = Training(
+            recipe,
+            step.track,
+            work,
+            model=step.base_model.model,
+            rows=folder.dataset.rows,
+            heartbeat=folder.heartbeat("finetune"),
+        )
         with dashboards(
             step.options.telemetry.report_to,
             folder=folder.dashboards,
@@ -72,20 +85,30 @@ def finetune(recipe: FinetuneRecipe, step: TrainingStep) -> AdapterManifest:
         ) as training.dashboards:
             return training.run(base_model)
 
-    for fault in read_record(BaseModelManifest, step.base_model.manifest).recipe_faults(recipe):
+    for fault in model.recipe_faults(recipe):
         raise fault
     return adapter_of(step, recipe.model_dump(mode="json"), RECIPE_VERSION, train)
 
 
-class _Training:
-    """One attempt at a training run, in its work folder."""
+class Training:
+    """One attempt at a training run, in its work folder: of the base model in the folder `model`, on the rows
+    of the dataset in the file `rows`."""
 
-    def __init__(self, recipe: FinetuneRecipe, step: TrainingStep, work: TrainingFolder) -> None:
-        self.recipe, self.track, self.work = recipe, step.track, work
-        self.device = training_device(step.track)
+    def __init__(
+        self,
+        recipe: FinetuneRecipe,
+        track: Track,
+        work: TrainingFolder,
+        *,
+        model: Path,
+        rows: Path,
+        heartbeat: Path,
+    ) -> None:
+        self.recipe, self.track, self.work = recipe, track, work
+        self.device = training_device(track)
         self.gpu = nvml_gpu(self.device)
         self.hardware = hardware(self.device, self.gpu)
-        self.model_folder, self.dataset = step.base_model.model, step.folder.dataset.rows
+        self.model_folder, self.dataset = model, rows
         self.telemetry: list[dict[str, float]] = []
         self.held_out: list[Row] = []
         self.best: dict[str, Any] | None = None  # step, loss and parameters of the lowest validation loss
@@ -94,7 +117,9 @@ class _Training:
         self.quantized: float | None = None
         self.slowest = {"step": 0.0, "save": 0.0, "validation": 0.0}  # seconds
         self.dashboards: Sink = lambda row: None
-        self.heartbeat_file = step.folder.heartbeat("finetune")
+        self.heartbeat_file = heartbeat
+        self.before_clock: Callable[[], None] = lambda: None
+        """Called when everything is loaded, before the budget starts."""
 
     def run(self, base_model: str) -> Trained:
         """Train to the end or until the budget runs out, and save."""
@@ -103,6 +128,7 @@ class _Training:
             trainer = self._trainer(rows)
             budget = float(self.track.training_budget)
             meter = self.gpu.joules if self.gpu else None
+            self.before_clock()
             with (
                 caught_signals() as caught,
                 Ledger(self.work.ledger, budget, meter=meter, **self.hardware) as ledger,

@@ -113,6 +113,7 @@ def adapter_of(
                 "dataset_sha256": data.sha256,
                 "recipe": recipe,
                 "rows": data.rows,
+                "code": fingerprint(model.code) if model.code else "",
                 "files": folder_sha256(work.adapter),
             }
             AdapterManifest(**manifest | trained.manifest).write(work.manifest)
