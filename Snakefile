@@ -24,6 +24,7 @@ include: "rules/package.smk"
 include: "rules/evaluate.smk"
 include: "rules/score.smk"
 include: "rules/report.smk"
+include: "rules/site.smk"
 include: "rules/published.smk"
 
 
@@ -33,6 +34,8 @@ localrules:
     check_entry,
     standings,
     published,
+    publish_standings,
+    publish_leaderboards,
 
 
 rule all:
@@ -40,3 +43,4 @@ rule all:
     input:
         expand("results/leaderboard/{track}.json", track=W.tracks),
         "results/report/index.html",
+        ["results/site/final"] if W.competition.site else [],

@@ -5,7 +5,7 @@
 #   results/<track>/<entry>/                one entry; logs/ and work/ inside it
 #   results/<track>/<entry>/replicates/2/   the entry trained again with another seed, by the same rules: the wildcard
 #                                           `entry` is then <entry>/replicates/2, and `entry_id` the entry itself
-#   results/{leaderboard,standings,report}/
+#   results/{leaderboard,standings,report,site}/
 #
 # A step of an entry is `palio step <name> results/<track>/<entry> --settings …`: the slice of the competition and the
 # entry that decides its result, which its record then names. --options is how it runs here, and changes no result.

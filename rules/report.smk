@@ -3,8 +3,17 @@ rule report:
         leaderboards=expand("results/leaderboard/{track}.json", track=W.tracks),
         analyses=expand("results/leaderboard/{track}.analysis.json", track=W.tracks),
     output:
-        report="results/report/index.html",
-        figures=directory("results/report/figures"),
+        report=report(
+            "results/report/index.html",
+            category="Report",
+            labels={"page": "leaderboards, their uncertainty, entries"},
+        ),
+        figures=report(
+            directory("results/report/figures"),
+            patterns=["{name}.svg"],
+            category="Figures",
+            labels={"figure": "{name}"},
+        ),
         answers=directory("results/report/answers"),
     log:
         "logs/report.log",

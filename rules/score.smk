@@ -4,7 +4,11 @@ rule score:
         records=lambda wildcards: W.records(wildcards.track),
     output:
         leaderboard="results/leaderboard/{track}.json",
-        csv="results/leaderboard/{track}.csv",
+        csv=report(
+            "results/leaderboard/{track}.csv",
+            category="Leaderboards",
+            labels={"track": "{track}"},
+        ),
         parquet="results/leaderboard/{track}.parquet",
         markdown="results/leaderboard/{track}.md",
         latex="results/leaderboard/{track}.tex",

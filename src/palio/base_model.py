@@ -263,15 +263,34 @@ def require_on_hub(address: str) -> None:
             repo, revision=revision or None, allow_patterns=WANTED, local_files_only=True
         )
         return
+    folder = Resources().base_models
+    fix = f"connect to the network, or bring {folder} from a machine that has fetched it"
+    _ask_hub(address, why="is not on this machine, and the hub does not answer", fix=fix)
+
+
+def commit_on_hub(address: str) -> str:
+    """Return the commit id that `org/name` or `org/name@branch` has on the hub now.
+
+    Raises:
+        BadInput: the hub has it not or does not answer.
+    """
+    fix = "connect to the network, or write the commit: org/name@<40 characters>"
+    return _ask_hub(address, why="names no commit, and the hub does not answer", fix=fix)
+
+
+def _ask_hub(address: str, *, why: str, fix: str) -> str:
+    """Return a model's commit id; `why` and `fix` are for a hub that does not answer."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repo, _, revision = address.partition("@")
     try:
-        huggingface_hub.HfApi().model_info(repo, revision=revision or None, timeout=HUB_SECONDS)
+        info = huggingface_hub.HfApi().model_info(repo, revision=revision or None, timeout=HUB_SECONDS)
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise _unknown_to_hub(address) from None
     except (errors.HTTPError, OSError):  # the base of all that its HTTP library raises
-        why = "is not on this machine, and the hub does not answer"
-        folder = Resources().base_models
-        fix = f"connect to the network, or bring {folder} from a machine that has fetched it"
         raise BadInput("base_model", "hub", address, why=why, fix=fix) from None
+    return str(info.sha)
 
 
 def _unknown_to_hub(address: str) -> BadInput:

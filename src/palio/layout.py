@@ -2,7 +2,7 @@
 
     results/<track>/<entry>/     `EntryFolder`; logs/ and work/ inside it
     results/<track>/<entry>/replicates/<number>/    the same, of the entry trained again with another seed
-    results/{leaderboard,standings,report,published}/
+    results/{leaderboard,standings,report,site,published}/
     resources/base_models/<id>/  `BaseModelFolder`, fetched once for all entries
     resources/stages/<stage>/    records of the prepared stages; the open stage's `StageStore`
     <closed_store>/<id>/         `ClosedStore`: everything of the closed stage that shows a prompt
@@ -181,8 +181,20 @@ class HelmFolder(Folder):
     runs = At("output/runs/stage")  # <run>/*.json
     journal = At("answers.jsonl")  # answers as they came (`palio.evaluation.client`)
     used_seconds = At("used_seconds.json")  # of the stage's limit, over all attempts
+    asked = At("asked.json")  # questions by run (`palio.evaluation.earlier`)
     log = At("helm.log")  # may show prompts, and is never copied
     server_log = At("server.log")
+
+
+class HelmSuite(Folder):
+    """Runs of several entries for HELM's own viewer, in the layout of its output folder."""
+
+    schema = At("schema.yaml")
+    config = At("config")
+    export = At("static")
+
+    def run(self, suite: str, name: str) -> Path:
+        return self.path / "runs" / suite / name
 
 
 class StageTables(Folder):
@@ -467,6 +479,33 @@ class ReportFolder(Folder):
         return AnswerPages(self.path / "answers")
 
 
+class SiteFolder(Folder):
+    """A static site: the only names in the folder that `palio publish-site` writes or replaces."""
+
+    page = At("index.html")
+    entries = At("entries")
+    history = At("history")  # every leaderboard that was published, oldest first by name
+
+    @property
+    def answers(self) -> AnswerPages:
+        return AnswerPages(self.path / "answers")
+
+    @property
+    def downloads(self) -> Boards:
+        return Boards(self.path / "downloads")
+
+    def entry(self, track_id: str, entry_id: str) -> Path:
+        return self.entries / track_id / f"{entry_id}.html"
+
+    def published(self, track_id: str) -> Path:
+        return self.history / track_id
+
+    @property
+    def parts(self) -> tuple[Path, ...]:
+        """What is replaced as a whole, the page that leads to the rest last."""
+        return (self.entries, self.answers.path, self.downloads.path, self.history, self.page)
+
+
 @dataclass(frozen=True)
 class Results(Folder):
     """results/ of one competition."""
@@ -487,6 +526,10 @@ class Results(Folder):
     @property
     def standings(self) -> Boards:
         return Boards(self.path / "standings")
+
+    def site_mark(self, track_id: str, entry_id: str) -> Path:
+        """Says that the site has been published since the entry has finished."""
+        return self.path / "site" / track_id / entry_id
 
     @property
     def published(self) -> Boards:

@@ -46,7 +46,7 @@ from palio.settings import EntryFolders, PlannedEntry, RunOptions, slice_of
 MB_PER_GB = 1024
 BUILD_MARGIN_MINUTES = 30
 """What the job of a build gets on top, to copy the folder and the image."""
-OPERATING = {"notify", "stalled_after", "retries", "shards"}
+OPERATING = {"notify", "stalled_after", "retries", "shards", "site"}
 """Keys of a competition that neither scores nor reports depend on."""
 
 
@@ -333,6 +333,16 @@ class Workflow:
                 stages = STAGES if replicate.name not in self.barred else ()
                 paths += [replicate.stage_record(stage) for stage in stages]
         return [str(path) for path in paths]
+
+    def site_marks(self, _: Any) -> list[str]:
+        """What says of each entry that its results have been published."""
+        self.due_steps()  # finds the barred
+        return [
+            str(self.results.site_mark(track_id, entry_id))
+            for track_id, entries in self.active.items()
+            for entry_id in entries
+            if entry_id not in self.barred
+        ]
 
     # --- jobs that share a curation: read, shards of phase 1, join 1, shards of phase 2, …, curate_dataset
 

@@ -1,6 +1,12 @@
-"""What a page must not have, whatever it shows: faint text, and parts beside a narrow screen."""
+"""What no page may have, whatever it shows: faint text, parts beside a narrow screen, what axe-core finds."""
 
 from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+import pytest
 
 from tests.support.chromium import Page
 
@@ -53,6 +59,32 @@ OUTSIDE = """
   return [...new Set(bad)].slice(0, 20);
 })()
 """
+
+
+SERIOUS = """
+(async () => {
+  const found = await axe.run(document, { resultTypes: ["violations"] });
+  if (found.passes.length < 10) return [`axe has looked at ${found.passes.length} rules only`];
+  return found.violations.filter((one) => ["serious", "critical"].includes(one.impact))
+    .flatMap((one) => one.nodes.map((node) => `${one.id}: ${node.html.slice(0, 120)}`));
+})()
+"""
+
+
+@cache
+def _axe() -> str:
+    """The script of axe-core, from a package that is installed for it; nothing of the package runs."""
+    spec = importlib.util.find_spec("axe_playwright_python")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("no axe-core here: `make env` installs axe-playwright-python")
+    return (Path(spec.submodule_search_locations[0]) / "axe.min.js").read_text(encoding="utf-8")
+
+
+def accessibility_faults(page: Page) -> list[str]:
+    """What axe-core calls a serious or critical violation: the rule and the element."""
+    page.do(f"{_axe()}; undefined")
+    found: list[str] = page.do(SERIOUS)
+    return found
 
 
 def contrast_faults(page: Page) -> list[str]:

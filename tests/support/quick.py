@@ -4,6 +4,7 @@ program(path)      installs it as path/palio
 $PALIO_SLOW        `<entry> <step> <seconds>`, several with commas between: that step first takes so long
 $PALIO_FAULTY      `<entry> <step>`: that step breaks a rule
 ran.jsonl          a line for each step that was begun
+published.jsonl    a line for each `palio standings` and `publish-site`: its arguments without the config
 done.jsonl         a line for each step that was completed, with what its record was made with
 
 A record's content follows from the step's settings and from the content that it read, a leaderboard's from
@@ -35,7 +36,7 @@ from palio.provenance import write_json
 from palio.settings import RunOptions, StageRuns, StepSettings
 from tests.support.records import leave_payload
 
-RAN, DONE = Path("ran.jsonl"), Path("done.jsonl")
+RAN, DONE, PUBLISHED = Path("ran.jsonl"), Path("done.jsonl"), Path("published.jsonl")
 
 
 def program(folder: Path) -> dict[str, str]:
@@ -56,6 +57,10 @@ def main() -> None:
     palio.base_model.fetch_base_model = fetch
     palio.evaluation.stage.prepare_stage = prepare
     palio.cli.organizer._score = score
+    if sys.argv[1] in ("standings", "publish-site"):
+        words = [word for word in sys.argv[1:] if not word.startswith("{") and word != "--competition"]
+        append_json_line(PUBLISHED, {"words": words})
+        return
     if sys.argv[1] == "report":
         page = Path("results/report/index.html")
         for name in ("figures", "answers"):

@@ -13,7 +13,7 @@ from palio.config import Competition
 from palio.layout import ReportFolder, Resources, Results
 from tests.support.chromium import Page, chromium_page
 from tests.support.helm_runs import leave_runs, leave_stage_store, right
-from tests.support.page import contrast_faults, outside_of
+from tests.support.page import accessibility_faults, contrast_faults, outside_of
 from tests.support.report import HOSTILE, SCENARIOS, competition, leave_entry, write_entries
 
 ASKED = 1000
@@ -139,7 +139,8 @@ def test_on_a_phone_nothing_is_beside_the_screen(page: Page, address: str, hash_
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_every_text_has_contrast(page: Page, address: str, dark: bool) -> None:
+def test_every_text_has_contrast_and_axe_finds_nothing_serious(page: Page, address: str, dark: bool) -> None:
     opened(page, address, f"#entry=raw&with=curated&question={SCENARIO}%2Fid700", dark=dark)
     wait(page, "document.querySelector('#question h2')")
     assert contrast_faults(page) == []
+    assert accessibility_faults(page) == []

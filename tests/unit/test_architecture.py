@@ -127,7 +127,7 @@ LEVELS = (
     {"base_model", "causal_model", "demo", "gpu", "heartbeat", "quantization", "sandbox"}
     | {"model_code", "tensors", "tokens", "vllm"},
     {"curation", "training", "packaging", "serving", "evaluation", "eligibility", "scoring", "report"},
-    {"answers", "feedback", "neurips2023", "release", "operating", "participant", "planning"}
+    {"answers", "feedback", "neurips2023", "release", "operating", "participant", "planning", "site"}
     | {"inside", "workflow", "steps"},
     {"cli"},
 )

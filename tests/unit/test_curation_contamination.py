@@ -51,6 +51,19 @@ def measure(data: Path, table: Path) -> Contamination:
 LONG = "In which year did the contrada of the owl win the race on the second of July after thirty years?"
 
 
+def test_questions_of_the_open_stage_are_named_under_every_run_that_asks_them(tmp_path: Path) -> None:
+    """So that a score can do without them; of the closed stage there are counts only."""
+    data = dataset(tmp_path, (LONG, "2009"))
+    row = {"scenario": "quiz", "text": LONG, "reference": "2009"}
+    asked = [row | {"run": run, "instance": id_} for run, id_ in (("b", "id9"), ("a", "id4"))]
+    other = row | {"run": "a", "instance": "id5", "text": "Who won?"}
+    pq.write_table(pa.Table.from_pylist([*asked, other]), tmp_path / "i.parquet")
+    stages = dict.fromkeys(("open", "closed"), tmp_path / "i.parquet")
+    record = contamination(data, stages, competition="palio", track="laptop", entry="civetta")
+    assert record.contaminated == {"open": {"quiz": 1}, "closed": {"quiz": 1}}
+    assert record.open_questions == {"a": ["id4"], "b": ["id9"]}
+
+
 @pytest.mark.parametrize(
     ("row", "held"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import yaml
 from palio.config.reading import extended
 from palio.config.reference import FILES, README, json_schema, with_tables
 from palio.layout import schema_file
+from tests.support.folder import WorkingFolder
 from tests.support.proven import PAGES
 from tests.support.proven import with_tables as with_proven_tables
 
@@ -88,12 +90,93 @@ def test_the_command_prints_the_schema() -> None:
     assert printed == json_schema("entry")
 
 
-@pytest.mark.parametrize(
-    "page", sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]), ids=lambda page: page.name
-)
-def test_every_link_between_pages_leads_to_a_file(page: Path) -> None:
-    targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text())
-    assert [target for target in targets if not (page.parent / target).exists()] == []
+# --- links -----------------------------------------------------------------------------------------------
+
+MARKDOWN = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md")])
+
+
+def outside_fences(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The ids that GitHub, and the site, give the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", outside_fences(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_and_to_a_heading_in_it(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)#?([^)\s]*)\)", outside_fences(page)):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
+def test_every_page_has_its_place_on_the_site() -> None:
+    class Any(yaml.SafeLoader):
+        """Reads what is there for MkDocs alone as nothing."""
+
+    Any.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+    nav = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader=Any)["nav"]  # noqa: S506 (a SafeLoader)
+    placed = re.findall(r"'([^']+\.md)'", str(nav))
+    assert len(placed) == len(set(placed))
+    outside = {"index.md", "CONTRIBUTING.md", "CHANGELOG.md", "config/README.md", "profiles/README.md"}
+    assert set(placed) == {path.name for path in ROOT.glob("docs/*.md")} | outside
+
+
+# --- commands --------------------------------------------------------------------------------------------
+
+
+def commands_on(page: Path, language: str = r"\w*") -> list[str]:
+    """The lines of a page's code blocks, without comments."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+
+
+def test_every_command_of_palio_in_the_documentation_exists_with_its_options() -> None:
+    from palio.cli import palio
+
+    seen = set()
+    for page in MARKDOWN:
+        for line in commands_on(page):
+            for words in re.findall(r"(?:^|&& )palio ([a-z-]+[^&|#]*)", line):
+                verb, *arguments = re.split(r"\s+", words.strip())
+                command = palio.commands.get(verb)
+                assert command is not None, f"{page.name}: {line}"
+                known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+                given = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+                assert given <= known, f"{page.name}: {line}"
+                seen.add(verb)
+    assert len(seen) > 20
+
+
+def test_the_commands_of_the_first_afternoon_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = WorkingFolder.create(tmp_path / "clone")
+    page = ROOT / "docs/run_a_competition.md"
+    (folder.path / "config/mine.yaml").write_text("\n".join(commands_on(page, "yaml")) + "\n")
+    lines = commands_on(page, "sh")
+    assert len(lines) == 6
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    for line in lines:
+        done = subprocess.run(line, shell=True, cwd=folder.path, capture_output=True, text=True, check=False)  # noqa: S602
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    assert all(f"entry={name}" in done.stdout + done.stderr for name in ("first", "second")), (
+        "the plan has both"
+    )
+
+
+def test_the_public_ci_calls_targets_that_exist() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    called = [
+        match[1]
+        for job in jobs.values()
+        for step in job["steps"]
+        if (match := re.fullmatch(r"make (\w+)", step.get("run", "")))
+    ]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert called == ["check", "test", "docs"]
+    assert set(called) <= set(targets)
 
 
 def test_every_verb_shows_an_example() -> None:

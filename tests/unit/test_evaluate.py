@@ -11,13 +11,14 @@ import pytest
 from palio.answers.reading import helm_folder
 from palio.config import Probe
 from palio.errors import Crashed, RuleViolation, State
+from palio.evaluation.earlier import includes
 from palio.evaluation.evaluate import UsedTime, Watch
 from palio.evaluation.helm import instance_answers, log_error, public_error, run_folders
 from palio.evaluation.journal import JournalReader
 from palio.evaluation.stage import StagePlan, prepare_stage
 from palio.heartbeat import HeartbeatWriter, read_heartbeat
 from palio.layout import EntryFolder, HelmFolder
-from palio.records import PackageManifest, ProbeReport, StageRecord, read_record
+from palio.records import AskedQuestions, PackageManifest, ProbeReport, StageRecord, read_record
 from palio.settings import StageRuns
 from tests.support.entry import packaged_entry, run_stage, scenario
 from tests.support.toy import Toy
@@ -117,6 +118,61 @@ def test_another_engine_is_asked_everything_again(stage: StageRuns, tmp_path: Pa
     assert run(stage, entry_dir, same, engine="transformers 5.1.0").engine == "transformers 5.1.0"
     assert run(stage, entry_dir, other, engine="vllm 0.33.0").engine == "vllm 0.33.0"
     assert (first.served, same.served, other.served) == (SMALL + LARGE, 0, SMALL + LARGE)
+
+
+def test_a_stage_that_gets_more_questions_asks_only_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The questions that a run had are among those of the same run with a larger number, and the journal has
+    their answers: nobody is asked twice, and the score is that of who was asked them all at once."""
+    monkeypatch.chdir(tmp_path)
+
+    def closed_stage(instances: int, record: str) -> StageRuns:
+        of = scenario(tmp_path / "run.conf", "synthetic_reasoning:mode=pattern_match", instances=instances)
+        runs = StageRuns(
+            competition="test", stage="closed", closed_store=str(tmp_path / "closed"), scenarios={"s": of}
+        )
+        prepare_stage(runs, tmp_path / record)
+        return runs
+
+    def asked(stage: StageRuns, record: str, name: str) -> tuple[int, StageRecord]:
+        toy = Toy(answer=lambda prompt: str(len(prompt) % 7))
+        made = run_stage(stage, tmp_path / record, packaged_entry(tmp_path, name), toy)
+        return toy.served, made
+
+    few = closed_stage(5, "few.json")
+    served, _ = asked(few, "few.json", "acme")
+    assert served == 5
+    (work,) = EntryFolder.at(tmp_path / "results/laptop/acme", few.closed).helm_runs("closed").iterdir()
+    before = UsedTime(HelmFolder(work).used_seconds).used
+    assert before > 0
+    more = closed_stage(12, "more.json")
+    served, _ = asked(more, "more.json", "acme")
+    assert served == 12 - 5
+    folder = EntryFolder.at(tmp_path / "results/laptop/acme", few.closed)
+    (new,) = set(folder.helm_runs("closed").iterdir()) - {work}
+    assert UsedTime(HelmFolder(new).used_seconds).used > before, "the limit is for all questions"
+    served, _ = asked(more, "more.json", "bcme")
+    assert served == 12
+    values = [
+        pq.read_table(tmp_path / f"results/laptop/{name}/helm/closed/instances.parquet").drop(["entry"])
+        for name in ("acme", "bcme")
+    ]
+    assert values[0].equals(values[1])
+    assert values[0].num_rows > 0
+
+
+def test_answers_to_other_questions_are_not_taken_over() -> None:
+    before = AskedQuestions(answering="a", questions={"mmlu": 5, "bbq": 5}, data={"mmlu.csv": "1"})
+
+    def includes_them(**changes: object) -> bool:
+        return includes(before.model_copy(update=changes), before)
+
+    assert includes_them(questions={"mmlu": 8, "bbq": 5, "math": 3}, data={"mmlu.csv": "1", "math.csv": "2"})
+    assert not includes_them(questions={"mmlu": 80, "bbq": 4})
+    assert not includes_them(questions={"mmlu": 80})
+    assert not includes_them(answering="b")
+    assert not includes_them(data={"mmlu.csv": "2"})
 
 
 def test_a_server_that_ignores_stop_sequences_is_cut_and_counted(stage: StageRuns, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
 import zipfile
 from pathlib import Path
 
@@ -13,99 +12,31 @@ import pytest
 
 from palio.feedback.gathering import Gathering
 from palio.feedback.writing import write_feedback
-from palio.layout import Boards, EntryFolder, Resources, Results
-from palio.pipeline import STEPS as ALL_STEPS
-from palio.records import Contamination, ProbeCheck, ProbeReport, StepFailure, read_record
+from palio.layout import Boards, EntryFolder, Results
+from palio.records import Contamination, ProbeCheck, ProbeReport, read_record
 from palio.release.gather import Leak
 from palio.workflow import Workflow
+from tests.support.canary import CANARY, STEPS, content_of, leave_competition, leave_log
 from tests.support.chromium import chromium_page
-from tests.support.helm_runs import leave_runs, leave_stage_store, right
-from tests.support.page import contrast_faults, outside_of
-from tests.support.report import (
-    HOSTILE,
-    QUESTIONS,
-    RIGHT,
-    SCENARIOS,
-    competition,
-    competition_content,
-    leave_entry,
-    score_competition,
-    write_competition,
-    write_entries,
-)
+from tests.support.page import accessibility_faults, contrast_faults, outside_of
+from tests.support.report import HOSTILE, QUESTIONS, RIGHT
 
-CANARY = "canary-7f3a: what nobody may see"
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz0123"
-ROOT = Path(__file__).parents[2]
-STEPS = [step for step in ALL_STEPS if step.name != "image"]  # of entries without a Dockerfile
-FAILED = [f"fails_{step.name}" for step in STEPS]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished competition, and an entry that failed at each step; a canary in closed store and log."""
     folder, secret = tmp_path_factory.mktemp("competition"), tmp_path_factory.mktemp("secret")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        write_competition(folder)
-        shutil.copy(ROOT / "config/rulesets/demo.yaml", "rules.yaml")
-        (folder / "x.conf").write_text('entries: [{description: "synthetic_reasoning:mode=pattern_match"}]')
-        (folder / "closed.txt").write_text(str(secret))
-        write_entries(folder, FAILED, trained=FAILED)
-        given = competition(folder, closed_store=str(secret))
-        for stage in ("open", "closed"):
-            leave_stage_store(
-                Resources().open_store if stage == "open" else given.store.stage,
-                dict.fromkeys(SCENARIOS[stage], QUESTIONS),
-                text=None if stage == "open" else CANARY,
-            )
-        results = Results(folder / "results", given.store)
-        for name in RIGHT:
-            leave_answers(results.entry("laptop", name), name)
-        for step in STEPS:
-            leave_failure(folder, results.entry("laptop", f"fails_{step.name}"), step.name)
-        score_competition(folder, given, final=False)
+        leave_competition(folder, secret)
     return folder
-
-
-def leave_answers(folder: EntryFolder, name: str) -> None:
-    for stage in ("open", "closed"):
-        count = dict(zip(SCENARIOS[stage], RIGHT[name][stage], strict=True))
-
-        def says(
-            scenario: str, number: int, count: dict[str, int] = count, secret: bool = stage == "closed"
-        ) -> str:
-            wrong = CANARY if secret else f"{HOSTILE}\x1b[2J {number}"
-            return right(number) if number < count[scenario] else wrong
-
-        leave_runs(folder, stage, dict.fromkeys(SCENARIOS[stage], QUESTIONS), says)
-        leave_log(folder, stage, CANARY if stage == "closed" else "asked 80 questions")
-
-
-def leave_log(folder: EntryFolder, step: str, text: str) -> Path:
-    path = folder.log(step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{step} begins\n{text}\n")
-    return path
-
-
-def leave_failure(home: Path, folder: EntryFolder, failed: str) -> None:
-    """Records and logs of all steps before this one; of this one a failure and a log."""
-    names = [step.name for step in STEPS]
-    leave_entry(home, folder.entry_id, trained=False)
-    for step in STEPS[names.index(failed) :]:
-        step.record(folder).unlink(missing_ok=True)
-    for step in STEPS[: names.index(failed) + 1]:
-        leave_log(folder, step.name, CANARY if step.name == "closed" else f"last words of {step.name}\x1b[2J")
-    failure = StepFailure(step=failed, state="crashed", reason=f"{failed} went wrong {HOSTILE}", log="x.log")
-    failure.write(folder.failure(failed))
 
 
 @pytest.fixture
 def gathering(home: Path, monkeypatch: pytest.MonkeyPatch) -> Gathering:
     monkeypatch.chdir(home)
-    content = competition_content(home, closed_store=(home / "closed.txt").read_text())
-    workflow = Workflow(content)
+    workflow = Workflow(content_of(home))
     results = Results(home / "results", workflow.competition.store)
     return Gathering(workflow, results, Boards(home / "results/leaderboard"))
 
@@ -231,6 +162,7 @@ def test_the_page_is_read_on_a_phone_in_the_dark_and_asks_nobody(
         page.do("document.querySelectorAll('details').forEach(one => one.open = true)")
         assert outside_of(page, 400) == []
         assert contrast_faults(page) == []
+        assert accessibility_faults(page) == []
         assert page.complaints == []
         assert {*page.requests} == {f"file://{path}", "about:blank"} & {*page.requests}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from transformers import (
     BertConfig,
     FalconConfig,
@@ -24,7 +26,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from palio.config import FinetuneRecipe, Track, load_competition, load_entry, load_rules
+from palio.cli import palio
+from palio.config import FinetuneRecipe, Track, load_competition, load_entry
 from palio.errors import BadInput, OutOfMemory
 from palio.evaluation.helm.folder import CONTEXT_TOKENS
 from palio.layout import Project
@@ -101,6 +104,58 @@ def test_what_is_left_out_is_asked_for(folder: WorkingFolder) -> None:
     assert (source.path, source.licence) == ("resources/teams/drago/mine.jsonl", "CC0-1.0")
 
 
+NEURIPS = "config/neurips2023.yaml"
+COMMIT = "0123456789" * 4
+MODEL = "hub:hpcai-tech/Colossal-LLaMA-2-7b-base"
+
+
+def test_a_new_entry_for_neurips2023_asks_for_data_and_for_the_commit_that_no_network_can_tell(
+    folder: WorkingFolder,
+) -> None:
+    data = folder.path / "resources/teams/drago/mine.jsonl"
+    data.parent.mkdir(parents=True)
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    file = "config/entries/neurips2023/drago.yaml"
+    answers = ["Drago", "resources/teams/drago/mine.jsonl", "WTFPL", "MIT", "https://drago.example/data"]
+    made = folder.run(
+        *("palio", "new", file, "--competition", NEURIPS),
+        given="\n".join([*answers, "main", COMMIT, ""]),
+        environment=os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9"},
+    )
+    assert made.returncode == 0, made.stderr
+    assert "names no commit, and the hub does not answer; connect to the network, or write" in made.stderr
+    assert (
+        "resources/teams/drago/mine.jsonl, licence: MIT, url: https://drago.example/data"
+        in (folder.path / file).read_text()
+    )
+    assert f"hub: {MODEL.removeprefix('hub:')}@{COMMIT}" in (folder.path / file).read_text()
+    next_line = made.stdout.splitlines()[-1]
+    assert next_line.endswith(f"next: palio try {file} --competition {NEURIPS}")
+    assert folder.run("palio", "check", file, "--competition", NEURIPS).returncode == 0
+
+
+def test_with_a_network_the_hub_tells_the_commit(
+    folder: WorkingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def model_info(self: object, repo: str, *, revision: str | None, timeout: float) -> SimpleNamespace:
+        assert (repo, revision) == (MODEL.removeprefix("hub:"), None)
+        return SimpleNamespace(sha=COMMIT)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    arguments = ["new", "drago.yaml", "--team", "Drago", "--kind", "server", "--competition", NEURIPS]
+    made = CliRunner().invoke(palio, arguments, catch_exceptions=False)
+    assert made.exit_code == 0, made.output
+    assert f"{MODEL.removeprefix('hub:')}@{COMMIT}" in Path("drago.yaml").read_text()
+
+
+def test_example_data_says_truly_where_it_comes_from(folder: WorkingFolder) -> None:
+    folder.run("palio", "new", "config/entries/demo/drago.yaml", "--team", "Drago")
+    sources = load_entry(Path("config/entries/demo/drago.yaml")).dataset.sources
+    assert {(one.licence, one.generator, one.url) for one in sources} == {
+        ("CC0-1.0", "palio demo-data", None)
+    }
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -111,6 +166,7 @@ def test_what_is_left_out_is_asked_for(folder: WorkingFolder) -> None:
         (("two words.yaml",), "name it <id>.yaml, the id of letters, digits, - and _"),
         (("x.yaml", "--track", "moon"), "--track is 'moon': use one of laptop"),
         (("x.yaml", "--base-model", "gpt2"), "write hub:org/name@<commit>"),
+        (("x.yaml", "--data", "a.jsonl", "--licence", "WTFPL"), "use data under one of CC0-1.0"),
     ],
 )
 def test_a_new_entry_that_cannot_be_is_refused_with_one_line(
@@ -373,14 +429,13 @@ def test_what_palio_cannot_train_is_refused_without_the_weights(
     assert entry.finetune is not None
     tried = entry.model_copy(update={"finetune": FinetuneRecipe.model_validate(recipe)})
     with pytest.raises(BadInput, match=line):
-        list(preview(tried, track(gpu_memory_gb=24), load_rules(Path("config/rulesets/demo.yaml"))))
+        list(preview(tried, track(gpu_memory_gb=24)))
 
 
 def test_memory_on_a_gpu_is_that_of_quantized_weights(folder: WorkingFolder) -> None:
     entry = load_entry(Path(without_weights(folder, LLAMA)))
     recipe = FinetuneRecipe(method="qlora", batch_size=2, gradient_checkpointing=True)
-    tuned = entry.model_copy(update={"finetune": recipe})
-    told = list(preview(tuned, track(gpu_memory_gb=24), load_rules(Path("config/rulesets/demo.yaml"))))
+    told = list(preview(entry.model_copy(update={"finetune": recipe}), track(gpu_memory_gb=24)))
     assert told[-2:] == [
         "training: about 6.4 GB for weights and optimizer, up to 5.3 GB for a pass of 2 rows of 2048 "
         "tokens; the track has 24 GB",

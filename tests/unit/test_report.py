@@ -27,7 +27,7 @@ from palio.records import (
 from palio.report.build import build_report, read_board
 from palio.report.figures import frontier
 from palio.report.files import dropped_rows
-from tests.support.report import RECIPES, RIGHT, score_competition, write_competition
+from tests.support.report import RECIPES, RIGHT, competition, score_competition, write_competition
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +236,19 @@ def test_standings_say_that_they_are_provisional_and_who_is_missing(tmp_path: Pa
     assert "Provisional standings" in page
     assert "the model server died" in article(page, "raw")
     assert "4 drop_exact_duplicates" in article(page, "curated")
+
+
+def test_where_training_is_covered_no_number_of_questions_is_promised_and_no_tie_claimed(
+    tmp_path: Path,
+) -> None:
+    write_competition(tmp_path)
+    noisy = competition(tmp_path, scoring={"training_noise": 0.05})
+    boards = score_competition(tmp_path, noisy)
+    results = Results(tmp_path / "results")
+    build_report(noisy, results=results, leaderboards=Boards(boards), out=tmp_path / "report")
+    page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
+    assert "160 questions and these trainings do not tell them apart." in page
+    assert "their scores are equal" not in page
 
 
 def test_standings_before_anything_has_finished_are_a_page_too(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from palio.layout import Boards, Results
 from palio.report.build import build_report
 from tests.support.chromium import Page, chromium_page
-from tests.support.page import contrast_faults, outside_of
+from tests.support.page import accessibility_faults, contrast_faults, outside_of
 from tests.support.report import HOSTILE, score_competition, write_competition
 
 
@@ -138,6 +138,12 @@ def test_a_stacked_row_names_its_columns_and_sorts(page: Page, address: str) -> 
     assert order(page)[0] == "open_only"
 
 
+def test_the_open_stage_comes_first(page: Page) -> None:
+    heads = page.do(f"[...{BOARD}.tHead.rows[0].cells].map(head => head.innerText.trim())")
+    assert heads.index("open") + 1 == heads.index("closed")
+    assert "33.3 % open + 66.7 % closed" in page.do(f"{BOARD}.caption.innerText")
+
+
 def test_a_wide_screen_has_tables_as_tables_and_each_figure_once(page: Page) -> None:
     assert page.do(f"getComputedStyle({BOARD}.tBodies[0].rows[0]).display") == "table-row"
     shown = (
@@ -154,6 +160,13 @@ def test_every_text_has_the_contrast_that_wcag_aa_asks_for(page: Page, address: 
         "rgb(26, 29, 35)" if dark else "rgb(255, 255, 255)"
     )
     assert contrast_faults(page) == []
+
+
+@pytest.mark.parametrize("hash_", ["", "#laptop.curated", "#laptop.broken"])
+def test_axe_finds_nothing_serious(page: Page, address: str, hash_: str) -> None:
+    page.open(address + hash_)
+    page.do("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert accessibility_faults(page) == []
 
 
 def test_tables_figures_and_scrolling_parts_have_names(page: Page) -> None:

@@ -38,7 +38,7 @@ def test_the_benchmark_of_coverage_has_a_line_for_each_way_to_analyze_each_kind_
     )
     assert done.stderr == ""
     kinds = re.findall(r"^(\w.*):$", done.stdout, re.MULTILINE)
-    assert len(kinds) == 4
+    assert len(kinds) == 6
     found = re.findall(r"^  (\w[\w ]*?) +scores covered ([\d.]+), ranks ([\d.]+)", done.stdout, re.MULTILINE)
-    assert [name for name, _, _ in found] == ["as before", "lent", "replicated", "assumed"] * 4
+    assert [name for name, _, _ in found] == ["as before", "lent", "replicated", "assumed"] * 6
     assert all(0 <= float(share) <= 1 for _, *shares in found for share in shares)

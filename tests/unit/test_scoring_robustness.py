@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,8 @@ from palio.scoring.leaderboard import Candidate, score
 from palio.scoring.pool import formula_of, pool_of
 from palio.scoring.robustness import against_panel, bradley_terry, moves, robustness
 from palio.scoring.tables import analysis_markdown
+from palio.scoring.uncertainty import ScenarioAnswers, usable_answers
+from palio.scoring.views import discrimination, performance_profile, weighted_values
 
 FOLDER = Path(os.environ.get("PALIO_SHARED", Path(__file__).parents[3] / "shared")) / "neurips2023"
 COLUMNS = [
@@ -173,3 +176,73 @@ def test_one_entry_alone_has_nothing_to_remove() -> None:
     found = robustness_of(board_of({"a": [0.9, 0.2, 0.9]}))
     assert found.without_entry == []
     assert found.verdicts[0].stable
+
+
+# --- views -----------------------------------------------------------------------------------------------
+
+
+def test_a_performance_profile_is_how_often_an_entry_is_within_a_factor_of_the_best() -> None:
+    """The best is within every factor, half the best within 2 to 4, a quarter within none below 4."""
+    board = board_of({"best": [0.8, 0.4, 1.0], "half": [0.4, 0.2, 0.5], "quarter": [0.2, 0.1, 0.25]})
+    pool = pool_of(board)
+    profile = performance_profile(pool, formula_of(board), np.array([0.2, 0.3, 0.5]))
+    assert profile is not None
+    assert dict(zip(pool.entries, profile.tolist(), strict=True)) == pytest.approx(
+        {"best": 1, "half": 2 / 3, "quarter": 0}
+    )
+
+
+def test_of_a_share_of_which_less_is_better_a_profile_takes_the_rest_and_of_other_values_nothing() -> None:
+    bias = Column(stage="open", scenario="bbq", metric="bias", higher_is_better=False)
+    logit = Column(stage="closed", scenario="math", metric="logit")
+    board = score(
+        competition="c",
+        track="t",
+        columns=[bias, logit],
+        candidates=[
+            Candidate("fair", "f", [Cell(value=0.2, n=10), Cell(value=-3, n=10)]),
+            Candidate("biased", "b", [Cell(value=0.6, n=10), Cell(value=5, n=10)]),
+        ],
+        stage_weights={"open": 1 / 3, "closed": 2 / 3},
+    )
+    profile = performance_profile(pool_of(board), formula_of(board), np.array([0.5, 0.5]))
+    assert profile is not None
+    assert profile.tolist() == pytest.approx([2 / 3, 1])  # biased, fair
+
+
+def test_questions_that_tell_nothing_about_the_entries_weigh_nothing() -> None:
+    skill = np.linspace(0, 1, 12)
+    telling = np.stack([(skill > at).astype(float) for at in (0.2, 0.4, 0.6, 0.8)], axis=1)
+    all_right, upside_down = np.ones((12, 1)), 1 - telling[:, [1]]
+    answers = np.hstack([telling, all_right, upside_down])
+    told = discrimination(answers, np.ones(answers.shape, dtype=bool))
+    assert (told[:4] > 0.5).all()
+    assert told[4:].tolist() == [0, 0]
+    values = weighted_values(answers.astype(np.float32), np.zeros(6, dtype=np.int64))
+    assert values[0] == 0
+    assert values[-1] == 1
+    assert (np.diff(values) >= 0).all()
+
+
+def test_views_are_beside_the_scoring_rules_and_no_verdict_counts_them() -> None:
+    draw = np.random.default_rng(0)
+    skill = np.linspace(0.2, 0.8, 12)
+    answers = {column: (draw.random((12, 60)) < skill[:, None]).astype(np.float32) for column in range(3)}
+    rows = {f"e{row:02}": [float(answers[column][row].mean()) for column in range(3)] for row in range(12)}
+    board = board_of(rows)
+    runs = np.zeros(60, dtype=np.int64)
+    by_scenario = {
+        column.scenario_key: ScenarioAnswers(runs, [answers[place]]) for place, column in enumerate(COLUMNS)
+    }
+    found = robustness_of(board, usable=usable_answers(pool_of(board), by_scenario))
+    assert [view.name for view in found.views] == ["performance_profile", "item_response"]
+    assert found.views[1].scores != {scored.entry: scored.final_score for scored in board.entries}
+    assert found.verdicts == robustness_of(board).verdicts
+    text = analysis_markdown(board, analyze(board, by_scenario, replicates=20))
+    assert "- `item_response`: a view only, which no verdict counts; questions weigh by" in text
+
+
+def test_of_a_few_entries_questions_are_not_weighed() -> None:
+    board = board_of({"a": [0.5, 0.5, 0.5], "b": [0.4, 0.4, 0.4]})
+    usable = usable_answers(pool_of(board), {})
+    assert [view.name for view in robustness_of(board, usable=usable).views] == ["performance_profile"]

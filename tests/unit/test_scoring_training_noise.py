@@ -113,6 +113,14 @@ def test_an_assumption_widens_the_intervals_and_is_called_one() -> None:
     assert made.entries[0].p_first < before.entries[0].p_first
 
 
+def test_half_of_an_assumed_variance_moves_both_scenarios_together() -> None:
+    """Effects that were independent would average out, and intervals cover too little."""
+    effects = training_effects(board_of({"a": [[0.6, 0.6]], "b": [[0.5, 0.5]]}), [None, None], 0.1)
+    assert effects is not None
+    covariance = effects.factor @ effects.factor.T
+    assert covariance == pytest.approx(0.1**2 * np.array([[1, 0.5], [0.5, 1]]))
+
+
 def test_a_base_model_as_it_is_owes_nothing_to_a_training() -> None:
     effects = training_effects(board_of({"a": [[0.6, 0.6]], "untuned": [[0.5, 0.5]]}), [None, None], 0.1)
     assert effects is not None

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
@@ -80,8 +81,8 @@ def test_a_new_entry_runs_its_own_chain_and_the_scoring(finished: WorkingFolder)
 
 def test_a_scenario_of_the_closed_stage_re_evaluates_closed_only(finished: WorkingFolder) -> None:
     """
-    | a stage's run entries or instance budget | `prepare_stage`, that stage of every entry, overlap;
-      score, report |
+    | a stage's run entries or instance budget | `prepare_stage`, that stage of every entry (with more
+      questions, it asks only these), overlap; score, report |
     """
 
     def more(config: dict[str, Any]) -> None:
@@ -266,3 +267,29 @@ def test_what_changes_no_content_re_runs_nothing(finished: WorkingFolder) -> Non
     entry = finished.path / DEMO_ENTRIES / "curated.yaml"
     entry.write_text("# a comment\n" + entry.read_text())
     assert finished.plan() == set()
+
+
+def test_a_site_is_published_and_nothing_else_is_made(finished: WorkingFolder) -> None:
+    """| `site` | it is published |"""
+    finished.edit_yaml("config/config.yaml", lambda config: config.update(site="public"))
+    entries = ("curated", "open_only", "raw", "untuned")
+    published = {("publish_standings", entry) for entry in entries} | {("publish_leaderboards", "")}
+    assert finished.plan() == published | {("all", "")}
+
+
+def test_snakemakes_own_report_has_leaderboards_figures_and_the_report(
+    template: WorkingFolder, tmp_path: Path
+) -> None:
+    shutil.copytree(template.path, tmp_path / "competition", symlinks=True)
+    done = WorkingFolder(tmp_path / "competition")
+    (done.path / "results/leaderboard/laptop.csv").write_text("rank,entry\n1,curated\n")
+    (done.path / "results/report/figures/laptop-open-vs-closed.svg").write_text("<svg/>")
+    (done.path / "results/report/index.html").write_text("<p>the report</p>")
+    made = done.snakemake("--report", "report.zip")
+    assert made.returncode == 0, made.stderr
+    with zipfile.ZipFile(done.path / "report.zip") as archive:
+        names = {Path(name).name for name in archive.namelist()}
+        assert names == {"report.html", "laptop.csv", "laptop-open-vs-closed.svg", "index.html"}
+        (page,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("report.html"))
+    for category in ("Leaderboards", "Figures", "Report"):
+        assert f'"{category}"' in page

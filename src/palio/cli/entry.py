@@ -21,11 +21,13 @@ from palio.cli.group import (
 )
 from palio.errors import BadInput, RuleViolation
 from palio.layout import (
+    CONFIG,
     REHEARSALS,
     STAGES,
     BaseModelFolder,
     DatasetFolder,
     EntryFolder,
+    HelmSuite,
     Resources,
     Stage,
 )
@@ -60,24 +62,58 @@ def new(
     dockerfile: str | None,
 ) -> None:
     """Make an entry that works, to start from: its file, example data, a program of its kind."""
-    from palio.participant.new import new_entry, suggested_base_model
+    from palio.config import load_rules
+    from palio.participant.new import new_entry, suggested_base_model, takes_example_data
 
-    rules = competition_of(competition)
+    given = competition_of(competition)
+    rules = load_rules(Path(given.rules))
+    if kind != "server" and not data and not takes_example_data(rules):
+        data = (click.prompt("Source file of training data"),)
     if data and not licence:
-        licence = click.prompt("Licence of the data (SPDX id)")
+        licence = click.prompt("Licence of the data", type=click.Choice(rules.data_licences))
+    if data and not url and rules.require_url:
+        url = click.prompt("Address where the public finds the data")
+    source = base_model or suggested_base_model(given)
+    options = "" if competition == str(CONFIG) else f" --competition {competition}"
     new_entry(
-        rules,
+        given,
         path=file,
         kind=kind,
         team=team,
-        track=track or next(iter(rules.tracks)),
-        base_model=base_model or suggested_base_model(rules),
+        track=track or next(iter(given.tracks)),
+        base_model=_with_commit(source) if rules.require_revision else source,
         data=data,
         licence=licence,
         url=url,
         dockerfile=dockerfile,
+        options=options,
     )
-    print(f"{file}: made; next: palio try {file}")
+    print(f"{file}: made; next: palio try {file}{options}")
+
+
+def _with_commit(base_model: str) -> str:
+    """Return a model of the hub with its commit, from the hub or else from whoever asks."""
+    from palio.base_model import commit_on_hub
+    from palio.config import REVISION_PATTERN
+
+    kind, _, address = base_model.partition(":")
+    repo, _, revision = address.partition("@")
+    if kind != "hub" or REVISION_PATTERN.fullmatch(revision):
+        return base_model
+    try:
+        commit = commit_on_hub(address)
+    except BadInput as fault:
+        print(fault, file=sys.stderr)
+        commit = click.prompt(f"Commit of {repo} (40 characters)", value_proc=_commit)
+    return f"{kind}:{repo}@{commit}"
+
+
+def _commit(text: str) -> str:
+    from palio.config import REVISION_PATTERN
+
+    if not REVISION_PATTERN.fullmatch(text):
+        raise click.UsageError("write the 40 characters of a commit id")
+    return text
 
 
 @palio.command("try", cls=Verb, example="palio try config/entries/demo/curated.yaml")
@@ -300,29 +336,40 @@ def contamination(dataset: Path, stage: Stage, limit: int, competition: str) -> 
 
 
 @palio.command(cls=Verb, example="palio answers curated --wrong --compare raw")
-@click.argument("entry")
+@click.argument("entry", required=False)
 @competition_option
 @results_option
 @click.option("--stage", type=click.Choice(STAGES), default="open", show_default=True)
 @click.option("--scenario", help="Only its questions.")
 @click.option("--wrong", is_flag=True, help="Only answers without full marks, the worst first.")
 @click.option("--compare", metavar="OTHER", help="Another entry: the questions that decide between them.")
+@click.option(
+    "--helm", type=ExistingPath, metavar="DIR", help="Write all entries' open runs for HELM's own viewer."
+)
 def answers(
-    entry: str,
+    entry: str | None,
     competition: str,
     results: Path,
     stage: Stage,
     scenario: str | None,
     wrong: bool,
     compare: str | None,
+    helm: Path | None,
 ) -> None:
     """Page through an entry's answers: prompt, answer, references, metrics, and why one is cut or missing.
 
     The closed stage's are shown to the organizer alone: they are read from the closed store.
     """
     from palio.answers.listing import entry_lines
+    from palio.answers.viewer import write_helm_suite
 
     settings = competition_of(competition)
+    if helm:
+        for command in write_helm_suite(settings, results_of(settings, results), HelmSuite(helm)):
+            print(command)
+        return
+    if entry is None:
+        raise click.UsageError("give an entry, or --helm DIR")
     lines = entry_lines(settings, results_of(settings, results), entry, stage, scenario, wrong, compare)
     click.echo_via_pager(f"{line}\n" for line in lines)
 

@@ -27,6 +27,8 @@ from palio.errors import BadInput, PalioError
 from palio.layout import SLURM_PROFILE, STAGES, Boards, ReportFolder, Results, Stage
 
 if TYPE_CHECKING:
+    from palio.config import Competition, Prizes
+    from palio.records import Leaderboard
     from palio.workflow import Workflow
 
 
@@ -121,23 +123,90 @@ def decide(
 ) -> None:
     """Who gets the prizes of a track, how sure that is, and what would change it, as a document beside the
     leaderboard."""
-    from palio.config import Prizes, load_rules
     from palio.records import Leaderboard, read_record
     from palio.scoring.decision_document import decide_track
 
     board, settings = read_record(Leaderboard, leaderboard), competition_of(competition)
-    own = board.competition == settings.competition
-    prizes = load_rules(Path(settings.rules)).prizes if own else None
-    if prizes is None and places is None:
-        raise BadInput("palio decide", "--places", why="the rule set has no prizes", fix="give --places")
-    given = {"places": places, "alpha": alpha}
-    prizes = (prizes or Prizes()).model_copy(update={key: of for key, of in given.items() if of is not None})
+    prizes = _prizes("palio decide", settings, board, places, alpha)
     folders, boards = results_of(settings, results), Boards(leaderboard.parent)
-    assumed = training_noise or (settings.scoring.training_noise if own else None)
+    assumed = _assumed(settings, board, training_noise)
     for line in decide_track(
         settings, board, folders, prizes, boards, name=leaderboard.stem, training_noise=assumed
     ):
         print(line)
+
+
+@palio.command(cls=Verb, example="palio plan-questions results/leaderboard/laptop.json curated raw")
+@click.argument("leaderboard", type=ExistingPath)
+@click.argument("entries", nargs=-1)
+@competition_option
+@results_option
+@click.option("--places", type=click.IntRange(min=1), help="Places with a prize; default: the rule set's.")
+@click.option(
+    "--alpha", type=click.FloatRange(0, 0.5, min_open=True, max_open=True), help="Default: the rule set's."
+)
+@click.option(
+    "--power",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.8,
+    show_default=True,
+    help="Probability of separating them, if the difference seen is the true one.",
+)
+@click.option(
+    "--training-noise",
+    type=click.FloatRange(0, min_open=True),
+    help="Assume this standard deviation of values between trainings, if no entry has replicates.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the record instead of text.")
+def plan_questions(
+    leaderboard: Path,
+    entries: tuple[str, ...],
+    competition: str,
+    results: Path,
+    places: int | None,
+    alpha: float | None,
+    power: float,
+    training_noise: float | None,
+    as_json: bool,
+) -> None:
+    """How many more questions of which scenario, or how many more seeds, separate two entries at the least
+    cost in GPU hours; without ENTRIES, those at each place with a prize that could not be decided."""
+    from palio.operating.question_plan import plan_markdown
+    from palio.operating.question_plan import plan_questions as plan
+    from palio.records import Leaderboard, read_record
+
+    board, settings = read_record(Leaderboard, leaderboard), competition_of(competition)
+    places = places or (1 if entries else None)  # named entries are no prizes
+    found = plan(
+        settings,
+        board,
+        results_of(settings, results),
+        entries,
+        _prizes("palio plan-questions", settings, board, places, alpha),
+        power=power,
+        training_noise=_assumed(settings, board, training_noise),
+    )
+    print(found.model_dump_json(indent=2) if as_json else plan_markdown(found))
+
+
+def _prizes(
+    verb: str, competition: Competition, board: Leaderboard, places: int | None, alpha: float | None
+) -> Prizes:
+    """Return the prizes of the rule set, as far as the command line says nothing else."""
+    from palio.config import Prizes, load_rules
+
+    own = board.competition == competition.competition
+    prizes = load_rules(Path(competition.rules)).prizes if own else None
+    if prizes is None and places is None:
+        raise BadInput(verb, "--places", why="the rule set has no prizes", fix="give --places")
+    given = {"places": places, "alpha": alpha}
+    return (prizes or Prizes()).model_copy(update={key: of for key, of in given.items() if of is not None})
+
+
+def _assumed(competition: Competition, board: Leaderboard, given: float | None) -> float | None:
+    """Return the assumed noise of training: the command line's, or that of the leaderboard's competition."""
+    own = board.competition == competition.competition
+    return given or (competition.scoring.training_noise if own else None)
 
 
 @palio.command(cls=Verb, example="palio report --out results/report")
@@ -155,6 +224,26 @@ def report(competition: str, results: Path, leaderboards: Path, out: Path) -> No
     answers = write_pages(settings, folders, ReportFolder(out).answers)
     boards = Boards(leaderboards)
     print(build_report(settings, results=folders, leaderboards=boards, out=out, answers=answers))
+
+
+@palio.command("publish-site", cls=Verb, example="palio publish-site public")
+@click.argument("folder", metavar="DIR", type=ExistingPath)
+@competition_option
+@results_option
+@leaderboards_option
+def publish_site_verb(folder: Path, competition: str, results: Path, leaderboards: Path) -> None:
+    """Make or update a static site: leaderboards and their history, entries, open answers, downloads.
+
+    Of a track without a final leaderboard the standings are published.
+    """
+    from datetime import UTC, datetime
+
+    from palio.site.building import publish_site
+
+    settings = competition_of(competition)
+    folders, boards = results_of(settings, results), Boards(leaderboards)
+    site = publish_site(settings, results=folders, leaderboards=boards, out=folder, now=datetime.now(UTC))
+    print(site.page)
 
 
 @palio.command(cls=Verb, example="palio feedback --all --out feedback")

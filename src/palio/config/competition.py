@@ -140,7 +140,8 @@ class Scoring(Strict):
     `palio panel` publishes their open values for teams."""
     training_noise: PositiveFloat | None = None
     """Standard deviation of a metric from one training of an entry to the next, e.g. 0.01, for tracks without
-    `replicates`: an assumption, and marked as one. Omit it, and intervals there cover the questions only."""
+    `replicates`: an assumption, and marked as one, half of whose variance moves all scenarios together. Omit
+    it, and intervals there cover the questions only."""
 
 
 class Telemetry(Strict):
@@ -269,6 +270,9 @@ class Competition(Strict):
     notify: str | None = None
     """Shell command run on news, with `PALIO_EVENT` (`finish`, `failure`, `stall`), `PALIO_MESSAGE` and
     `PALIO_COMPETITION` set, e.g. `mail -s "$PALIO_EVENT" me@example.org <<< "$PALIO_MESSAGE"`."""
+    site: str | None = None
+    """Folder of a static site that the workflow makes again whenever an entry has finished, as `palio
+    publish-site` does; omit for none. See docs/operating.md."""
     stalled_after: Seconds = seconds("1h")
     """A running step whose log has not grown for this long counts as stalled."""
     scoring: Scoring = Scoring()

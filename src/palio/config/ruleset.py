@@ -41,7 +41,8 @@ class Prizes(Strict):
     """Largest probability that any place of a track goes to one entry though another is as good."""
     not_separable: Literal["share", "more_questions", "more_seeds"] = "share"
     """What follows if entries cannot be told apart: they `share` the prizes of their places, or are asked
-    `more_questions`, or trained with `more_seeds`, first. `palio decide` says how many it would take."""
+    `more_questions`, or trained with `more_seeds`, first. `palio decide` says about how many,
+    `palio plan-questions` of which scenario and at what price."""
 
 
 class RuleSet(Strict):

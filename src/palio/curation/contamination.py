@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
-from palio.curation.overlap import InstanceIndex, read_instances
+from palio.curation.overlap import Instance, InstanceIndex, read_instances
 from palio.curation.rows import BATCH_ROWS, asked, shortened
 from palio.errors import BadInput
 from palio.layout import DatasetFolder
@@ -48,6 +48,7 @@ def contamination(
     table = _table(dataset)
     totals: dict[str, dict[str, int]] = {}
     found: dict[str, dict[str, int]] = {}
+    open_questions = None
     for stage, path in instances.items():
         index = InstanceIndex(read_instances(path), ngram)
         hits = {number for _, _, numbers in _rows_that_hold(table, index) for number in numbers}
@@ -55,6 +56,8 @@ def contamination(
         count = Counter(index.instances[number].scenario for number in hits)
         totals[stage] = {scenario: total[scenario] for scenario in sorted(total)}
         found[stage] = {scenario: count[scenario] for scenario in sorted(total)}
+        if stage == "open":
+            open_questions = _asked_as(path, {index.instances[number] for number in hits})
     return Contamination(
         competition=competition,
         track=track,
@@ -63,7 +66,18 @@ def contamination(
         dataset_sha256=file_sha256(table),
         instances=totals,
         contaminated=found,
+        open_questions=open_questions,
     )
+
+
+def _asked_as(path: Path, found: Collection[Instance]) -> dict[str, list[str]]:
+    """Return the ids under which a stage asks instances, by HELM run."""
+    texts = {(instance.scenario, instance.text) for instance in found}
+    asked: dict[str, list[str]] = {}
+    for row in pq.read_table(path, columns=["scenario", "run", "instance", "text"]).to_pylist():
+        if (row["scenario"], row["text"]) in texts:
+            asked.setdefault(row["run"], []).append(row["instance"])
+    return {run: sorted(ids) for run, ids in sorted(asked.items())}
 
 
 def contaminated_pairs(dataset: Path, instances: Path, ngram: int = NGRAM) -> Iterator[Pair]:

@@ -43,6 +43,8 @@ def _words(text: str) -> list[str]:
     return text.split()
 
 
+LICENCE, GENERATOR = "CC0-1.0", "palio demo-data"
+"""As an entry states them of this data."""
 SOLVE = "Please solve the following problem."
 CLASSIFY = 'Classify the following numbers by their parity. The classes are "Even" and "Odd".'
 NOUNS = _words(

@@ -3,7 +3,7 @@
 Before the open stage the server is probed: one that does not speak HELM's contract is not asked further.
 Answers survive everything: HELM's runs and the client's journal lie in a folder named by package and stage,
 outside the step's declared outputs, so a rerun asks only what has no answer, and the seconds already used
-count against the limit.
+count against the limit. A stage that got more questions begins with the answers to those that it had.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from palio.config import Probe
 from palio.errors import Crashed, RuleViolation, State
 from palio.evaluation import helm
+from palio.evaluation.earlier import asked_questions, take_over
 from palio.evaluation.helm.folder import CONTEXT_TOKENS
 from palio.evaluation.journal import BROKEN, LIMIT, JournalReader
 from palio.evaluation.probe import Asked, levels, lines, probe
@@ -98,9 +99,10 @@ def evaluate(
     verify_data(runs.store)
     plan = StagePlan(runs.store)
     served = (package.fingerprint, package.base_model_fingerprint, engine)
-    asked = (prepared.sha256, prepared.helm_version, limits.cut_at_stop_sequences)
-    work = helm.package_folder(folder, stage, *served, *asked)
+    how = (prepared.helm_version, limits.cut_at_stop_sequences)
+    work = helm.package_folder(folder, stage, *served, prepared.sha256, *how)
     work.path.mkdir(parents=True, exist_ok=True)
+    take_over(work, asked_questions(plan.entries, runs.store, fingerprint([*served, *how])))
     _forget_unanswered(work)
 
     context = min(package.context or CONTEXT_TOKENS, CONTEXT_TOKENS)

@@ -28,8 +28,8 @@ from palio.records import (
     StepFailure,
     read_record,
 )
-from palio.report.build import entry_report, read_board
-from palio.report.files import Missing
+from palio.report.build import entry_report, read_board, with_leaderboard
+from palio.report.files import open_only
 from palio.report.page import EntryReport
 from palio.workflow import Workflow
 
@@ -154,10 +154,8 @@ class Gathering:
         return {name: dict(scenario.metrics) for name, scenario in scenarios.items()}
 
     def _board(self, track_id: str) -> tuple[Leaderboard | None, Analysis | None]:
-        for boards in (self.boards, self.results.standings):
-            if boards.leaderboard(track_id).exists():
-                return read_board(boards, track_id)
-        return None, None
+        boards = with_leaderboard(track_id, self.boards, self.results.standings)
+        return read_board(boards, track_id) if boards else (None, None)
 
     def _answers(self, folder: EntryFolder) -> list[Answer]:
         with suppress(BadInput):  # no run yet
@@ -172,18 +170,7 @@ class Gathering:
         given = EntryReport(name, entry.team, score=scored, stopped=stopped)
         report = entry_report(self.competition, given, entry, folder, LISTED_ROWS)
         assert report.files is not None
-        files = report.files
-        runs = {step: run for step, run in files.runs.items() if step != CLOSED}
-        stages = {stage: record for stage, record in files.stages.items() if stage != CLOSED}
-        contamination = files.contamination
-        if not isinstance(contamination, Missing):
-            contamination = contamination.model_copy(
-                update={
-                    "instances": {"open": contamination.instances["open"]},
-                    "contaminated": {"open": contamination.contaminated["open"]},
-                }
-            )
-        return replace(report, files=replace(files, runs=runs, stages=stages, contamination=contamination))
+        return replace(report, files=open_only(report.files))
 
     def _next_better(
         self, board: Leaderboard, score: ScoredEntry | None, answers: list[Answer]

@@ -24,8 +24,8 @@ from palio.layout import EntryFolder, FeedbackFiles, FeedbackFolder
 from palio.pipeline import STEPS
 from palio.provenance import atomic_path, write_text
 from palio.release.gather import closed_lines, search_for_leaks
-from palio.report import entry_figures
 from palio.report.files import Missing
+from palio.report.page import ENTRY_FIGURES
 from palio.report.rendering import render
 
 SHOWN_ANSWERS = 60
@@ -67,9 +67,7 @@ def page(feedback: Feedback) -> str:
         feedback=feedback,
         shown_answers=SHOWN_ANSWERS,
         shown_lost=SHOWN_LOST,
-        training_curve=entry_figures.training_curve,
-        row_flow=entry_figures.row_flow,
-        length_histogram=entry_figures.length_histogram,
+        **ENTRY_FIGURES,
     )
 
 

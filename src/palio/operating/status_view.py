@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -158,43 +157,19 @@ def watch_status(look: Callable[[], Status], every: float = 5.0) -> None:
 
 
 def html_page(status: Status) -> str:
-    """Return one self-contained page that the browser reloads every 30 seconds."""
-    head = "".join(f"<th>{step.title or step.name}</th>" for step in STEPS)
-    rows = []
-    for entry in status.entries:
-        cells = "".join(
-            f'<td class="{step.state}" title="{html.escape(step.reason)}">{html.escape(cell(step))}</td>'
-            if step
-            else "<td>–</td>"
-            for step in _cells(entry)
-        )
-        rows.append(f"<tr><td>{html.escape(entry.track)}</td><th>{html.escape(entry.entry)}</th>{cells}</tr>")
-    why = "".join(
-        f"<li><b>{html.escape(what)}</b>: {html.escape(text)}</li>" for what, text in reasons(status)
-    )
-    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.time))
-    return _PAGE.format(
-        title=html.escape(status.title),
-        summary=html.escape(summary(status)),
-        at=at,
-        head=head,
-        rows="\n".join(rows),
-        why=f"<ul>{why}</ul>" if why else "",
-    )
+    """Return one self-contained page that loads itself again every 30 seconds, if it is let."""
+    from palio.report.rendering import render
 
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="30">
-<title>{title}: status</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #1a1a1a; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #e3e3e3; text-align: left; white-space: nowrap; }}
-thead th {{ border-bottom: 2px solid #999; font-weight: 600; }}
-.waiting, .withdrawn {{ color: #8a8a8a; }} .queued {{ color: #20708f; }} .done {{ color: #1d7a3a; }}
-.running {{ background: #fff4cf; font-weight: 600; }} .failed {{ background: #fde3e1; color: #a3120a; }}
-li {{ color: #a3120a; }} p {{ color: #555; }}
-</style></head><body><h1>{title}</h1><p>{summary}. {at}</p>
-<table><thead><tr><th>track</th><th>entry</th>{head}</tr></thead><tbody>
-{rows}
-</tbody></table>{why}</body></html>
-"""
+    rows = [
+        (entry, [(step, cell(step) if step else "–") for step in _cells(entry)]) for entry in status.entries
+    ]
+    return render(
+        "status.html.j2",
+        "page.js",
+        status=status,
+        at=time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.time)),
+        summary=summary(status),
+        columns=STEPS,
+        rows=rows,
+        reasons=reasons(status),
+    )

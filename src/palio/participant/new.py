@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from palio.config import DOCKERFILES, ID_PATTERN, Competition, RuleSet, load_rules
-from palio.demo.data import write_demo_sources
+from palio.demo.data import GENERATOR, LICENCE, write_demo_sources
+from palio.eligibility.check import first_match
 from palio.errors import BadInput
 from palio.layout import EXAMPLES, Resources, schema_file
 from palio.provenance import write_text
@@ -26,8 +27,8 @@ PROGRAMS = {
 
 HEAD = """\
 # yaml-language-server: $schema={schema}
-# {title}. Check it: palio check {path}
-# Rehearse it at reduced scale on this machine: palio try {path}
+# {title}. Check it: palio check {path}{options}
+# Rehearse it at reduced scale on this machine: palio try {path}{options}
 team: {team}
 track: {track}
 kind: {kind}
@@ -88,14 +89,16 @@ def new_entry(
     licence: str = "",
     url: str = "",
     dockerfile: str | None = None,
+    options: str = "",
 ) -> None:
     """Write the entry to `path`, and what it needs beside it.
 
     Args:
         dockerfile: for kind `server`, the team's folder with a Dockerfile.
         base_model: `hub:org/name@<commit>`, `path:folder` or `gguf:package/file`.
-        data: source files; omit for example data.
+        data: source files; omit for example data, where the rules approve it.
         licence, url: of the source files.
+        options: what the commands in its comments need besides the file.
 
     Raises:
         BadInput: the name is taken or is not an id, or a value does not fit the competition.
@@ -127,6 +130,7 @@ def new_entry(
         schema=os.path.relpath(schema_file("entry"), path.parent),
         title=f"{team}'s entry",
         path=path,
+        options=options,
         team=team,
         track=track,
         kind=kind,
@@ -155,14 +159,23 @@ def suggested_base_model(competition: Competition) -> str:
     return next((source for source in named if not source.startswith("hub:")), named[0] if named else "")
 
 
+def takes_example_data(rules: RuleSet) -> bool:
+    """Return whether entries may be trained on the demo's data."""
+    return first_match(rules.approved_generators, GENERATOR) is not None
+
+
 def _sources(own: Path, data: Sequence[str], licence: str, url: str, rules: RuleSet) -> str:
     """The lines of `dataset.sources`."""
     if data:
+        if licence not in rules.data_licences:
+            fix = f"use data under one of {', '.join(rules.data_licences)}"
+            raise BadInput("palio new", "--licence", licence, fix=fix)
         where = f", url: {url}" if url else ""
         return "\n".join(f"    - {{path: {path}, licence: {licence}{where}}}" for path in data)
+    if not takes_example_data(rules):
+        why, fix = "is missing: the rules approve no example data", "give files of your own"
+        raise BadInput("palio new", "--data", why=why, fix=fix)
     write_demo_sources(own, seed=1)
     made = sorted(own.glob("*.jsonl"))
-    return "\n".join(
-        f"    - {{path: {path}, licence: {rules.data_licences[0]}, url: 'https://example.org'}}  # an example"
-        for path in made
-    )
+    origin = f"licence: {LICENCE}, generator: {GENERATOR}"
+    return "\n".join(f"    - {{path: {path}, {origin}}}  # an example" for path in made)

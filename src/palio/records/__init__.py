@@ -25,6 +25,8 @@ from palio.records.analysis import (
     ContaminationCount,
     Correlation,
     EntryUncertainty,
+    Fall,
+    FallShares,
     Interval,
     Overfitting,
     OverfittingEntry,
@@ -67,6 +69,7 @@ from palio.records.evaluation import (
     StageInstances,
     StageRecord,
 )
+from palio.records.plan import QuestionPlan, Separating, Way
 from palio.records.scores import (
     Cell,
     Column,
@@ -78,6 +81,7 @@ from palio.records.scores import (
     ScoredEntry,
 )
 from palio.records.sidecars import (
+    AskedQuestions,
     CurateRun,
     FinetuneRun,
     RunFacts,
@@ -94,6 +98,7 @@ __all__ = [
     "AdapterManifest",
     "Analysis",
     "AnyRecord",
+    "AskedQuestions",
     "Award",
     "BaseModelManifest",
     "Boundary",
@@ -112,6 +117,8 @@ __all__ = [
     "DidNotFinish",
     "EntryRecord",
     "EntryUncertainty",
+    "Fall",
+    "FallShares",
     "FinetuneRun",
     "HelmRun",
     "ImageConfig",
@@ -130,6 +137,7 @@ __all__ = [
     "PrizeVerdict",
     "ProbeCheck",
     "ProbeReport",
+    "QuestionPlan",
     "RankMove",
     "Record",
     "Remedy",
@@ -141,6 +149,7 @@ __all__ = [
     "Scheme",
     "ScoredEntry",
     "Selection",
+    "Separating",
     "Separation",
     "SourceReport",
     "StageInstances",
@@ -154,6 +163,7 @@ __all__ = [
     "Unsupported",
     "UsedSeconds",
     "Violation",
+    "Way",
     "coarse",
     "extra_tokens_faults",
     "read_record",

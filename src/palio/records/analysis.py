@@ -195,6 +195,8 @@ class Robustness(Part):
     """One per scenario, in the order of the columns."""
     schemes: list[Scheme]
     """The leaderboard's own first."""
+    views: list[Scheme] = []
+    """performance_profile and item_response, to look at: no verdict counts them."""
     verdicts: list[PrizeVerdict]
     """For the first three entries, or as many as there are."""
 
@@ -230,6 +232,37 @@ class ContaminationCount(Part):
     """Contaminated instances by scenario."""
 
 
+class Fall(Part):
+    """By how much an entry's open score is above its closed one, of the means over its trainings, and why as
+    far as that can be told. `contamination`, `noise` and `rest` add up to `value`."""
+
+    value: float
+    """Open score minus closed score."""
+    standard_error: float
+    """Of the value, by the draws of questions and, where it is covered, training."""
+    of_questions: float | None
+    """Share of its square that is due to the choice of questions; None if training is not covered."""
+    contamination: float | None
+    """What the open score loses on the questions that are not in the entry's training data. None if that is
+    not known: it is then part of the rest."""
+    noise: float
+    """Expected part of the noise of questions and training: how far the fall, contamination taken off, would
+    come back to the mean of all entries' in another draw of both."""
+    rest: float
+    """What is neither: that the stages ask for different things, and tuning to the open one."""
+
+
+class FallShares(Part):
+    """Of the variance of the falls between entries; they add up to 1."""
+
+    contamination: float
+    """Share that is gone once known contamination is taken off; negative if that sets them further apart."""
+    noise: float
+    """Share that the noise of questions and training makes by itself."""
+    rest: float
+    """What is left."""
+
+
 class OverfittingEntry(Part):
     """One entry's open and closed results side by side."""
 
@@ -253,6 +286,8 @@ class OverfittingEntry(Part):
     """By stage; None if the entry has no contamination report."""
     contamination_reason: str
     """Why there is no report: no training data, or not measured yet."""
+    fall: Fall | None = None
+    """The fall from open to closed taken apart; None with too few entries to tell noise from the rest."""
 
 
 class Overfitting(Part):
@@ -264,6 +299,9 @@ class Overfitting(Part):
     """Pearson correlation between open and closed scores."""
     spearman: Correlation
     """Spearman correlation between open and closed scores."""
+    shares: FallShares | None = None
+    """What the differences between the entries' falls are made of; None with too few entries, or without
+    differences."""
     text: str
     """One paragraph for readers."""
 

@@ -223,6 +223,9 @@ class Contamination(EntryRecord):
     """Evaluation instances by stage and scenario."""
     contaminated: dict[str, dict[str, int]]
     """Of these, how many share their whole text or an n-gram of words with a training row."""
+    open_questions: dict[str, list[str]] | None = None
+    """Which of the open stage's: HELM's instance ids by HELM run, of every run that asks them. Of the closed
+    stage only counts are told. None if it was not recorded."""
 
 
 def coarse(count: int) -> int:

@@ -124,6 +124,11 @@ class Leaderboard(TrackRecord):
     """The settings that it was made with; None outside the workflow."""
 
     @property
+    def stages(self) -> list[str]:
+        """Every scored stage, in the order of the columns: the weights' own is lost in JSON."""
+        return list(dict.fromkeys(column.stage for column in self.columns))
+
+    @property
     def scenario_keys(self) -> list[tuple[str, str]]:
         """(stage, scenario) of every scored scenario, in the order of the columns."""
         return list(dict.fromkeys(column.scenario_key for column in self.columns))

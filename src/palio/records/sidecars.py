@@ -3,6 +3,7 @@
 results/<track>/<entry>/<step>.run.json     RunFacts, or one of its subclasses (`palio.pipeline`)
 work/train/<fingerprint>/training.json      TrainingFacts, part of finetune.run.json
 work/helm/<stage>/<key>/used_seconds.json   UsedSeconds
+work/helm/<stage>/<key>/asked.json          AskedQuestions
 
 What is unknown, or was not reached because the step failed, is None.
 """
@@ -105,6 +106,17 @@ class UsedSeconds(Record):
 
     seconds: float
     """Seconds used."""
+
+
+class AskedQuestions(Record):
+    """What one package is asked in one stage."""
+
+    answering: str
+    """Fingerprint of the package, of what serves it, and of how answers are taken."""
+    questions: dict[str, int]
+    """Questions by run entry, of which the number is left out."""
+    data: dict[str, str]
+    """sha256 of the data files that they are made from."""
 
 
 AnyRun = TypeVar("AnyRun", bound=RunFacts)

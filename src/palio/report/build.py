@@ -46,25 +46,46 @@ def build_report(
         BadInput: a track has no leaderboard in `leaderboards`.
     """
     entries = Entries(competition)
+    tracks = [
+        track_report(competition, track, entries, results, leaderboards, (answers or {}).get(track, ()))
+        for track in competition.tracks
+    ]
+    return write_report(competition.title, tracks, out, asked=prepared_stages(competition))
+
+
+def track_report(
+    competition: Competition,
+    track: str,
+    entries: Entries,
+    results: Results,
+    leaderboards: Boards,
+    with_answers: Collection[str],
+) -> TrackReport:
+    """Return a track with all that its entries left.
+
+    Raises:
+        BadInput: it has no leaderboard in `leaderboards`.
+    """
     listed = max(5, MAX_LISTED // (TYPICAL_OPERATIONS * max(len(entries), 1)))
-    tracks = []
-    for track, settings in competition.tracks.items():
-        board, analysis = read_board(leaderboards, track)
-        reports = [
-            entry_report(competition, report, entries.get(report.id), results.entry(track, report.id), listed)
-            for report in entry_reports(board)
-        ]
-        with_answers = (answers or {}).get(track, ())
-        reports = [replace(report, answers=report.id in with_answers) for report in reports]
-        tracks.append(TrackReport(track, settings.title, board, analysis, reports))
-    return write_report(competition.title, tracks, out, asked=_prepared(competition))
+    board, analysis = read_board(leaderboards, track)
+    reports = [
+        entry_report(competition, report, entries.get(report.id), results.entry(track, report.id), listed)
+        for report in entry_reports(board)
+    ]
+    reports = [replace(report, answers=report.id in with_answers) for report in reports]
+    return TrackReport(track, competition.tracks[track].title, board, analysis, reports)
 
 
-def _prepared(competition: Competition) -> list[StageInstances]:
+def prepared_stages(competition: Competition) -> list[StageInstances]:
     """Return the records of the stages that are prepared for this competition."""
     paths = [Resources().stage_record(stage) for stage in STAGES]
     records = [read_record(StageInstances, path) for path in paths if path.exists()]
     return [record for record in records if record.competition == competition.competition]
+
+
+def with_leaderboard(track: str, *folders: Boards) -> Boards | None:
+    """Return the first folder that has a leaderboard of the track."""
+    return next((boards for boards in folders if boards.leaderboard(track).exists()), None)
 
 
 def read_board(boards: Boards, track: str) -> tuple[Leaderboard, Analysis | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -121,6 +121,24 @@ def read_entry(folder: EntryFolder, why_missing: str, listed: int) -> EntryFiles
         probe=record(ProbeReport, folder.probe),
         stages={stage: record(StageRecord, folder.stage_record(stage)) for stage in STAGES},
         runs={step.name: record(step.facts, folder.run_facts(step.name)) for step in STEPS if step.facts},
+    )
+
+
+def open_only(files: EntryFiles) -> EntryFiles:
+    """Leave out the closed stage: its record and sidecar, and how many of its questions are in the data."""
+    contamination = files.contamination
+    if not isinstance(contamination, Missing):
+        contamination = contamination.model_copy(
+            update={
+                "instances": {"open": contamination.instances["open"]},
+                "contaminated": {"open": contamination.contaminated["open"]},
+            }
+        )
+    return replace(
+        files,
+        contamination=contamination,
+        stages={stage: record for stage, record in files.stages.items() if stage == "open"},
+        runs={step: run for step, run in files.runs.items() if step != "closed"},
     )
 
 

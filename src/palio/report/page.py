@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from palio.records import Analysis, DidNotFinish, FinetuneRun, Leaderboard, ScoredEntry, StageInstances
 from palio.report import entry_figures, figures
@@ -12,6 +13,31 @@ from palio.report.drawing import Drawing, Plate
 from palio.report.figures import NARROW, WIDE, BudgetUse, Size
 from palio.report.files import EntryFiles, Missing
 from palio.report.rendering import render
+
+
+@dataclass(frozen=True)
+class Links:
+    """Where a page of the report leads to."""
+
+    overview: str = ""
+    """The page with the leaderboards; empty on that page."""
+    entries: str = "#{track}.{entry}"
+    """An entry."""
+    answer_pages: str = "answers/{track}.html"
+    """The answers of a track's entries."""
+
+    def track(self, track: str) -> str:
+        return f"{self.overview}#{track}"
+
+    def entry(self, track: str, entry: str) -> str:
+        return self.entries.format(track=track, entry=entry)
+
+    def answers(self, track: str) -> str:
+        return self.answer_pages.format(track=track)
+
+
+REPORT = Links()
+"""All on one page."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +108,31 @@ def page(
     asked: Sequence[StageInstances] = (),
 ) -> str:
     """Return the page as HTML."""
-    return render(
-        "index.html.j2",
-        "page.js",
-        title=title,
-        tracks=tracks,
-        appendix=appendix,
-        asked=[record for record in asked if record.counts],
-        final=all(track.board.final for track in tracks),
-        heat_step=figures.heat_step,
-        training_curve=entry_figures.training_curve,
-        row_flow=entry_figures.row_flow,
-        length_histogram=entry_figures.length_histogram,
-    )
+    return render("index.html.j2", "page.js", **overview(title, tracks, appendix, asked), **ENTRY_FIGURES)
+
+
+def overview(
+    title: str,
+    tracks: Sequence[TrackReport],
+    appendix: Sequence[Plate] = (),
+    asked: Sequence[StageInstances] = (),
+    links: Links = REPORT,
+) -> dict[str, Any]:
+    """Return what the template of the overview needs."""
+    return {
+        "title": title,
+        "tracks": tracks,
+        "appendix": appendix,
+        "asked": [record for record in asked if record.counts],
+        "final": all(track.board.final for track in tracks),
+        "heat_step": figures.heat_step,
+        "links": links,
+    }
+
+
+ENTRY_FIGURES: dict[str, Any] = {
+    "training_curve": entry_figures.training_curve,
+    "row_flow": entry_figures.row_flow,
+    "length_histogram": entry_figures.length_histogram,
+}
+"""What the templates of an entry need."""

@@ -20,16 +20,19 @@ from palio.provenance import file_sha256, fingerprint
 from palio.records import Analysis, Contamination, Leaderboard, ScoredEntry, read_record
 from palio.scoring.columns import scored_metrics
 from palio.scoring.conventions import Array
+from palio.scoring.fall import NO_DATA
 from palio.scoring.overfitting import overfitting
 from palio.scoring.robustness import robustness
 from palio.scoring.uncertainty import (
     REPLICATES,
     Answers,
     AnswersByScenario,
+    Question,
     ScenarioAnswers,
+    draw,
     interaction,
     mean_of_trainings,
-    uncertainty,
+    uncertainty_of,
 )
 
 
@@ -44,9 +47,10 @@ def analyze(
     training_noise: float | None = None,
 ) -> Analysis:
     """Analyze a leaderboard; for the arguments see `uncertainty`, `robustness` and `overfitting`."""
-    intervals = uncertainty(
-        board, answers or {}, replicates=replicates, remark=remark, training_noise=training_noise
-    )
+    drawn = intervals = None
+    if board.entries:
+        drawn = draw(board, answers or {}, replicates=replicates, training_noise=training_noise)
+        intervals = uncertainty_of(board, drawn, remark)
     return Analysis(
         competition=board.competition,
         track=board.track,
@@ -55,8 +59,8 @@ def analyze(
         convention_version=board.convention_version,
         leaderboard_fingerprint=fingerprint(board.model_dump(mode="json")),
         uncertainty=intervals,
-        robustness=robustness(board, panel),
-        overfitting=overfitting(board, intervals, contamination or {}),
+        robustness=robustness(board, panel, drawn.usable if drawn else None),
+        overfitting=overfitting(board, intervals, contamination or {}, drawn),
     )
 
 
@@ -79,14 +83,12 @@ def analyze_track(competition: Competition, board: Leaderboard, results: Results
 def _contamination(folder: EntryFolder) -> Contamination | str:
     if folder.contamination.exists():
         return read_record(Contamination, folder.contamination)
-    return "no contamination report yet" if folder.dataset.manifest.exists() else "no training data"
+    return "no contamination report yet" if folder.dataset.manifest.exists() else NO_DATA
 
 
 # --- instances tables ----------------------------------------------------------------------------------
 
 
-Question = tuple[str, str]
-"""(HELM run, instance id)."""
 EntryAnswers = tuple[NDArray[np.int64], NDArray[np.float32]]
 """Numbers of the questions for which an entry has a value, and the values."""
 
@@ -222,4 +224,4 @@ def _scenario_answers(
             of_questions[row] = interaction(each, runs) if len(each) > 1 else np.nan
         arrays.append(None if np.isnan(values).all() else values)
         interactions.append(of_questions)
-    return ScenarioAnswers(runs, arrays, interactions)
+    return ScenarioAnswers(runs, arrays, interactions, ordered)

@@ -154,8 +154,12 @@ def _remedies(decision: Decision) -> list[str]:
     if all(boundary.stands for boundary in decision.boundaries):
         return ["Other results only: every place is decided."]
     return [
-        f"- Below place {one.place}: {one.remedy.text} "
-        f"({markup.markdown(f'{one.better} against {one.worse}')})."
-        for one in decision.boundaries
-        if one.remedy
+        *(
+            f"- Below place {one.place}: {one.remedy.text} "
+            f"({markup.markdown(f'{one.better} against {one.worse}')})."
+            for one in decision.boundaries
+            if one.remedy
+        ),
+        "",
+        "`palio plan-questions` says of which scenarios, at what price, and with what certainty.",
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -12,13 +12,15 @@ from palio.records import (
     Contamination,
     ContaminationCount,
     Correlation,
+    FallShares,
     Leaderboard,
     Overfitting,
     OverfittingEntry,
     Uncertainty,
 )
+from palio.scoring.fall import falls
 from palio.scoring.robustness import rank_by_entry
-from palio.scoring.uncertainty import LEVEL
+from palio.scoring.uncertainty import LEVEL, Draws
 
 MIN_ENTRIES = 4
 """Fewer have no interval: its standard error divides by the root of n - 3."""
@@ -28,11 +30,13 @@ def overfitting(
     board: Leaderboard,
     uncertainty: Uncertainty | None,
     contamination: Mapping[str, Contamination | str],
+    drawn: Draws | None = None,
 ) -> Overfitting | None:
     """Compare open with closed, per entry and over the track; None without entries or with one stage only.
 
     Args:
         contamination: by entry id its report, or why there is none.
+        drawn: the draws behind `uncertainty`; without them no fall is taken apart.
     """
     if not board.entries or not {"open", "closed"} <= set(board.stage_weights):
         return None
@@ -40,8 +44,9 @@ def overfitting(
     closed_scores = {scored.entry: scored.stage_scores["closed"] for scored in board.entries}
     open_ranks, closed_ranks = rank_by_entry(open_scores), rank_by_entry(closed_scores)
     intervals = {entry.entry: entry.stage_scores for entry in uncertainty.entries} if uncertainty else {}
+    apart, shares = falls(board, drawn, contamination) if drawn else ([], None)
     entries = []
-    for name, open_score in open_scores.items():
+    for place, (name, open_score) in enumerate(open_scores.items()):
         report = contamination.get(name, "no contamination report")
         entries.append(
             OverfittingEntry(
@@ -55,12 +60,52 @@ def overfitting(
                 rank_drop=closed_ranks[name] - open_ranks[name],
                 contamination=None if isinstance(report, str) else _contamination_counts(report),
                 contamination_reason=report if isinstance(report, str) else "",
+                fall=apart[place] if apart else None,
             )
         )
     x, y = list(open_scores.values()), list(closed_scores.values())
     rank_correlation = spearman(x, y)
-    text = _text(entries, rank_correlation)
-    return Overfitting(entries=entries, pearson=pearson(x, y), spearman=rank_correlation, text=text)
+    return Overfitting(
+        entries=entries,
+        pearson=pearson(x, y),
+        spearman=rank_correlation,
+        shares=shares,
+        text=" ".join([_text(entries, rank_correlation), *_in_words(entries, shares, drawn)]),
+    )
+
+
+def _in_words(
+    entries: Sequence[OverfittingEntry], shares: FallShares | None, drawn: Draws | None
+) -> Iterator[str]:
+    """Say what the falls are made of, and what cannot be known here."""
+    if shares is None or drawn is None:
+        return
+    covered = "questions and training" if drawn.effects else "questions alone"
+    yield (
+        f"Of the variance of the falls between entries, {shares.noise:.0%} is what the noise of {covered} "
+        f"makes, {shares.contamination:.0%} goes with known contamination, {shares.rest:.0%} is neither."
+    )
+    unknown = sum(entry.fall is not None and entry.fall.contamination is None for entry in entries)
+    if unknown:
+        yield (
+            f"The contamination of {unknown} of {len(entries)} entries is not known: it is part of the rest."
+        )
+    if all(answers is None for answers in drawn.usable.columns):
+        yield (
+            "Without instance values, questions are drawn for every entry on its own, so their noise is "
+            "overstated where entries answer the same ones, and no question can be left out."
+        )
+
+
+def without_closed_counts(overfitting: Overfitting) -> Overfitting:
+    """Leave out how many closed questions are in the entries' training data."""
+    entries = [
+        entry.model_copy(update={"contamination": {"open": entry.contamination["open"]}})
+        if entry.contamination
+        else entry
+        for entry in overfitting.entries
+    ]
+    return overfitting.model_copy(update={"entries": entries, "text": _text(entries, overfitting.spearman)})
 
 
 def _contamination_counts(report: Contamination) -> dict[str, ContaminationCount]:

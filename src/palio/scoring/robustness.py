@@ -25,6 +25,8 @@ from palio.scoring.formula import (
     scores_of_win_rates,
 )
 from palio.scoring.pool import Pool, formula_of, pool_of
+from palio.scoring.uncertainty import UsableAnswers
+from palio.scoring.views import item_response, performance_profile
 
 PRIZES = 3
 PANEL_SIZE = 5
@@ -33,6 +35,7 @@ AGGREGATES: dict[str, tuple[Aggregate, str]] = {
     "floored": (floored_geometric_mean, "geometric mean over scenarios, each at least 1/(2n)"),
     "arithmetic": (arithmetic_mean, "arithmetic mean over scenarios"),
 }
+ONLY = "a view only, which no verdict counts"
 MAX_NAMED = 3
 """Names that a sentence of a verdict lists before it only counts."""
 ORDINALS = {1: "1st", 2: "2nd", 3: "3rd"}
@@ -43,11 +46,14 @@ MAX_STEPS, CONVERGED = 1000, 1e-10
 ScoreByEntry = Mapping[str, float]
 
 
-def robustness(board: Leaderboard, panel: Sequence[str] = ()) -> Robustness | None:
+def robustness(
+    board: Leaderboard, panel: Sequence[str] = (), usable: UsableAnswers | None = None
+) -> Robustness | None:
     """Compare the ranking with leave-one-out rankings and other schemes; None without entries.
 
     Args:
         panel: entry ids of the reference panel; default: entries at evenly spaced ranks.
+        usable: instance values, for the view that weighs questions.
     """
     if not board.entries:
         return None
@@ -68,6 +74,7 @@ def robustness(board: Leaderboard, panel: Sequence[str] = ()) -> Robustness | No
         without_entry=without_entry,
         without_scenario=without_scenario,
         schemes=schemes,
+        views=_views(pool, formula, ranking, usable),
         verdicts=[
             _verdict(index, board, without_entry, without_scenario, schemes)
             for index in range(min(PRIZES, len(board.entries)))
@@ -126,11 +133,7 @@ def _schemes(
     schemes: list[Scheme] = []
 
     def add(name: str, description: str, scored: ScoreByEntry) -> None:
-        moved = moves(ranking, scored)
-        rank = rank_by_entry(scored)
-        schemes.append(
-            Scheme(name=name, description=description, ranks=rank, scores=dict(scored), moved=moved)
-        )
+        schemes.append(_scheme(name, description, scored, ranking))
 
     own = (board.convention, "geometric")
     rules = [(convention, aggregate) for convention in CONVENTIONS for aggregate in AGGREGATES]
@@ -164,6 +167,35 @@ def _schemes(
         against_panel(pool, formula, references),
     )
     return schemes
+
+
+def _scheme(name: str, description: str, scored: ScoreByEntry, ranking: ScoreByEntry) -> Scheme:
+    return Scheme(
+        name=name,
+        description=description,
+        ranks=rank_by_entry(scored),
+        scores=dict(scored),
+        moved=moves(ranking, scored),
+    )
+
+
+def _views(pool: Pool, formula: Formula, ranking: ScoreByEntry, usable: UsableAnswers | None) -> list[Scheme]:
+    """Return the rankings that are to look at only; those that these results do not allow are left out."""
+    found = {
+        (
+            "performance_profile",
+            f"{ONLY}; how often, in columns, it is within a factor of 1 to 4 of the best",
+        ): (performance_profile(pool, formula, column_weights(pool, formula))),
+        (
+            "item_response",
+            f"{ONLY}; questions weigh by how well they tell the good entries from the others",
+        ): (item_response(pool, formula, usable) if usable else None),
+    }
+    return [
+        _scheme(name, description, _by_entry(pool, final), ranking)
+        for (name, description), final in found.items()
+        if final is not None
+    ]
 
 
 def _borda(pool: Pool, formula: Formula) -> dict[str, float]:

@@ -299,7 +299,7 @@ def _robustness_markdown(board: Leaderboard, robustness: Robustness) -> list[str
         ]
         lines += ["", f"## Without one {kind}: {changed} of {len(removals)} removals reorder the rest", ""]
         lines.append(_markdown_table(_Table([f"without {kind}", "who moves"], rows)))
-    schemes = robustness.schemes
+    schemes = [*robustness.schemes, *robustness.views]
     rows = [
         [scored.entry, *(str(scheme.ranks.get(scored.entry, "")) for scheme in schemes)]
         for scored in board.entries
@@ -324,7 +324,34 @@ def _overfitting_markdown(overfitting: Overfitting) -> list[str]:
         for entry in overfitting.entries
     ]
     legend = "*seen*: evaluation instances in the entry's training data, of all."
-    return ["", "## Open against closed", "", _markdown_table(_Table(head, rows)), "", legend]
+    table = ["", "## Open against closed", "", _markdown_table(_Table(head, rows)), "", legend]
+    return [*table, *_falls_markdown(overfitting)]
+
+
+def _falls_markdown(overfitting: Overfitting) -> list[str]:
+    """Return the falls taken apart; nothing where they are not."""
+    rows = [
+        [
+            entry.entry,
+            f"{fall.value:+.3f} ± {fall.standard_error:.3f}",
+            _share(fall.of_questions),
+            "not known" if fall.contamination is None else f"{fall.contamination:+.3f}",
+            f"{fall.noise:+.3f}",
+            f"{fall.rest:+.3f}",
+        ]
+        for entry in overfitting.entries
+        if (fall := entry.fall)
+    ]
+    if not rows:
+        return []
+    head = ["entry", "fall", "of it questions", "contamination", "noise", "rest"]
+    legend = (
+        "*Fall*: open minus closed score, of the mean over trainings, with its standard error (and how much "
+        "of its square the questions are, if training is covered). *Contamination*: lost without the open "
+        "questions in its data. *Noise*: expected to come back in another draw of questions and trainings. "
+        "They add up."
+    )
+    return ["", "### What the falls are made of", "", _markdown_table(_Table(head, rows)), "", legend]
 
 
 def _with_interval(score: float, interval: Interval | None) -> str:

@@ -27,6 +27,10 @@ from palio.scoring.pool import values_of
 PRIOR_DEGREES = 8.0
 """Degrees of freedom that the pooled variance counts for in an entry's own: benchmarks/coverage.py holds with
 it though its entries differ in their noise."""
+ASSUMED_COMMON = 0.5
+"""Share of an assumed variance that moves all scenarios together; the rest moves each on its own. With none
+in common, effects would average out over the scenarios, and intervals be too narrow wherever a training is
+better or worse as a whole."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def training_effects(
             would remove, NaN where it is unknown; None for a column without instance values. What is unknown
             counts as training noise.
         assumed: standard deviation of a value from one training to the next, if no entry has replicates. It
-            moves all columns of a scenario together.
+            moves all columns of a scenario together, and `ASSUMED_COMMON` of its variance all scenarios.
     """
     entries = sorted(board.entries, key=lambda scored: scored.entry)
     trained = np.array([scored.trained for scored in entries])
@@ -141,10 +145,11 @@ def _factor(covariance: Array) -> Array:
 
 def _assumed(columns: Sequence[Column], trained: NDArray[np.bool_], deviation: float) -> TrainingEffects:
     keys = list(dict.fromkeys(column.scenario_key for column in columns))
-    factor = np.zeros((len(columns), len(keys)))
+    factor = np.zeros((len(columns), 1 + len(keys)))
     for index, column in enumerate(columns):
-        sign = 1 if column.higher_is_better else -1
-        factor[index, keys.index(column.scenario_key)] = sign * deviation
+        better = deviation if column.higher_is_better else -deviation
+        factor[index, 0] = better * np.sqrt(ASSUMED_COMMON)
+        factor[index, 1 + keys.index(column.scenario_key)] = better * np.sqrt(1 - ASSUMED_COMMON)
     infinite = np.full(len(trained), np.inf)
     return TrainingEffects(
         factor=factor,
@@ -175,7 +180,8 @@ def explanation(noise: TrainingNoise | None) -> str:
         how = (
             "No entry was trained more than once, so the noise of training is not measured but assumed: a "
             f"standard deviation of {max(noise.standard_deviation.values()):g} of every value between "
-            "trainings, the same for all entries"
+            f"trainings, the same for all entries, {ASSUMED_COMMON:.0%} of its variance common to all "
+            "scenarios"
         )
     else:
         count = len(noise.replicated)

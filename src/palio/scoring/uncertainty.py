@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -56,6 +56,8 @@ AGREEMENT = 1e-4
 """Largest difference between a column's mean over instances and the leaderboard's value."""
 
 Answers = NDArray[np.float32]
+Question = tuple[str, str]
+"""(HELM run, instance id)."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class ScenarioAnswers:
     is missing; None for a column without instance values. Of an entry with replicates the means over them."""
     interactions: Sequence[Array | None] = ()
     """By column, of shape (entries,): see `interaction`. Empty without replicates."""
+    questions: Sequence[Question] = ()
+    """Which they are; empty if that is not known."""
 
 
 AnswersByScenario = Mapping[tuple[str, str], ScenarioAnswers]
@@ -94,7 +98,13 @@ def uncertainty(
     if not board.entries:
         return None
     drawn = draw(board, answers, replicates=replicates, seed=seed, training_noise=training_noise)
+    return uncertainty_of(board, drawn, remark)
+
+
+def uncertainty_of(board: Leaderboard, drawn: Draws, remark: str = "") -> Uncertainty:
+    """Return what the draws of a leaderboard with at least one entry say; see `uncertainty`."""
     pool, usable, final = drawn.pool, drawn.usable, drawn.all.final
+    replicates = len(final)
     rank, estimated_rank = ranks(final), ranks(drawn.estimate.final)
     groups = _groups(final)
     group_of = {index: number for number, group in enumerate(groups) for index in group}
@@ -124,7 +134,7 @@ def uncertainty(
         explanation=_explanation(len(parametric), sampled, replicates, remark, drawn.effects),
         level=LEVEL,
         replicates=replicates,
-        seed=seed,
+        seed=drawn.seed,
         instances=sum(len(usable.scenarios[key].runs) for key in usable.sampled),
         parametric_columns=parametric,
         entries=entries,
@@ -166,6 +176,8 @@ class Draws:
     pool: Pool
     usable: UsableAnswers
     effects: TrainingEffects | None
+    seed: int
+    """Of the draws."""
 
 
 def draw(
@@ -193,6 +205,7 @@ def draw(
         pool,
         usable,
         effects,
+        seed,
     )
 
 
@@ -291,6 +304,12 @@ def _runs_of_column(answers: Answers, runs: NDArray[np.int64]) -> Iterator[NDArr
         yield np.flatnonzero((runs == run) & has_value)
 
 
+def values_without(answers: Answers, runs: NDArray[np.int64], left_out: NDArray[np.bool_]) -> Array:
+    """Return a column's values on the questions that are not left out, shape (entries,); NaN without any."""
+    means = _run_means(answers[:, ~left_out], runs[~left_out]).mean(axis=1)
+    return np.asarray(np.round(means, VALUE_DIGITS))
+
+
 def _run_means(answers: Answers, runs: NDArray[np.int64]) -> Array:
     """Return means over each run's instances, shape (entries, runs of the column), NaN without a value."""
     means = []
@@ -312,15 +331,27 @@ def draw_scores(
     replicates: int,
     seed: int,
     effects: TrainingEffects | None = None,
+    *,
+    vary: Collection[tuple[str, str]] | None = None,
+    within_runs: bool = False,
 ) -> Scores:
     """Return the scores of every replicate, shape (replicates, entries), entries by id.
 
     They depend on the seed, the questions and the values, but not on the order of the entries or on `BLOCK`.
     With `effects`, the same questions are drawn, and a training of every entry besides.
+
+    Args:
+        vary: (stage, scenario) of the scenarios whose questions are drawn; the others keep their values.
+            Default: all.
+        within_runs: draw no scenario by whole HELM runs.
     """
     keys = list(dict.fromkeys(column.scenario_key for column in pool.columns))
     streams = dict(zip(keys, np.random.SeedSequence(seed).spawn(len(keys)), strict=True))
-    draws = {key: draw_questions(usable.scenarios[key], replicates, streams[key]) for key in usable.sampled}
+    draws = {
+        key: draw_questions(usable.scenarios[key], replicates, streams[key], within_runs=within_runs)
+        for key in usable.sampled
+        if vary is None or key in vary
+    }
     trainings = None
     if effects is not None:
         stream = np.random.SeedSequence(seed, spawn_key=(len(keys), len(pool.columns)))
@@ -328,25 +359,26 @@ def draw_scores(
 
     def win_rates() -> Iterator[Array]:
         for index, (column, answers) in enumerate(zip(pool.columns, usable.columns, strict=True)):
-            key = column.scenario_key
-            if answers is None:
+            key, observed = column.scenario_key, pool.values[:, index]
+            if vary is not None and key not in vary:
+                values = observed[None, :]
+            elif answers is None:
                 stream = np.random.SeedSequence(seed, spawn_key=(len(keys), index))
                 values = _parametric(pool, index, replicates, stream)
             else:
                 values = resampled_values(answers, usable.scenarios[key].runs, draws[key])
             # A draw without any value of an entry is uninformative: the observed value is kept. A value
             # that is missing on the leaderboard stays missing.
-            observed = pool.values[:, index]
             if effects is not None and trainings is not None:
                 values = _with_training(
                     values, trainings @ effects.factor[index].astype(np.float32), observed
                 )
             values = np.where(np.isnan(values) | np.isnan(observed), observed, values)
             rates = np.empty(values.shape)
-            for start in range(0, replicates, BLOCK):
+            for start in range(0, len(values), BLOCK):
                 block = slice(start, start + BLOCK)
                 rates[block] = formula.win_rates(column, values[block])
-            yield rates
+            yield np.broadcast_to(rates, (replicates, len(observed)))
 
     return scores_of_win_rates(pool.columns, win_rates(), formula)
 
@@ -367,13 +399,24 @@ class Draw:
     whole_runs: bool
 
 
-def draw_questions(scenario: ScenarioAnswers, replicates: int, stream: np.random.SeedSequence) -> Draw:
-    """Draw whole runs if every column of the scenario is a mean over enough of them, else instances."""
-    generator = np.random.default_rng(stream)
-    sizes = np.bincount(scenario.runs)
+def drawn_by_runs(scenario: ScenarioAnswers) -> bool:
+    """Return whether every column of a scenario is a mean over enough HELM runs to draw whole ones."""
     columns = [answers for answers in scenario.columns if answers is not None]
     clusters = [len(list(_runs_of_column(answers, scenario.runs))) for answers in columns]
-    if min(clusters, default=0) >= MIN_CLUSTERS:
+    return min(clusters, default=0) >= MIN_CLUSTERS
+
+
+def draw_questions(
+    scenario: ScenarioAnswers,
+    replicates: int,
+    stream: np.random.SeedSequence,
+    *,
+    within_runs: bool = False,
+) -> Draw:
+    """Draw whole runs if there are enough of them, unless `within_runs`; else instances."""
+    generator = np.random.default_rng(stream)
+    sizes = np.bincount(scenario.runs)
+    if not within_runs and drawn_by_runs(scenario):
         n = len(sizes)
         drawn = generator.multinomial(n, np.full(n, 1 / n), size=replicates)
         return Draw(drawn.astype(np.float32), whole_runs=True)
@@ -483,14 +526,15 @@ def _neighbours(board: Leaderboard, drawn: Draws) -> list[Separation]:
 
 def _instances(board: Leaderboard, pool: Pool, usable: UsableAnswers) -> int:
     """Return the number of distinct questions behind the scores."""
-    instances = 0
-    for key in board.scenario_keys:
-        if key in usable.sampled:
-            instances += len(usable.scenarios[key].runs)
-        else:  # those of its largest column
-            indexes = [index for index, column in enumerate(pool.columns) if column.scenario_key == key]
-            instances += int(pool.instances[:, indexes].max())
-    return instances
+    return sum(questions_of(pool, usable, key) for key in board.scenario_keys)
+
+
+def questions_of(pool: Pool, usable: UsableAnswers, key: tuple[str, str]) -> int:
+    """Return the number of distinct questions of a scenario; of its largest column if it has only values."""
+    if key in usable.sampled:
+        return len(usable.scenarios[key].runs)
+    indexes = [index for index, column in enumerate(pool.columns) if column.scenario_key == key]
+    return int(pool.instances[:, indexes].max())
 
 
 def _separation(

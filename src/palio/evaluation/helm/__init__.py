@@ -11,6 +11,7 @@ name of our scenario, so every scenario has its own budget and every run tells i
     statistic   values of a finished run
     answer      its questions and answers, for people
     plan        evaluation instances, from a dry run
+    suite       finished runs of several entries, for HELM's own viewer
 
 Names, files and fields follow the sources of crfm-helm 0.5.16, the release that pyproject.toml pins.
 """
@@ -36,8 +37,16 @@ from palio.evaluation.helm.plan import (
 )
 from palio.evaluation.helm.process import HelmExit, run_helm
 from palio.evaluation.helm.registry import check_directions, helm_version, metric_directions
-from palio.evaluation.helm.run_entry import budgets, run_entries, shares, stage_entries, stage_runs
+from palio.evaluation.helm.run_entry import (
+    asked_of_runs,
+    budgets,
+    run_entries,
+    shares,
+    stage_entries,
+    stage_runs,
+)
 from palio.evaluation.helm.statistic import instance_statistics, statistics
+from palio.evaluation.helm.suite import SuiteModel, write_suite
 
 __all__ = [
     "MODEL",
@@ -47,6 +56,8 @@ __all__ = [
     "Reply",
     "RequestSettings",
     "RunFolder",
+    "SuiteModel",
+    "asked_of_runs",
     "budgets",
     "check_directions",
     "distinct",
@@ -72,4 +83,5 @@ __all__ = [
     "statistics",
     "variant",
     "write_helm_folder",
+    "write_suite",
 ]

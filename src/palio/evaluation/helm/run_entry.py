@@ -131,3 +131,9 @@ def stage_entries(runs: StageRuns) -> dict[str, list[str]]:
             if count
         ]
     return entries
+
+
+def asked_of_runs(descriptions: Sequence[str]) -> dict[str, int]:
+    """Questions by description, without its number of questions, of `stage_entries`."""
+    number = re.compile(r"max_eval_instances=(\d+),")
+    return {number.sub("", one): int(number.findall(one)[0]) for one in descriptions}

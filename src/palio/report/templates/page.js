@@ -47,3 +47,9 @@ if (search) {
     document.querySelector("#found").textContent = found === all ? "" : `${found} of ${all} entries`;
   });
 }
+// A page of a run in progress loads itself again for as long as its box is ticked.
+const reload = document.querySelector("#reload");
+if (reload) {
+  reload.closest("[hidden]").hidden = false;
+  setInterval(() => { if (reload.checked) location.reload(); }, 30_000);
+}
