@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from palio.cli import palio
-from palio.config import FinetuneRecipe, Track, load_competition, load_entry
+from palio.config import FinetuneRecipe, Track, load_competition, load_entry, load_rules
 from palio.errors import BadInput, OutOfMemory
 from palio.evaluation.helm.folder import CONTEXT_TOKENS
 from palio.layout import Project
@@ -429,13 +429,14 @@ def test_what_palio_cannot_train_is_refused_without_the_weights(
     assert entry.finetune is not None
     tried = entry.model_copy(update={"finetune": FinetuneRecipe.model_validate(recipe)})
     with pytest.raises(BadInput, match=line):
-        list(preview(tried, track(gpu_memory_gb=24)))
+        list(preview(tried, track(gpu_memory_gb=24), load_rules(Path("config/rulesets/demo.yaml"))))
 
 
 def test_memory_on_a_gpu_is_that_of_quantized_weights(folder: WorkingFolder) -> None:
     entry = load_entry(Path(without_weights(folder, LLAMA)))
     recipe = FinetuneRecipe(method="qlora", batch_size=2, gradient_checkpointing=True)
-    told = list(preview(entry.model_copy(update={"finetune": recipe}), track(gpu_memory_gb=24)))
+    tuned = entry.model_copy(update={"finetune": recipe})
+    told = list(preview(tuned, track(gpu_memory_gb=24), load_rules(Path("config/rulesets/demo.yaml"))))
     assert told[-2:] == [
         "training: about 6.4 GB for weights and optimizer, up to 5.3 GB for a pass of 2 rows of 2048 "
         "tokens; the track has 24 GB",
