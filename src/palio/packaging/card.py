@@ -49,13 +49,21 @@ def model_card(
         recipe = json.dumps(trained.recipe, indent=2, sort_keys=True)
         sections += [
             "## Data and recipe",
-            f"{trained.rows} rows ({trained.rows_held_out} more were held out, {trained.rows_too_long} too "
-            f"long, {trained.rows_cut} cut between turns); "
-            "sources, licenses and operations are listed in DATA_CARD.md.",
+            f"{_rows(trained)}; sources, licenses and operations are listed in DATA_CARD.md.",
             f"```json\n{recipe}\n```",
         ]
     sections += ["## Limits", "\n".join(f"- {limit}" for limit in LIMITS)]
     return "\n\n".join(sections) + "\n"
+
+
+def _rows(trained: AdapterManifest) -> str:
+    """Return what is known of the rows: of a team's own program only how many it was given."""
+    if trained.rows_too_long is None:
+        return f"{trained.rows} rows"
+    return (
+        f"{trained.rows} rows ({trained.rows_held_out} more were held out, {trained.rows_too_long} too long, "
+        f"{trained.rows_cut} cut between turns)"
+    )
 
 
 def _metadata(competition: str, base: BaseModelManifest, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,9 +33,13 @@ SEED = int(os.environ.get("PALIO_SEED", "0"))
 
 
 class StopInTime(TrainerCallback):
-    """Ends training on SIGTERM, or when three times the slowest step so far would pass the deadline."""
+    """Ends training on SIGTERM, or when three times the slowest step so far would pass the deadline.
+
+    A tenth of the time, at most a minute, is kept for the last checkpoint and the result.
+    """
 
     def __init__(self):
+        self.deadline = DEADLINE - min(60.0, (DEADLINE - time.time()) / 10)
         self.asked = False
         self.slowest = 0.0
         self.began = time.time()
@@ -49,7 +53,7 @@ class StopInTime(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.slowest = max(self.slowest, time.time() - self.began)
-        if self.asked or time.time() + 3 * self.slowest > DEADLINE:
+        if self.asked or time.time() + 3 * self.slowest > self.deadline:
             control.should_save = control.should_training_stop = True
 
 
