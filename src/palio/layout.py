@@ -191,6 +191,7 @@ class HelmSuite(Folder):
 
     schema = At("schema.yaml")
     config = At("config")
+    models = At("config/model_metadata.yaml")
     export = At("static")
 
     def run(self, suite: str, name: str) -> Path:
@@ -482,6 +483,7 @@ class ReportFolder(Folder):
 class SiteFolder(Folder):
     """A static site: the only names in the folder that `palio publish-site` writes or replaces."""
 
+    mark = At(".palio-site")  # says whose the names below are
     page = At("index.html")
     entries = At("entries")
     history = At("history")  # every leaderboard that was published, oldest first by name

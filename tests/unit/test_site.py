@@ -19,7 +19,7 @@ from palio.records import Contamination, Leaderboard, read_record
 from palio.release.gather import Leak
 from palio.scoring.analysis import analyze_track
 from palio.scoring.tables import write_leaderboard
-from palio.scoring.versions import difference, rescore, write_version
+from palio.scoring.versions import difference, read_leaderboard, rescore, write_version
 from palio.site.building import publish_site
 from tests.support.canary import CANARY, FAILED, content_of, leave_competition
 from tests.support.chromium import Page, chromium_page
@@ -161,13 +161,27 @@ def test_a_web_servers_own_files_stay_and_another_site_is_left_alone(home: Path,
     (tmp_path / "public/CNAME").write_text("palio.example")
     publish(home, tmp_path / "public")
     assert (tmp_path / "public/CNAME").read_text() == "palio.example"
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/index.html").write_text("mine")
-    with pytest.raises(BadInput, match=r"index\.html: is not a site of Palio; name another folder"):
-        publish(home, tmp_path / "other")
-    assert [path.name for path in (tmp_path / "other").iterdir()] == ["index.html"]
+    for name in ("index.html", "entries", "downloads", "history"):
+        other = tmp_path / "other" / name
+        (other / name).mkdir(parents=True)
+        with pytest.raises(BadInput, match=f"{name}: is not a site of Palio, .*; name another folder"):
+            publish(home, other)
+        assert [path.name for path in other.iterdir()] == [name]
     beside = {path.name for path in tmp_path.iterdir()} - {"public", "other"}
     assert beside == {".public.lock"}
+
+
+def test_the_folder_may_be_the_one_we_are_in(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert publish(home, Path()).page.is_file()
+
+
+def test_no_place_of_a_log_is_published(site: SiteFolder, home: Path) -> None:
+    assert any(stopped.log for stopped in standings(home).did_not_finish)
+    boards = [*site.history.rglob("*.json"), site.downloads.leaderboard("laptop")]
+    assert not any(stopped.log for board in boards for stopped in read_leaderboard(board).did_not_finish)
 
 
 def test_a_track_that_nobody_has_scored_is_named_with_the_fix(home: Path, tmp_path: Path) -> None:

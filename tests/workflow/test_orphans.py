@@ -16,7 +16,7 @@ PALIO = """#!{python}
 import os, pathlib, time
 import palio.base_model
 
-def fetch(*arguments):
+def fetch(*arguments, **options):
     pathlib.Path("pid").write_text(f"{{os.getpid()}}\\n")
     time.sleep(600)
 

@@ -12,6 +12,7 @@ Other files in the folder, such as a web server's own, are left alone. Equal res
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -26,12 +27,14 @@ from palio.entries import Entries
 from palio.errors import BadInput
 from palio.layout import Boards, Results, SiteFolder
 from palio.provenance import write_text
+from palio.records import Leaderboard
 from palio.release.gather import closed_lines, search_for_leaks
 from palio.report.build import prepared_stages, track_report, with_leaderboard
 from palio.report.files import open_only
 from palio.report.page import ENTRY_FIGURES, EntryReport, Links, TrackReport, overview
 from palio.report.rendering import render
 from palio.scoring.overfitting import without_closed_counts
+from palio.scoring.versions import read_leaderboard
 from palio.site.history import History, add_published, history, rescored_names
 
 DOWNLOADS = ("csv", "parquet", "json")
@@ -45,12 +48,16 @@ def publish_site(
     """Make or update the site in `out`, from the leaderboards, or of tracks without one the standings.
 
     Raises:
-        BadInput: a track has neither, or `out` holds another site.
+        BadInput: a track has neither, or `out` has files by these names that are not a site's of Palio.
         Leak: a file would have held a text of the closed stage or a credential; nothing is published.
     """
+    out = out.absolute()  # `.` has no name
     site = SiteFolder(out)
-    if site.page.exists() and not site.history.is_dir():
-        raise BadInput(site.page, why="is not a site of Palio", fix="name another folder")
+    others = [part for part in site.parts if os.path.lexists(part)]
+    if others and not site.mark.is_file():
+        raise BadInput(
+            others[0], why="is not a site of Palio, and would be replaced", fix="name another folder"
+        )
     boards = {track: _boards(track, leaderboards, results) for track in competition.tracks}
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -63,6 +70,7 @@ def publish_site(
         _build(competition, results, boards, building, now)
         search_for_leaks(building.path, closed_lines(competition))
         out.mkdir(exist_ok=True)
+        site.mark.touch()
         for part, made in zip(site.parts, building.parts, strict=True):
             if part.is_dir():
                 shutil.rmtree(part)
@@ -95,7 +103,7 @@ def _build(
     for track_id, folder in boards.items():
         track = track_report(competition, track_id, entries, results, folder, answers.get(track_id, ()))
         track = _public(track)
-        add_published(site.published(track_id), track.board, now)
+        add_published(site.published(track_id), _public_board(track.board), now)
         histories[track_id] = _linked(history(site.published(track_id), folder, track.board), site)
         downloads[track_id] = _copy_downloads(folder, track_id, site)
         for report in track.entries:
@@ -113,6 +121,12 @@ def _public(track: TrackReport) -> TrackReport:
         shown = without_closed_counts(analysis.overfitting)
         analysis = analysis.model_copy(update={"overfitting": shown})
     return replace(track, analysis=analysis, entries=[_public_entry(report) for report in track.entries])
+
+
+def _public_board(board: Leaderboard) -> Leaderboard:
+    """Return a leaderboard without the places of logs."""
+    unfinished = [one.model_copy(update={"log": None}) for one in board.did_not_finish]
+    return board.model_copy(update={"did_not_finish": unfinished})
 
 
 def _public_entry(report: EntryReport) -> EntryReport:
@@ -150,8 +164,15 @@ def _copy_downloads(boards: Boards, track: str, site: SiteFolder) -> list[tuple[
     links = []
     for suffix in DOWNLOADS:
         copy = site.downloads.table(track, suffix)
-        shutil.copyfile(boards.table(track, suffix), copy)
+        _copy_board(boards.table(track, suffix), copy)
         links.append((suffix.upper() if suffix != "parquet" else "Parquet", str(copy.relative_to(site.path))))
         for _, name in rescored_names(boards, track):
-            shutil.copyfile(boards.versions.table(name, suffix), site.downloads.table(name, suffix))
+            _copy_board(boards.versions.table(name, suffix), site.downloads.table(name, suffix))
     return links
+
+
+def _copy_board(table: Path, copy: Path) -> None:
+    if table.suffix == ".json":
+        _public_board(read_leaderboard(table)).write(copy)
+    else:
+        shutil.copyfile(table, copy)
