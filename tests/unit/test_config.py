@@ -13,6 +13,8 @@ from palio.config import (
     BaseModelSource,
     Competition,
     Entry,
+    FinetuneRecipe,
+    faults,
     load_competition,
     load_entry,
     load_rules,
@@ -241,3 +243,13 @@ def test_a_competition_that_extends_another_says_only_what_differs(
     (tmp_path / "loop.yaml").write_text('{"extends": "loop.yaml"}')
     with pytest.raises(BadInput, match="extends itself"):
         load_competition(tmp_path / "loop.yaml")
+
+
+@pytest.mark.parametrize("value", [1.5, -1, "many", True, float("inf"), [8], None])
+def test_rows_held_out_are_a_number_or_a_share_and_anything_else_is_one_fault(value: Any) -> None:
+    (fault,) = faults(FinetuneRecipe, {"validation_rows": value})
+    assert fault.key == "validation_rows"
+    assert fault.why == "is neither a number of rows nor a share of them"
+    assert fault.fix == "give a whole number, such as 200, or a share below 1, such as 0.05"
+    for good in (0, 200, 0.05):
+        assert faults(FinetuneRecipe, {"validation_rows": good}) == []

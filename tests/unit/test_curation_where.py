@@ -8,9 +8,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from palio.config import DatasetRecipe, faults
 from palio.curation.metadata import metadata_of
 from palio.errors import BadInput
 from tests.support.curation import curate, pairs_of, recipe, write_jsonl
@@ -157,6 +159,54 @@ def test_none_or_two_conditions_are_refused(condition: Condition) -> None:
         BadInput, match=r"operations\.0.*needs one condition; give equals, or matches, or min"
     ):
         recipe([{"path": "a.jsonl"}], {"op": "keep_where", "field": "x", **condition})
+
+
+@pytest.mark.parametrize(
+    ("condition", "fault"),
+    [
+        (
+            "equals: [en, no]",
+            "equals: has true or false beside texts; put quotes around texts that YAML takes",
+        ),
+        (
+            "equals: []",
+            "equals: is no value to compare with; give a text, a number, true or false, or a list",
+        ),
+        ("equals: {en: 1}", "equals: is no value to compare with; give a text"),
+        ("equals: [en, [it]]", "equals: is no value to compare with; give a text"),
+        ("equals: .inf", "equals is inf: is no value to compare with; give a text"),
+        ("{min: 2, max: 1}", "min is 2, above max, 1; swap them"),
+    ],
+)
+def test_a_condition_that_cannot_be_meant_is_one_fault_with_a_plain_key(condition: str, fault: str) -> None:
+    where = {"op": "keep_where", "field": "lang", **yaml.safe_load(condition)}
+    with pytest.raises(BadInput) as refused:
+        recipe([{"path": "a.jsonl"}], where)
+    assert fault in str(refused.value)
+    assert (
+        len(faults(DatasetRecipe, {"sources": [{"path": "a", "licence": "MIT"}], "operations": [where]})) == 1
+    )
+
+
+def test_norwegian_in_quotes_is_norwegian(tmp_path: Path) -> None:
+    where = {"op": "keep_where", **yaml.safe_load('equals: [en, "no"]')}
+    assert split(["en", "no", "it"], where, tmp_path)[0] == ["en", "no"]
+
+
+def test_a_preview_that_left_rows_unread_only_notes_that_none_has_the_field(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"q{n}", "completion": "a"} | ({"lang": "it"} if n == 9 else {}) for n in range(10)]
+    source = [{"path": str(write_jsonl(tmp_path / "a.jsonl", rows))}]
+    given = recipe(source, {"op": "drop_where", "field": "lang", "equals": "it"})
+    assert curate(given, tmp_path / "head", limit=5).rows == 5
+    assert capsys.readouterr().err == (
+        "notice: operations.0.field is 'lang': none of the 5 rows read has it\n"
+    )
+    assert curate(given, tmp_path / "whole", limit=10).rows == 9
+    misspelt = recipe(source, {"op": "drop_where", "field": "language", "equals": "it"})
+    with pytest.raises(BadInput, match="no row has it"):
+        curate(misspelt, tmp_path / "misspelt", limit=10)
 
 
 @pytest.mark.parametrize(

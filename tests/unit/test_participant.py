@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +28,7 @@ from transformers import (
 )
 
 from palio.cli import palio
-from palio.config import FinetuneRecipe, Track, load_competition, load_entry, load_rules
+from palio.config import Entry, FinetuneRecipe, Track, load_competition, load_entry, load_rules
 from palio.errors import BadInput, OutOfMemory
 from palio.evaluation.helm.folder import CONTEXT_TOKENS
 from palio.layout import Project
@@ -216,6 +217,37 @@ def test_a_rehearsal_changes_size_and_nothing_else_of_an_entry(folder: WorkingFo
     assert scenario["questions"] == 4
     assert "max_eval_instances" not in scenario
     assert scenario["metrics"] == {"exact match": {"metric": "exact_match"}}
+
+
+def test_a_rehearsal_leaves_out_what_it_cannot_judge_by_the_heads_and_says_so(
+    folder: WorkingFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A field that first comes after the head is no fault; in sources read whole, the reading refuses it."""
+    rows = [
+        {"prompt": f"q{n}", "completion": "a", "n": n, **({"lang": "it"} if n > 200 else {})}
+        for n in range(202)
+    ]
+    source = folder.path / "late.jsonl"
+    demo = load_entry(Path("config/entries/demo/curated.yaml"))
+    content = demo.model_dump(mode="json", exclude_none=True)
+    content["dataset"]["sources"] = [{"path": str(source), "licence": "MIT"}]
+    content["dataset"]["operations"] = [
+        {"op": "drop_where", "field": "n", "min": 9},
+        {"op": "drop_where", "field": "lang", "equals": "it"},
+    ]
+    entry = Entry.model_validate(content)
+
+    def rehearsed(rows: list[dict[str, Any]]) -> list[str]:
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        operations = small_entry(entry, Project(folder.path / "try/late"))["dataset"]["operations"]
+        return [one["field"] for one in operations]
+
+    assert rehearsed(rows) == ["n"]
+    assert capsys.readouterr().err == (
+        "notice: operations.1 (drop_where) is left out: the first 200 records of each source have no 'lang'\n"
+    )
+    assert rehearsed(rows[:200]) == ["n", "lang"]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_rehearsal_knows_nothing_of_the_organizers_other_entries(folder: WorkingFolder) -> None:

@@ -342,3 +342,46 @@ def test_a_number_over_many_runs_is_raised_so_that_none_of_them_gets_fewer(
     before, after = (budgets(groups, max(1, round(one * scale))) for one in (now, number))
     assert all(new >= old for new, old in zip(after, before, strict=True))
     assert sum(after) >= times * sum(before) - 1e-3
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.01, 30.0])
+@pytest.mark.parametrize("now", [1, 37])
+def test_a_number_of_billions_is_found_at_once_and_is_the_least(
+    tmp_path: Path, now: int, scale: float
+) -> None:
+    file = run_file(tmp_path / "runs.conf", [("mmlu:subject=anatomy", "a")])
+    metrics = {"EM": {"metric": "exact_match"}}
+
+    def scaled(number: int) -> int:
+        return max(1, round(number * scale))
+
+    for setting in ("questions", "max_eval_instances"):
+        scenario = ScenarioConfig(run_entries=file, metrics=metrics, **{setting: now})
+        number = raised(scenario, 1e9, scale)
+        assert scaled(number) >= 1e9 * scaled(now) > scaled(number - 1)
+
+
+def test_a_way_of_more_than_a_million_questions_is_named_and_not_proposed() -> None:
+    close = made_up(difference=1e-5)
+    allowed = largest_error(close.difference, 0.05, 0.8)
+    assert ways(close, allowed, None) == []
+    said = limits(close, allowed)[-1]
+    assert said.startswith("One way is not proposed, for more than 1,000,000 questions more of a scenario: ")
+    assert int(said.split("+")[1].rstrip(".").replace(",", "")) > 1e9
+    less_close = made_up(difference=0.01)
+    allowed = largest_error(less_close.difference, 0.05, 0.8)
+    assert ways(less_close, allowed, None)
+    assert not any("not proposed" in one for one in limits(less_close, allowed))
+
+
+def test_of_seeds_and_too_many_questions_seeds_are_proposed() -> None:
+    parts = made_up(
+        difference=0.01,
+        of_questions=np.array([1e-9, 1e-9]),
+        training=np.array([1.28e-5, 0]),
+        questions=np.full(2, 1e4),
+    )
+    allowed = parts.trained(1) ** 0.5 * (1 + 1e-9)
+    prices = priced(1.0, 1.0)
+    assert [way.kind for way in ways(parts, allowed, prices)] == ["seeds"]
+    assert any("not proposed" in one for one in limits(parts, allowed, prices))

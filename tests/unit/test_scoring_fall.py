@@ -187,3 +187,21 @@ def test_of_2023s_rounds_noise_explains_little_and_contamination_cannot_be_known
     assert found.shares.contamination == 0
     assert "The contamination of 30 of 30 entries is not known" in found.text
     assert "Without instance values, questions are drawn for every entry on its own" in found.text
+
+
+def test_a_fall_without_one_question_that_was_not_seen_is_not_known() -> None:
+    """A column that nobody is asked says nothing: it is no tie of all."""
+    everything = {f"run{run}": [f"id{number}" for number in range(QUESTIONS)] for run in range(4)}
+    answers = drawn(skills())
+    found = audited(answers, {"e03": contamination("e03", everything, QUESTIONS)})
+    fall = next(entry.fall for entry in found.entries if entry.entry == "e03")
+    assert fall is not None
+    assert fall.contamination is None
+    assert fall.contamination_reason == "no question of mmlu is left without those in its data"
+    assert "The contamination of 1 of 24 entries is not known" in found.text
+    board, values = board_of(answers)
+    reports = {"e03": contamination("e03", everything, QUESTIONS), "e04": contamination("e04", None, 7)}
+    text = analysis_markdown(board, analyze(board, values, reports, replicates=50))
+    assert "not known: no question of mmlu is left without those in its data" in text
+    assert "not known: its report does not name the questions" in text
+    assert "not known: no contamination report" in text

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from palio.config.common import PlainText, Strict
 from palio.errors import InvalidValue
@@ -14,6 +22,15 @@ def _unlike(tokens: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(tokens)) < len(tokens):
         raise InvalidValue(why="names a token twice", fix="leave one of them out")
     return tokens
+
+
+def _number_or_share(value: object) -> object:
+    """Refuse what is neither in one word: a union would name a fault for each."""
+    whole = type(value) is int or (isinstance(value, float) and value.is_integer())
+    if (whole and value >= 0) or (isinstance(value, float) and 0 < value < 1):  # type: ignore[operator]
+        return value
+    why = "is neither a number of rows nor a share of them"
+    raise InvalidValue(why=why, fix="give a whole number, such as 200, or a share below 1, such as 0.05")
 
 
 class FinetuneRecipe(Strict):
@@ -97,7 +114,9 @@ class FinetuneRecipe(Strict):
     minute of the budget in every attempt. `benchmarks/finetune.py --device cuda --shape 7b` measures it."""
     save_steps: PositiveInt = 50
     """Optimizer steps between checkpoints: the most that a crash can cost."""
-    validation_rows: NonNegativeInt | Annotated[float, Field(gt=0, lt=1)] = 0
+    validation_rows: Annotated[
+        NonNegativeInt | Annotated[float, Field(gt=0, lt=1)], BeforeValidator(_number_or_share)
+    ] = 0
     """Rows held out of training, or their share of the dataset, e.g. 0.05. Their loss is measured every
     `save_steps`, and the step with the lowest loss is handed in; 0 hands in the last step."""
     patience: PositiveInt | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +67,7 @@ def read_sources(
             write_batches(batch_file(folder, batches), batch.schema, [batch])
             batches += 1
         if batches:
-            _refuse_unknown_fields(recipe, reading.seen, team_folders)
+            _check_fields(recipe, reading, team_folders)
         text = "".join(canonical_json(line) + "\n" for line in reading.quarantine)
         write_text(DatasetFolder(folder).quarantine, text)
         reports = [report.model_dump(mode="json") for report in reading.reports]
@@ -88,13 +89,20 @@ def find_sources(recipe: DatasetRecipe, work: Path, version: str) -> Sources | N
     return next((_sources(path.parent) for path, record in records if record["stamp"] == stamp), None)
 
 
-def _refuse_unknown_fields(recipe: DatasetRecipe, seen: set[str], team_folders: Sequence[Path]) -> None:
+def _check_fields(recipe: DatasetRecipe, reading: _Reading, team_folders: Sequence[Path]) -> None:
+    """Refuse a field that no row has; where `limit` left rows unread, say so only."""
     for index, operation in enumerate(recipe.operations):
         for name in operation.metadata_fields:
-            if name not in seen:
-                known = {field for source in recipe.sources for field in known_fields(source, team_folders)}
-                fix = f"name one of {shortened(', '.join(sorted(known)), 1000)}"
-                raise BadInput("dataset", f"operations.{index}.field", name, why="no row has it", fix=fix)
+            if name in reading.seen:
+                continue
+            key = f"operations.{index}.field"
+            if reading.limited:
+                rows = sum(report.rows for report in reading.reports)
+                print(f"notice: {key} is {name!r}: none of the {rows} rows read has it", file=sys.stderr)
+                continue
+            known = {field for source in recipe.sources for field in known_fields(source, team_folders)}
+            fix = f"name one of {shortened(', '.join(sorted(known)), 1000)}"
+            raise BadInput("dataset", key, name, why="no row has it", fix=fix)
 
 
 def _sources(folder: Path) -> Sources:
@@ -133,6 +141,8 @@ class _Reading:
     progress: Progress
     seen: set[str] = field(default_factory=set)
     """Those of the fields that a row has."""
+    limited: bool = False
+    """True if a source has more rows than were read."""
     reports: list[SourceReport] = field(default_factory=list)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
 
@@ -154,6 +164,7 @@ class _Reading:
                         break  # a file of nothing else is not read to its end
                     continue
                 if rows == self.limit:
+                    self.limited = True
                     break
                 rows += 1
                 batch.append(record)

@@ -106,7 +106,8 @@ def _separating(
 ) -> Separating:
     """Return what separates two entries; of another competition there are no prices and no config."""
     allowed = largest_error(parts.difference, level, power)
-    found = ways(parts, allowed, measured.prices(board, parts) if measured else None)
+    prices = measured.prices(board, parts) if measured else None
+    found = ways(parts, allowed, prices)
     return Separating(
         better=parts.better,
         worse=parts.worse,
@@ -116,7 +117,7 @@ def _separating(
         level=level,
         variance=_variance(parts),
         ways=found,
-        limits=limits(parts, allowed),
+        limits=limits(parts, allowed, prices),
         config=_config(competition, board, parts, found[0], measured) if competition and found else "",
     )
 
@@ -281,7 +282,8 @@ def raised(scenario: ScenarioConfig, times: float, scale: float = 1.0) -> int:
 
     now = scenario.questions or scenario.max_eval_instances or 1
     wanted = math.ceil(round(scaled(now) * times, 6))
-    numbers = (number for number in count(now) if scaled(number) >= wanted)
+    near = math.ceil((wanted - 0.5) / scale) - 1  # about the first that is rounded to it
+    numbers = (number for number in count(max(now, near)) if scaled(number) >= wanted)
     if not scenario.questions:
         return next(numbers)
     groups = [group for _, group in run_entries(expand(scenario.run_entries))]

@@ -27,7 +27,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from palio.config import Competition, Entry, RuleSet, expand, load_competition, load_entry, load_rules
+from palio.config import (
+    Competition,
+    DatasetRecipe,
+    Entry,
+    RuleSet,
+    expand,
+    load_competition,
+    load_entry,
+    load_rules,
+)
+from palio.curation.source import SourceRow, read_source
 from palio.demo.data import write_demo_sources
 from palio.errors import BadInput, Crashed
 from palio.layout import CONFIG, ENTRIES, RULESET, TEAMS, EntryFolder, Project, Resources
@@ -144,6 +154,7 @@ def small_entry(entry: Entry, project: Project) -> dict[str, Any]:
     """The entry's content with the heads of its sources and few steps."""
     content = entry.model_dump(mode="json", exclude_none=True)
     heads, made = project.resources.teams / "heads", Resources().demo_sources
+    cut = False
     for index, source in enumerate(content.get("dataset", {}).get("sources", [])):
         path = Path(source.get("path", ""))
         if "hub" in source or path.is_dir():  # read whole: a dataset of the library has no head to cut off
@@ -153,9 +164,12 @@ def small_entry(entry: Entry, project: Project) -> dict[str, Any]:
         if not path.is_file() and path.parent == made:
             write_demo_sources(made, seed=7)
         head = heads / f"{index}-{path.name}"
-        write_head(path, head, SOURCE_ROWS)
+        cut |= write_head(path, head, SOURCE_ROWS)
         source.setdefault("name", entry.dataset.sources[index].label if entry.dataset else "")
         source["path"] = str(head.relative_to(project.path))
+    if cut and entry.dataset and entry.dataset.metadata_fields:
+        with chdir(project.path):
+            content["dataset"]["operations"] = _rehearsable(content["dataset"])
     if "finetune" in content:
         content["finetune"]["max_steps"] = min(content["finetune"].get("max_steps") or STEPS, STEPS)
         content["finetune"]["validation_rows"] = min(content["finetune"]["validation_rows"], 8)
@@ -166,22 +180,48 @@ def small_entry(entry: Entry, project: Project) -> dict[str, Any]:
     return content
 
 
-def write_head(source: Path, target: Path, rows: int) -> None:
-    """Write the first `rows` records of a source, in its own format. Raises BadInput if it is missing."""
+def _rehearsable(dataset: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the operations without those on a field that no record of the heads has, which are named: later
+    records may have it."""
+    recipe = DatasetRecipe.model_validate(dataset)
+    seen: set[str] = set()
+    for source in recipe.sources:
+        rows = islice(read_source(source, [], recipe.metadata_fields), SOURCE_ROWS)
+        seen.update(*(row.metadata for row in rows if isinstance(row, SourceRow)))
+    kept = []
+    for index, (operation, content) in enumerate(zip(recipe.operations, dataset["operations"], strict=True)):
+        unseen = [name for name in operation.metadata_fields if name not in seen]
+        if not unseen:
+            kept.append(content)
+            continue
+        why = f"the first {SOURCE_ROWS} records of each source have no {unseen[0]!r}"
+        print(f"notice: operations.{index} ({operation.op}) is left out: {why}", file=sys.stderr)
+    return kept
+
+
+def write_head(source: Path, target: Path, rows: int) -> bool:
+    """Write the first `rows` records of a source, in its own format; return whether it has more.
+
+    Raises:
+        BadInput: it is missing.
+    """
     if not source.is_file():
         raise BadInput(source, why="no such file", fix="correct dataset.sources, or fetch it")
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.suffix == ".parquet":
-        batch = next(pq.ParquetFile(source).iter_batches(batch_size=rows), None)
+        file = pq.ParquetFile(source)
+        batch = next(file.iter_batches(batch_size=rows), None)
         if batch is not None:
             pq.write_table(pa.Table.from_batches([batch]), target)
-        return
+        return bool(file.metadata.num_rows > rows)
     compression = {".gz": "gzip", ".zst": "zstd"}.get(source.suffix)
     with (
         pa.input_stream(str(source), compression=compression) as stream,
         pa.output_stream(str(target), compression=compression) as out,
     ):
-        out.write(b"".join(islice(_lines(stream), rows + source.name.count(".csv"))))  # a CSV has a header
+        lines = _lines(stream)
+        out.write(b"".join(islice(lines, rows + source.name.count(".csv"))))  # a CSV has a header
+        return next(lines, None) is not None
 
 
 def _lines(stream: Any) -> Iterator[bytes]:

@@ -245,6 +245,8 @@ class Fall(Part):
     contamination: float | None
     """What the open score loses on the questions that are not in the entry's training data. None if that is
     not known: it is then part of the rest."""
+    contamination_reason: str = ""
+    """Why it is not known."""
     noise: float
     """Expected part of the noise of questions and training: how far the fall, contamination taken off, would
     come back to the mean of all entries' in another draw of both."""

@@ -37,7 +37,7 @@ def falls(
     both = drawn.all.stages["open"] - drawn.all.stages["closed"]
     questions = drawn.questions.stages["open"] - drawn.questions.stages["closed"]
     known = [contaminated_part(board, drawn, index, contamination) for index in range(len(value))]
-    left = value - np.array([part or 0.0 for part in known])
+    left = value - np.array([0.0 if isinstance(part, str) else part for part in known])
     noise = float(np.mean(np.var(both - both.mean(axis=0), axis=1, ddof=1)))
     spread, error = float(np.var(left, ddof=1)), np.var(both, axis=0)
     true = max(0.0, spread - noise)
@@ -50,11 +50,12 @@ def falls(
             of_questions=_share(float(np.var(questions[:, index])), float(error[index]))
             if drawn.effects is not None
             else None,
-            contamination=known[index],
+            contamination=None if isinstance(part, str) else part,
+            contamination_reason=part if isinstance(part, str) else "",
             noise=float(expected[index]),
             rest=float(left[index] - expected[index]),
         )
-        for index in range(len(value))
+        for index, part in enumerate(known)
     ]
     return found, _shares(float(np.var(value, ddof=1)), spread, noise)
 
@@ -76,16 +77,12 @@ def _shares(total: float, without_contamination: float, noise: float) -> FallSha
 
 def contaminated_part(
     board: Leaderboard, drawn: Draws, index: int, contamination: Mapping[str, Contamination | str]
-) -> float | None:
-    """Return what an entry's open score loses on the questions that are not in its training data.
-
-    None if that is not known: without a report that names the questions, or without their answers.
-    """
-    report = contamination.get(board.entries[index].entry)
-    if report == NO_DATA:
-        return 0.0
-    if not isinstance(report, Contamination):
-        return None
+) -> float | str:
+    """Return what an entry's open score loses on the questions that are not in its training data, or why that
+    is not known."""
+    report = contamination.get(board.entries[index].entry, "no contamination report")
+    if isinstance(report, str):
+        return 0.0 if report == NO_DATA else report
     if not any(report.contaminated.get("open", {}).values()):
         return 0.0
     seen = {(run, id_) for run, ids in (report.open_questions or {}).items() for id_ in ids}
@@ -95,11 +92,15 @@ def contaminated_part(
         for place, column in enumerate(drawn.pool.columns)
         if column.stage == "open" and column.scenario in affected
     ]
-    if not seen or any(drawn.usable.columns[place] is None for place in columns):
-        return None
+    if not seen:
+        return "its report does not name the questions"
+    if any(drawn.usable.columns[place] is None for place in columns):
+        return "no instance values"
     values = drawn.pool.values.copy()
     for place in columns:
         values[:, place] = _clean_values(drawn, place, seen)
+        if (np.isnan(values[:, place]) & ~np.isnan(drawn.pool.values[:, place])).any():
+            return f"no question of {drawn.pool.columns[place].scenario} is left without those in its data"
     clean = scores(drawn.pool.columns, values.T, formula_of(board)).stages["open"]
     own = drawn.pool.entries.index(board.entries[index].entry)
     return float(drawn.estimate.stages["open"][index] - clean[own])

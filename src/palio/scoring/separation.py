@@ -30,6 +30,8 @@ from palio.scoring.uncertainty import AnswersByScenario, Draws, draw, draw_score
 DRAWS = 1000
 MOST_SEEDS = 100
 """Trainings of an entry beyond which nobody plans."""
+MOST_QUESTIONS = 1_000_000
+"""More questions of a scenario that nobody asks."""
 CHEAPEST = 1e-9
 """Least price of a question, in GPU hours."""
 
@@ -62,6 +64,10 @@ class ErrorParts:
     @property
     def variance(self) -> float:
         return self.error(np.ones(len(self.questions)), 1)
+
+    def budget(self, allowed: float) -> float:
+        """Return the variance that questions and the training of the two may leave."""
+        return allowed**2 - self.of_runs - self.of_others
 
     def trained(self, seeds: int) -> float:
         """Return the variance of training left with so many trainings of each."""
@@ -189,14 +195,30 @@ def _variance(final: Array, first: int, second: int) -> float:
 
 
 def ways(parts: ErrorParts, allowed: float, prices: Prices | None) -> list[Way]:
-    """Return every way to bring the standard error down to `allowed`, the cheapest first.
+    """Return every way to bring the standard error down to `allowed`, the cheapest first; none with more than
+    `MOST_QUESTIONS` of a scenario.
 
     Without prices, all questions cost the same, and a mix of questions and seeds cannot be weighed.
     """
     if abs(parts.difference) <= TIE or parts.variance <= allowed**2:
         return []
+    found = sorted(filter(_can_be_asked, _alone(parts, allowed, prices)), key=_cost)
+    mix = min(filter(_can_be_asked, _mixes(parts, allowed, prices)), key=_cost, default=None)
+    return [mix, *found] if mix and (not found or _cost(mix) < _cost(found[0])) else found
+
+
+def _most(way: Way) -> int:
+    return max(way.questions.values(), default=0)
+
+
+def _can_be_asked(way: Way) -> bool:
+    return _most(way) <= MOST_QUESTIONS
+
+
+def _alone(parts: ErrorParts, allowed: float, prices: Prices | None) -> list[Way]:
+    """Return every way of questions or of seeds alone."""
     none, now = np.ones(len(parts.questions)), int(parts.trainings.min())
-    budget = allowed**2 - parts.of_runs - parts.of_others
+    budget = parts.budget(allowed)
     found = []
     spread = _allocation(parts, budget - parts.trained(now), _question_price(parts, prices, now))
     if spread is not None:
@@ -210,9 +232,7 @@ def ways(parts: ErrorParts, allowed: float, prices: Prices | None) -> list[Way]:
             found.append(_way("one_scenario", parts, times, now, prices))
     if seeds := _seeds(parts, allowed):
         found.append(_way("seeds", parts, none, seeds, prices))
-    found = sorted(_distinct(found), key=_cost)
-    mix = _mix(parts, budget, prices) if prices and parts.training.any() else None
-    return [mix, *found] if mix and (not found or _cost(mix) < _cost(found[0])) else found
+    return _distinct(found)
 
 
 def _cost(way: Way) -> tuple[float, int, str]:
@@ -263,15 +283,17 @@ def _seeds(parts: ErrorParts, allowed: float) -> int | None:
     return next((seeds for seeds in more if parts.error(none, seeds) <= allowed**2), None)
 
 
-def _mix(parts: ErrorParts, budget: float, prices: Prices) -> Way | None:
-    """Return the cheapest way of more seeds and more questions."""
-    found = []
+def _mixes(parts: ErrorParts, allowed: float, prices: Prices | None) -> list[Way]:
+    """Return the cheapest way of more questions at every number of more seeds."""
+    if not prices or not parts.training.any():
+        return []
+    found, budget = [], parts.budget(allowed)
     for seeds in range(int(parts.trainings.min()) + 1, MOST_SEEDS + 1):
         times = _allocation(parts, budget - parts.trained(seeds), _question_price(parts, prices, seeds))
         if times is None:
             continue
         found.append(_way("both", parts, times, seeds, prices))
-    return min((way for way in found if way.questions), key=_cost, default=None)
+    return [way for way in found if way.questions]
 
 
 def _way(kind: Kind, parts: ErrorParts, times: Array, seeds: int, prices: Prices | None) -> Way:
@@ -293,8 +315,8 @@ def _way(kind: Kind, parts: ErrorParts, times: Array, seeds: int, prices: Prices
     )
 
 
-def limits(parts: ErrorParts, allowed: float) -> list[str]:
-    """Say what does not separate two entries at any number."""
+def limits(parts: ErrorParts, allowed: float, prices: Prices | None = None) -> list[str]:
+    """Say what does not separate two entries at any number, or at none that can be asked."""
     if abs(parts.difference) <= TIE:
         return ["Nothing separates them: they have the same score."]
     if parts.variance <= allowed**2:
@@ -330,9 +352,25 @@ def limits(parts: ErrorParts, allowed: float) -> list[str]:
         )
     if len(said) == 2:
         said.append("More of both does.")
+    said += _too_many(parts, allowed, prices)
     if not parts.covers_training:
         said.append(
             "What the noise of training would leave is not known, as no entry was trained more than once: "
             "these numbers separate the two trainings that were run, not the two entries."
         )
     return said
+
+
+def _too_many(parts: ErrorParts, allowed: float, prices: Prices | None) -> list[str]:
+    """Say how many questions the ways take that `ways` leaves out for their number."""
+    mixes = sorted(_mixes(parts, allowed, prices), key=_most)[:1]
+    over = [way for way in (*_alone(parts, allowed, prices), *mixes) if not _can_be_asked(way)]
+    if not over:
+        return []
+    fewest = min(over, key=_most)
+    name = max(fewest.questions, key=fewest.questions.__getitem__)
+    left_out = "One way is" if len(over) == 1 else f"{len(over)} ways are"
+    return [
+        f"{left_out} not proposed, for more than {MOST_QUESTIONS:,} questions more of a scenario: "
+        f"{name} +{fewest.questions[name]:,}{', and more' if len(over) > 1 else ''}."
+    ]

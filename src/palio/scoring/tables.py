@@ -335,7 +335,9 @@ def _falls_markdown(overfitting: Overfitting) -> list[str]:
             entry.entry,
             f"{fall.value:+.3f} ± {fall.standard_error:.3f}",
             _share(fall.of_questions),
-            "not known" if fall.contamination is None else f"{fall.contamination:+.3f}",
+            ": ".join(filter(None, ["not known", fall.contamination_reason]))
+            if fall.contamination is None
+            else f"{fall.contamination:+.3f}",
             f"{fall.noise:+.3f}",
             f"{fall.rest:+.3f}",
         ]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from palio.config import Pattern
 from palio.curation.operations import OperationContext, Reasons, RowOperation, Verdict
@@ -34,11 +34,27 @@ class FieldOperation(RowOperation):
     max: float | None = None
     """Largest number."""
 
+    @field_validator("equals", mode="before")
+    @classmethod
+    def _values(cls, value: object) -> object:
+        values = value if isinstance(value, list | tuple) else [value]
+        kinds = {type(one) for one in values}
+        if bool in kinds and str in kinds:
+            fix = 'put quotes around texts that YAML takes for these: "no", "yes", "on", "off"'
+            raise InvalidValue(why="has true or false beside texts", fix=fix)
+        endless = any(isinstance(one, float) and not math.isfinite(one) for one in values)
+        if value is not None and (endless or not kinds or kinds - {str, bool, int, float}):
+            fix = "give a text, a number, true or false, or a list of them"
+            raise InvalidValue(why="is no value to compare with", fix=fix)
+        return value
+
     @model_validator(mode="after")
     def _one_condition(self) -> FieldOperation:
         in_range = self.min is not None or self.max is not None
         if (self.equals is not None) + (self.matches is not None) + in_range != 1:
             raise InvalidValue(why="needs one condition", fix="give equals, or matches, or min and max")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise InvalidValue(why=f"min is {self.min:g}, above max, {self.max:g}", fix="swap them")
         return self
 
     @property
