@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import math
@@ -29,8 +30,11 @@ from transformers import (
 
 from palio.cli import palio
 from palio.config import Entry, FinetuneRecipe, Track, load_competition, load_entry, load_rules
+from palio.curation.files import file_records
+from palio.curation.rows import Malformed
 from palio.errors import BadInput, OutOfMemory
 from palio.evaluation.helm.folder import CONTEXT_TOKENS
+from palio.incoming import Incoming
 from palio.layout import Project
 from palio.participant.estimate import Estimate, Measured, Shape, estimate, rows_of
 from palio.participant.preview import preview
@@ -182,25 +186,36 @@ def test_a_new_entry_that_cannot_be_is_refused_with_one_line(
 # --- the small run ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])
-def test_the_head_of_a_source_is_of_its_format(tmp_path: Path, name: str) -> None:
-    rows = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(50)]
-    source, head = tmp_path / name, tmp_path / "head" / name
-    lines = [json.dumps(row) for row in rows]
-    if name.endswith(".parquet"):
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.tsv", "a.parquet"])
+def test_the_head_of_a_source_has_its_first_records(tmp_path: Path, name: str) -> None:
+    """Records, not lines: an array is spread over lines, and a quoted field holds some."""
+    rows = [{"prompt": f"p{n}\nand more", "completion": f"c{n}"} for n in range(50)]
+    source = tmp_path / name
+    if name == "a.parquet":
         pq.write_table(pa.Table.from_pylist(rows), source)
-    elif name.endswith(".csv"):
-        source.write_text(
-            "\n".join(["prompt,completion", *(f"{r['prompt']},{r['completion']}" for r in rows)])
-        )
-    elif name.endswith(".gz"):
-        source.write_bytes(gzip.compress("\n".join(lines).encode()))
+    elif name.endswith(("csv", "tsv")):
+        with source.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, rows[0], delimiter="," if name == "a.csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif name == "a.json":
+        source.write_text(json.dumps(rows, indent=2))
     else:
-        source.write_text("\n".join(lines))
-    write_head(source, head, 7)
-    assert rows_of(head) == 7
-    if name == "a.jsonl":
-        assert [json.loads(line) for line in head.read_text().splitlines()] == rows[:7]
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        source.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    head = tmp_path / "head" / (name if name == "a.parquet" else "head.jsonl")
+    assert write_head(source, head, 7)
+    assert [record for _, record in file_records(Incoming.locate(head, []))] == rows[:7]
+    assert not write_head(source, head, 50)
+    assert rows_of(source) == 50
+
+
+def test_a_broken_record_is_in_the_head_of_a_source_too(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"prompt": "p", "completion": "c"}\n{"prompt"\n')
+    write_head(source, tmp_path / "head.jsonl", 7)
+    _, (_, broken) = file_records(Incoming.locate(tmp_path / "head.jsonl", []))
+    assert isinstance(broken, Malformed)
 
 
 def test_a_rehearsal_changes_size_and_nothing_else_of_an_entry(folder: WorkingFolder) -> None:

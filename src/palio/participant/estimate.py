@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from palio.config import FinetuneRecipe, Track
+from palio.incoming import Incoming
 from palio.layout import EntryFolder
 
 PEAK_TFLOPS = {"a100": 312.0, "rtx4090": 165.2, "h100": 989.0, "h200": 989.0, "a6000": 154.8, "l40s": 362.0}
@@ -137,15 +138,11 @@ def measure(folder: EntryFolder) -> Measured | None:
 
 
 def rows_of(path: Path) -> int:
-    """Count a source file's records: lines of JSONL, lines of CSV without its header, rows of Parquet."""
-    import pyarrow as pa
+    """Count a source file's records."""
     import pyarrow.parquet as pq
+
+    from palio.curation.files import file_records
 
     if path.suffix == ".parquet":
         return int(pq.ParquetFile(path).metadata.num_rows)
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
-    lines = 0
-    with pa.input_stream(str(path), compression=compression) as stream:
-        while chunk := stream.read(1 << 22):
-            lines += chunk.count(b"\n")
-    return max(0, lines - path.name.count(".csv"))
+    return sum(1 for _ in file_records(Incoming.locate(path, [])))

@@ -12,11 +12,11 @@ a few training steps, a few open instances; the closed stage is not touched) and
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import chdir
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -37,9 +37,12 @@ from palio.config import (
     load_entry,
     load_rules,
 )
+from palio.curation.files import file_records
+from palio.curation.rows import Malformed
 from palio.curation.source import SourceRow, read_source
 from palio.demo.data import write_demo_sources
 from palio.errors import BadInput, Crashed
+from palio.incoming import Incoming
 from palio.layout import CONFIG, ENTRIES, RULESET, TEAMS, EntryFolder, Project, Resources
 from palio.provenance import write_text
 from palio.records import StepFailure, read_record
@@ -163,7 +166,7 @@ def small_entry(entry: Entry, project: Project) -> dict[str, Any]:
             continue
         if not path.is_file() and path.parent == made:
             write_demo_sources(made, seed=7)
-        head = heads / f"{index}-{path.name}"
+        head = heads / (f"{index}-{path.name}" + (".jsonl" if path.suffix != ".parquet" else ""))
         cut |= write_head(path, head, SOURCE_ROWS)
         source.setdefault("name", entry.dataset.sources[index].label if entry.dataset else "")
         source["path"] = str(head.relative_to(project.path))
@@ -200,37 +203,23 @@ def _rehearsable(dataset: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_head(source: Path, target: Path, rows: int) -> bool:
-    """Write the first `rows` records of a source, in its own format; return whether it has more.
+    """Write the first `rows` records of a source, Parquet as Parquet and any other file as JSON lines; return
+    whether it has more. A broken record stays one, with the reason.
 
     Raises:
-        BadInput: it is missing.
+        BadInput: it is missing, or broken as a whole.
     """
-    if not source.is_file():
-        raise BadInput(source, why="no such file", fix="correct dataset.sources, or fetch it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    if source.suffix == ".parquet":
+    if source.suffix == ".parquet" and source.is_file():
         file = pq.ParquetFile(source)
         batch = next(file.iter_batches(batch_size=rows), None)
         if batch is not None:
             pq.write_table(pa.Table.from_batches([batch]), target)
         return bool(file.metadata.num_rows > rows)
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(source.suffix)
-    with (
-        pa.input_stream(str(source), compression=compression) as stream,
-        pa.output_stream(str(target), compression=compression) as out,
-    ):
-        lines = _lines(stream)
-        out.write(b"".join(islice(lines, rows + source.name.count(".csv"))))  # a CSV has a header
-        return next(lines, None) is not None
-
-
-def _lines(stream: Any) -> Iterator[bytes]:
-    rest = b""
-    while chunk := stream.read(1 << 20):
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from (line + b"\n" for line in whole)
-    if rest:
-        yield rest
+    records = file_records(Incoming.locate(source, []))
+    head = [str(one) if isinstance(one, Malformed) else one for _, one in islice(records, rows)]
+    write_text(target, "".join(json.dumps(one) + "\n" for one in head))
+    return next(records, None) is not None
 
 
 def _yaml(content: dict[str, Any]) -> str:
