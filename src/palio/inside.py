@@ -1,6 +1,7 @@
 """What runs in the room of a model that brings code of its own, and the only program that imports such code.
 
-    python -m palio.inside '{"function": "merge", "given": {…}, "code": {"modeling_x.py": "<sha256>"}, …}'
+    python -m palio.inside
+    /job.json    {"function": "merge", "given": {…}, "code": {"modeling_x.py": "<sha256>"}, "model": …}
 
 It imports the code, calls one of the functions below, and reports to /output/report.json what that returned
 or raised. `palio.sandbox.model_room` starts it.
@@ -15,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from palio.errors import PalioError
+from palio.errors import Crashed, PalioError
 from palio.layout import RoomFolder
 from palio.model_code import import_code
-from palio.sandbox.model_room import ADAPTER, BASE_MODEL, PACKAGE, REPORT, described
+from palio.sandbox.model_room import ADAPTER, BASE_MODEL, JOB, PACKAGE, REPORT, described
 from palio.sandbox.room import OUTPUT
 
 
@@ -26,6 +27,14 @@ def examine(weights: bool) -> dict[str, Any]:
     from palio.causal_model import examine as examine_model
 
     return examine_model(Path(BASE_MODEL), weights=weights).model_dump()
+
+
+def config() -> dict[str, Any]:
+    """The config with the defaults of its class."""
+    from transformers import AutoConfig
+
+    found: dict[str, Any] = AutoConfig.from_pretrained(BASE_MODEL, trust_remote_code=False).to_dict()
+    return found
 
 
 def preview(entry: dict[str, Any], track: dict[str, Any]) -> list[str]:
@@ -63,11 +72,15 @@ def serving_of(threads: int | None) -> list[str | int]:
 
 
 def same_answers(trained: dict[str, Any]) -> str:
+    from palio.packaging.verify import Fault
     from palio.packaging.verify import same_answers as compare
     from palio.records import AdapterManifest
 
     adapter = AdapterManifest.model_validate(trained)
-    return compare(Path(PACKAGE), Path(BASE_MODEL), Path(ADAPTER), adapter)
+    try:
+        return compare(Path(PACKAGE), Path(BASE_MODEL), Path(ADAPTER), adapter)
+    except Fault as fault:
+        raise Crashed(str(fault)) from None
 
 
 def serve(**settings: Any) -> None:
@@ -78,7 +91,7 @@ def serve(**settings: Any) -> None:
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (examine, preview, train, merge, serving_of, same_answers, serve)
+    for function in (examine, config, preview, train, merge, serving_of, same_answers, serve)
 }
 
 
@@ -97,4 +110,4 @@ def main(job: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(json.loads(sys.argv[1])))
+    sys.exit(main(json.loads(Path(JOB).read_bytes())))

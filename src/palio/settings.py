@@ -74,6 +74,8 @@ class PlannedEntry:
     entry: AnyEntry
     replicate: int | None = None
     """Number of the replicate, from 2; None: the entry's own training."""
+    runs_model_code: bool = False
+    """Whether the rules approve code of its base model."""
 
     @property
     def valid(self) -> Entry | None:
@@ -91,13 +93,8 @@ class PlannedEntry:
     @property
     def isolation(self) -> Isolation | None:
         """Confinement of what the entry runs that is not Palio's, if it may run any."""
-        foreign = self.valid and (self.valid.programs or self.approves_code)
+        foreign = self.valid and (self.valid.programs or self.runs_model_code)
         return self.competition.isolation if foreign else None
-
-    @property
-    def approves_code(self) -> bool:
-        """Whether the rules approve code of any base model."""
-        return any(family.code for family in self.rules.base_models)
 
     def fresh_start(self, step: str) -> int | None:
         """How many fresh starts of the step `palio retry` has granted."""
@@ -173,6 +170,8 @@ class CheckedAgainst(Strict):
     rules: str
     """The rule set's file."""
     track_ids: tuple[str, ...]
+    vllm_stages: tuple[str, ...] = ()
+    """Stages that vllm serves."""
 
     @classmethod
     def of(cls, competition: Competition) -> Self:
@@ -180,6 +179,7 @@ class CheckedAgainst(Strict):
             competition_id=competition.competition,
             rules=competition.rules,
             track_ids=tuple(competition.tracks),
+            vllm_stages=tuple(name for name in STAGES if competition.stage(name).engine == "vllm"),
         )
 
 
@@ -323,7 +323,7 @@ class FinetuneSettings(StepSettings):
             recipe=planned.recipe,
             program=entry.command,
             seed=planned.replicate if entry.command else None,
-            isolation=planned.isolation if entry.command or planned.approves_code else None,
+            isolation=planned.isolation if entry.command or planned.runs_model_code else None,
             network=entry.command is not None and planned.rules.network_in_training,
             team_folders=planned.rules.folders_of(entry.team) if entry.command else (),
             fresh_start=planned.fresh_start(step),
@@ -437,7 +437,7 @@ class EvaluateSettings(StepSettings):
         return settings.model_copy(
             update={
                 "base_model_id": planned.base_model_id if own_server else None,
-                "isolation": planned.isolation if own_server or planned.approves_code else None,
+                "isolation": planned.isolation if own_server or planned.runs_model_code else None,
                 "fresh_start": planned.fresh_start(step),
             }
         )

@@ -371,14 +371,17 @@ class Workflow:
 
     def planned(self, name: str) -> PlannedEntry:
         entry_id, replicate = entry_and_replicate(name)
+        entry = self.entries[entry_id]
+        family = approved_model(entry.base_model, self.rules) if isinstance(entry, Entry) else None
         return PlannedEntry(
             competition=self.competition,
             rules=self.rules,
             stage_runs=self.stage_runs,
             file=self.entries.files[entry_id],
             entry_id=entry_id,
-            entry=self.entries[entry_id],
+            entry=entry,
             replicate=replicate,
+            runs_model_code=family is not None and bool(family.code),
         )
 
     def settings(self, step: str) -> Callable[[Any], str]:

@@ -15,10 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from palio.base_model import fetch_base_model
 from palio.errors import Crashed, OutOfMemory, RuleViolation
+from palio.layout import TrainingFolder
 from palio.packaging.verify import verify_package
 from palio.records import AdapterManifest, TrainingFacts
 from palio.sandbox.handed_in import take_weights
-from palio.training.confined import FACTS, FIELDS, typed
+from palio.training.confined import FACTS, FIELDS, _copy_heartbeat, _telemetry, typed
 from tests.support.own_code import MODELING, SOURCES, approved, fetched, siena
 from tests.support.training import Entry
 
@@ -215,3 +216,16 @@ def test_what_it_says_of_its_training_is_known_fields_of_known_types() -> None:
         typed(AdapterManifest, FIELDS, said | {"rows": "many"})
     with pytest.raises(ValueError, match="versions"):
         typed(TrainingFacts, FACTS, dict.fromkeys(FACTS) | {"versions": ["x"]})
+
+
+def test_steps_of_no_possible_size_are_its_own_fault() -> None:
+    with pytest.raises(Crashed, match="did not report its steps"):
+        _telemetry({"telemetry": [{"step": 1 << 70}]})
+
+
+def test_a_heartbeat_that_is_a_link_is_not_shown(tmp_path: Path) -> None:
+    work = TrainingFolder(tmp_path)
+    work.program.mkdir()
+    (work.program / "heartbeat.json").symlink_to("/etc/hostname")
+    _copy_heartbeat(work, tmp_path / "shown.json")
+    assert not (tmp_path / "shown.json").exists()

@@ -75,7 +75,7 @@ def test_every_rule_has_a_bad_entry() -> None:
     rules = set(re.findall(r'rule="([\w.]+)"', text))
     shown = {path.read_bytes().split()[1].decode() for path in BAD}
     of_neighbours = {"team.entries", "team.name", "entry.duplicate"}
-    of_the_model = {f"base_model.{what}" for what in ("code", "licence", "lineage", "unsupported")}
+    of_the_model = {f"base_model.{what}" for what in ("code", "engine", "licence", "lineage", "unsupported")}
     of_the_model.add("finetune.base_model")
     assert rules - shown == of_neighbours | of_the_model | {"data.missing"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import signal
 import sys
 import time
@@ -21,27 +22,39 @@ import torch
 import yaml
 from click.testing import CliRunner
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import palio
 from palio import steps
 from palio.base_model import fetch_base_model, source_code
 from palio.cli.group import palio as palio_command
-from palio.config import ApprovedModel, Isolation, RuleSet, Track
+from palio.config import ApprovedModel, FinetuneRecipe, Isolation, RuleSet, Track
 from palio.config import Entry as EntryFile
+from palio.eligibility.check import violations
 from palio.eligibility.lineage import base_model_violations
-from palio.errors import BadInput, PalioError
+from palio.errors import BadInput, Crashed, PalioError, RuleViolation
 from palio.evaluation.evaluate import Server
 from palio.files import read_json_lines
 from palio.layout import BaseModelFolder
 from palio.model_code import approval_lines, import_code
 from palio.packaging.verify import verify_package
 from palio.participant.preview import preview
-from palio.provenance import fingerprint
+from palio.provenance import fingerprint, folder_sha256
 from palio.records import AdapterManifest, BaseModelManifest, PackageManifest, StepFailure, read_record
+from palio.sandbox.handed_in import take_model
+from palio.sandbox.model_room import look
 from palio.sandbox.server import ConfinedServer
-from palio.settings import EvaluateSettings, RunOptions, StageLimits, StageRuns
+from palio.settings import (
+    EvaluateSettings,
+    FinetuneSettings,
+    RunOptions,
+    StageLimits,
+    StageRuns,
+)
 from palio.tokens import load_tokenizer
+from palio.training.finetune import finetune
+from palio.workflow import Workflow
+from tests.support.folder import WorkingFolder
 from tests.support.own_code import MODELING, SOURCES, approved, fetched, siena
 from tests.support.training import Entry
 
@@ -84,11 +97,20 @@ def plain(packaged: Entry) -> Iterator[Any]:
             del sys.modules[loaded]
 
 
-def entry_file(path: Path, **recipe: Any) -> EntryFile:
+def entry_file(path: Path, sources: int = 1, **recipe: Any) -> EntryFile:
     """An entry file whose base model is in a folder."""
-    source = {"path": "x.jsonl", "licence": "MIT"}
-    content = {"team": "t", "track": "t", "base_model": {"path": str(path)}, "dataset": {"sources": [source]}}
+    source = {"licence": "MIT", "url": "https://example.org"}
+    dataset = {"sources": [{"path": f"{number}.jsonl", **source} for number in range(sources)]}
+    content = {"team": "t", "track": "laptop", "base_model": {"path": str(path)}, "dataset": dataset}
     return EntryFile.model_validate(content | {"finetune": {"learning_rate": 1e-3, **recipe}})
+
+
+def rules_that_approve(published: Path) -> RuleSet:
+    """Rules whose second family is without code."""
+    own = {"family": "S", "sources": [f"path:{published}"], "licences": ["mit"], "code": approved(published)}
+    other = {"family": "O", "sources": ["path:*"], "licences": ["mit"]}
+    content = {"version": "1", "data_licences": ["MIT"], "base_models": [own, other]}
+    return RuleSet.model_validate(content)
 
 
 # --- the whole way ---------------------------------------------------------------------------------------
@@ -184,6 +206,59 @@ def test_verify_loads_it_in_the_sandbox_and_compares_it_with_what_was_trained(pa
     assert not [check for check, (state, _) in findings.items() if state == "fail"]
 
 
+def test_a_package_that_is_not_what_was_trained_fails_verification(packaged: Entry, tmp_path: Path) -> None:
+    entry = Entry(Path(shutil.copytree(packaged.folder, tmp_path / "results/t/e")), packaged.base)
+    path = entry.folder / "package" / "model.safetensors"
+    weights = load_file(path)
+    path.unlink()  # it may be a link
+    save_file(weights | {"head.weight": 2 * weights["head.weight"]}, path, metadata={"format": "pt"})
+    path.chmod(0o644)
+    manifest = read_record(PackageManifest, entry.at.package_manifest)
+    files = folder_sha256(entry.folder / "package")
+    manifest.model_copy(update={"files": files}).write(entry.at.package_manifest)
+    findings = {
+        one.check: (one.state, one.why)
+        for one in verify_package(entry.folder / "package", base_models=entry.base.parent)
+    }
+    assert findings["files"][0] == "pass"
+    assert findings["is what was trained"][0] == "fail"
+    assert re.match("differs from base plus adapter by", findings["is what was trained"][1])
+
+
+def test_without_its_base_model_at_hand_verify_names_the_code_as_the_manifests(packaged: Entry) -> None:
+    found = verify_package(packaged.folder / "package", base_models=Path("none"), load=False)
+    why = next(one.why for one in found if one.check == "no code")
+    assert why.endswith("modeling_siena.py, as its manifest lists; it runs in the sandbox")
+
+
+def test_code_that_is_not_its_base_models_fails_verification(packaged: Entry, tmp_path: Path) -> None:
+    base = BaseModelFolder(tmp_path / packaged.base.name)
+    manifest = read_record(BaseModelManifest, BaseModelFolder(packaged.base).manifest)
+    base.path.mkdir()
+    manifest.model_copy(update={"code": {"modeling_siena.py": "0" * 64}}).write(base.manifest)
+    found = verify_package(packaged.folder / "package", base_models=tmp_path, load=False)
+    (failed,) = [one for one in found if one.state == "fail"]
+    assert failed.check == "no code"
+    assert failed.why.startswith("its code is not the base model's: configuration_siena.py: expected")
+
+
+def test_its_card_says_that_loading_it_runs_code(packaged: Entry) -> None:
+    card = (packaged.folder / "package" / "README.md").read_text()
+    assert 'AutoModelForCausalLM.from_pretrained("package", trust_remote_code=True)' in card
+    assert "This runs the base model's own code, `configuration_siena.py`, `modeling_siena.py` of the" in card
+
+
+def test_qlora_trains_it(own: Path, tmp_path: Path) -> None:
+    entry = Entry.create(tmp_path / "results" / "t" / "e", own, rows=16)
+    targets = ["value", "gate", "out"]
+    adapter = entry.finetune(track={"cpus": 1}, method="qlora", max_steps=2, target_modules=targets)
+    assert (adapter.state, adapter.steps) == ("finished", 2)
+    assert adapter.quantized is not None
+    assert adapter.quantized > 0
+    package = entry.package()
+    assert package.divergence is not None
+
+
 def test_a_step_stopped_by_a_signal_resumes_from_its_checkpoint(own: Path, tmp_path: Path) -> None:
     entry = Entry.create(tmp_path / "results" / "t" / "e", own)
     recipe: dict[str, Any] = {"epochs": 100, "target_modules": ["value"], "save_steps": 100, "batch_size": 4}
@@ -209,13 +284,52 @@ def test_a_step_stopped_by_a_signal_resumes_from_its_checkpoint(own: Path, tmp_p
 
 def test_full_training_keeps_the_base_models_config_and_code(own: Path, tmp_path: Path) -> None:
     entry = Entry.create(tmp_path / "results" / "t" / "e", own)
-    adapter = entry.finetune(track={"cpus": 1}, method="full", epochs=1)
+    recipe = FinetuneRecipe(learning_rate=1e-3, method="full", epochs=1)
+    no_program = Isolation(output_gb=0.01)  # a checkpoint is larger
+    adapter = finetune(recipe, entry.step(track={"cpus": 1}, isolation=no_program))
     config = json.loads((entry.folder / "adapter" / "config.json").read_text())
     assert config == json.loads((own / "model" / "config.json").read_text())
     assert adapter.files.keys() == {"config.json", "model.safetensors"}
     package = entry.package()
     assert package.files["model.safetensors"] == adapter.files["model.safetensors"]
     assert package.code.keys() == SOURCES.keys()
+
+
+@pytest.fixture
+def result(own: Path, tmp_path: Path) -> Path:
+    """A whole model as a team's program leaves it, with a default of the config's class."""
+    left = tmp_path / "result"
+    left.mkdir()
+    shutil.copy(own / "model" / "model.safetensors", left)
+    config = json.loads((own / "model" / "config.json").read_text())
+    (left / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
+    return left
+
+
+def test_a_whole_model_of_a_teams_program_keeps_the_base_models_config(own: Path, result: Path) -> None:
+    out = result.parent / "taken"
+    found = take_model(result, out, base_model=own / "model", base_model_id="siena", limit=1 << 30)
+    assert found.kind == "full"
+    config, base = (json.loads((path / "config.json").read_text()) for path in (out, own / "model"))
+    assert config == base
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        ({"num_attention_heads": 8}, "num_attention_heads is 8"),
+        ({"auto_map": {"AutoModelForCausalLM": "mine.Model"}}, "has auto_map, code of its own"),
+    ],
+)
+def test_a_whole_model_with_another_config_is_refused(
+    own: Path, result: Path, setting: dict[str, Any], why: str
+) -> None:
+    config = json.loads((result / "config.json").read_text())
+    (result / "config.json").write_text(json.dumps(config | setting))
+    with pytest.raises(RuleViolation, match=why):
+        take_model(
+            result, result.parent / "taken", base_model=own / "model", base_model_id="siena", limit=1 << 30
+        )
 
 
 # --- what is refused -------------------------------------------------------------------------------------
@@ -324,18 +438,34 @@ def test_a_check_refuses_a_model_fetched_with_other_code_than_the_rules_approve(
     )
 
 
-def test_its_preview_is_made_in_the_sandbox(own: Path, tmp_path: Path) -> None:
+def test_a_check_refuses_it_where_vllm_serves_a_stage(own: Path) -> None:
     published = own.parent / "published"
-    entry = entry_file(published)
-    rules = RuleSet.model_validate(
-        {
-            "version": "1",
-            "data_licences": ["MIT"],
-            "base_models": [
-                {"family": "S", "sources": ["path:*"], "licences": ["mit"], "code": approved(published)}
-            ],
-        }
-    )
+    entry, rules = entry_file(published), rules_that_approve(published)
+    assert not violations(entry, rules, tracks=("laptop",))
+    (found,) = violations(entry, rules, tracks=("laptop",), vllm_stages=("open",))
+    assert (found.rule, found.key) == ("base_model.engine", "base_model.path")
+    assert "which vllm does not run, and vllm serves: open" in found.why
+    served = entry.model_copy(update={"server": object()})
+    for other in (served, entry_file(Path("elsewhere"))):
+        assert not violations(other, rules, tracks=("laptop",), vllm_stages=("open",))
+
+
+def test_only_entries_on_it_are_confined_for_its_code(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = WorkingFolder.create(tmp_path / "competition")
+    monkeypatch.chdir(folder.path)
+    folder.edit_entry("raw", lambda entry: entry.update(base_model={"path": str(own.parent / "published")}))
+    workflow = Workflow(Path("config/config.yaml"))
+    workflow.rules = rules_that_approve(own.parent / "published")
+    found = [FinetuneSettings.of(workflow.planned(name), "finetune").isolation for name in ("raw", "curated")]
+    assert found == [workflow.competition.isolation, None]
+
+
+def test_the_preview_of_a_long_entry_file_is_made_in_the_sandbox(own: Path) -> None:
+    published = own.parent / "published"
+    entry, rules = entry_file(published, sources=3000), rules_that_approve(published)
+    assert len(entry.model_dump_json()) > 128 << 10  # what an argument may have
     track = Track.model_validate({"title": "t", "ram_gb": 4, "training_budget": "600s"})
     lines = list(preview(entry, track, rules))
     assert lines[0] == "base model: its own code, in the sandbox: configuration_siena.py, modeling_siena.py"
@@ -349,6 +479,16 @@ def test_palio_serve_says_where_it_is_served(packaged: Entry) -> None:
     )
     assert isinstance(done.exception, BadInput)
     assert "runs in the sandbox of an evaluation only" in str(done.exception)
+
+
+def test_its_death_in_a_look_names_no_log_that_is_gone(base_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "published"
+    siena(folder, base_model, SOURCES | {"modeling_siena.py": "import os\nos._exit(3)\n"})
+    with pytest.raises(Crashed) as died:
+        look("examine", folder, approved(folder), weights=False)
+    assert str(died.value).startswith("the process with the model's own code ended with code 3: ")
+    assert "/tmp" not in str(died.value)
+    assert died.value.log is None
 
 
 # --- where it runs ---------------------------------------------------------------------------------------
@@ -367,4 +507,4 @@ def test_transformers_is_asked_to_run_code_at_one_place_and_that_one_is_in_the_r
             found.setdefault(value, []).append(path.name)
     assert found.keys() == {"False", "True", "own_code"}
     assert found["own_code"] == ["verify.py"]
-    assert found["True"] == ["model_code.py"]  # its docstring: what Palio does instead
+    assert sorted(found["True"]) == ["card.py", "model_code.py"]  # what readers are told

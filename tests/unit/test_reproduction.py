@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,9 +21,10 @@ from palio.config import Scenario
 from palio.errors import BadInput
 from palio.evaluation.stage import prepare_stage
 from palio.layout import STAGES, EntryFolder, HelmFolder, Stage
+from palio.operating import reproduction
 from palio.operating.reproduction import Reproduction, reproduce, score_differences, weight_distance
 from palio.provenance import folder_sha256
-from palio.records import INSTANCES_SCHEMA, PackageManifest, StageRecord, read_record
+from palio.records import INSTANCES_SCHEMA, AdapterManifest, PackageManifest, StageRecord, read_record
 from palio.settings import EvaluateSettings, RunOptions
 from palio.workflow import Workflow
 from tests.support.training import Entry, copy_rows, tiny_base_model
@@ -132,6 +134,23 @@ def test_both_stages_of_an_identical_package_are_really_asked_under_the_competit
     open_record, closed_record = (read_record(StageRecord, again.stage_record(stage)) for stage in STAGES)
     assert open_record.unanswered == "wrong"
     assert not closed_record.cut_at_stop_sequences
+
+
+def test_a_models_own_code_is_confined_as_the_competition_says(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = EntryFolder.at(Path(shutil.copytree(finished.entry.folder, finished.path / "results/t/own")))
+    manifest = read_record(AdapterManifest, copy.adapter_manifest)
+    manifest.model_copy(update={"code": "0" * 64}).write(copy.adapter_manifest)
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(steps, "run", lambda step, folder, settings, options: given.update({step: settings}))
+    same = dict.fromkeys(("first_fingerprint", "second_fingerprint"), "0")
+    made = Reproduction(track="t", entry="own", identical=True, weight_distance=0, loss_difference=0, **same)
+    monkeypatch.setattr(reproduction, "_compared", lambda *folders: made)
+    monkeypatch.setattr(reproduction, "score_differences", lambda *given: [])
+    reproduce(finished.workflow, copy.path, Path("own"), stages=("open",), threads=1)
+    isolation = finished.workflow.competition.isolation
+    assert given["finetune"].isolation == given["open"].isolation == isolation
 
 
 SCENARIO = Scenario.model_validate(

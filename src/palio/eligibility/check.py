@@ -40,12 +40,15 @@ def approved_address(address: str, rules: RuleSet) -> ApprovedModel | None:
     return next((model for model in rules.base_models if first_match(model.sources, address)), None)
 
 
-def violations(entry: Entry, rules: RuleSet, *, tracks: tuple[str, ...]) -> list[Violation]:
+def violations(
+    entry: Entry, rules: RuleSet, *, tracks: tuple[str, ...], vllm_stages: tuple[str, ...] = ()
+) -> list[Violation]:
     """Return every rule that `entry` breaks on its own; none if it may run."""
     return [
         *_track(entry, tracks),
         *_team(entry, rules),
         *_base_model(entry, rules),
+        *_engine(entry, rules, vllm_stages),
         *_data(entry, rules),
         *_length(entry, rules),
     ]
@@ -99,6 +102,17 @@ def _base_model(entry: Entry, rules: RuleSet) -> Iterator[Violation]:
             key="base_model.hub",
             why=f"{source.hub} has no fixed revision",
             fix="give the 40-character commit id: org/name@<commit>",
+        )
+
+
+def _engine(entry: Entry, rules: RuleSet, vllm_stages: tuple[str, ...]) -> Iterator[Violation]:
+    family = approved_model(entry.base_model, rules)
+    if vllm_stages and family is not None and family.code and entry.server is None:
+        yield Violation(
+            rule="base_model.engine",
+            key=f"base_model.{entry.base_model.kind}",
+            why=f"has code of its own, which vllm does not run, and vllm serves: {', '.join(vllm_stages)}",
+            fix="serve it by a server of your own, or ask the organizers for the engine transformers",
         )
 
 

@@ -90,7 +90,8 @@ def check_file(
     rules = _rules(Path(against.rules))
     others = participants(among or EntryFolders(folders=(str(file.parent.resolve()),)))
     broken, notices = violations_among(file.stem, entry, rules, others.beside(file.stem))
-    found = [*violations(entry, rules, tracks=against.track_ids), *broken, *_places(entry, rules)]
+    given = {"tracks": against.track_ids, "vllm_stages": against.vllm_stages}
+    found = [*violations(entry, rules, **given), *broken, *_places(entry, rules)]
     found += _credentials(file, entry, rules)
     broken, likely = _dockerfile(entry, rules)
     found, notices = [*found, *broken], [*notices, *likely]

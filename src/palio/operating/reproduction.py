@@ -125,13 +125,14 @@ def reproduce(
         )
     options = RunOptions(threads=threads or track.cpus)
     common = {"competition_id": trained.competition, "base_model_id": trained.base_model}
+    isolation = competition.isolation if trained.code else None
     planned = _with_own_programs(workflow, first)
     if planned and planned.valid and planned.valid.command:
         training = FinetuneSettings.of(planned, "finetune")
         _require_the_same_program(first, trained, training)
     else:
         recipe = FinetuneRecipe.model_validate(trained.recipe)
-        training = FinetuneSettings(**common, track=limits_of(track), recipe=recipe)
+        training = FinetuneSettings(**common, track=limits_of(track), recipe=recipe, isolation=isolation)
     steps.run("finetune", again, _afresh(training), options)
     made = _compared(first, again)
     if stages:
@@ -143,7 +144,9 @@ def reproduce(
         settings = (
             EvaluateSettings.of(planned, stage)
             if planned
-            else EvaluateSettings.of_package(competition, workflow.stage_runs[stage], trained.track)
+            else EvaluateSettings.of_package(
+                competition, workflow.stage_runs[stage], trained.track
+            ).model_copy(update={"isolation": isolation})
         )
         steps.run(stage, again, _afresh(settings), options)
         scores = score_differences(first, again, stage, competition.stage(stage).scenarios)

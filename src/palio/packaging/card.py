@@ -36,9 +36,7 @@ def model_card(
         f"---\n{yaml.safe_dump(_metadata(competition, base, facts), sort_keys=False)}---",
         f"# {entry}",
         f"Entry `{entry}` of the competition `{competition}`, packaged by Palio.",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("package")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("package")\n```',
+        _snippet(base.code),
         "## Lineage",
         markdown_table(
             ("", ""),
@@ -54,6 +52,20 @@ def model_card(
         ]
     sections += ["## Limits", "\n".join(f"- {limit}" for limit in LIMITS)]
     return "\n\n".join(sections) + "\n"
+
+
+def _snippet(code: Mapping[str, str]) -> str:
+    """Return how to load the package, and what runs then."""
+    trust = ", trust_remote_code=True" if code else ""
+    snippet = (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("package"{trust})\n'
+        'tokenizer = AutoTokenizer.from_pretrained("package")\n```'
+    )
+    if not code:
+        return snippet
+    files = ", ".join(f"`{name}`" for name in sorted(code))
+    return f"{snippet}\n\nThis runs the base model's own code, {files} of the package, with all your rights."
 
 
 def _rows(trained: AdapterManifest) -> str:

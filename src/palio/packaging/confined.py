@@ -18,7 +18,7 @@ from palio.errors import Crashed
 from palio.layout import BaseModelFolder, EntryFolder, RoomFolder
 from palio.records import AdapterManifest
 from palio.sandbox.handed_in import take_weights
-from palio.sandbox.model_room import ADAPTER, BASE_MODEL, PACKAGE, Call, code_of, run
+from palio.sandbox.model_room import ADAPTER, BASE_MODEL, PACKAGE, Call, code_of, run, temporary_room
 from palio.sandbox.process import Confined
 from palio.sandbox.room import GIB, Limits, Room
 
@@ -70,7 +70,7 @@ def same_answers_confined(
     """Compare a package with base plus adapter, as `same_answers` does, in a room. Raises as `run` does."""
     inputs = {PACKAGE: package, BASE_MODEL: base_model.model, ADAPTER: adapter}
     call = Call("same_answers", {"trained": trained.model_dump(mode="json")}, code_of(base_model), inputs)
-    with tempfile.TemporaryDirectory() as work, _emptied(RoomFolder(Path(work))) as room:
+    with temporary_room() as room:
         return str(run(call, call.room(_limits(package, None), room.output), room.log))[:200]
 
 

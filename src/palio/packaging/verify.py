@@ -12,16 +12,17 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from palio.config import Track
-from palio.errors import BadInput, RuleViolation
+from palio.errors import BadInput, Interrupted, PalioError, RuleViolation
 from palio.incoming import shard_names
 from palio.layout import BaseModelFolder, EntryFolder, PublishedPackage, Resources
-from palio.model_code import named_classes, python_files, require_approved
+from palio.model_code import code_differences, named_classes, python_files, require_approved
 from palio.packaging.confined import output_confined, same_answers_confined
 from palio.packaging.container import PINNED
 from palio.provenance import file_differences, folder_sha256
@@ -86,7 +87,7 @@ def verify_package(
     manifest = read_record(PackageManifest, manifest_of(folder))
     checks: list[tuple[str, Callable[[], str]]] = [
         ("files", lambda: _files(folder, manifest)),
-        ("no code", lambda: _no_code(folder, manifest)),
+        ("no code", lambda: _no_code(folder, manifest, base_models)),
         ("weights", lambda: _weights(folder)),
         ("tokenizer", lambda: _tokenizer(folder)),
         ("complete", lambda: _complete(folder)),
@@ -147,9 +148,9 @@ def _files(folder: Path, manifest: PackageManifest) -> str:
     return f"{len(manifest.files)} files have the sha256 of the manifest"
 
 
-def _no_code(folder: Path, manifest: PackageManifest) -> str:
+def _no_code(folder: Path, manifest: PackageManifest, base_models: Path) -> str:
     if manifest.code:
-        return _approved_code(folder, manifest.code)
+        return _listed_code(folder, manifest, BaseModelFolder(base_models / manifest.base_model))
     if code := sorted(path.name for path in folder.iterdir() if path.suffix in CODE):
         raise Fault(f"{code[0]} could run code when loaded; hand in safetensors and configs only")
     for name in ("config.json", "tokenizer_config.json"):
@@ -158,17 +159,23 @@ def _no_code(folder: Path, manifest: PackageManifest) -> str:
     return "no pickles, no Python, no auto_map"
 
 
-def _approved_code(folder: Path, approved: Mapping[str, str]) -> str:
-    """Check that the only code is what an organizer approved for the base model."""
+def _listed_code(folder: Path, manifest: PackageManifest, base: BaseModelFolder) -> str:
+    """Check that the only code is what the manifest lists, and the base model's where that is at hand."""
     others = {*CODE} - {".py"}
     if other := sorted(path.name for path in folder.iterdir() if path.suffix in others):
         raise Fault(f"{other[0]} could run code when loaded, and is not approved")
     try:
-        require_approved(approved, python_files(folder))
+        require_approved(manifest.code, python_files(folder))
         named_classes(folder)
     except (RuleViolation, BadInput) as refused:
         raise Fault(str(refused)) from None
-    return f"none but {', '.join(sorted(approved))}, as approved for the base model; it runs in the sandbox"
+    listed = "as its manifest lists"
+    if base.manifest.is_file():
+        approved = read_record(BaseModelManifest, base.manifest).code
+        if wrong := code_differences(approved, manifest.code):
+            raise Fault(f"its code is not the base model's: {'; '.join(wrong)}")
+        listed = "as approved for the base model"
+    return f"none but {', '.join(sorted(manifest.code))}, {listed}; it runs in the sandbox"
 
 
 def _weights(folder: Path) -> str:
@@ -296,7 +303,8 @@ def _loads(folder: Path, manifest: PackageManifest) -> str:
     if it has code of its own."""
     if manifest.code:
         line = (sys.executable, "-I", "-c", _OWN_CODE + _LOADER, PACKAGE, json.dumps(manifest.code))
-        code, output = output_confined(line, folder, LOAD_SECONDS)
+        with _in_a_room():
+            code, output = output_confined(line, folder, LOAD_SECONDS)
         return _loaded(code, output, output)
     with tempfile.TemporaryDirectory() as home:
         environment = {"PATH": os.environ.get("PATH", ""), "HOME": home, "HF_HUB_OFFLINE": "1"}
@@ -312,6 +320,16 @@ def _loads(folder: Path, manifest: PackageManifest) -> str:
         except subprocess.TimeoutExpired:
             raise Fault(f"did not load and answer within {LOAD_SECONDS} s") from None
     return _loaded(done.returncode, done.stdout, done.stderr)
+
+
+@contextmanager
+def _in_a_room() -> Iterator[None]:
+    """Make an error of a room the finding: the package's fault, unless this machine cannot check it."""
+    try:
+        yield
+    except PalioError as error:
+        of_the_machine = type(error) in (PalioError, Interrupted)
+        raise (Skip if of_the_machine else Fault)(str(error)) from None
 
 
 def _loaded(code: int | None, output: str, errors: str) -> str:
@@ -351,7 +369,8 @@ def _as_trained(folder: Path, manifest: PackageManifest, base_models: Path) -> s
     if trained.recipe["method"] == "full":
         return _same_weights(folder, entry.adapter)
     if manifest.code:
-        return same_answers_confined(folder, base, entry.adapter, trained)
+        with _in_a_room():
+            return same_answers_confined(folder, base, entry.adapter, trained)
     return same_answers(folder, base.model, entry.adapter, trained)
 
 

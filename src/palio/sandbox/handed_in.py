@@ -162,11 +162,12 @@ def _take(
         found = f"{_some(pickles)}: a pickle runs code when it is opened" if pickles else _some(names)
         raise RuleViolation(f"the result has no .safetensors weights but {found}; save safetensors")
     held = {path: tensors(path) for path in weights}
+    base = _json(base_model / CONFIG)
     for path in sorted(out.glob("*.json")):
         content = _json(path)
-        if isinstance(content, dict) and content.get("auto_map"):
+        named = content.get("auto_map") if isinstance(content, dict) else None
+        if named and (path.name != CONFIG or named != base.get("auto_map")):
             raise RuleViolation(f"{path.name} has auto_map, code of its own; hand in a model without")
-    base = _json(base_model / CONFIG)
     if kind == "lora":
         hidden_size = next((base[key] for key in ("hidden_size", "n_embd") if key in base), 1 << 16)
         settings = adapter_settings(_json(out / ADAPTER), base_model_id, hidden_size)

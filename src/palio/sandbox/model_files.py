@@ -22,7 +22,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from palio.errors import Interrupted, RuleViolation
+from palio.errors import Crashed, Interrupted, RuleViolation
+from palio.layout import BaseModelFolder
+from palio.sandbox.model_room import code_of, look
 
 HEADER_BYTES = 16 << 20
 """Of a weight file; a model of 70 billion parameters has 0.1 MB."""
@@ -258,7 +260,7 @@ def model_config(content: Any, base_model: Path, found: Tensors) -> dict[str, An
     base = json.loads((base_model / CONFIG).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         content = {}
-    if content.get("auto_map"):
+    if (named := content.get("auto_map")) and named != base.get("auto_map"):
         raise RuleViolation(f"{CONFIG} has auto_map, code of its own", "hand in a model without")
     for key in ("model_type", "architectures"):
         if content.get(key) != base.get(key):
@@ -291,10 +293,17 @@ def with_dtype(config: dict[str, Any], found: Tensors) -> dict[str, Any]:
 
 def _full_config(base_model: Path) -> dict[str, Any]:
     """The base model's config with the defaults that its file leaves out."""
-    from transformers import AutoConfig
+    config: dict[str, Any]
+    if any(base_model.glob("*.py")):  # its own code says what they are
+        config = look("config", base_model, code_of(BaseModelFolder(base_model.parent)))
+        if not isinstance(config, dict):
+            raise Crashed("the process with the model's own code did not report its config")
+    else:
+        from transformers import AutoConfig
 
-    config: dict[str, Any] = AutoConfig.from_pretrained(base_model, trust_remote_code=False).to_dict()
-    return config | {"rope_parameters": config.get("rope_parameters") or {}}
+        config = AutoConfig.from_pretrained(base_model, trust_remote_code=False).to_dict()
+    rope = config.get("rope_parameters")
+    return config | {"rope_parameters": rope if isinstance(rope, dict) else {}}
 
 
 def _is_token(value: Any, vocabulary: int) -> bool:

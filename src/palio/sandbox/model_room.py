@@ -11,8 +11,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from palio.text import last_lines
 
 BASE_MODEL, ADAPTER, PACKAGE = "/base_model", "/adapter", "/package"
 """Places of the room."""
+JOB = "/job.json"
+"""What to call, read-only: an argument could not be as long as an entry file may be."""
 REPORT = "report.json"
 POLL_SECONDS = 0.2
 SECONDS = 3600.0
@@ -54,13 +56,13 @@ class Call:
     variables: Mapping[str, str] = field(default_factory=dict)
 
     def program(self) -> ServerProgram:
-        job = {"function": self.function, "given": self.given, "code": self.code, "model": self.model}
-        line = (sys.executable, "-P", "-m", "palio.inside", json.dumps(job))
-        return ServerProgram(run=line, files=str(self._palio))
+        return ServerProgram(run=(sys.executable, "-P", "-m", "palio.inside"), files=str(self._palio))
 
     def room(self, limits: Limits, output: Path | None = None, visible: tuple[str, ...] = ()) -> Room:
         variables = {"PYTHONPATH": "/entry", "HF_HUB_DISABLE_TELEMETRY": "1", **self.variables}
-        return Room(limits, self._palio, self.inputs, output, variables, visible=visible)
+        job = {"function": self.function, "given": self.given, "code": self.code, "model": self.model}
+        texts = {JOB: json.dumps(job)}
+        return Room(limits, self._palio, self.inputs, output, variables, visible=visible, texts=texts)
 
     @property
     def _palio(self) -> Path:
@@ -103,7 +105,7 @@ def run(
         return report["result"] if "result" in report else _raise(report["error"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         last = last_lines(log.read_bytes()[-4096:].decode(errors="replace"), 1) or "it printed nothing"
-        died = Crashed(f"the process with the model's own code ended with code {code}; {log}: {last}")
+        died = Crashed(f"the process with the model's own code ended with code {code}: {last}")
         died.log = log
         raise died from None
 
@@ -111,10 +113,21 @@ def run(
 def look(function: str, model: Path, code: Mapping[str, str], **given: Any) -> Any:
     """Call a function of `palio.inside` that looks at a model without its weights. Raises as `run` does."""
     call = Call(function, given, code, {BASE_MODEL: model})
+    with temporary_room() as room:
+        return run(call, call.room(META_LIMITS, room.output), room.log)
+
+
+@contextmanager
+def temporary_room() -> Iterator[RoomFolder]:
+    """Provide a room's folder that is gone afterwards, with its log: no error names that."""
     with tempfile.TemporaryDirectory() as work:
         room = RoomFolder(Path(work))
         room.output.mkdir()
-        return run(call, call.room(META_LIMITS, room.output), room.log)
+        try:
+            yield room
+        except PalioError as error:
+            error.log = None
+            raise
 
 
 def code_of(base_model: BaseModelFolder) -> dict[str, str]:

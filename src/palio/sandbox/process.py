@@ -141,6 +141,7 @@ class Confined:
         contents = {"/etc/passwd": f"entry:x:{UID}:{UID}::/tmp:/bin/sh\n".encode()}
         if self.room.image is not None:
             contents = {}  # it has its own
+        contents |= {place: text.encode() for place, text in self.room.texts.items()}
         files = {place: memory_file(content) for place, content in contents.items()}
         seccomp = memory_file(filter_program())
         (reported, info), (block, release) = os.pipe(), os.pipe()

@@ -4,6 +4,7 @@ system folders exist.
     /entry                       the team's files                         read-only
     /base_model, /dataset,       inputs of the contract                   read-only
     /adapter, /model
+    /job.json                    of a model's own code: what to do        read-only
     /output                      the work folder of a training program    writable, watched
     /tmp, /dev/shm               scratch, gone at the end                 writable, of fixed size
     /usr, /lib*, /bin, /etc/…    the system                               read-only
@@ -99,6 +100,8 @@ class Room:
     visible: tuple[str, ...] = ()
     image: Image | None = None
     """In place of the host's system."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Small read-only files by their place; in a confined room only."""
     low_ports: bool = False
     """Whether it may listen on ports below 1024, in its own network."""
 

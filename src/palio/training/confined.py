@@ -7,9 +7,11 @@ adapter. Loading the model counts as training time: the clock outside starts wit
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError, create_model
 
 from palio.config import FinetuneRecipe, Isolation, Track
-from palio.errors import Crashed, Interrupted
+from palio.errors import Crashed, Interrupted, RuleViolation
 from palio.heartbeat import Heartbeat
 from palio.incoming import Incoming
 from palio.layout import DatasetFolder, TrainingFolder
@@ -26,15 +28,19 @@ from palio.provenance import atomic_path, write_text
 from palio.records import AdapterManifest, BaseModelManifest, Contained, Record, TrainingFacts
 from palio.sandbox.gpu import track_gpu
 from palio.sandbox.handed_in import take_model, take_weights
+from palio.sandbox.model_files import folder_tensors
 from palio.sandbox.model_room import BASE_MODEL, Call, run
 from palio.sandbox.process import Confined
-from palio.sandbox.room import OUTPUT, Limits
+from palio.sandbox.room import GIB, OUTPUT, Limits
+from palio.training.checkpoint import KEPT
 from palio.training.ledger import Ledger
 from palio.training.step import Trained, TrainingStep, caught_signals
 from palio.training.telemetry import SCHEMA
 
 LATE_SECONDS = 600.0
 """After the end of the budget the room is ended: the trainer inside stops at it, and needs time to save."""
+STATE_BYTES = 16
+"""Of a parameter in a checkpoint of full fine-tuning, in fp32: its value, two moments, its best value."""
 DATASET = "/dataset"
 HEARTBEAT = "heartbeat.json"
 FIELDS = frozenset(
@@ -61,6 +67,8 @@ def train_confined(
     work.program.mkdir(parents=True, exist_ok=True)
     isolation, gpu = step.settings.isolation or Isolation(), track_gpu(step.track)
     limits = Limits.of(step.track, isolation, step.options.threads)
+    if recipe.method == "full":
+        limits = replace(limits, output=max(limits.output, full_output(step.base_model.model)))
     facts, meter = gpu.facts() if gpu else {"device": "cpu"}, gpu.joules if gpu else None
     budget = float(step.track.training_budget)
     with caught_signals() as caught, Ledger(work.ledger, budget, meter=meter, **facts) as ledger:
@@ -97,6 +105,13 @@ def train_confined(
         pq.write_table(_telemetry(report), temporary)
     contained = Contained.beside(work.program_log).counts
     return Trained(trained.manifest | {"contained": contained}, trained.seconds, trained.facts)
+
+
+def full_output(model: Path) -> int:
+    """Return the bytes that full fine-tuning of a model may write: its checkpoints, one more while that is
+    written, and the weights. The trainer is ours, so teams' `output_gb` does not bound it."""
+    parameters = sum(math.prod(tensor.shape) for tensor in folder_tensors(model).values())
+    return ((KEPT + 1) * STATE_BYTES + 4) * parameters + GIB
 
 
 def train_inside(
@@ -171,7 +186,7 @@ def _take(
 def _telemetry(report: Any) -> pa.Table:
     try:
         return pa.Table.from_pylist(report["telemetry"], SCHEMA)
-    except (TypeError, KeyError, AttributeError, pa.ArrowException):
+    except (TypeError, KeyError, AttributeError, OverflowError, pa.ArrowException):
         raise Crashed("the process with the model's own code did not report its steps") from None
 
 
@@ -180,7 +195,7 @@ def _copy_heartbeat(work: TrainingFolder, target: Path) -> None:
     try:
         text = (Incoming(work.program) / HEARTBEAT).read()
         Heartbeat.model_validate_json(text)
-    except (OSError, ValidationError):
+    except (OSError, ValidationError, RuleViolation):
         return
     if not target.is_file() or target.read_bytes() != text:
         write_text(target, text.decode())
