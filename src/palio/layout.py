@@ -191,7 +191,6 @@ class HelmSuite(Folder):
 
     schema = At("schema.yaml")
     config = At("config")
-    models = At("config/model_metadata.yaml")
     export = At("static")
 
     def run(self, suite: str, name: str) -> Path:

@@ -20,7 +20,7 @@ def write_helm_suite(competition: Competition, results: Results, suite: HelmSuit
     Raises:
         BadInput: no entry has such a run, or the folder holds something else.
     """
-    if suite.path.exists() and not suite.models.exists():
+    if suite.path.exists() and not (suite.schema.is_file() and suite.config.is_dir()):
         raise BadInput(suite.path, why="already exists", fix="name another folder")
     models = []
     for track_id, entries in Entries(competition).by_track().items():

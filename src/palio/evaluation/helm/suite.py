@@ -44,7 +44,9 @@ def write_suite(
             _write_run(suite, name, run, model.name)
     write_text(suite.schema, yaml.safe_dump(schema(title, scenarios), sort_keys=False, allow_unicode=True))
     metadata = {"models": [_metadata(model) for model in models]}
-    write_text(suite.models, yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True))
+    write_text(
+        suite.config / "model_metadata.yaml", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    )
 
 
 def _write_run(suite: HelmSuite, name: str, run: RunFolder, model: str) -> None:
