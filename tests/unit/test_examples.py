@@ -25,7 +25,7 @@ from palio.layout import BaseModelFolder
 from palio.operating.reproduction import weight_distance
 from palio.packaging.server import package_server
 from palio.sandbox.room import Limits
-from palio.sandbox.server import ConfinedServer
+from palio.sandbox.server import team_server
 from palio.settings import PackageSettings
 from tests.support.programs import run_command
 from tests.support.training import Entry, copy_rows
@@ -41,7 +41,7 @@ def serving(entry: Entry, program: ServerProgram, *, adapter: bool) -> Iterator[
     """Package the entry with its server and start it; yield the URL."""
     settings = PackageSettings(competition_id="c", base_model_id="tiny", adapter=adapter, server=program)
     package_server(program, entry.at, settings, BaseModelFolder(entry.base))
-    server = ConfinedServer(
+    server = team_server(
         entry.folder / "package",
         base_model=entry.base / "model",
         limits=LIMITS,
