@@ -168,7 +168,8 @@ class _Reading:
                     break
                 rows += 1
                 batch.append(record)
-                self.seen.update(record.metadata)
+                if record.metadata:
+                    self.seen.update(record.metadata)
                 size += sum(map(len, record.turns))
                 if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
                     yield _record_batch(source, batch, self.fields)
