@@ -113,13 +113,12 @@ def words_of(texts: pa.Array) -> Words:
 
 def _folded(tokens: pa.Array) -> pa.Array:
     """Return the tokens in one of the ways that Unicode has of writing them."""
-    ascii_only = _flags(pc.string_is_ascii(tokens))
-    if ascii_only.all():
+    others = pc.invert(pc.string_is_ascii(tokens))
+    texts = pc.array_filter(tokens, others).to_pylist()
+    if not texts:
         return tokens
-    texts = tokens.to_pylist()
-    for place in np.flatnonzero(~ascii_only).tolist():
-        texts[place] = unicodedata.normalize("NFC", texts[place].translate(_ALIKE))
-    return pa.array(texts, tokens.type)
+    folded = [unicodedata.normalize("NFC", text.translate(_ALIKE)) for text in texts]
+    return pc.replace_with_mask(tokens, others, pa.array(folded, tokens.type))
 
 
 class _Alike(dict[int, str]):
