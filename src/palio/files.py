@@ -1,4 +1,4 @@
-"""Links instead of copies, and lines of JSON that survive a crash."""
+"""Links instead of copies, lines of JSON that survive a crash, and JSON that others wrote."""
 
 from __future__ import annotations
 
@@ -37,3 +37,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object that others wrote; empty if the file is missing, broken or holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

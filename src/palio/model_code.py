@@ -16,7 +16,6 @@ import hashlib
 import importlib
 import importlib.abc
 import importlib.util
-import json
 import re
 import socket
 import sys
@@ -24,9 +23,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any
 
 from palio.errors import BadInput, PalioError, RuleViolation
+from palio.files import json_object
 
 AUTO_CLASSES = ("AutoConfig", "AutoModelForCausalLM")
 """Entries of `auto_map` in config.json that Palio follows."""
@@ -98,11 +97,11 @@ def named_classes(folder: Path) -> dict[str, tuple[str, str]]:
 
     Raises BadInput if it names none, or code of another repository, or if the tokenizer has code of its own.
     """
-    if "auto_map" in _json(folder / "tokenizer_config.json"):
+    if "auto_map" in json_object(folder / "tokenizer_config.json"):
         why = "the tokenizer has code of its own (auto_map), which Palio does not run"
         fix = "give the model a tokenizer.json, and a tokenizer_config.json without auto_map"
         raise BadInput("base_model", "tokenizer_config.json", why=why, fix=fix)
-    auto_map = _json(folder / "config.json").get("auto_map")
+    auto_map = json_object(folder / "config.json").get("auto_map")
     named = {}
     for name in AUTO_CLASSES:
         reference = auto_map.get(name) if isinstance(auto_map, dict) else None
@@ -139,7 +138,7 @@ def import_code(folder: Path, approved: Mapping[str, str]) -> None:
         config, model = (
             getattr(importlib.import_module(f"{PACKAGE}.{module}"), kind) for module, kind in named.values()
         )
-        AutoConfig.register(_json(folder / "config.json").get("model_type"), config)
+        AutoConfig.register(json_object(folder / "config.json").get("model_type"), config)
         AutoModelForCausalLM.register(config, model)
     except Exception as error:  # it is others' code: importing it may raise anything
         cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -195,11 +194,3 @@ class _Files(importlib.abc.InspectLoader, importlib.abc.MetaPathFinder):
 
     def _origin(self, fullname: str) -> str:
         return f"<{fullname}>"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -100,19 +100,26 @@ def _score(workflow: Workflow, tracks: list[str], results: Path, out: Path, *, f
                 print(line)
 
 
-@palio.command(cls=Verb, example="palio decide results/leaderboard/laptop.json --places 3")
-@click.argument("leaderboard", type=ExistingPath)
-@competition_option
-@results_option
-@click.option("--places", type=click.IntRange(min=1), help="Places with a prize; default: the rule set's.")
-@click.option(
+places_option = click.option(
+    "--places", type=click.IntRange(min=1), help="Places with a prize; default: the rule set's."
+)
+alpha_option = click.option(
     "--alpha", type=click.FloatRange(0, 0.5, min_open=True, max_open=True), help="Default: the rule set's."
 )
-@click.option(
+training_noise_option = click.option(
     "--training-noise",
     type=click.FloatRange(0, min_open=True),
     help="Assume this standard deviation of values between trainings, if no entry has replicates.",
 )
+
+
+@palio.command(cls=Verb, example="palio decide results/leaderboard/laptop.json --places 3")
+@click.argument("leaderboard", type=ExistingPath)
+@competition_option
+@results_option
+@places_option
+@alpha_option
+@training_noise_option
 def decide(
     leaderboard: Path,
     competition: str,
@@ -141,10 +148,8 @@ def decide(
 @click.argument("entries", nargs=-1)
 @competition_option
 @results_option
-@click.option("--places", type=click.IntRange(min=1), help="Places with a prize; default: the rule set's.")
-@click.option(
-    "--alpha", type=click.FloatRange(0, 0.5, min_open=True, max_open=True), help="Default: the rule set's."
-)
+@places_option
+@alpha_option
 @click.option(
     "--power",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -152,11 +157,7 @@ def decide(
     show_default=True,
     help="Probability of separating them, if the difference seen is the true one.",
 )
-@click.option(
-    "--training-noise",
-    type=click.FloatRange(0, min_open=True),
-    help="Assume this standard deviation of values between trainings, if no entry has replicates.",
-)
+@training_noise_option
 @click.option("--json", "as_json", is_flag=True, help="Print the record instead of text.")
 def plan_questions(
     leaderboard: Path,

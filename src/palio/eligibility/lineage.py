@@ -6,15 +6,14 @@ untrusted: an unreadable one says nothing, and is not an error.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from palio.base_model import card_facts
 from palio.config import BaseModelSource, Entry, RuleSet
 from palio.eligibility.check import approved_address, approved_model, first_match
+from palio.files import json_object
 from palio.model_code import code_differences
 from palio.records import BaseModelManifest, Violation
 
@@ -34,7 +33,7 @@ class ModelFacts:
 def model_facts(folder: Path) -> ModelFacts:
     """Of a model folder; all empty where there is neither card nor config."""
     card = card_facts(folder)
-    config = _json(folder / "config.json")
+    config = json_object(folder / "config.json")
     named = config.get("_name_or_path")
     relation = card.get("base_model_relation")
     return ModelFacts(
@@ -95,14 +94,6 @@ def base_model_violations(
     for fault in manifest.recipe_faults(entry.finetune) if entry.finetune else ():
         key, why = f"{fault.file}.{fault.key}", f"is {fault.value!r}: {fault.why}"
         yield Violation(rule="finetune.base_model", key=key, why=why, fix=fault.fix)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _texts(value: object) -> tuple[str, ...]:
