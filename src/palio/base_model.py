@@ -132,7 +132,7 @@ def _examined(folder: Path, code: Mapping[str, str]) -> Layers | Unsupported:
         found = look("examine", folder, code, weights=True)
         return (Unsupported if "why" in found else Layers).model_validate(found)
     except (TypeError, ValidationError):
-        raise Crashed("the model's own code spoiled what was to be learned about it") from None
+        raise Crashed("the process with the model's own code did not report what the model is") from None
 
 
 def source_code(source: BaseModelSource) -> dict[str, bytes]:

@@ -45,11 +45,13 @@ def python_files(folder: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(folder.glob("*.py")):
         if not path.is_file():
-            raise RuleViolation(f"{path} is no file")
+            raise RuleViolation(f"{path} is not a file")
         with path.open("rb") as stream:
             found[path.name] = stream.read(FILE_BYTES + 1)
         if len(found[path.name]) > FILE_BYTES:
-            raise RuleViolation(f"{path} has more than {FILE_BYTES >> 20} MB, which no code has")
+            raise RuleViolation(
+                f"{path} has more than {FILE_BYTES >> 20} MB, the most that a source file may have"
+            )
     return found
 
 

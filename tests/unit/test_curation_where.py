@@ -170,11 +170,11 @@ def test_none_or_two_conditions_are_refused(condition: Condition) -> None:
         ),
         (
             "equals: []",
-            "equals: is no value to compare with; give a text, a number, true or false, or a list",
+            "equals: is not a value to compare with; give a text, a number, true or false, or a list",
         ),
-        ("equals: {en: 1}", "equals: is no value to compare with; give a text"),
-        ("equals: [en, [it]]", "equals: is no value to compare with; give a text"),
-        ("equals: .inf", "equals is inf: is no value to compare with; give a text"),
+        ("equals: {en: 1}", "equals: is not a value to compare with; give a text"),
+        ("equals: [en, [it]]", "equals: is not a value to compare with; give a text"),
+        ("equals: .inf", "equals is inf: is not a value to compare with; give a text"),
         ("{min: 2, max: 1}", "min is 2, above max, 1; swap them"),
     ],
 )

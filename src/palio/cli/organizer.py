@@ -355,7 +355,7 @@ def reproduce(
 def model_code(file: Path) -> None:
     """Print what a rule set says to approve the code that an entry's base model brings. Read that code first.
 
-    None of it is run. It runs in the sandbox only, and only what has these hashes.
+    This runs none of it. Once approved, it runs only in the sandbox, and only with these hashes.
     """
     from palio.base_model import source_code
     from palio.config import load_entry

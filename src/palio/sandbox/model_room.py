@@ -99,7 +99,7 @@ def run(
     if running.broken is not None:
         raise running.broken
     if code is None:
-        raise TimeLimit(f"the model's room was ended after {seconds:.0f} s")
+        raise TimeLimit(f"the process with the model's own code was stopped after {seconds:.0f} s")
     try:
         report = json.loads((Incoming(room.output) / REPORT).read())
         return report["result"] if "result" in report else _raise(report["error"])

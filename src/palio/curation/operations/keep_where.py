@@ -45,7 +45,7 @@ class FieldOperation(RowOperation):
         endless = any(isinstance(one, float) and not math.isfinite(one) for one in values)
         if value is not None and (endless or not kinds or kinds - {str, bool, int, float}):
             fix = "give a text, a number, true or false, or a list of them"
-            raise InvalidValue(why="is no value to compare with", fix=fix)
+            raise InvalidValue(why="is not a value to compare with", fix=fix)
         return value
 
     @model_validator(mode="after")
