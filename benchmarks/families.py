@@ -476,6 +476,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     flush=True,
                 )
     if options.table:
+        if not known:
+            parser.error(
+                f"--table writes the results of {options.results}, which has none: run without it first"
+            )
         text = options.table.read_text(encoding="utf-8").partition(MARK)[0]
         options.table.write_text(text + MARK + "\n\n" + table(list(known.values())), encoding="utf-8")
     return any(cell.state in ("differs", "crash") for cell in known.values())
