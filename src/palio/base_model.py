@@ -252,7 +252,8 @@ def require_on_hub(address: str) -> None:
     """Check in seconds that a model of the hub can be fetched, which tries for minutes.
 
     Raises:
-        BadInput: it is not in the local hub cache, and the hub has it not or does not answer.
+        BadInput: it is not in the local hub cache, and the hub has it not, does not answer, or gives it only
+            to those who accepted its terms.
     """
     import huggingface_hub
     from huggingface_hub import errors
@@ -265,7 +266,16 @@ def require_on_hub(address: str) -> None:
         return
     folder = Resources().base_models
     fix = f"connect to the network, or bring {folder} from a machine that has fetched it"
-    _ask_hub(address, why="is not on this machine, and the hub does not answer", fix=fix)
+    why = "is not on this machine, and the hub does not answer"
+    _ask_hub(address, why=why, fix=fix)
+    try:
+        huggingface_hub.auth_check(repo)
+    except errors.GatedRepoError:
+        raise _gated(address) from None
+    except errors.RepositoryNotFoundError:
+        raise _unknown_to_hub(address) from None
+    except (errors.HTTPError, OSError):
+        raise BadInput("base_model", "hub", address, why=why, fix=fix) from None
 
 
 def commit_on_hub(address: str) -> str:
@@ -296,6 +306,13 @@ def _ask_hub(address: str, *, why: str, fix: str) -> str:
 def _unknown_to_hub(address: str) -> BadInput:
     why = "the hub has no such model or revision, or it asks for a login"
     return BadInput("base_model", "hub", address, why=why, fix="correct it or set HF_TOKEN")
+
+
+def _gated(address: str) -> BadInput:
+    repo = address.partition("@")[0]
+    why = "the hub gives it only to those who accepted its terms"
+    fix = f"accept them at https://huggingface.co/{repo} and set that user's HF_TOKEN"
+    return BadInput("base_model", "hub", address, why=why, fix=fix)
 
 
 def _hub_snapshot(address: str, offline: bool, code: Mapping[str, str]) -> Path:
@@ -339,6 +356,8 @@ def _hub_download(address: str, patterns: tuple[str, ...]) -> Path:
         return Path(
             huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
         )
+    except errors.GatedRepoError:
+        raise _gated(address) from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise _unknown_to_hub(address) from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:

@@ -37,6 +37,10 @@ class Gpu:
         except pynvml.NVMLError:
             return None
 
+    def memory(self) -> int:
+        """Return the bytes that it has."""
+        return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).total)
+
     def memory_used(self) -> int:
         """Return the bytes in use, by all processes."""
         return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)

@@ -88,7 +88,7 @@ def main() -> None:
         run_inside(root, ".venv/bin/palio", "--version")
         size_gb = installed_gb(root / "palio/.venv")
         print(f"{arguments.suite}: make {arguments.target} in {minutes:.1f} minutes, .venv {size_gb:.1f} GB")
-        stated_gb = PREFLIGHT["INSTALLED_GB"]
+        stated_gb = PREFLIGHT["INSTALLED_GB"]["cuda"]
         if size_gb > stated_gb:
             sys.exit(f"error: envs/preflight.py: INSTALLED_GB is {stated_gb}, measured {size_gb:.1f}")
 

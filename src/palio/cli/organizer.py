@@ -485,18 +485,18 @@ def retry(competition: str, entry: str, steps: tuple[str, ...], results: Path) -
 
 @palio.command(cls=Verb, example="palio doctor --slurm --competition config/neurips2023.yaml")
 @competition_option
-@click.option(
-    "--slurm", is_flag=True, help="Check a SLURM site; else whether this machine confines programs."
-)
+@click.option("--slurm", is_flag=True, help="Check a SLURM site; else this machine.")
 @click.option("--profile", type=ExistingPath, default=SLURM_PROFILE, show_default=True)
 def doctor(competition: str, slurm: bool, profile: Path) -> None:
-    """Check, before the first run, that this machine can confine what teams hand in and serve packages, or
-    that a SLURM site and a profile fit the competition; print the lines to fix."""
+    """Check, before the first run, that this machine can confine what teams hand in and serve packages, its
+    GPU, disk, base models and the stages' data, or that a SLURM site and a profile fit the competition; print
+    the lines to fix."""
     from palio.operating.doctor import engine_findings, examine
+    from palio.operating.machine import machine_findings
     from palio.sandbox.doctor import examine_confinement
 
     wrong, given = 0, competition_of(competition)
-    here = chain(examine_confinement(), engine_findings(given))
+    here = chain(examine_confinement(), engine_findings(given), machine_findings(given, competition))
     for finding in examine(given, profile) if slurm else here:
         wrong += not finding.ok
         print(finding, flush=True)
