@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 OLDEST, NEWEST = (3, 11), (3, 13)  # fasttext-predict has no wheel for 3.14
-DOWNLOAD_GB = {"cuda": 3.6, "cpu": 0.9}  # by the torch that is installed
-INSTALLED_GB = {"cuda": 7.8, "cpu": 2.9}
+DOWNLOAD_GB = {"cuda": 3.6, "cpu": 0.8}  # by the torch that is installed
+INSTALLED_GB = {"cuda": 7.8, "cpu": 3.0}
 
 
 def problem(version: tuple[int, int], has_ensurepip: bool, free_gb: float, torch: str) -> str | None:
