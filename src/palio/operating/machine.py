@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from palio.sandbox.gpu import device_files
 
 SPARE_GB = 20.0
 """Free disk that any competition needs: logs, HELM's files, checkpoints of one small training."""
+
+AT_ONCE = 8
+"""Base models that the hub is asked about at the same time."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +150,15 @@ def model_findings(entries: Entries) -> Iterator[Finding]:
             wanted.setdefault(source.hub, []).append(name)
     if not wanted:
         yield Finding(True, "base models: none is missing that comes from the hub")
-    for address, names in sorted(wanted.items()):
-        try:
-            require_on_hub(address)
-            yield Finding(True, f"base model {address}: the hub gives it")
-        except BadInput as error:
-            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            yield Finding(False, f"base model {address} of {some}: {error.why}", error.fix)
+        return
+    with ThreadPoolExecutor(AT_ONCE) as pool:  # without a network each waits for its time-out
+        yield from pool.map(_model_finding, *zip(*sorted(wanted.items()), strict=True))
+
+
+def _model_finding(address: str, names: list[str]) -> Finding:
+    try:
+        require_on_hub(address)
+        return Finding(True, f"base model {address}: the hub gives it")
+    except BadInput as error:
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return Finding(False, f"base model {address} of {some}: {error.why}", error.fix)
