@@ -32,7 +32,8 @@ ROOT = Path(__file__).parents[2]
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 100)), max_size=60))
 def test_regions_never_overlap_and_all_come_back(steps: list[tuple[int, int]]) -> None:
     """Each step takes a length, or where there is no room gives one back that is chosen by the number."""
-    regions, taken = Regions(32), []
+    regions = Regions(32)
+    taken: list[tuple[int, int]] = []
     for length, number in steps:
         first = regions.take(length)
         if first is not None and length:
@@ -71,7 +72,8 @@ def occupied(tree: PrefixTree, leaves: list[Node]) -> list[tuple[int, int]]:
 def test_nodes_of_the_tree_never_overlap_and_a_prompt_that_fits_is_served_when_nothing_runs(
     prompts: list[tuple[list[int], int, int]],
 ) -> None:
-    tree, running = PrefixTree(24, Regions(24)), []
+    tree = PrefixTree(24, Regions(24))
+    running: list[Node] = []
     for tokens, own, copies in prompts:
         leaves = tree.acquire(tokens, own, copies)
         while leaves is None:
