@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from palio.config import REVISION_PATTERN, BaseModelSource, expand
 from palio.errors import BadInput, Crashed
-from palio.files import link_or_copy
+from palio.files import let_others_read, link_or_copy
 from palio.incoming import shard_names
 from palio.layout import BaseModelFolder, Resources
 from palio.model_code import named_classes, python_files, take_code
@@ -88,9 +88,7 @@ def fetch_base_model(
         if code:
             take_code(given, building, code)
     found = _examined(building, code)
-    for path in building.iterdir():
-        if path.stat().st_nlink == 1:
-            path.chmod(0o644)  # weights are saved as 0600, which other users' jobs could not read
+    let_others_read(building)
     shutil.rmtree(model, ignore_errors=True)
     building.rename(model)
     manifest = BaseModelManifest(
