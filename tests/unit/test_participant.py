@@ -49,13 +49,6 @@ from tests.support.training import tiny_base_model
 from tests.unit.test_tokens import byte_level
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WorkingFolder:
-    made = WorkingFolder.create(tmp_path / "clone")
-    monkeypatch.chdir(made.path)
-    return made
-
-
 def dataset_of(name: str) -> DatasetRecipe:
     """The recipe of an entry of the demo's folder."""
     recipe = load_entry(Path(f"config/entries/demo/{name}.yaml")).dataset

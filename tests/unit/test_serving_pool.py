@@ -24,7 +24,6 @@ from palio.serving.regions import Regions
 from palio.serving.request import Request
 from palio.serving.transformers_engine import TransformersEngine
 from tests.support.serving import GROUPED, SMALL
-from tests.support.training import tiny_base_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -150,11 +149,6 @@ def test_there_are_as_many_operations_for_many_requests_as_for_one() -> None:
 PROMPTS = [
     f"{shared}. {own}" * 3 for shared in ("One two", "One three") for own in ("a b c", "d", "e f", "g")
 ]
-
-
-@pytest.fixture(scope="module")
-def package(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base_model(tmp_path_factory.mktemp("tiny"), base_model) / "model"
 
 
 def answers(package: Path, cache_gb: float | None) -> tuple[list[list[tuple[str, float]]], dict[str, float]]:

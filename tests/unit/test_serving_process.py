@@ -20,12 +20,6 @@ from palio.evaluation.probe import Asked, probe
 from palio.evaluation.window import Window
 from palio.serving.process import ServerProcess
 from tests.support.serving import SHOTS, ask, metric
-from tests.support.training import tiny_base_model
-
-
-@pytest.fixture(scope="module")
-def package(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base_model(tmp_path_factory.mktemp("tiny"), base_model) / "model"
 
 
 @pytest.fixture(scope="module")
