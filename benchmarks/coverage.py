@@ -25,9 +25,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from palio.config import Prizes
-from palio.records import Cell, Column, Decision, Leaderboard, Replicate
+from palio.records import Cell, Column, Decision, Leaderboard, Replicate, Uncertainty
+from palio.scoring.conventions import Array
 from palio.scoring.decision import decide
 from palio.scoring.formula import ranks, scores
 from palio.scoring.leaderboard import Candidate, score
@@ -55,9 +57,9 @@ NODES, NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(40)
 class World:
     """A competition whose truth is known; arrays by entry, scenario."""
 
-    answers: np.ndarray
+    answers: NDArray[np.float32]
     """Shape (trainings, entries, scenarios, questions), 0 or 1."""
-    expected: np.ndarray
+    expected: Array
     """Shape (entries, scenarios): the share of right answers over all questions and trainings."""
     deviation: float
     """Standard deviation of such a share from one training to the next."""
@@ -93,9 +95,10 @@ def world(kind: Kind, number: int, entries: int, questions: int) -> World:
     logits = (skill + effect)[..., None] - difficulty
     answers = generator.random(logits.shape) < 1 / (1 + np.exp(-logits))
 
-    def mean(variance: np.ndarray | float, centre: np.ndarray) -> np.ndarray:
+    def mean(variance: Array | float, centre: Array) -> Array:
         at = centre[..., None] + np.sqrt(variance) * NODES
-        return (NODE_WEIGHTS / (1 + np.exp(-at))).sum(axis=-1) / NODE_WEIGHTS.sum()
+        average: Array = (NODE_WEIGHTS / (1 + np.exp(-at))).sum(axis=-1) / NODE_WEIGHTS.sum()
+        return average
 
     expected = mean((1 + training_of**2)[..., None], skill)
     at = mean(1.0, skill[..., None] + training_of[..., None] * NODES)
@@ -176,7 +179,7 @@ class Tally:
         covered = f"scores covered {self.coverage:.3f}, ranks {self.ranks_covered / self.intervals:.3f}"
         return f"{covered}, width {self.width / self.intervals:.3f}; {prizes}; {luck}"
 
-    def add_decision(self, decision: Decision, truth: np.ndarray) -> None:
+    def add_decision(self, decision: Decision, truth: Array) -> None:
         """Count a decision; a claim about entries that are equal in truth is false."""
         self.worlds += 1
         wrong = False
@@ -191,7 +194,7 @@ class Tally:
                 wrong |= not any(better[one] < place <= not_worse[one] for one in inside)
         self.false += bool(wrong)
 
-    def add(self, board: Leaderboard, found, truth: np.ndarray) -> None:
+    def add(self, board: Leaderboard, found: Uncertainty, truth: Array) -> None:
         true_rank = ranks(truth)
         selection = found.selections[0]
         first = truth[int(selection.entry.removeprefix("entry"))]
@@ -251,11 +254,16 @@ def simulate(kind: Kind, options: argparse.Namespace) -> dict[str, Tally]:
         simulated = world(kind, number, options.entries, options.questions)
         for name, (trainings, assumed) in designs(simulated).items():
             board, answers = board_of(simulated, trainings), answers_of(simulated, trainings)
-            given = {"seed": number, "training_noise": assumed}
             truth = scores(COLUMNS, simulated.expected.T, formula_of(board)).final
             tally = tallies.setdefault(name, Tally())
-            tally.add(board, uncertainty(board, answers, replicates=options.replicates, **given), truth)
-            decision = decide(board, answers, PRIZES, draws=options.replicates, **given)
+            found = uncertainty(
+                board, answers, replicates=options.replicates, seed=number, training_noise=assumed
+            )
+            assert found is not None
+            tally.add(board, found, truth)
+            decision = decide(
+                board, answers, PRIZES, draws=options.replicates, seed=number, training_noise=assumed
+            )
             assert decision is not None
             tally.add_decision(decision, truth)
     return tallies

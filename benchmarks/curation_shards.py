@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from curation import HELM_DATA, default_recipe, demo_model, write_data
 
@@ -42,7 +43,7 @@ def main() -> None:
         base_model = demo_model(folder)
         write_data(folder, given.rows, given.data)
         recipe, work = default_recipe(folder, given.rows), folder / "work"
-        common = {"base_model": base_model, "entry": "curation", "work": work}
+        common: dict[str, Any] = {"base_model": base_model, "entry": "curation", "work": work}
         with job("read"):
             curate_ahead(recipe, **common, join=0)
         for phase in range(1, recipe.phases + 1):

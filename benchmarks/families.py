@@ -373,7 +373,7 @@ def plain_training(folder: Path, recipe: FinetuneRecipe, rows: Sequence[Row], *,
                 logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
                 predict = torch.from_numpy(row.predict)
                 loss = torch.nn.functional.cross_entropy(logits[predict], ids[predict + 1], reduction="sum")
-                (loss / targets).backward()
+                torch.autograd.backward(loss / targets)
                 total += loss.detach() / targets
             norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
             optimizer.step()

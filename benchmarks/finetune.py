@@ -167,9 +167,9 @@ def run_palio(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     seconds: list[float] = []
     one_step = Trainer.train_step
 
-    def marked(trainer: Trainer) -> StepReport:
+    def marked(self: Trainer) -> StepReport:
         marks.append((time.process_time(), time.monotonic()))
-        report = one_step(trainer)
+        report = one_step(self)
         seconds.append(report.seconds)
         marks.append((time.process_time(), time.monotonic()))
         return report
@@ -231,7 +231,7 @@ def run_transformers(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     base = AutoModelForCausalLM.from_pretrained(options.model / "model", dtype=DTYPES[options.device])
     torch.manual_seed(0)  # as Palio does: the adapter's first values decide the loss curve
     adapted = get_peft_model(base, LoraConfig(**LORA))
-    rows = [row for step in json.loads((work / "steps.json").read_text()) for row in step]
+    rows: Any = [row for step in json.loads((work / "steps.json").read_text()) for row in step]
 
     def collate(batch: list[tuple[list[int], int]]) -> dict[str, torch.Tensor]:
         longest = max(len(tokens) for tokens, _ in batch)
@@ -377,7 +377,7 @@ def step_flops(model: Any, rows: list[Row]) -> float:
     labels = sum(row.targets for row in rows)
     # Causal scores and their use: 2 · l · hidden a token and layer forward, twice that backward.
     attention = sum(6 * len(row.ids) ** 2 * hidden * layers for row in rows)
-    return tokens * (4 * frozen + 6 * trained) + attention + 4 * labels * hidden * config.vocab_size
+    return float(tokens * (4 * frozen + 6 * trained) + attention + 4 * labels * hidden * config.vocab_size)
 
 
 def rows_apart(device: torch.device) -> float:

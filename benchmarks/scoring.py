@@ -22,13 +22,14 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from palio.records import Cell, Column, Replicate
+from palio.records import Cell, Column, Leaderboard, Replicate
 from palio.scoring.analysis import analyze
 from palio.scoring.leaderboard import Candidate, score
 from palio.scoring.uncertainty import ScenarioAnswers, uncertainty
@@ -76,7 +77,7 @@ def long_columns(entries: int, instances: int) -> tuple[list[Column], Answers]:
     return columns, answers
 
 
-def leaderboard(columns: list[Column], answers: Answers, trainings: int = 1):
+def leaderboard(columns: list[Column], answers: Answers, trainings: int = 1) -> Leaderboard:
     """Scores of the first training; the others are as much better as worse, so the answers are their mean."""
     generator = np.random.default_rng(1)
 
@@ -134,7 +135,11 @@ def pandas_replicate(columns: list[Column], answers: Answers, generator: np.rand
     for (stage, _), scenario in answers.items():
         drawn = generator.integers(len(scenario.runs), size=len(scenario.runs))
         frame = pd.DataFrame(
-            {number: pd.DataFrame(of[:, drawn]).mean(axis=1) for number, of in enumerate(scenario.columns)}
+            {
+                number: pd.DataFrame(of[:, drawn]).mean(axis=1)
+                for number, of in enumerate(scenario.columns)
+                if of is not None
+            }
         )
         rate = frame.apply(lambda values: (stats.rankdata(values) - 1) / (len(values) - 1))
         means.append((stage, rate.mean(axis=1).to_numpy()))
@@ -201,7 +206,7 @@ def main() -> int:
         ):
             fewer, some = made_up_answers(entries, instances)
             small = leaderboard(fewer, some)
-            took = seconds(lambda b=small, a=some, r=replicates: uncertainty(b, a, replicates=r))
+            took = seconds(partial(uncertainty, small, some, replicates=replicates))
             each = took / (entries * instances * replicates) * 1e9
             print(f"{entries} x {instances} x {replicates}: {took:.2f} s, {each:.2f} ns each")
     if options.long:

@@ -255,7 +255,7 @@ def seconds_of_multiplications(package: Path, threads: int, tokens: int, rows: i
             best = min(best, time.perf_counter() - started)
     rate = 2 * many.shape[0] * widest.weight.numel() / best
     print(f"a product of 512 rows runs at {rate / 1e9:.0f} GFLOP/s")
-    return 2 * (tokens * layers + rows * head) / rate
+    return float(2 * (tokens * layers + rows * head) / rate)
 
 
 def server_settings(given: argparse.Namespace) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class OneAtATime(Server):
         self._lock = threading.Lock()
 
     def process(self, body: dict[str, Any]) -> dict[str, Any]:
-        class Stops(StoppingCriteria):
+        class Stops(StoppingCriteria):  # type: ignore[misc]
             def __call__(stopping, ids: Any, scores: Any, **settings: Any) -> Any:  # noqa: N805
                 text = self.text(ids[0, begin:])
                 return torch.tensor([any(stop in text for stop in body["stop_sequences"])], device=ids.device)

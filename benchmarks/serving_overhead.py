@@ -29,11 +29,11 @@ SHARED, OWN = 200, 40
 """Tokens of the common prompt, and of each request."""
 
 
-class Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations, views aside: they start nothing on a device."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -98,7 +98,7 @@ def operations(kind: type[TreeModel], in_flight: int) -> float:
         with Counter() as counter, one_kernel(counter):
             step()
         counts.append(counter.count)
-    return (counts[1] - counts[0]) / 2
+    return float(counts[1] - counts[0]) / 2
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from palio.base_model import fetch_base_model
 from palio.config import BaseModelSource
+from tests.support.own_code import fetched
 from tests.support.serving import VLLM
 from tests.support.training import Entry, tiny_base_model
 
@@ -68,6 +69,12 @@ def base_model() -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
     """A fetched base model of random weights that a second trains and serves."""
     return tiny_base_model(tmp_path_factory.mktemp("base"), base_model)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
+    """A fetched base model whose code is approved."""
+    return fetched(tmp_path_factory.mktemp("own"), base_model)
 
 
 @pytest.fixture

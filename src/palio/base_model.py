@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from palio.config import REVISION_PATTERN, BaseModelSource, expand
 from palio.errors import BadInput, Crashed
-from palio.files import link_or_copy
+from palio.files import let_others_read, link_or_copy
 from palio.incoming import shard_names
 from palio.layout import BaseModelFolder, Resources
 from palio.model_code import named_classes, python_files, take_code
@@ -87,16 +87,8 @@ def fetch_base_model(
         pickled = _take_files(given, building, source.kind, source.hub or source.path or "")
         if code:
             take_code(given, building, code)
-    from palio.tokens import complete_tokenizer
-
-    try:
-        complete_tokenizer(building)
-        found = _examined(building, code)
-    except BadInput as error:  # a team's own server may read it its own way
-        found = Unsupported(why=f"{error.key}: {error.why}", fix=error.fix)
-    for path in building.iterdir():
-        if path.stat().st_nlink == 1:
-            path.chmod(0o644)  # weights are saved as 0600, which other users' jobs could not read
+    found = _examined(building, code)
+    let_others_read(building)
     shutil.rmtree(model, ignore_errors=True)
     building.rename(model)
     manifest = BaseModelManifest(
@@ -113,6 +105,17 @@ def fetch_base_model(
 
 
 def _examined(folder: Path, code: Mapping[str, str]) -> Layers | Unsupported:
+    """Complete the tokenizer; return what `palio.causal_model.examine` finds, or the fault of the files."""
+    from palio.tokens import complete_tokenizer
+
+    try:
+        complete_tokenizer(folder)
+        return _layers(folder, code)
+    except BadInput as error:  # a team's own server may read it its own way
+        return Unsupported(why=f"{error.key}: {error.why}", fix=error.fix)
+
+
+def _layers(folder: Path, code: Mapping[str, str]) -> Layers | Unsupported:
     """Return what `palio.causal_model.examine` finds; with code of the model's own, in a sandbox.
 
     Raises BadInput if that code is not needed or names no causal language model, Crashed if this machine

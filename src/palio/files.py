@@ -18,6 +18,13 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
         shutil.copyfile(source, target)
 
 
+def let_others_read(folder: Path) -> None:
+    """Make the files of a folder readable to other users' jobs: weights are saved as 0600."""
+    for path in folder.iterdir():
+        if path.stat().st_nlink == 1:  # what is linked is another folder's; its mode stays
+            path.chmod(0o644)
+
+
 def append_json_line(path: Path, values: Mapping[str, Any]) -> None:
     """Append `values` as one line, on disk before this returns. A line that a crash tore is closed first."""
     path.parent.mkdir(parents=True, exist_ok=True)

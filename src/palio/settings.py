@@ -148,10 +148,6 @@ class StepSettings(Strict):
         return ()
 
 
-def _program_files(program: Program | None) -> tuple[str, ...]:
-    return tuple(program.paths.values()) if program else ()
-
-
 class EntryFolders(Strict):
     """Folders of entry files, among which a check sees an entry."""
 
@@ -333,7 +329,7 @@ class FinetuneSettings(StepSettings):
         return {"base model": resources.base_model(self.base_model_id).manifest}
 
     def files(self) -> tuple[str, ...]:
-        return _program_files(self.program)
+        return tuple(self.program.paths.values()) if self.program else ()
 
 
 class ImageSettings(StepSettings):

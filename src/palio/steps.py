@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from palio import planning
 from palio.config import Isolation
@@ -28,6 +29,10 @@ from palio.settings import (
     RunOptions,
     StepSettings,
 )
+
+if TYPE_CHECKING:
+    from palio.evaluation.evaluate import Server
+    from palio.records import PackageManifest
 
 RESOURCES = Resources()
 DEFAULT_ENGINE = "transformers"
@@ -171,56 +176,12 @@ def package(folder: EntryFolder, settings: PackageSettings, options: RunOptions)
 
 
 def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOptions) -> None:
-    from palio.evaluation.evaluate import Server
     from palio.evaluation.evaluate import evaluate as run_stage
-    from palio.evaluation.helm.folder import CONTEXT_TOKENS
     from palio.records import PackageManifest, read_record
-    from palio.sandbox.room import Limits
-    from palio.sandbox.server import model_server, team_server
-    from palio.serving.app import DEADLINE_SECONDS
-    from palio.serving.process import ServerProcess
 
     if settings.fresh_start:
         set_aside(folder.helm_runs(settings.runs.stage), settings.fresh_start)
     handed_in = read_record(PackageManifest, folder.package_manifest)
-
-    def start_server(log: Path) -> AbstractContextManager[Server]:
-        isolation = settings.isolation or Isolation()
-        limits = Limits.of(settings.track, isolation, options.threads)
-        if handed_in.code:
-            return model_server(
-                folder.package,
-                handed_in.code,
-                limits=limits,
-                isolation=isolation,
-                log=log,
-                reply_seconds=DEADLINE_SECONDS,
-                exact=settings.runs.stage == "open",
-                settings={"max_context": CONTEXT_TOKENS},
-            )
-        if handed_in.kind == "model":
-            return ServerProcess(
-                folder.package,
-                log=log,
-                threads=options.threads,
-                gpu_memory_gb=settings.track.gpu_memory_gb,
-                max_context=CONTEXT_TOKENS,
-                engine=settings.limits.engine,
-            )
-        if settings.base_model_id is None:
-            raise RuleViolation(
-                f"{folder.package} is a server, which the entry is not; run its package again"
-            )
-        return team_server(
-            folder.package,
-            base_model=RESOURCES.base_model(settings.base_model_id).model,
-            limits=limits,
-            isolation=isolation,
-            log=log,
-            work=folder.work,
-            exact=settings.runs.stage == "open",
-        )
-
     engine, tokenizer = "", folder.package
     if handed_in.kind == "model":
         engine = _engine(settings.limits.engine)
@@ -231,7 +192,58 @@ def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOption
     elif settings.base_model_id is not None:
         tokenizer = RESOURCES.base_model(settings.base_model_id).model
     prepared = RESOURCES.stage_record(settings.runs.stage)
+    start_server = partial(_server, folder, handed_in, settings, options)
     run_stage(folder, settings, prepared, start_server, tokenizer, engine)
+
+
+def _server(
+    folder: EntryFolder,
+    handed_in: PackageManifest,
+    settings: EvaluateSettings,
+    options: RunOptions,
+    log: Path,
+) -> AbstractContextManager[Server]:
+    """Return a context in which the package is served: a model by us, confined if it brings code, or a team's
+    own server."""
+    from palio.evaluation.helm.folder import CONTEXT_TOKENS
+    from palio.sandbox.room import Limits
+    from palio.sandbox.server import model_server, team_server
+    from palio.serving.app import DEADLINE_SECONDS
+    from palio.serving.process import ServerProcess
+
+    if handed_in.kind == "model" and not handed_in.code:
+        return ServerProcess(
+            folder.package,
+            log=log,
+            threads=options.threads,
+            gpu_memory_gb=settings.track.gpu_memory_gb,
+            max_context=CONTEXT_TOKENS,
+            engine=settings.limits.engine,
+        )
+    isolation, exact = settings.isolation or Isolation(), settings.runs.stage == "open"
+    limits = Limits.of(settings.track, isolation, options.threads)
+    if handed_in.code:
+        return model_server(
+            folder.package,
+            handed_in.code,
+            limits=limits,
+            isolation=isolation,
+            log=log,
+            reply_seconds=DEADLINE_SECONDS,
+            exact=exact,
+            settings={"max_context": CONTEXT_TOKENS},
+        )
+    if settings.base_model_id is None:
+        raise RuleViolation(f"{folder.package} is a server, which the entry is not; run its package again")
+    return team_server(
+        folder.package,
+        base_model=RESOURCES.base_model(settings.base_model_id).model,
+        limits=limits,
+        isolation=isolation,
+        log=log,
+        work=folder.work,
+        exact=exact,
+    )
 
 
 def _engine(name: str) -> str:

@@ -24,12 +24,6 @@ from tests.support.own_code import MODELING, SOURCES, approved, fetched, siena
 from tests.support.training import Entry
 
 
-@pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
-    """A fetched base model whose code is approved."""
-    return fetched(tmp_path_factory.mktemp("own"), base_model)
-
-
 @pytest.fixture
 def listener() -> Iterator[int]:
     """A port of this machine that takes connections."""

@@ -38,8 +38,8 @@ class Asked:
 def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asked]:
     folder = tmp_path_factory.mktemp(request.param)
     everything = competition_of_2023(folder, SCALE, request.param)
-    for stage in (everything.stages.open, everything.stages.closed):
-        for scenario in stage.scenarios.values():
+    for given in (everything.stages.open, everything.stages.closed):
+        for scenario in given.scenarios.values():
             object.__setattr__(scenario, "scored", True)  # also what 2023 asked and did not score
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -90,6 +90,7 @@ def test_the_record_counts_what_is_asked_and_what_it_lacks(asked: Asked) -> None
     corr2cause = asked.prepared["closed"].counts["corr2cause"]
     assert corr2cause.examples_asked == (5 if fair else 1)
     if fair:
+        assert corr2cause.constant_answer is not None
         assert corr2cause.constant_answer <= 0.76, "balanced; four questions are drawn"
 
 

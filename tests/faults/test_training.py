@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -49,7 +50,13 @@ def newest_checkpoint(entry: Entry) -> int:
 
 
 def test_three_kills_change_no_byte_and_no_second(entry: Entry, tiny: Path, tmp_path: Path) -> None:
-    recipe = {"max_steps": 60, "save_steps": 4, "lora_dropout": 0.1, "batch_size": 4, "validation_rows": 8}
+    recipe: dict[str, Any] = {
+        "max_steps": 60,
+        "save_steps": 4,
+        "lora_dropout": 0.1,
+        "batch_size": 4,
+        "validation_rows": 8,
+    }
     undisturbed = Entry.create(tmp_path / "results" / "t" / "undisturbed", tiny)
     expected = undisturbed.finetune(**recipe)
     draw = random.Random(time.time_ns())
@@ -108,9 +115,11 @@ def test_sigusr1_saves_and_goes_on(entry: Entry) -> None:
 
 
 def test_a_budget_too_small_ends_in_an_adapter_inside_it_and_stays_ended(entry: Entry) -> None:
-    recipe = {"max_steps": 100_000, "save_steps": 50}
+    recipe: dict[str, Any] = {"max_steps": 100_000, "save_steps": 50}
     manifest = entry.finetune(track={"training_budget": "10s"}, **recipe)
     assert manifest.state == "budget_reached"
+    assert manifest.steps is not None
+    assert manifest.planned_steps is not None
     assert 0 < manifest.steps < manifest.planned_steps
     lines = read_ledger(entry.work() / "ledger.jsonl")
     assert sum(charged(lines).values()) < 10
@@ -121,7 +130,7 @@ def test_a_budget_too_small_ends_in_an_adapter_inside_it_and_stays_ended(entry: 
 
 
 def test_a_run_killed_with_its_budget_used_hands_in_its_last_checkpoint(entry: Entry) -> None:
-    recipe = {"max_steps": 100_000, "save_steps": 5}
+    recipe: dict[str, Any] = {"max_steps": 100_000, "save_steps": 5}
     process = entry.start(budget="30s", **recipe)
     wait_for_step(process, 1)
     checkpoints = entry.work() / "checkpoints"
@@ -161,7 +170,8 @@ def test_what_was_trained_over_the_budget_is_not_handed_in(
 def test_a_raised_budget_goes_on_where_the_smaller_one_ended_also_after_a_crash(
     entry: Entry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, step = {"max_steps": 40, "save_steps": 5}, Trainer.train_step
+    recipe: dict[str, Any] = {"max_steps": 40, "save_steps": 5}
+    step = Trainer.train_step
 
     def slow(trainer: Trainer) -> StepReport:
         time.sleep(0.5)
@@ -183,7 +193,7 @@ def test_a_raised_budget_goes_on_where_the_smaller_one_ended_also_after_a_crash(
 
 
 def test_a_torn_checkpoint_is_skipped_for_the_one_before(entry: Entry, tiny: Path, tmp_path: Path) -> None:
-    recipe = {"max_steps": 60, "save_steps": 5}
+    recipe: dict[str, Any] = {"max_steps": 60, "save_steps": 5}
     undisturbed = Entry.create(tmp_path / "results" / "t" / "undisturbed", tiny)
     expected = undisturbed.finetune(**recipe)
     process = entry.start(**recipe)
@@ -228,11 +238,8 @@ def test_a_disk_too_full_for_the_adapter_says_so_and_the_next_start_hands_it_in(
 ) -> None:
     subprocess.run(["mount", "-o", "remount,size=23m", str(small_disk)], check=True)
     entry = Entry.create(small_disk / "e", tiny)
-    recipe = {
-        "max_steps": 3,
-        "save_steps": 1000,
-        "modules_to_save": ["lm_head"],
-    }  # 6 MB, and 19 of the checkpoint
+    # 6 MB of an adapter, and 19 of the checkpoint
+    recipe: dict[str, Any] = {"max_steps": 3, "save_steps": 1000, "modules_to_save": ["lm_head"]}
     with pytest.raises(PalioError, match="make room"):
         entry.finetune(**recipe)
     assert not (entry.folder / "adapter.json").exists()

@@ -56,6 +56,7 @@ def test_a_run_tells_which_gpu_it_had_and_what_it_drew(entry: Entry) -> None:
     assert training.cuda
     assert training.driver
     losses = losses_of(entry)
+    assert manifest.final_loss is not None
     assert manifest.final_loss < losses[0]
 
 
@@ -66,7 +67,7 @@ def test_a_track_without_a_gpu_trains_on_the_cpu_of_a_node_that_has_one(entry: E
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(entry: Entry, tiny: Path, tmp_path: Path) -> None:
     """Not to the bit as on a CPU: the attention's backward pass adds in no fixed order."""
-    recipe = {"max_steps": 60, "save_steps": 10, "lora_dropout": 0.1, "learning_rate": 1e-3}
+    recipe: dict[str, Any] = {"max_steps": 60, "save_steps": 10, "lora_dropout": 0.1, "learning_rate": 1e-3}
     undisturbed = Entry.create(tmp_path / "results" / "t" / "undisturbed", tiny)
     undisturbed.finetune(track=TRACK, **recipe)
     process = entry.start(track=TRACK, **recipe)

@@ -22,10 +22,10 @@ def knowing_server(store: StageStore) -> Toy:
         mark = adapter["input_prefix"]
         marks |= {mark} - {""}
         for state in json.loads(path.read_text())["request_states"]:
-            prompt, answer = state["request"]["prompt"], right_answer(state)
-            known[prompt] = answer
+            prompt, right = state["request"]["prompt"], right_answer(state)
+            known[prompt] = right
             if mark:
-                known[prompt.rpartition(mark)[2]] = answer
+                known[prompt.rpartition(mark)[2]] = right
 
     def answer(prompt: str) -> str:
         if prompt in known:
@@ -40,7 +40,9 @@ def knowing_server(store: StageStore) -> Toy:
 
 def right_answer(state: dict[str, Any]) -> str:
     references = state["instance"]["references"]
-    right = next(reference["output"]["text"] for reference in references if "correct" in reference["tags"])
+    right: str = next(
+        reference["output"]["text"] for reference in references if "correct" in reference["tags"]
+    )
     letters = state.get("output_mapping") or {}
     return next((letter for letter, text in letters.items() if text == right), right)
 

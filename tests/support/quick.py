@@ -90,7 +90,7 @@ def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOpti
         append_json_line(DONE, {"entry": folder.entry_id, "step": name, "made": made.model_dump(mode="json")})
 
 
-def fetch(source: Any, out: Path, *, code: Any) -> None:
+def fetch(source: Any, out: Path, *, code: Any = None, offline: bool = False) -> Any:
     write_json(BaseModelFolder(out).manifest, {"id": out.name})
 
 

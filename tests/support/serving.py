@@ -66,6 +66,11 @@ def one_core(package: Path) -> Callable[[Path], ServerProcess]:
     return lambda log: ServerProcess(package, log=log, threads=1)
 
 
+def ask(url: str, prompt: str, *, timeout: float = 60, **settings: Any) -> requests.Response:
+    """Send one request of HELM's contract to the server at `url`."""
+    return requests.post(f"{url}/process", json={"prompt": prompt, **settings}, timeout=timeout)
+
+
 def metric(server: ServerProcess, name: str) -> float:
     """One of its /metrics, named without `palio_`."""
     lines = requests.get(f"{server.base_url}/metrics", timeout=60).text.splitlines()

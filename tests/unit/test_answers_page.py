@@ -11,7 +11,7 @@ import pytest
 from palio.answers.pages import write_pages
 from palio.config import Competition
 from palio.layout import ReportFolder, Resources, Results
-from tests.support.chromium import Page, chromium_page
+from tests.support.chromium import Page
 from tests.support.helm_runs import leave_runs, leave_stage_store, right
 from tests.support.page import accessibility_faults, contrast_faults, outside_of
 from tests.support.report import HOSTILE, SCENARIOS, competition, leave_entry, write_entries
@@ -48,12 +48,6 @@ def write_answers(folder: Path) -> Competition:
 
         leave_runs(Results(folder / "results").entry("laptop", name), "open", scenarios, says)
     return given
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Page]:
-    with chromium_page() as page:
-        yield page
 
 
 @pytest.fixture

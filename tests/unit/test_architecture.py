@@ -1,9 +1,11 @@
-"""The code keeps to the architecture: one table of steps, one layout, imports that point down only."""
+"""The code keeps to the architecture: one table of steps, one layout, imports that point down only, functions
+that fit on a screen."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import palio
@@ -14,6 +16,7 @@ LAYOUT = PACKAGE / "layout.py"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
+@cache
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -162,3 +165,34 @@ def test_imports_point_down_only() -> None:
             if level(name) > level(own) or (level(name) == level(own) and not same_level):
                 wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno} imports palio.{name}")
     assert wrong == [], "\n".join(wrong)
+
+
+# --- functions -------------------------------------------------------------------------------------------
+
+MOST_LINES = 40
+"""Of a function's body, its docstring aside."""
+
+
+def long_functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            if body and (body[-1].end_lineno or 0) - body[0].lineno >= MOST_LINES:
+                yield node
+
+
+def test_every_function_fits_on_a_screen() -> None:
+    wrong = [
+        f"{path.relative_to(PACKAGE)}:{function.lineno} {function.name}"
+        for path in MODULES
+        for function in long_functions(parsed(path))
+    ]
+    assert wrong == [], "\n".join(wrong)
+
+
+def test_a_function_that_is_longer_is_found() -> None:
+    def of(lines: int) -> ast.Module:
+        return ast.parse('def f():\n    """A\n    docstring."""\n' + "    pass\n" * lines)
+
+    assert list(long_functions(of(MOST_LINES))) == []
+    assert [one.name for one in long_functions(of(MOST_LINES + 1))] == ["f"]

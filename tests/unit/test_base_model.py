@@ -110,7 +110,7 @@ def pickled(folder: Path) -> dict[str, torch.Tensor]:
 
     As transformers saved them long ago: masks beside the weights, tied tensors in one memory.
     """
-    weights = load_file(folder / "model.safetensors")
+    weights: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     state = weights | {"causal_mask": torch.ones(2, 2, dtype=torch.bool)}

@@ -7,13 +7,13 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from tests.support.curation import write_jsonl
+from tests.support.plugin import install
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
@@ -26,18 +26,6 @@ ROWS = [
 def blocks(language: str) -> list[str]:
     """The page's code blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-
-
-def install(site: Path, code: str) -> None:
-    """Lay the page's package out as pip does: the module, and the entry points of its distribution."""
-    (project,) = blocks("toml")
-    points = tomllib.loads(project)["project"]["entry-points"]
-    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in of.items()) for group, of in points.items()]
-    information = site / "palio_drop_links-1.0.dist-info"
-    information.mkdir(parents=True)
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: palio-drop-links\nVersion: 1.0\n")
-    (information / "entry_points.txt").write_text("\n".join(lines))
-    (site / "drop_links.py").write_text(code)
 
 
 def curate(folder: Path, site: Path) -> subprocess.CompletedProcess[str]:
@@ -60,7 +48,7 @@ def curate(folder: Path, site: Path) -> subprocess.CompletedProcess[str]:
 
 def test_an_installed_package_adds_the_operation_of_the_page(tmp_path: Path) -> None:
     (code,) = blocks("python")
-    install(tmp_path / "site", code)
+    install(tmp_path / "site", blocks("toml")[0], drop_links=code)
     done = curate(tmp_path, tmp_path / "site")
     assert done.returncode == 0, done.stderr
     (dropped,) = pq.read_table(tmp_path / "civetta/dataset/dropped.parquet").to_pylist()
@@ -83,7 +71,7 @@ def test_without_the_package_the_operation_is_unknown(tmp_path: Path) -> None:
     ],
 )
 def test_a_broken_package_is_named_in_one_line(tmp_path: Path, code: str, line: str) -> None:
-    install(tmp_path / "site", code)
+    install(tmp_path / "site", blocks("toml")[0], drop_links=code)
     done = curate(tmp_path, tmp_path / "site")
     assert done.returncode == 2
     assert line in done.stderr

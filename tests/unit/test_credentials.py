@@ -53,13 +53,6 @@ def test_what_only_resembles_one_is_none(text: str) -> None:
     assert list(credentials(text.encode())) == []
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WorkingFolder:
-    made = WorkingFolder.create(tmp_path / "clone")
-    monkeypatch.chdir(made.path)
-    return made
-
-
 def test_a_token_in_a_programs_files_is_named_at_check_and_refused_in_the_package(
     folder: WorkingFolder, tmp_path: Path
 ) -> None:

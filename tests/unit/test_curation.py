@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from palio.config import load_entry
+from palio.config import DatasetRecipe, load_entry
 from palio.curation.inspection import lines_of
 from palio.demo.data import FAMILIES, solve, write_demo_sources
 from palio.errors import BadInput
@@ -36,7 +37,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def demo_recipe(demo: Path, *operations: str) -> object:
+def demo_recipe(demo: Path, *operations: str) -> DatasetRecipe:
     return recipe([{"path": str(demo / f"{family}.jsonl")} for family in FAMILIES], *operations)
 
 
@@ -244,9 +245,7 @@ QUESTION, ANSWER = "Name the banner.", "Civetta"
         ),
     ],
 )
-def test_records_of_known_shapes_become_rows(
-    settings: dict[str, object], record: object, tmp_path: Path
-) -> None:
+def test_records_of_known_shapes_become_rows(settings: dict[str, Any], record: Any, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [record])
     curate(recipe([{"path": str(source), **settings}]), tmp_path / "dataset")
     ((prompt, completion),) = pairs_of(tmp_path / "dataset/train.parquet")
@@ -303,9 +302,7 @@ TALK = ["Who won?", "The owl.", "When?", "In July."]
         ),
     ],
 )
-def test_a_conversation_becomes_one_row_up_to_its_last_answer(
-    kind: str, record: object, tmp_path: Path
-) -> None:
+def test_a_conversation_becomes_one_row_up_to_its_last_answer(kind: str, record: Any, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [record])
     curate(recipe([{"path": str(source), "format": kind}]), tmp_path / "dataset")
     (row,) = pq.read_table(tmp_path / "dataset/train.parquet").to_pylist()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,12 +19,11 @@ from tests.support.curation import curate, pairs_of, recipe, write_jsonl
 from tests.support.training import tiny_base_model
 
 Rows = list[tuple[str, str]]
+Operation = dict[str, Any] | str
 WORDS = [f"{first}{second}" for first in "bcdfglmnprstv" for second in ("ala", "eno", "isto", "ora", "umi")]
 
 
-def kept(
-    rows: Rows, operation: dict[str, object] | str, folder: Path, base_model: Path = Path("none")
-) -> Rows:
+def kept(rows: Rows, operation: Operation, folder: Path, base_model: Path = Path("none")) -> Rows:
     """What an operation leaves of the rows, in their order."""
     source = write_jsonl(
         folder / "rows.jsonl",
@@ -306,7 +307,7 @@ CALM = ("Who won?", "The owl.", "When?", "In July.")
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_an_operation_judges_a_row_by_all_its_turns(
-    operation: dict[str, object] | str, talk: tuple[str, ...], tmp_path: Path, base_model: Path
+    operation: Operation, talk: tuple[str, ...], tmp_path: Path, base_model: Path
 ) -> None:
     assert talks_kept([CALM, talk], operation, tmp_path, base_model) == [CALM]
 
@@ -332,8 +333,8 @@ def test_conversations_that_end_alike_and_began_otherwise_are_all_kept(
 
 
 def talks_kept(
-    talks: list[tuple[str, ...]],
-    operation: dict[str, object] | str,
+    talks: Sequence[tuple[str, ...]],
+    operation: Operation,
     folder: Path,
     base_model: Path = Path("none"),
 ) -> list[tuple[str, ...]]:

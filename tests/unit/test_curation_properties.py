@@ -106,8 +106,8 @@ def test_any_text_survives_from_a_record_to_the_trainer_and_back(
     trained, _ = tokenize(tokens, [(row["prompt"], row["completion"]) for row in rows], 10_000)
     for row, made in zip(rows, trained, strict=True):
         ((start, end),) = made.answers
-        asked, answered = made.ids[:start], made.ids[start : end - 1]
-        for ids, text in ((asked, row["prompt"]), (answered, row["completion"])):
+        prompt, answered = made.ids[:start], made.ids[start : end - 1]
+        for ids, text in ((prompt, row["prompt"]), (answered, row["completion"])):
             if text:  # what is left of a character's bytes is shown as U+FFFD
                 assert tokens._tokenizer.decode(ids).replace("\ufffd", "") == known(text, tokens)
 

@@ -145,7 +145,7 @@ def test_any_rows_and_any_order_of_operations_give_the_same_in_shards(
     folder = tmp_path_factory.mktemp("any")
     lines = [{"prompt": f"{prompt}{n % 7}", "completion": answer} for n, (prompt, answer) in enumerate(pairs)]
     given = recipe([{"path": str(write_jsonl(folder / "a.jsonl", lines))}], *operations)
-    results = []
+    results: list[dict[str, str]] = []
     for how in (lambda out: curate(given, out), lambda out: in_shards(given, out, shards)):
         out = folder / str(len(results)) / "dataset"
         try:

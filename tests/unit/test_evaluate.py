@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -58,7 +59,7 @@ def helm_seconds(home: Path, stage: StageRuns) -> float:
     return time.monotonic() - started
 
 
-def run(stage: StageRuns, entry_dir: Path, *toys: Toy, engine: str = "", **limits: object) -> StageRecord:
+def run(stage: StageRuns, entry_dir: Path, *toys: Toy, engine: str = "", **limits: Any) -> StageRecord:
     return run_stage(stage, Path("stage.json"), entry_dir, *toys, engine=engine, **limits)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,10 +56,10 @@ def serving(entry: Entry, program: ServerProgram, *, adapter: bool) -> Iterator[
         assert server.alive()
 
 
-def ask(url: str, prompt: str, **settings: object) -> dict[str, object]:
+def ask(url: str, prompt: str, **settings: Any) -> dict[str, Any]:
     reply = requests.post(f"{url}/process", json={"prompt": prompt, **settings}, timeout=60)
     assert reply.status_code == 200, reply.text
-    answer: dict[str, object] = reply.json()
+    answer: dict[str, Any] = reply.json()
     return answer
 
 

@@ -65,7 +65,7 @@ def test_the_server_gives_a_prompt_the_tokens_that_were_trained(recipe: dict[str
 
 
 def test_equal_training_gives_equal_bytes_with_extra_tokens_too(entry: Entry) -> None:
-    recipe = {"max_steps": 2, "extra_tokens": EXTRA, "modules_to_save": TABLES}
+    recipe: dict[str, Any] = {"max_steps": 2, "extra_tokens": EXTRA, "modules_to_save": TABLES}
     first = marked(entry).finetune(**recipe)
     assert {"tokenizer.json", "tokenizer_config.json"} < set(first.files)
     for path in sorted(entry.work().rglob("*"), reverse=True):

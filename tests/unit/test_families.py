@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from palio.config import FinetuneRecipe
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -34,7 +38,7 @@ def test_a_wrong_result_is_not_called_exact(tmp_path: Path, monkeypatch: pytest.
     """The trainer's adapter has another scale than the plain one."""
     right = families.plain_training
 
-    def other(folder: Path, recipe: families.FinetuneRecipe, *others: object, **settings: object) -> object:
+    def other(folder: Path, recipe: FinetuneRecipe, *others: Any, **settings: Any) -> torch.Tensor:
         return right(folder, recipe.model_copy(update={"lora_alpha": 9}), *others, **settings)
 
     monkeypatch.setattr(families, "plain_training", other)

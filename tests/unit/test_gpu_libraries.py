@@ -3,6 +3,7 @@ stand-ins here; `palio doctor` tries the real ones where there is a GPU."""
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     loader.write_text("#!/bin/sh\ncat <<'E'\n" + "\n".join(lines) + "\nE\n")
     loader.chmod(0o755)
     monkeypatch.setattr(gpu_libraries, "SYSTEM_LDCONFIG", str(loader))
-    monkeypatch.setattr(gpu_libraries.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(gpu, "program_gpu", NoGpu)
     return libraries
 

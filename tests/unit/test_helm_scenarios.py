@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,9 @@ needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no evaluation data
 
 
 def gold(instance: Instance) -> str:
-    return next(reference.output.text for reference in instance.references if CORRECT_TAG in reference.tags)
+    return next(
+        str(reference.output.text) for reference in instance.references if CORRECT_TAG in reference.tags
+    )
 
 
 def write_csv(path: Path, rows: list[list[str]]) -> None:
@@ -48,7 +51,7 @@ def write_csv(path: Path, rows: list[list[str]]) -> None:
         csv.writer(file).writerows(rows)
 
 
-def write_lines(path: Path, rows: list[dict[str, object]]) -> None:
+def write_lines(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -136,7 +139,7 @@ def test_math_takes_one_subject_and_level_with_the_solution_as_reference(tmp_pat
         for level in (1, 2)
     ]
     for split in ("train", "test"):
-        write_lines(tmp_path / f"{split}.jsonl", list(rows))
+        write_lines(tmp_path / f"{split}.jsonl", rows)
     found = MathScenario("counting_and_probability", "2", data=str(tmp_path)).get_instances("")
     assert [(i.split, i.input.text) for i in found] == [
         ("train", "Counting & Probability 2?"),
@@ -148,7 +151,7 @@ def test_math_takes_one_subject_and_level_with_the_solution_as_reference(tmp_pat
 def test_summaries_are_cut_and_examples_are_short(tmp_path: Path) -> None:
     rows = [{"article": "word " * n, "highlights": "a b"} for n in (20, 100, 900)]
     for split in ("train", "test"):
-        write_lines(tmp_path / f"{split}.jsonl", list(rows))
+        write_lines(tmp_path / f"{split}.jsonl", rows)
     found = CnnDailyMailScenario(data=str(tmp_path)).get_instances("")
     lengths = [(i.split, len(i.input.text.split())) for i in found]
     assert lengths == [("train", 100), ("test", 20), ("test", 100), ("test", 512)]

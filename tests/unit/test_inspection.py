@@ -69,7 +69,7 @@ def test_a_source_is_shown_with_its_format_or_a_template(
 
 
 def test_messages_of_a_hub_dataset_are_recognised_as_a_tree(tmp_path: Path) -> None:
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"message_id": "a", "parent_id": None, "role": "prompter", "text": "Who?"},
         {"message_id": "b", "parent_id": "a", "role": "assistant", "text": "The owl.", "rank": 0},
     ]
@@ -196,7 +196,7 @@ def test_the_page_shows_the_same_tokens_and_runs_nothing(
 
 
 def inspect(*arguments: str) -> Result:
-    from palio.cli.entry import palio
+    from palio.cli import palio
 
     return CliRunner().invoke(palio, ["inspect", *arguments])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -51,7 +52,7 @@ TEXT = st.one_of(
 )
 
 
-def with_attacks(test):  # type: ignore[no-untyped-def]
+def with_attacks(test: Callable[[str], None]) -> Callable[[str], None]:
     for attack in ATTACKS:
         test = example(attack)(test)
     return given(TEXT)(test)

@@ -12,8 +12,8 @@ import pytest
 
 import palio.cli
 from palio.workflow import Workflow
-from tests.support.folder import WorkingFolder
 
+pytestmark = pytest.mark.usefixtures("folder")
 NO_HUB = "http://127.0.0.1:9"
 HUB_MODEL = "hpcai-tech/Colossal-LLaMA-2-7b-base@" + "0123456789" * 4
 NEURIPS = "config/neurips2023.yaml"
@@ -64,13 +64,6 @@ MISTAKES = {
     hub_without_network: "is not on this machine, and the hub does not answer; connect to the network",
     feedback_for_nobody: "Error: give an entry, or --all",
 }
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WorkingFolder:
-    made = WorkingFolder.create(tmp_path / "clone")
-    monkeypatch.chdir(made.path)
-    return made
 
 
 def changed(old: str, new: str) -> str:

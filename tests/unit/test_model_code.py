@@ -55,16 +55,10 @@ from palio.tokens import load_tokenizer
 from palio.training.finetune import finetune
 from palio.workflow import Workflow
 from tests.support.folder import WorkingFolder
-from tests.support.own_code import MODELING, SOURCES, approved, fetched, siena
+from tests.support.own_code import MODELING, SOURCES, approved, siena
 from tests.support.training import Entry
 
 StartServer = Callable[[Path], AbstractContextManager[Server]]
-
-
-@pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
-    """A fetched base model whose code is approved."""
-    return fetched(tmp_path_factory.mktemp("own"), base_model)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from palio.evaluation.stage import fetch_data, planned_data, prepare_stage, prep
 from palio.layout import EntryFolder, HelmFolder
 from palio.settings import StageRuns
 from tests.support.entry import packaged_entry, run_stage, scenario
+from tests.support.plugin import install
 from tests.support.toy import Toy
 
 PAGE = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
@@ -36,17 +36,6 @@ def test_the_pages_table_of_datasets_is_the_codes() -> None:
     )
 
 
-def install(site: Path) -> None:
-    """Lay the page's package out as pip does."""
-    points = tomllib.loads(block("toml"))["project"]["entry-points"]
-    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in of.items()) for group, of in points.items()]
-    information = site / "helm_sums-1.0.dist-info"
-    information.mkdir(parents=True)
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: helm-sums\nVersion: 1.0\n")
-    (information / "entry_points.txt").write_text("\n".join(lines))
-    (site / "sums.py").write_text(block("python"))
-
-
 PREPARE = """
 from pathlib import Path
 from palio.evaluation.helm import run_entries
@@ -62,7 +51,7 @@ print(prepare_stage(stage, Path("stage.json")).counts["sums"].model_dump_json())
 
 
 def test_an_installed_package_adds_the_scenario_of_the_page(tmp_path: Path) -> None:
-    install(tmp_path / "site")
+    install(tmp_path / "site", block("toml"), sums=block("python"))
     (tmp_path / "sums.conf").write_text('entries: [{description: "sums:largest=40", priority: 1}]')
     done = subprocess.run(
         [sys.executable, "-c", PREPARE],

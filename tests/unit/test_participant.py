@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from palio.cli import palio
-from palio.config import Entry, FinetuneRecipe, Track, load_competition, load_entry, load_rules
+from palio.config import DatasetRecipe, Entry, FinetuneRecipe, Track, load_competition, load_entry, load_rules
 from palio.curation.files import file_records
 from palio.curation.rows import Malformed
 from palio.errors import BadInput, OutOfMemory
@@ -39,7 +39,7 @@ from palio.layout import Project
 from palio.participant.estimate import Estimate, Measured, Shape, estimate, rows_of
 from palio.participant.preview import preview
 from palio.participant.rehearsal import small_competition, small_entry, write_head
-from palio.records import Cell, Column
+from palio.records import Cell, Column, Leaderboard
 from palio.scoring.leaderboard import Candidate, score
 from palio.scoring.panel import panel_of, placed
 from palio.serving.model import GPU_SPARE, cache_tokens, context_of
@@ -49,11 +49,11 @@ from tests.support.training import tiny_base_model
 from tests.unit.test_tokens import byte_level
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WorkingFolder:
-    made = WorkingFolder.create(tmp_path / "clone")
-    monkeypatch.chdir(made.path)
-    return made
+def dataset_of(name: str) -> DatasetRecipe:
+    """The recipe of an entry of the demo's folder."""
+    recipe = load_entry(Path(f"config/entries/demo/{name}.yaml")).dataset
+    assert recipe is not None
+    return recipe
 
 
 # --- new -------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_a_new_entry_of_each_kind_is_clean(folder: WorkingFolder, kind: str) -> 
     entry = load_entry(Path("config/entries/demo/drago.yaml"))
     assert (entry.kind, entry.team, entry.track) == (kind, "Contrada del Drago", "laptop")
     for source in entry.dataset.sources if entry.dataset else ():
-        assert Path(source.path).stat().st_size
+        assert Path(str(source.path)).stat().st_size
     for program in entry.programs.values():
         assert list(Path(program.files or "").glob("*.py"))
 
@@ -105,7 +105,7 @@ def test_what_is_left_out_is_asked_for(folder: WorkingFolder) -> None:
         given="Drago\nCC0-1.0\n",
     )
     assert made.returncode == 0, made.stderr
-    (source,) = load_entry(Path("config/entries/demo/drago.yaml")).dataset.sources
+    (source,) = dataset_of("drago").sources
     assert (source.path, source.licence) == ("resources/teams/drago/mine.jsonl", "CC0-1.0")
 
 
@@ -155,7 +155,7 @@ def test_with_a_network_the_hub_tells_the_commit(
 
 def test_example_data_says_truly_where_it_comes_from(folder: WorkingFolder) -> None:
     folder.run("palio", "new", "config/entries/demo/drago.yaml", "--team", "Drago")
-    sources = load_entry(Path("config/entries/demo/drago.yaml")).dataset.sources
+    sources = dataset_of("drago").sources
     assert {(one.licence, one.generator, one.url) for one in sources} == {
         ("CC0-1.0", "palio demo-data", None)
     }
@@ -221,11 +221,12 @@ def test_a_broken_record_is_in_the_head_of_a_source_too(tmp_path: Path) -> None:
 def test_a_rehearsal_changes_size_and_nothing_else_of_an_entry(folder: WorkingFolder) -> None:
     competition = load_competition(Path("config/config.yaml"))
     entry = load_entry(Path("config/entries/demo/curated.yaml"))
+    assert entry.finetune is not None
     small = small_entry(entry, Project(folder.path / "try/curated"))
     assert small["finetune"]["max_steps"] == 3
     assert small["finetune"]["learning_rate"] == entry.finetune.learning_rate
     assert [one["op"] for one in small["dataset"]["operations"]] == [
-        one.op for one in entry.dataset.operations
+        one.op for one in dataset_of("curated").operations
     ]
     content = small_competition(competition, entry)
     scenario = content["stages"]["open"]["scenarios"]["pattern_match"]
@@ -281,7 +282,7 @@ def test_the_whole_run_in_small_ends_with_a_place_and_an_estimate(
     tiny_base_model(folder.path / "tiny", base_model)
     model = str(folder.path / "tiny/model")
 
-    def approve(rules: dict) -> None:
+    def approve(rules: dict[str, Any]) -> None:
         rules["base_models"][0]["sources"].append(f"path:{model}")
 
     folder.edit_yaml("config/rulesets/demo.yaml", approve)
@@ -342,7 +343,7 @@ COLUMNS = [
 ]
 
 
-def board():
+def board() -> Leaderboard:
     values = {"a": (0.1, 0.9), "b": (0.5, 0.8), "c": (0.9, 0.7)}
     candidates = [
         Candidate(name, name, [Cell(value=value, n=10) for value in of]) for name, of in values.items()
@@ -470,7 +471,7 @@ def test_a_base_model_is_described_from_config_and_tokenizer_alone(folder: Worki
     ],
 )
 def test_what_palio_cannot_train_is_refused_without_the_weights(
-    folder: WorkingFolder, config: PretrainedConfig, recipe: dict, line: str
+    folder: WorkingFolder, config: PretrainedConfig, recipe: dict[str, Any], line: str
 ) -> None:
     entry = load_entry(Path(without_weights(folder, config)))
     assert entry.finetune is not None

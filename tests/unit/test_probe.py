@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -153,7 +154,7 @@ def test_a_full_queue_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("tokens", [5, "one", {"a": 1}, [1], [None], [{}], [[]]])
 def test_tokens_may_be_anything(tokens: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    def reply(self: Toy, body: dict, started: float, crowded: bool) -> JSONResponse:
+    def reply(self: Toy, body: dict[str, Any], started: float, crowded: bool) -> JSONResponse:
         return JSONResponse({"text": "one two", "tokens": tokens, "logprob": tokens, "request_time": tokens})
 
     monkeypatch.setattr(Toy, "reply", reply)

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ SCENARIO = Scenario.model_validate(
 )
 
 
-def write_scores(folder: Path, values: list[float]) -> EntryFolder:
+def write_scores(folder: Path, values: Sequence[float]) -> EntryFolder:
     rows = [
         {
             **dict.fromkeys(("competition", "track", "entry"), "x"),

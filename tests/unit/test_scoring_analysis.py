@@ -113,7 +113,7 @@ def test_a_table_that_was_not_scored_is_not_analyzed(results: Path) -> None:
 
 def test_answers_are_those_of_the_column_s_split_perturbation_and_runs(tmp_path: Path) -> None:
     """Two perturbed forms of a question count as one answer; a null is no answer."""
-    asked = {"metric": "exact_match", "split": "test", "perturbation": "fairness"}
+    asked: dict[str, Any] = {"metric": "exact_match", "split": "test", "perturbation": "fairness"}
     rows = [
         {"run": "b:1", "instance": "id1", **asked, "value": 1.0},
         {"run": "b:1", "instance": "id1", **asked, "value": 0.0},
@@ -223,7 +223,7 @@ def test_rescoring_refuses_results_that_changed(results: Path) -> None:
 @pytest.mark.parametrize("wrong", [{"convention": "midrnk"}, {"missing": "zero"}])
 def test_an_unknown_rule_names_the_known_ones(results: Path, wrong: dict[str, str]) -> None:
     with pytest.raises(BadInput, match="use one of"):
-        rescore(scored(results), competition(), results, **wrong)
+        rescore(scored(results), competition(), Results(results), **wrong)
 
 
 def test_versions_are_numbered_and_an_equal_one_is_not_written_twice(results: Path, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_equal_leaderboards_have_no_difference() -> None:
 
 
 def test_a_changed_value_explains_the_moves_it_causes() -> None:
-    after = {**ROWS, "c": [0.1, 0.5, 0.1]}
+    after: dict[str, list[float | None]] = {**ROWS, "c": [0.1, 0.5, 0.1]}
     found = difference(board_of(ROWS), board_of(after))
     (c,) = [move for move in found.moved if move.entry == "c"]
     assert [step.why for step in c.steps] == ["closed/math/EM 0.6 -> 0.1"]

@@ -235,8 +235,8 @@ def leave_results(results: Path, name: str, values: dict[str, list[float | None]
             "stage": stage,
             "scenario": scenario,
         }
-        statistic = {"metric": "exact_match", "split": "test", "perturbation": None}
-        rows = [
+        statistic: dict[str, Any] = {"metric": "exact_match", "split": "test", "perturbation": None}
+        rows: list[dict[str, Any]] = [
             {**at, "run": f"{scenario}:{number}", **statistic, "value": value, "n": 10}
             for number, value in enumerate(of_runs)
             if value is not None

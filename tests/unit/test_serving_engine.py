@@ -20,12 +20,6 @@ from palio.serving.job import Generation
 from palio.serving.request import BadRequest, QueueFull, Request, RequestFailed, Unavailable
 from palio.serving.transformers_engine import TransformersEngine
 from tests.support.serving import QUESTIONS, SHOTS, complete, engine_of, generated
-from tests.support.training import tiny_base_model
-
-
-@pytest.fixture(scope="module")
-def package(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base_model(tmp_path_factory.mktemp("tiny"), base_model) / "model"
 
 
 @pytest.fixture

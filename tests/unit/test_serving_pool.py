@@ -24,7 +24,6 @@ from palio.serving.regions import Regions
 from palio.serving.request import Request
 from palio.serving.transformers_engine import TransformersEngine
 from tests.support.serving import GROUPED, SMALL
-from tests.support.training import tiny_base_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +31,8 @@ ROOT = Path(__file__).parents[2]
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 100)), max_size=60))
 def test_regions_never_overlap_and_all_come_back(steps: list[tuple[int, int]]) -> None:
     """Each step takes a length, or where there is no room gives one back that is chosen by the number."""
-    regions, taken = Regions(32), []
+    regions = Regions(32)
+    taken: list[tuple[int, int]] = []
     for length, number in steps:
         first = regions.take(length)
         if first is not None and length:
@@ -71,7 +71,8 @@ def occupied(tree: PrefixTree, leaves: list[Node]) -> list[tuple[int, int]]:
 def test_nodes_of_the_tree_never_overlap_and_a_prompt_that_fits_is_served_when_nothing_runs(
     prompts: list[tuple[list[int], int, int]],
 ) -> None:
-    tree, running = PrefixTree(24, Regions(24)), []
+    tree = PrefixTree(24, Regions(24))
+    running: list[Node] = []
     for tokens, own, copies in prompts:
         leaves = tree.acquire(tokens, own, copies)
         while leaves is None:
@@ -148,11 +149,6 @@ def test_there_are_as_many_operations_for_many_requests_as_for_one() -> None:
 PROMPTS = [
     f"{shared}. {own}" * 3 for shared in ("One two", "One three") for own in ("a b c", "d", "e f", "g")
 ]
-
-
-@pytest.fixture(scope="module")
-def package(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base_model(tmp_path_factory.mktemp("tiny"), base_model) / "model"
 
 
 def answers(package: Path, cache_gb: float | None) -> tuple[list[list[tuple[str, float]]], dict[str, float]]:

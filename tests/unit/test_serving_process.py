@@ -19,13 +19,7 @@ from palio.errors import Crashed, OutOfMemory, ServerBroken
 from palio.evaluation.probe import Asked, probe
 from palio.evaluation.window import Window
 from palio.serving.process import ServerProcess
-from tests.support.serving import SHOTS, metric
-from tests.support.training import tiny_base_model
-
-
-@pytest.fixture(scope="module")
-def package(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base_model(tmp_path_factory.mktemp("tiny"), base_model) / "model"
+from tests.support.serving import SHOTS, ask, metric
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +29,13 @@ def server(package: Path) -> Iterator[ServerProcess]:
 
 
 def test_it_answers_once_it_is_ready(server: ServerProcess) -> None:
-    reply = requests.post(f"{server.base_url}/process", json={"prompt": "a", "max_new_tokens": 2}, timeout=60)
-    assert reply.status_code == 200
+    assert ask(server.base_url, "a", max_new_tokens=2).status_code == 200
     assert server.alive()
 
 
 def test_a_client_that_leaves_frees_its_place(server: ServerProcess) -> None:
     with pytest.raises(requests.Timeout):
-        body = {"prompt": SHOTS, "max_new_tokens": 1500}
-        requests.post(f"{server.base_url}/process", json=body, timeout=0.3)
+        ask(server.base_url, SHOTS, timeout=0.3, max_new_tokens=1500)
     deadline = time.monotonic() + 30
     while metric(server, "requests_cancelled_total") < 1 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -52,8 +44,8 @@ def test_a_client_that_leaves_frees_its_place(server: ServerProcess) -> None:
 
 
 def test_the_log_shows_no_prompt(server: ServerProcess, package: Path) -> None:
-    for body in ({"prompt": "a canary"}, {"prompt": "a canary", "temperature": -1}):
-        requests.post(f"{server.base_url}/process", json=body, timeout=60)
+    ask(server.base_url, "a canary")
+    ask(server.base_url, "a canary", temperature=-1)
     assert "canary" not in (package.parent / "server.log").read_text()
 
 
@@ -117,10 +109,9 @@ def test_a_server_whose_device_is_broken_says_so_and_ends_with_its_own_code(
     server = ServerProcess(package, log=tmp_path / "server.log", threads=1)
     server._command[1:3] = ["-c", FRAGILE]
     with server:
-        body = {"prompt": "Hello", "max_new_tokens": 2}
-        assert requests.post(f"{server.base_url}/process", json=body, timeout=60).status_code == 200
+        assert ask(server.base_url, "Hello", max_new_tokens=2).status_code == 200
         started = time.monotonic()
-        reply = requests.post(f"{server.base_url}/process", json={"prompt": "b"}, timeout=60)
+        reply = ask(server.base_url, "b")
         assert (reply.status_code, reply.json()["detail"]) == (503, BROKEN)
         health = requests.get(f"{server.base_url}/health", timeout=60)
         assert (health.status_code, health.json()["reason"]) == (503, BROKEN)

@@ -22,7 +22,6 @@ from palio.serving.process import ServerProcess
 from palio.serving.request import BadRequest, QueueFull, Request, RequestFailed, Unavailable
 from palio.serving.vllm_engine import VllmEngine
 from palio.vllm import vllm_version
-from tests.support.training import tiny_base_model
 
 PROGRAM = '''#!{python}
 """Continues a prompt with its own first tokens; dies of a package named `die`.
@@ -134,11 +133,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.MonkeyPatc
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", install(tmp_path_factory.mktemp("bin")))
         yield patch
-
-
-@pytest.fixture(scope="module")
-def package(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base_model(tmp_path_factory.mktemp("tiny"), base_model) / "model"
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from palio.scoring.tables import write_leaderboard
 from palio.scoring.versions import difference, read_leaderboard, rescore, write_version
 from palio.site.building import publish_site
 from tests.support.canary import CANARY, FAILED, content_of, leave_competition
-from tests.support.chromium import Page, chromium_page
+from tests.support.chromium import Page
 from tests.support.page import accessibility_faults, contrast_faults, outside_of
 from tests.support.report import HOSTILE, RIGHT
 
@@ -194,12 +194,6 @@ def test_a_track_that_nobody_has_scored_is_named_with_the_fix(home: Path, tmp_pa
 
 
 # --- in a browser ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Page]:
-    with chromium_page() as page:
-        yield page
 
 
 @pytest.mark.parametrize("name", ["index.html", "entries/laptop/raw.html", "entries/laptop/fails_check.html"])

@@ -240,7 +240,7 @@ def test_a_label_that_is_none_is_refused(tmp_path: Path, label: object) -> None:
 def test_one_blank_row_in_many_is_left_out_and_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"dialogue": "" if n == 3 else f"A: {n}", "summary": "b"} for n in range(150)]
+    rows: Rows = [{"dialogue": "" if n == 3 else f"A: {n}", "summary": "b"} for n in range(150)]
     write(tmp_path / "test.jsonl", [*rows, {"dialogue": None, "summary": "b"}][:150])
     assert counted(SamSumScenario(data=str(tmp_path), examples=False)) == {"test": 149}
     assert "rows left out: test.jsonl: 1 of 150 have no text" in capsys.readouterr().out

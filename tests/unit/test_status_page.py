@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from palio.operating.status import EntryStatus, Status, StepStatus
+from palio.operating.status import EntryStatus, Status, StepState, StepStatus
 from palio.operating.status_view import html_page
 from palio.pipeline import STEPS
 from tests.support.chromium import chromium_page
@@ -14,7 +14,7 @@ from tests.support.report import HOSTILE
 NAMES = [step.name for step in STEPS if step.name != "image"]  # of an entry without a Dockerfile
 
 
-def entry(name: str, deciding: StepStatus, after: str) -> EntryStatus:
+def entry(name: str, deciding: StepStatus, after: StepState) -> EntryStatus:
     at = NAMES.index(deciding.step)
     done = [StepStatus(step, "done", seconds=60.0) for step in NAMES[:at]]
     behind = [StepStatus(step, after, wait=f"behind {deciding.step}") for step in NAMES[at + 1 :]]

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -123,7 +124,7 @@ def test_a_changed_finished_adapter_is_not_handed_out(entry: Entry) -> None:
     ],
     ids=str,
 )
-def test_equal_training_gives_equal_bytes(entry: Entry, settings: dict[str, object]) -> None:
+def test_equal_training_gives_equal_bytes(entry: Entry, settings: dict[str, Any]) -> None:
     first = entry.finetune(max_steps=3, **settings)
     for path in sorted(entry.work().rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
@@ -224,9 +225,7 @@ def test_dropped_rows_are_counted(entry: Entry) -> None:
     [{"rslora": True}, {"dora": True}, {"neftune_alpha": 5.0}, {"modules_to_save": ["lm_head"]}],
     ids=str,
 )
-def test_each_method_trains_differently_and_its_adapter_loads(
-    entry: Entry, settings: dict[str, object]
-) -> None:
+def test_each_method_trains_differently_and_its_adapter_loads(entry: Entry, settings: dict[str, Any]) -> None:
     plain = entry.finetune(max_steps=3)
     other = entry.finetune(max_steps=3, **settings)
     assert other.files["adapter_model.safetensors"] != plain.files["adapter_model.safetensors"]
@@ -345,6 +344,7 @@ def test_the_step_with_the_lowest_validation_loss_is_handed_in(entry: Entry) -> 
     assert manifest.best_step == min(taken, key=lambda step: taken[step])
     assert manifest.validation_loss == min(taken.values())
     assert (manifest.rows, manifest.steps) == (48, 12)
+    assert manifest.best_step is not None
     assert manifest.best_step < 12
 
 
@@ -384,8 +384,8 @@ def test_the_same_rows_are_held_out_as_long_as_the_data_seed_is_the_same(
         return validate(trainer, rows)
 
     monkeypatch.setattr(Trainer, "validation_loss", validation_loss)
-    for seeds in ({"seed": 1, "data_seed": 3}, {"seed": 2, "data_seed": 3}, {"seed": 2, "data_seed": 4}):
-        entry.finetune(max_steps=1, validation_rows=0.25, **seeds)
+    for seed, data_seed in ((1, 3), (2, 3), (2, 4)):
+        entry.finetune(max_steps=1, validation_rows=0.25, seed=seed, data_seed=data_seed)
     assert seen[0] == seen[1] != seen[2]
 
 

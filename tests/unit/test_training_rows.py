@@ -126,7 +126,7 @@ def test_a_conversation_over_the_limit_is_dropped_truncated_or_split_at_a_turn(
         return [row.ids.tolist() for row in rows], too_long
 
     def alone(*turns: str) -> list[int]:
-        return tokenize(tokens, [turns], 500, chat=chat)[0][0].ids.tolist()
+        return list(tokenize(tokens, [turns], 500, chat=chat)[0][0].ids)
 
     limit = len(alone(*TALK[2:]))
     assert rows_of_it("drop", limit) == ([], TooLong(dropped=1))

@@ -208,7 +208,7 @@ def test_adams_moments_and_epsilon_are_the_recipes() -> None:
 
     recipe = FinetuneRecipe(learning_rate=1.0, adam_beta1=0.5, adam_beta2=0.9, adam_epsilon=3.0)
     weight = torch.nn.Parameter(torch.zeros(1))
-    optimizer = _optimizer(recipe, [weight], torch.device("cpu"))
+    optimizer = _optimizer(recipe, [weight])
     weight.grad = torch.ones(1)
     optimizer.step()
     assert weight.item() == pytest.approx(-1 / (1 + 3.0))

@@ -264,7 +264,10 @@ def test_prompts_share_their_examples(server: ServerProcess) -> None:
 
 
 def test_the_probe_passes_every_check(server: ServerProcess, package: Path) -> None:
-    kinds = [{"echo_prompt": True, "max_new_tokens": 0}, {"temperature": 0.3, "max_new_tokens": 9}]
+    kinds: list[dict[str, Any]] = [
+        {"echo_prompt": True, "max_new_tokens": 0},
+        {"temperature": 0.3, "max_new_tokens": 9},
+    ]
     report = probe(server.base_url, Asked(kinds=kinds), Window.of_model(package))
     assert {check.name: check.state for check in report.checks if check.state != "pass"} == {}
 

@@ -17,6 +17,8 @@ from palio.cli import entry, organizer, research, step  # noqa: F401 (each puts 
 from palio.cli.group import palio
 from palio.errors import PalioError
 
+__all__ = ["main", "palio"]
+
 BUG_EXIT_CODE = 70
 
 

@@ -36,6 +36,8 @@ UNFOLDED, MOST_UNFOLDED = 256 << 20, 200
 MAX_COLUMNS = 1000
 FILE_TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst")
+QUOTES = 'double each quote inside a quoted field (""), without backslashes, or save the source as .jsonl'
+"""What mends a CSV file that cannot be parsed."""
 _ARRAY = re.compile(rb"\s*\[\s*\{")
 
 Numbered = tuple[int, Record | Malformed]
@@ -280,17 +282,10 @@ def _csv(shown: str, stream: BinaryIO, delimiter: str) -> Iterator[Numbered]:
         else:
             where = f" in line {reader.line_num}" if reader.line_num > line else ""
             why = f"a quote in this record is wrong{where} ({error})" if '"' in "".join(lines) else str(error)
-        fix = (
-            'double each quote inside a quoted field (""), without backslashes, or save the source as .jsonl'
-        )
-        raise BadInput(shown, f"line {line}", why=why, fix=fix) from None
+        raise BadInput(shown, f"line {line}", why=why, fix=QUOTES) from None
     except UnicodeDecodeError:
-        raise BadInput(
-            shown,
-            f"line {reader.line_num + 1} or soon after",
-            why="is not UTF-8",
-            fix="save the file as UTF-8",
-        ) from None
+        where = f"line {reader.line_num + 1} or soon after"
+        raise BadInput(shown, where, why="is not UTF-8", fix="save the file as UTF-8") from None
     swallowed.refuse(shown)
 
 

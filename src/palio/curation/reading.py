@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import pyarrow as pa
 
@@ -178,11 +178,8 @@ class _Reading:
             if batch:
                 yield _record_batch(source, batch, self.fields)
             if quarantined > most * (rows + quarantined):
-                first = next(line for line in self.quarantine if line["source"] == source.label)
                 share = f"{quarantined} of {rows + quarantined} lines are malformed"
-                limit = f"more than max_quarantined = {most:g}"
-                why, fix = first["reason"], f"{share}, {limit}: correct the file or its format"
-                raise BadInput(source.address, f"line {first['line']}", why=why, fix=fix)
+                self._refuse(source, f"{share}, more than max_quarantined = {most:g}")
             self.reports.append(
                 SourceReport(
                     name=source.label,
@@ -194,6 +191,11 @@ class _Reading:
                     quarantined=quarantined,
                 )
             )
+
+    def _refuse(self, source: DataSource, why: str) -> NoReturn:
+        first = next(line for line in self.quarantine if line["source"] == source.label)
+        fix = f"{why}: correct the file or its format"
+        raise BadInput(source.address, f"line {first['line']}", why=first["reason"], fix=fix)
 
 
 def _within_limits(

@@ -224,7 +224,8 @@ def bring(need: Need, data: Path, source: Path | None) -> Path | None:
         copy = need.copy(data)
         if need.readers:
             read = {path for reader in need.readers for of in reader.files(start).values() for path in of}
-            _forget(copy)
+            for path in data_files(copy):  # of an earlier copy
+                path.unlink()
         else:
             read = {path for path in start.rglob("*") if path.is_file() and path.suffix != ".lock"}
         for path in sorted(read):
@@ -233,12 +234,6 @@ def bring(need: Need, data: Path, source: Path | None) -> Path | None:
             to.unlink(missing_ok=True)  # it may be a link: never write through one
             shutil.copyfile(path, to)
         return start
-
-
-def _forget(copy: Path) -> None:
-    """Remove the data files of an earlier copy."""
-    for path in data_files(copy):
-        path.unlink()
 
 
 def listing(found: Iterable[Need], data: Path, source: Path | None) -> list[tuple[str, str, str, str, str]]:
@@ -259,14 +254,8 @@ def listing(found: Iterable[Need], data: Path, source: Path | None) -> list[tupl
             action = f"HELM downloads {dataset.address if dataset else 'it'}"
         else:
             action = f"MISSING: give --source, $PALIO_HELM_DATA or data={dataset.address}"
-        size = f"{dataset.megabytes:g} MB" if dataset else "unknown"
-        rows.append(
-            (
-                need.name,
-                action,
-                size,
-                dataset.licence if dataset else "unknown",
-                dataset.remark if dataset else "",
-            )
-        )
+        about = ("unknown", "unknown", "")
+        if dataset:
+            about = (f"{dataset.megabytes:g} MB", dataset.licence, dataset.remark)
+        rows.append((need.name, action, *about))
     return rows

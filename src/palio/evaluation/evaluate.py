@@ -31,7 +31,7 @@ from palio.evaluation.probe import Asked, levels, lines, probe
 from palio.evaluation.stage import PlannedRun, PromptKey, StagePlan, verify_data
 from palio.evaluation.window import Window
 from palio.heartbeat import HeartbeatWriter
-from palio.layout import EntryFolder, HelmFolder
+from palio.layout import EntryFolder, HelmFolder, Stage
 from palio.provenance import atomic_path, file_sha256, fingerprint
 from palio.records import (
     INSTANCES_SCHEMA,
@@ -92,57 +92,62 @@ def evaluate(
         RuleViolation: the server fails a required check of the probe.
         Crashed: the server died or a HELM run failed; what is answered is kept for the next attempt.
     """
-    runs, limits = settings.runs, settings.limits
-    stage = runs.stage
-    package = read_record(PackageManifest, folder.package_manifest)
-    prepared = read_record(StageInstances, instances)
-    verify_data(runs.store)
-    plan = StagePlan(runs.store)
-    served = (package.fingerprint, package.base_model_fingerprint, engine)
-    how = (prepared.helm_version, limits.cut_at_stop_sequences)
-    work = helm.package_folder(folder, stage, *served, prepared.sha256, *how)
-    work.path.mkdir(parents=True, exist_ok=True)
-    take_over(work, asked_questions(plan.entries, runs.store, fingerprint([*served, *how])))
-    _forget_unanswered(work)
-
-    context = min(package.context or CONTEXT_TOKENS, CONTEXT_TOKENS)
+    evaluation = Evaluation.of(folder, settings, instances, engine)
+    plan, work, stage = evaluation.plan, evaluation.work, evaluation.stage
     window = Window.of_model(tokenizer)
     if window.estimated:
         print(f"tokens are estimated: {window.estimated}", file=sys.stderr, flush=True)
 
-    with timed_run(folder.run_facts(stage), StageRun(limit_seconds=limits.time_limit)) as run:
-        ending = Ending()
-        clock = UsedTime(work.used_seconds)
-        conformance = Conformance(folder.probe, package, plan, settings)
-        restarts = MAX_RESTARTS if package.kind == "model" else 0  # a team's own server has one life
-        while not _complete(work, plan) or not conformance.passed:
-            with start_server(work.server_log) as server:
-                conformance.require(server, window, work)
-                if _complete(work, plan):
-                    break
-                heartbeat = HeartbeatWriter(folder.heartbeat(stage), plan.requests, "requests")
-                clock = UsedTime(work.used_seconds)
-                watch = Watch(work, plan, limits.time_limit, clock, server, heartbeat)
-                code = _run_helm(work, limits, watch, window, context).code
-                alive, server_code = server.alive(), server.exit_code()
-            died = "" if alive else _death(work, stage, server_code)
-            ending = Ending(code, code is None and alive, died)
-            if alive or not restarts or watch.answered == watch.answered_before:
-                break
-            restarts -= 1
-            print(f"{ending.died}; it is started again", file=sys.stderr, flush=True)
-            _forget_unanswered(work)
+    with timed_run(folder.run_facts(stage), StageRun(limit_seconds=settings.limits.time_limit)) as run:
+        ending = _ask(evaluation, start_server, window)
         prompts = plan.prompts()
-        outcomes = [_outcome(work, stage, limits, planned, ending, prompts) for planned in plan.runs]
-        run.used_seconds, run.requests = round(clock.used, 1), plan.requests
+        outcomes = [_outcome(evaluation, planned, ending, prompts) for planned in plan.runs]
+        run.used_seconds, run.requests = UsedTime(work.used_seconds).used, plan.requests
         run.answered = sum(outcome.run.answered for outcome in outcomes)
 
     incidents = Contained.beside(work.server_log)
     if stage == "closed":  # an exact count could carry what the server makes of a prompt
         incidents = incidents.coarse()
     if any(outcome.run.state is State.CRASHED for outcome in outcomes):
-        raise _failure(work, stage, outcomes, ending, incidents)
-    return _write_results(folder, settings, work, package, prepared, engine, outcomes, incidents)
+        raise _failure(evaluation, outcomes, ending, incidents)
+    return _write_results(evaluation, outcomes, incidents)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One package in one stage: what it is asked, and where its answers lie."""
+
+    folder: EntryFolder
+    settings: EvaluateSettings
+    package: PackageManifest
+    prepared: StageInstances
+    plan: StagePlan
+    engine: str
+    work: HelmFolder
+
+    @classmethod
+    def of(cls, folder: EntryFolder, settings: EvaluateSettings, instances: Path, engine: str) -> Evaluation:
+        """Begin with the answers of earlier attempts, and of the stage before it got more questions."""
+        runs = settings.runs
+        package = read_record(PackageManifest, folder.package_manifest)
+        prepared = read_record(StageInstances, instances)
+        verify_data(runs.store)
+        plan = StagePlan(runs.store)
+        served = (package.fingerprint, package.base_model_fingerprint, engine)
+        how = (prepared.helm_version, settings.limits.cut_at_stop_sequences)
+        work = helm.package_folder(folder, runs.stage, *served, prepared.sha256, *how)
+        work.path.mkdir(parents=True, exist_ok=True)
+        take_over(work, asked_questions(plan.entries, runs.store, fingerprint([*served, *how])))
+        _forget_unanswered(work)
+        return cls(folder, settings, package, prepared, plan, engine, work)
+
+    @property
+    def stage(self) -> Stage:
+        return self.settings.runs.stage
+
+    @property
+    def limits(self) -> StageLimits:
+        return self.settings.limits
 
 
 @dataclass(frozen=True)
@@ -166,12 +171,39 @@ class Outcome:
     """The stage's limit kept instances from being answered."""
 
 
-def _run_helm(
-    folder: HelmFolder, limits: StageLimits, watch: Watch, window: Window, context: int
-) -> helm.HelmExit:
+def _ask(evaluation: Evaluation, start_server: StartServer, window: Window) -> Ending:
+    """Probe the server, then ask it what is not answered; a server that died over it is started again."""
+    work, plan = evaluation.work, evaluation.plan
+    ending = Ending()
+    conformance = Conformance(evaluation)
+    restarts = MAX_RESTARTS if evaluation.package.kind == "model" else 0  # a team's own server has one life
+    while not _complete(work, plan) or not conformance.passed:
+        with start_server(work.server_log) as server:
+            conformance.require(server, window)
+            if _complete(work, plan):
+                break
+            heartbeat = HeartbeatWriter(
+                evaluation.folder.heartbeat(evaluation.stage), plan.requests, "requests"
+            )
+            clock = UsedTime(work.used_seconds)
+            watch = Watch(work, plan, evaluation.limits.time_limit, clock, server, heartbeat)
+            code = _run_helm(evaluation, watch, window).code
+            alive, server_code = server.alive(), server.exit_code()
+        died = "" if alive else _death(work.server_log, evaluation.stage, server_code)
+        ending = Ending(code, code is None and alive, died)
+        if alive or not restarts or watch.answered == watch.answered_before:
+            break
+        restarts -= 1
+        print(f"{ending.died}; it is started again", file=sys.stderr, flush=True)
+        _forget_unanswered(work)
+    return ending
+
+
+def _run_helm(evaluation: Evaluation, watch: Watch, window: Window) -> helm.HelmExit:
     """Ask what is not answered, in what is left of the stage's limit."""
-    plan, clock = watch.plan, watch.clock
+    folder, limits, plan, clock = evaluation.work, evaluation.limits, evaluation.plan, watch.clock
     left = max(0.0, limits.time_limit - clock.used)
+    context = min(evaluation.package.context or CONTEXT_TOKENS, CONTEXT_TOKENS)
     requests = helm.RequestSettings(
         watch.server.base_url, limits.cut_at_stop_sequences, time.time() + left, window, context
     )
@@ -189,25 +221,26 @@ def _run_helm(
     return helm_exit
 
 
-def _death(folder: HelmFolder, stage: str, code: int | None) -> str:
+def _death(log: Path, stage: str, code: int | None) -> str:
     """Return what is known of the model server's death. Of the closed stage nothing that it said itself."""
     if stage == "closed":
         return "the model server died"
     ended = "the model server died" if code is None else f"the model server died with exit code {code}"
-    return ended + last_words(folder.server_log)
+    return ended + last_words(log)
 
 
 def _failure(
-    folder: HelmFolder, stage: str, outcomes: list[Outcome], ending: Ending, incidents: Contained
+    evaluation: Evaluation, outcomes: list[Outcome], ending: Ending, incidents: Contained
 ) -> Crashed:
     """The stage's failure in one line. Of the closed stage it quotes no log."""
     failed = [outcome.run for outcome in outcomes if outcome.run.state is State.CRASHED]
     what = ending.died or f"{len(failed)} of {len(outcomes)} HELM runs failed"
     why = failed[0].reason or ("no result" if ending.code is None else f"HELM ended with code {ending.code}")
-    where = "" if stage == "open" else "; the logs are in the closed store"
+    is_open = evaluation.stage == "open"
+    where = "" if is_open else "; the logs are in the closed store"
     error = Crashed(f"{what}; first {failed[0].run}: {why}{where}")
-    if stage == "open":
-        error.log = folder.server_log if ending.died else folder.log
+    if is_open:
+        error.log = evaluation.work.server_log if ending.died else evaluation.work.log
     if incidents.counts:
         error.add_note(f"of the server: {incidents}")
     return error
@@ -217,13 +250,12 @@ class Conformance:
     """The probe of a package's server, which the open stage begins with. Its report is kept: a server that
     passed the same checks is not probed again."""
 
-    def __init__(
-        self, record: Path, package: PackageManifest, plan: StagePlan, settings: EvaluateSettings
-    ) -> None:
-        self.record, self.package, self.settings = record, package, settings.probe or Probe()
-        limits = settings.limits
+    def __init__(self, evaluation: Evaluation) -> None:
+        plan, limits = evaluation.plan, evaluation.limits
+        self.record, self.log = evaluation.folder.probe, evaluation.work.server_log
+        self.package, self.settings = evaluation.package, evaluation.settings.probe or Probe()
         self.asked = Asked(plan.requests, limits.time_limit, plan.kinds, limits.cut_at_stop_sequences)
-        self.passed = settings.runs.stage != "open" or self._passed_before()
+        self.passed = evaluation.stage != "open" or self._passed_before()
 
     def _passed_before(self) -> bool:
         if not self.record.exists():
@@ -232,7 +264,7 @@ class Conformance:
         same = before.package_fingerprint == self.package.fingerprint
         return same and before.conforms and before.required == levels(self.settings, self.asked)
 
-    def require(self, server: Server, window: Window, work: HelmFolder) -> None:
+    def require(self, server: Server, window: Window) -> None:
         """Probe the server, unless it has passed.
 
         Raises:
@@ -249,9 +281,9 @@ class Conformance:
         failed = [check for check in report.checks if check.state == "fail"]
         if report.died:
             seen = "".join(f": {check.why}" for check in failed if check.name == report.died)
-            what = _death(work, "open", server.exit_code())
+            what = _death(self.log, "open", server.exit_code())
             death = Crashed(f"{what}; at the probe's check {report.died}{seen}")
-            death.log = work.server_log
+            death.log = self.log
             raise death
         if broken := [check for check in failed if check.required]:
             first, *rest = broken
@@ -260,18 +292,11 @@ class Conformance:
         self.passed = True
 
 
-def _write_results(
-    folder: EntryFolder,
-    settings: EvaluateSettings,
-    work: HelmFolder,
-    package: PackageManifest,
-    prepared: StageInstances,
-    engine: str,
-    outcomes: list[Outcome],
-    incidents: Contained,
-) -> StageRecord:
+def _write_results(evaluation: Evaluation, outcomes: list[Outcome], incidents: Contained) -> StageRecord:
     """Write the stage's tables, then its record."""
-    stage, limits = settings.runs.stage, settings.limits
+    folder, settings, work = evaluation.folder, evaluation.settings, evaluation.work
+    stage, limits = evaluation.stage, evaluation.limits
+    package, prepared = evaluation.package, evaluation.prepared
     where = {
         "competition": settings.runs.competition,
         "track": folder.track_id,
@@ -290,7 +315,7 @@ def _write_results(
         package_fingerprint=package.fingerprint,
         instances_sha256=prepared.sha256,
         helm_version=prepared.helm_version,
-        engine=engine,
+        engine=evaluation.engine,
         code=fingerprint(package.code) if package.code else "",
         state=State.TIME_LIMIT if any(outcome.limited for outcome in outcomes) else State.FINISHED,
         reason=f"{missing} of {planned} instances unanswered" if missing else "",
@@ -392,20 +417,13 @@ def _complete(folder: HelmFolder, plan: StagePlan) -> bool:
 
 
 def _outcome(
-    folder: HelmFolder,
-    stage: str,
-    limits: StageLimits,
-    planned: PlannedRun,
-    ending: Ending,
-    prompts: Mapping[PromptKey, str],
+    evaluation: Evaluation, planned: PlannedRun, ending: Ending, prompts: Mapping[PromptKey, str]
 ) -> Outcome:
     state, reason, answered, limited = State.FINISHED, "", planned.instances, False
-    run = _finished(folder).get(planned.run)
+    run = _finished(evaluation.work).get(planned.run)
     if run is None:
         answered, limited = 0, ending.overtime
-        state, reason = (
-            (State.TIME_LIMIT, LIMIT) if limited else (State.CRASHED, _error(folder, stage, planned))
-        )
+        state, reason = (State.TIME_LIMIT, LIMIT) if limited else (State.CRASHED, _error(evaluation, planned))
     elif unanswered := run.unanswered():
         answered = planned.instances - len(unanswered)
         reasons = Counter(unanswered.values())
@@ -413,7 +431,7 @@ def _outcome(
         reason = "; ".join(f"{count} unanswered: {why}" for why, count in reasons.most_common(3))
         if any(why.startswith(BROKEN) for why in reasons):
             state = State.CRASHED
-        elif limits.unanswered == "missing":
+        elif evaluation.limits.unanswered == "missing":
             state = State.TIME_LIMIT if limited else State.CRASHED
     helm_run = HelmRun(
         **(_shortened(run, prompts) if run else {}),
@@ -440,10 +458,10 @@ def _shortened(run: helm.RunFolder, prompts: Mapping[PromptKey, str]) -> dict[st
     return counts
 
 
-def _error(folder: HelmFolder, stage: str, planned: PlannedRun) -> str:
+def _error(evaluation: Evaluation, planned: PlannedRun) -> str:
     """A failed run's error in HELM's log; of the closed stage only what quotes no text."""
-    error = helm.log_error(folder, planned.run) or helm.log_error(folder)
-    return error if stage == "open" else helm.public_error(error)
+    error = helm.log_error(evaluation.work, planned.run) or helm.log_error(evaluation.work)
+    return error if evaluation.stage == "open" else helm.public_error(error)
 
 
 def _tables(

@@ -540,7 +540,7 @@ def summary_metric_specs(bias: bool) -> list[MetricSpec]:
     metrics: list[MetricSpec] = get_basic_metric_specs(["rouge_2"])
     if not bias:
         return metrics
-    import nltk  # type: ignore[import-untyped]
+    import nltk
 
     try:
         nltk.data.find("tokenizers/punkt_tab")

@@ -21,7 +21,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ from palio.settings import StageLimits, StageRuns
 
 if TYPE_CHECKING:
     from palio.evaluation.datasets import Need
+    from palio.evaluation.helm.plan import RunPlan
 
 INSTANCE_TEXTS = pa.schema(
     [
@@ -103,23 +104,7 @@ def prepare_stage(runs: StageRuns, out: Path) -> StageInstances:
         for plan in plans
         for i, text, reference in plan.instances
     ]
-    for path, table in (
-        (store.instances, pa.Table.from_pylist(rows, schema=INSTANCE_TEXTS)),
-        (store.prompts, pa.Table.from_pylist(list(planned_prompts(plans)), schema=PROMPT_TEXTS)),
-    ):
-        with atomic_path(path) as temporary:
-            pq.write_table(table, temporary)
-    write_json(
-        store.runs,
-        {
-            "entries": entries,
-            "runs": [
-                asdict(PlannedRun(plan.scenario, plan.run, len(plan.instances), plan.requests))
-                for plan in plans
-            ],
-            "kinds": distinct({"prompt": "", **kind} for plan in plans for kind in plan.kinds),
-        },
-    )
+    _write_plan(store, entries, plans, rows)
     _close_store(runs)
     record = StageInstances(
         competition=runs.competition,
@@ -133,6 +118,21 @@ def prepare_stage(runs: StageRuns, out: Path) -> StageInstances:
     )
     record.write(out)
     return record
+
+
+def _write_plan(
+    store: StageStore, entries: Mapping[str, Any], plans: Sequence[RunPlan], rows: list[dict[str, str]]
+) -> None:
+    """Write what the stage's runs are and ask, and the texts of their instances, to the store."""
+    for path, table in (
+        (store.instances, pa.Table.from_pylist(rows, schema=INSTANCE_TEXTS)),
+        (store.prompts, pa.Table.from_pylist(list(planned_prompts(plans)), schema=PROMPT_TEXTS)),
+    ):
+        with atomic_path(path) as temporary:
+            pq.write_table(table, temporary)
+    planned = [PlannedRun(plan.scenario, plan.run, len(plan.instances), plan.requests) for plan in plans]
+    kinds = distinct({"prompt": "", **kind} for plan in plans for kind in plan.kinds)
+    write_json(store.runs, {"entries": entries, "runs": [asdict(run) for run in planned], "kinds": kinds})
 
 
 def _refuse_shortfalls(runs: StageRuns, counts: Mapping[str, ScenarioCounts]) -> None:

@@ -187,10 +187,10 @@ def node_findings(competition: Competition, profile: dict[str, Any], file: Path)
     by_partition.setdefault(str(profile.get("default-resources", {}).get("slurm_partition", "")), "")
     for partition, gpus in by_partition.items():
         options = [f"--partition={partition}", "--time=5", "--mem=2048", *common, *([gpus] if gpus else [])]
-        yield from _on_a_node(competition, file, partition, options)
+        yield from _on_a_node(competition, partition, options)
 
 
-def _on_a_node(competition: Competition, file: Path, partition: str, options: list[str]) -> Iterator[Finding]:
+def _on_a_node(competition: Competition, partition: str, options: list[str]) -> Iterator[Finding]:
     """Run a job that looks at the working folder, the closed store and Palio from a node."""
     store = expand(competition.closed_store).absolute()
     probe = Path(f".doctor-{secrets.token_hex(4)}")

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from palio import steps
-from palio.config import FinetuneRecipe, Metric, Scenario
+from palio.config import Competition, FinetuneRecipe, Metric, Scenario
 from palio.errors import BadInput
 from palio.files import link_or_copy
 from palio.layout import EntryFolder, Results, Stage
@@ -114,10 +114,7 @@ def reproduce(
     if track is None:
         why, fix = "is not a track in this competition", "give the entry's competition"
         raise BadInput(first.adapter_manifest, "track", trained.track, why=why, fix=fix)
-    store = competition.store.reproduction(fingerprint(str(out.resolve()))[:16])
-    again = Results(out, store).entry(first.track_id, first.entry_id)
-    if again.path.resolve() == first.path.resolve():
-        raise BadInput("--out", "", str(out), why="is the entry's own results folder", fix="give another")
+    again = _folder_of_its_own(competition, first, out)
     _require_the_same_inputs(first, trained)
     if not again.dataset.manifest.exists():
         shutil.copytree(
@@ -141,18 +138,28 @@ def reproduce(
         package = PackageSettings(**common, adapter=True)
         steps.run("package", again, PackageSettings.of(planned, "package") if planned else package, options)
     for stage in stages:
-        settings = (
-            EvaluateSettings.of(planned, stage)
-            if planned
-            else EvaluateSettings.of_package(
-                competition, workflow.stage_runs[stage], trained.track
-            ).model_copy(update={"isolation": isolation})
-        )
-        steps.run(stage, again, _afresh(settings), options)
+        evaluated = EvaluateSettings.of(planned, stage) if planned else _of_model(workflow, trained, stage)
+        steps.run(stage, again, _afresh(evaluated), options)
         scores = score_differences(first, again, stage, competition.stage(stage).scenarios)
         made = made.model_copy(update={"scores": (*made.scores, *scores)})
     made.write(again.reproduction)
     return made, again
+
+
+def _of_model(workflow: Workflow, trained: AdapterManifest, stage: Stage) -> EvaluateSettings:
+    """Return how a stage evaluates the model of an entry without programs of its own."""
+    competition = workflow.competition
+    settings = EvaluateSettings.of_package(competition, workflow.stage_runs[stage], trained.track)
+    return settings.model_copy(update={"isolation": competition.isolation if trained.code else None})
+
+
+def _folder_of_its_own(competition: Competition, first: EntryFolder, out: Path) -> EntryFolder:
+    """Return the reproduction's folder under `out`, whose closed store is named after `out`."""
+    store = competition.store.reproduction(fingerprint(str(out.resolve()))[:16])
+    again = Results(out, store).entry(first.track_id, first.entry_id)
+    if again.path.resolve() == first.path.resolve():
+        raise BadInput("--out", "", str(out), why="is the entry's own results folder", fix="give another")
+    return again
 
 
 def _with_own_programs(workflow: Workflow, first: EntryFolder) -> PlannedEntry | None:

@@ -27,7 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from palio.base_model import card_facts
 from palio.errors import Crashed, RuleViolation
-from palio.files import link_or_copy
+from palio.files import let_others_read, link_or_copy
 from palio.layout import BaseModelFolder, EntryFolder
 from palio.packaging.card import model_card
 from palio.packaging.confined import merge_confined, serving_of_confined
@@ -93,9 +93,7 @@ def build_package(
         _link_files(base_model.model, building, weights=trained is None)
         _complete(building, _ends(base_model.model, trained), code=bool(base.code))
         _write_cards(folder, settings, base, trained, base_model.model, building)
-        for path in building.iterdir():
-            if path.stat().st_nlink == 1:  # a linked file is the base model's; its mode stays
-                path.chmod(0o644)
+        let_others_read(building)
         parameters, dtype = _shape(building)
         if base.code:
             way, context = serving_of_confined(folder, building, base.code, threads)

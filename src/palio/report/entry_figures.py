@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from palio.records import DatasetManifest
+from palio.records import DatasetManifest, OperationReport
 from palio.report.drawing import SOURCES, Axes, Drawing, Point, ticks
 from palio.report.files import Telemetry
 
 WIDTH = 420.0
 SMALL = 11.0
+LEFT, RIGHT, BAND, GAP = 4.0, 250.0, 10.0, 46.0
+"""Of the rows' flow: its sides, the height of a band, and between two."""
 MAX_POINTS = 400
 """Points of a line: the figure is about as many pixels wide."""
 
@@ -55,49 +58,64 @@ def row_flow(manifest: DatasetManifest) -> Drawing | None:
     total = sum(source.rows for source in manifest.sources)
     if total == 0:
         return None
-    left, right, gap, band = 4.0, 250.0, 46.0, 10.0
-    per_row = (right - left) / total
-    height = 66 + band + len(manifest.operations) * (gap + band)
+    height = 66 + BAND + len(manifest.operations) * (GAP + BAND)
     drawing = Drawing(WIDTH, height, f"Rows of {manifest.entry} through the operations")
     rows = {source.name: source.rows for source in manifest.sources}
     color = {name: f"source{index % SOURCES}" for index, name in enumerate(rows)}
-
-    def draw_bands(y: float) -> None:
-        x = left
-        for name, count in rows.items():
-            drawing.rectangle(x, y, count * per_row, band, color[name], tip=f"{name}: {count} rows")
-            x += count * per_row
-
+    flow = _Flow(drawing, rows, color, (RIGHT - LEFT) / total)
     y = 30.0
-    drawing.text(left, 18, f"{total:,} rows read".replace(",", " "), size=SMALL, bold=True)
-    draw_bands(y)
+    drawing.text(LEFT, 18, f"{total:,} rows read".replace(",", " "), size=SMALL, bold=True)
+    flow.draw_bands(y)
     for number, operation in enumerate(manifest.operations, 1):
+        flow.draw_ribbons(operation, y + BAND)
+        middle = y + BAND + GAP / 2
+        drawing.text(RIGHT + 14, middle - 2, f"{number} {operation.op}", size=SMALL, bold=True)
         lost = operation.rows_in - operation.rows_out
-        start, end = y + band, y + band + gap
-        x_before = x_after = left
-        x_lost = left + operation.rows_out * per_row + 6
-        for name, count in rows.items():
+        rewritten = f"{operation.changed} rewritten" if operation.changed else "no effect"
+        effect = f"−{lost} rows" if lost else rewritten
+        drawing.text(RIGHT + 14, middle + 13, effect, size=SMALL, fill="muted")
+        y += BAND + GAP
+        flow.draw_bands(y)
+    text = f"{sum(flow.rows.values()):,} rows to train on".replace(",", " ")
+    drawing.text(LEFT, y + BAND + 18, text, size=SMALL, bold=True)
+    return drawing
+
+
+@dataclass
+class _Flow:
+    """The rows of each source, on their way down through the operations."""
+
+    drawing: Drawing
+    rows: dict[str, int]
+    color: Mapping[str, str]
+    per_row: float
+    """Width."""
+
+    def draw_bands(self, y: float) -> None:
+        x = LEFT
+        for name, count in self.rows.items():
+            self.drawing.rectangle(
+                x, y, count * self.per_row, BAND, self.color[name], tip=f"{name}: {count} rows"
+            )
+            x += count * self.per_row
+
+    def draw_ribbons(self, operation: OperationReport, start: float) -> None:
+        """Lead what an operation keeps down, and what it drops aside."""
+        end, per_row, ribbon = start + GAP, self.per_row, self.drawing.ribbon
+        x_before = x_after = LEFT
+        x_lost = LEFT + operation.rows_out * per_row + 6
+        for name, count in self.rows.items():
             gone = operation.dropped_by_source.get(name, 0)
             kept, width = count - gone, (count - gone) * per_row
             tip = f"{name}: {kept} of {count} kept by {operation.op}"
-            drawing.ribbon((x_before, start), (x_after, end), width, color[name], opacity=0.45, tip=tip)
+            ribbon((x_before, start), (x_after, end), width, self.color[name], opacity=0.45, tip=tip)
             if gone:
                 tip = f"{name}: {gone} dropped by {operation.op}"
                 origin = (x_before + width, start)
-                drawing.ribbon(origin, (x_lost, end - 8), gone * per_row, "dropped", tip=tip)
+                ribbon(origin, (x_lost, end - 8), gone * per_row, "dropped", tip=tip)
                 x_lost += gone * per_row
-            rows[name] = kept
+            self.rows[name] = kept
             x_before, x_after = x_before + count * per_row, x_after + width
-        middle = (start + end) / 2
-        drawing.text(right + 14, middle - 2, f"{number} {operation.op}", size=SMALL, bold=True)
-        rewritten = f"{operation.changed} rewritten" if operation.changed else "no effect"
-        effect = f"−{lost} rows" if lost else rewritten
-        drawing.text(right + 14, middle + 13, effect, size=SMALL, fill="muted")
-        y = end
-        draw_bands(y)
-    text = f"{sum(rows.values()):,} rows to train on".replace(",", " ")
-    drawing.text(left, y + band + 18, text, size=SMALL, bold=True)
-    return drawing
 
 
 def length_histogram(manifest: DatasetManifest, part: str) -> Drawing | None:

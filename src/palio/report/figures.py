@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from palio.records import Analysis, Leaderboard
 from palio.report.drawing import (
@@ -197,6 +198,7 @@ def leave_one_out(board: Leaderboard, analysis: Analysis | None, size: Size = WI
     full = [scored.entry for scored in board.entries]
     shown = full[:MAX_BUMPS]
     removals = [removal for removal in robustness.without_entry if removal.removed in shown]
+    removed = ["", *(removal.removed for removal in removals)]
     left = _label_width(shown, size)
     top = 30 + max(text_width(_cut(name, size), SMALL) for name in shown)
     step = max(size.upright, (size.width - left - 20) / (len(removals) + 1))
@@ -220,22 +222,29 @@ def leave_one_out(board: Leaderboard, analysis: Analysis | None, size: Size = WI
     for row, name in enumerate(shown):
         color = f"source{row % SOURCES}"
         _row_label(drawing, left, at(0, row)[1] + 4, name, size, bold=row < PRIZES)
-        dots: list[tuple[Point, str]] = []
-        segments: list[list[Point]] = [[]]
-        for column, order in enumerate(columns):
-            rank = order.index(name)
-            if rank >= len(shown) or (column and removals[column - 1].removed == name):
-                segments.append([])
-                continue
-            moved = "" if rank == row else f", without {removals[column - 1].removed}: {rank + 1}"
-            dots.append((at(column, rank), f"{name}: rank {row + 1}{moved}"))
-            segments[-1].append(at(column, rank))
+        segments = _ranks_of(name, columns, removed, len(shown))
         for segment in segments:
             if len(segment) > 1:
-                drawing.line(segment, color, width=2, tip=name)
-        for point, tip in dots:
-            drawing.dot(*point, 4.5, color, tip=tip)
+                drawing.line([at(*place) for place in segment], color, width=2, tip=name)
+        for column, rank in chain.from_iterable(segments):
+            moved = "" if rank == row else f", without {removed[column]}: {rank + 1}"
+            drawing.dot(*at(column, rank), 4.5, color, tip=f"{name}: rank {row + 1}{moved}")
     return drawing
+
+
+def _ranks_of(
+    name: str, columns: Sequence[Sequence[str]], removed: Sequence[str], most: int
+) -> list[list[tuple[int, int]]]:
+    """Return (column, rank) of an entry, in pieces: it is missing where it is left out, or below the last row
+    that is shown."""
+    segments: list[list[tuple[int, int]]] = [[]]
+    for column, order in enumerate(columns):
+        rank = order.index(name)
+        if rank >= most or removed[column] == name:
+            segments.append([])
+        else:
+            segments[-1].append((column, rank))
+    return segments
 
 
 def budget_use(track: str, used: Sequence[BudgetUse], size: Size = WIDE) -> Drawing | None:

@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,23 +131,7 @@ def adapter_settings(content: Any, base_model_id: str, hidden_size: int) -> dict
     if (initial := content.get("init_lora_weights")) not in _INITIAL:
         why = f"init_lora_weights is {initial!r:.50}, which changes the base model's weights"
         raise RuleViolation(f"{ADAPTER}: {why}", _MERGE)
-
-    def rank(value: Any) -> bool:
-        return _whole(value, 1, hidden_size)
-
-    known = {
-        "r": (rank, f"a whole number from 1 to {hidden_size}, the hidden size"),
-        "lora_alpha": (_number, "a positive number"),
-        "target_modules": (_targets, "'all-linear' or a list of names of modules, no regular expression"),
-        "exclude_modules": (_names, "a list of names of modules, no regular expression"),
-        "modules_to_save": (_names, "a list of names of modules"),
-        "layers_to_transform": (_layers, "a list of numbers of layers"),
-        "layers_pattern": (_names, "a list of names of modules, no regular expression"),
-        "rank_pattern": (_pattern(rank), f"ranks of up to {hidden_size} by names of modules"),
-        "alpha_pattern": (_pattern(_number), "positive numbers by names of modules"),
-        "bias": (("none", "all", "lora_only").__contains__, "none, all or lora_only"),
-        **dict.fromkeys(("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias"), (_bool, "true or false")),
-    }
+    known = _known_settings(hidden_size)
     kept: dict[str, Any] = {}
     for key, value in content.items():
         if key in _TRAINING_ONLY or key == "init_lora_weights":
@@ -168,6 +152,27 @@ def adapter_settings(content: Any, base_model_id: str, hidden_size: int) -> dict
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "base_model_name_or_path": base_model_id,
+    }
+
+
+def _known_settings(hidden_size: int) -> dict[str, tuple[Callable[[Any], bool], str]]:
+    """Return, by name of a setting of LoRA, what accepts a value and what a value must be."""
+
+    def rank(value: Any) -> bool:
+        return _whole(value, 1, hidden_size)
+
+    return {
+        "r": (rank, f"a whole number from 1 to {hidden_size}, the hidden size"),
+        "lora_alpha": (_number, "a positive number"),
+        "target_modules": (_targets, "'all-linear' or a list of names of modules, no regular expression"),
+        "exclude_modules": (_names, "a list of names of modules, no regular expression"),
+        "modules_to_save": (_names, "a list of names of modules"),
+        "layers_to_transform": (_layers, "a list of numbers of layers"),
+        "layers_pattern": (_names, "a list of names of modules, no regular expression"),
+        "rank_pattern": (_pattern(rank), f"ranks of up to {hidden_size} by names of modules"),
+        "alpha_pattern": (_pattern(_number), "positive numbers by names of modules"),
+        "bias": (("none", "all", "lora_only").__contains__, "none, all or lora_only"),
+        **dict.fromkeys(("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias"), (_bool, "true or false")),
     }
 
 

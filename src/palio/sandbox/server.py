@@ -41,10 +41,6 @@ PORT = 8080
 """Of Palio's own server, in a network of its own."""
 
 
-def read_program(package: Path) -> ServerProgram:
-    return ServerProgram.model_validate_json((package / PROGRAM).read_text(encoding="utf-8"))
-
-
 class ConfinedServer:
     """`with ConfinedServer(program, …) as server: server.base_url`, once it answers on its port.
 
@@ -154,7 +150,7 @@ def team_server(
     exact: bool = True,
 ) -> ConfinedServer:
     """Return the server that a package holds as a team's own program; an image is unpacked in `work`."""
-    program = read_program(package)
+    program = ServerProgram.model_validate_json((package / PROGRAM).read_text(encoding="utf-8"))
     path = next((package / name for name in IMAGES if (package / name).exists()), None)
     image = image_folder(str(path) if path else None, work, int(isolation.image_gb * GIB))
     port = free_port() if isolation.unconfined else served_port(image, program.port)

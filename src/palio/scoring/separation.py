@@ -325,16 +325,8 @@ def limits(parts: ErrorParts, allowed: float, prices: Prices | None = None) -> l
     questions = float(parts.of_questions.sum())
     staying = parts.of_runs + parts.of_others
     if target <= staying:
-        causes = [
-            text
-            for variance, text in (
-                (parts.of_runs, "the choice of HELM runs (more run entries of the same scenarios lower it)"),
-                (parts.of_others, "the training of the others (`replicates` of all entries lower it)"),
-            )
-            if variance > 0
-        ]
         return [
-            f"No number of questions and seeds of the two separates them: {' and '.join(causes)} leave a "
+            f"No number of questions and seeds of the two separates them: {_causes(parts)} leave a "
             f"standard error of {math.sqrt(staying):.4f}, and {allowed:.4f} is allowed."
         ]
     floor = staying + parts.trained(1)
@@ -359,6 +351,15 @@ def limits(parts: ErrorParts, allowed: float, prices: Prices | None = None) -> l
             "these numbers separate the two trainings that were run, not the two entries."
         )
     return said
+
+
+def _causes(parts: ErrorParts) -> str:
+    """Name what leaves an error that neither questions nor seeds of the two lower."""
+    causes = {
+        "the choice of HELM runs (more run entries of the same scenarios lower it)": parts.of_runs,
+        "the training of the others (`replicates` of all entries lower it)": parts.of_others,
+    }
+    return " and ".join(cause for cause, variance in causes.items() if variance > 0)
 
 
 def _too_many(parts: ErrorParts, allowed: float, prices: Prices | None) -> list[str]:

@@ -108,17 +108,8 @@ def build_app(engine: Engine, *, deadline: float = DEADLINE_SECONDS) -> FastAPI:
         request = Request(**body.model_dump(exclude={"stop_sequences"}), stop_sequences=stops)
         # Tokenizing a long prompt takes milliseconds, which would block the event loop.
         future = await asyncio.to_thread(engine.submit, request)
-        answer = asyncio.wrap_future(future)
-        disconnected = asyncio.ensure_future(_disconnected(http))
-        pending: set[asyncio.Future[Any]] = {answer, disconnected}
-        try:
-            await asyncio.wait(pending, timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
-            if answer.done():
-                return _reply(answer.result(), time.monotonic() - started)
-        finally:
-            disconnected.cancel()
-            answer.cancel()
-        raise HTTPException(504, f"not answered within {deadline:.0f} s")
+        completions = await _awaited(asyncio.wrap_future(future), http, deadline)
+        return _reply(completions, time.monotonic() - started)
 
     @app.post("/tokenize")
     def tokenize(body: TokenizeBody) -> dict[str, Any]:
@@ -145,6 +136,22 @@ def build_app(engine: Engine, *, deadline: float = DEADLINE_SECONDS) -> FastAPI:
     for error, status in REFUSALS.items():
         app.exception_handler(error)(_refuse(status))
     return app
+
+
+async def _awaited(
+    answer: asyncio.Future[list[Completion]], http: HttpRequest, deadline: float
+) -> list[Completion]:
+    """Wait for the answer as long as the client does; then cancel it."""
+    disconnected = asyncio.ensure_future(_disconnected(http))
+    pending: set[asyncio.Future[Any]] = {answer, disconnected}
+    try:
+        await asyncio.wait(pending, timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+    finally:
+        disconnected.cancel()
+        answer.cancel()
+    raise HTTPException(504, f"not answered within {deadline:.0f} s")
 
 
 REFUSALS: dict[type[Exception], int] = {

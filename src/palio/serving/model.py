@@ -276,33 +276,6 @@ class PooledModel(TreeModel):
         return PooledPlan(chunks, self._pool, self._model.device)
 
 
-class PlainModel:
-    """One chunk after the other, each sequence with its own transformers cache."""
-
-    shares = False
-    way = "one sequence at a time"
-
-    def __init__(self, loaded: Any) -> None:
-        self._model = loaded
-        self.context = context_of(loaded.config)
-        self.token_bytes = cache_bytes(loaded.config, loaded.dtype.itemsize)
-
-    def tree(self, capacity: int) -> PrefixTree:
-        return PrefixTree(capacity)
-
-    @torch.inference_mode()
-    def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
-        return [self._forward(chunk) for chunk in chunks]
-
-    def _forward(self, chunk: Chunk) -> torch.Tensor:
-        ids = torch.tensor([chunk.tokens], device=self._model.device)
-        output = self._model(input_ids=ids, past_key_values=chunk.node.memory.get(0), use_cache=True)
-        chunk.node.memory[0] = output.past_key_values
-        chunk.node.filled = chunk.stop
-        logits: torch.Tensor = output.logits[0, len(chunk) - chunk.keep :].float()
-        return logits
-
-
 class WholeModel:
     """Every chunk with all tokens before it, without a cache: what the others are compared with."""
 
@@ -326,6 +299,24 @@ class WholeModel:
         output = self._model(input_ids=ids, use_cache=False)
         chunk.node.filled = chunk.stop
         logits: torch.Tensor = output.logits[0, chunk.stop - chunk.keep :].float()
+        return logits
+
+
+class PlainModel(WholeModel):
+    """One chunk after the other, each sequence with its own transformers cache."""
+
+    way = "one sequence at a time"
+
+    def __init__(self, loaded: Any) -> None:
+        super().__init__(loaded)
+        self.token_bytes = cache_bytes(loaded.config, loaded.dtype.itemsize)
+
+    def _forward(self, chunk: Chunk) -> torch.Tensor:
+        ids = torch.tensor([chunk.tokens], device=self._model.device)
+        output = self._model(input_ids=ids, past_key_values=chunk.node.memory.get(0), use_cache=True)
+        chunk.node.memory[0] = output.past_key_values
+        chunk.node.filled = chunk.stop
+        logits: torch.Tensor = output.logits[0, len(chunk) - chunk.keep :].float()
         return logits
 
 

@@ -56,7 +56,11 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
 """vLLM refuses higher ones, and silently raises lower ones unless they are greedy."""
 CPU_BLOCK_TOKENS = 32
 """Prompts share whole blocks, by default of 128 tokens: the rest of a common prefix is computed for each."""
-FLAGS = ("--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log")
+FLAGS = (
+    *("--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),
+    *("--host", "127.0.0.1", "--served-model-name", "palio", "--max-logprobs", str(MAX_LOGPROBS)),
+    *("--generation-config", "vllm"),  # not the package's, whose sampling settings would become defaults
+)
 """Replies tell how many prompt tokens were shared. The log's last lines are for why vllm ended."""
 NOT_FINITE = "not JSON compliant"
 """In vLLM's refusal of an answer whose log-probabilities are NaN."""
@@ -106,21 +110,12 @@ class VllmEngine:
         self._counting = threading.Lock()  # threads of the HTTP API add, the loop's thread takes away
         port = free_port()
         on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-        options: dict[str, object] = {
-            "host": "127.0.0.1",
+        options = {
             "port": port,
-            "served-model-name": "palio",
             "dtype": "float32" if on_cpu else str(config.dtype or "auto").removeprefix("torch."),
-            "generation-config": "vllm",  # not the package's, whose sampling settings would become defaults
             "max-model-len": self._context,
-            "max-logprobs": MAX_LOGPROBS,
+            **_memory_options(on_cpu, gpu_memory_gb, cache_gb),
         }
-        if on_cpu:
-            options["block-size"] = CPU_BLOCK_TOKENS
-        if gpu_memory_gb:
-            options["gpu-memory-utilization"] = f"{gpu_memory_share(gpu_memory_gb):.4f}"
-        if cache_gb or on_cpu:
-            options["kv-cache-memory-bytes"] = int((cache_gb or CPU_CACHE_GB) * 1e9)
         arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         self._process = subprocess.Popen(
             guarded([PROGRAM, "serve", str(package), *FLAGS, *arguments]),
@@ -308,6 +303,17 @@ class VllmEngine:
         if stop is not None:
             new = list(cut(new, stop).tokens)
         return Completion("".join(token.text for token in echo + new), (*echo, *new))
+
+
+def _memory_options(on_cpu: bool, gpu_memory_gb: float | None, cache_gb: float | None) -> dict[str, object]:
+    options: dict[str, object] = {}
+    if on_cpu:
+        options["block-size"] = CPU_BLOCK_TOKENS
+    if gpu_memory_gb:
+        options["gpu-memory-utilization"] = f"{gpu_memory_share(gpu_memory_gb):.4f}"
+    if cache_gb or on_cpu:
+        options["kv-cache-memory-bytes"] = int((cache_gb or CPU_CACHE_GB) * 1e9)
+    return options
 
 
 def _environment(on_cpu: bool, threads: int | None) -> dict[str, str]:

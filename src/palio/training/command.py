@@ -19,7 +19,7 @@ from typing import Literal
 
 import pyarrow.parquet as pq
 
-from palio.config import Isolation, Program
+from palio.config import Program
 from palio.errors import Crashed, Interrupted
 from palio.layout import TrainingFolder
 from palio.provenance import atomic_path, file_sha256, fingerprint, folder_sha256
@@ -50,36 +50,21 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
 
     Raises BadInput, RuleViolation, OutOfMemory, Crashed or Interrupted.
     """
-    isolation = step.settings.isolation or Isolation()
-    files = _taken(program.files, "command.files", step.folder.program_files, step, isolation)
-    image = program.image
-    if image and not image.startswith("docker://"):
-        taken = step.folder.program_image(Path(image).suffix)
-        image = str(_taken(image, "command.image", taken, step, isolation))
+    files, image, digests = _taken_over(program, step)
     gpu = track_gpu(step.track)
     recipe = {
         "kind": "command",
         **program.model_dump(mode="json", exclude_none=True),
-        "files_sha256": fingerprint(folder_sha256(files)) if files else None,
+        **digests,
         "network": step.settings.network,
     } | ({"seed": step.settings.seed} if step.settings.seed else {})
-    if image and not image.startswith("docker://"):
-        recipe["image_sha256"] = file_sha256(Path(image))
 
     def train(work: TrainingFolder, base_model: str) -> Trained:
-        room = Room(
-            limits=Limits.of(step.track, isolation, step.options.threads),
-            files=files,
-            inputs={"/base_model": step.base_model.model, "/dataset": step.folder.dataset.path},
-            output=work.program,
-            network=step.settings.network,
-            visible=isolation.visible,
-            image=image_folder(image, step.folder.work, int(isolation.image_gb * GIB)),
-        )
+        room = _room(step, work, files, image)
         facts, log = gpu.facts() if gpu else {"device": "cpu"}, work.program_log
         budget, meter = float(step.track.training_budget), gpu.joules if gpu else None
         with Ledger(work.ledger, budget, meter=meter, **facts) as ledger:
-            state = _run(program, room, ledger, log, isolation.unconfined, step.settings.seed)
+            state = _run(program, room, ledger, log, step.isolation.unconfined, step.settings.seed)
             handed_in = take_model(
                 work.program_result,
                 work.adapter,
@@ -104,11 +89,37 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
     return adapter_of(step, recipe, RECIPE_VERSION, train)
 
 
-def _taken(path: str | None, key: str, target: Path, step: TrainingStep, isolation: Isolation) -> Path | None:
-    if path is None:
-        return None
-    limit = int(isolation.output_gb * GIB)
-    return take_files(path, key, target, roots=step.settings.team_folders, limit=limit)
+def _taken_over(
+    program: Program, step: TrainingStep
+) -> tuple[Path | None, str | None, dict[str, str | None]]:
+    """Copy a program's files and image into the entry's folder; return where they are, and their digests. An
+    image in a registry stays there."""
+
+    def taken(path: str, key: str, target: Path) -> Path:
+        limit = int(step.isolation.output_gb * GIB)
+        return take_files(path, key, target, roots=step.settings.team_folders, limit=limit)
+
+    files, image = None, program.image
+    if program.files is not None:
+        files = taken(program.files, "command.files", step.folder.program_files)
+    digests = {"files_sha256": fingerprint(folder_sha256(files)) if files else None}
+    if image and not image.startswith("docker://"):
+        image = str(taken(image, "command.image", step.folder.program_image(Path(image).suffix)))
+        digests["image_sha256"] = file_sha256(Path(image))
+    return files, image, digests
+
+
+def _room(step: TrainingStep, work: TrainingFolder, files: Path | None, image: str | None) -> Room:
+    isolation = step.isolation
+    return Room(
+        limits=Limits.of(step.track, isolation, step.options.threads),
+        files=files,
+        inputs={"/base_model": step.base_model.model, "/dataset": step.folder.dataset.path},
+        output=work.program,
+        network=step.settings.network,
+        visible=isolation.visible,
+        image=image_folder(image, step.folder.work, int(isolation.image_gb * GIB)),
+    )
 
 
 def _run(

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError, create_model
 
-from palio.config import FinetuneRecipe, Isolation, Track
+from palio.config import FinetuneRecipe, Track
 from palio.errors import Crashed, Interrupted, RuleViolation
 from palio.heartbeat import Heartbeat
 from palio.incoming import Incoming
@@ -65,10 +65,7 @@ def train_confined(
     if step.options.telemetry.report_to:
         print("dashboards are off: the model brings code, and is trained without a network", file=sys.stderr)
     work.program.mkdir(parents=True, exist_ok=True)
-    isolation, gpu = step.settings.isolation or Isolation(), track_gpu(step.track)
-    limits = Limits.of(step.track, isolation, step.options.threads)
-    if recipe.method == "full":
-        limits = replace(limits, output=max(limits.output, full_output(step.base_model.model)))
+    gpu, limits = track_gpu(step.track), _limits(recipe, step)
     facts, meter = gpu.facts() if gpu else {"device": "cpu"}, gpu.joules if gpu else None
     budget = float(step.track.training_budget)
     with caught_signals() as caught, Ledger(work.ledger, budget, meter=meter, **facts) as ledger:
@@ -90,7 +87,7 @@ def train_confined(
         }
         inputs = {BASE_MODEL: step.base_model.model, DATASET: step.folder.dataset.path}
         call = Call("train", given, model.code, inputs)
-        room = call.room(limits, work.program, isolation.visible)
+        room = call.room(limits, work.program, step.isolation.visible)
         left = max(0.0, ledger.left()) + LATE_SECONDS
         try:
             report = run(call, room, work.program_log, seconds=left, watch=watch)
@@ -104,7 +101,14 @@ def train_confined(
     with atomic_path(work.telemetry) as temporary:
         pq.write_table(_telemetry(report), temporary)
     contained = Contained.beside(work.program_log).counts
-    return Trained(trained.manifest | {"contained": contained}, trained.seconds, trained.facts)
+    return replace(trained, manifest=trained.manifest | {"contained": contained})
+
+
+def _limits(recipe: FinetuneRecipe, step: TrainingStep) -> Limits:
+    limits = Limits.of(step.track, step.isolation, step.options.threads)
+    if recipe.method != "full":
+        return limits
+    return replace(limits, output=max(limits.output, full_output(step.base_model.model)))
 
 
 def full_output(model: Path) -> int:

@@ -126,25 +126,7 @@ class Training:
         rows, self.held_out, too_long = self._rows()
         try:
             trainer = self._trainer(rows)
-            budget = float(self.track.training_budget)
-            meter = self.gpu.joules if self.gpu else None
-            self.before_clock()
-            with (
-                caught_signals() as caught,
-                Ledger(self.work.ledger, budget, meter=meter, **self.hardware) as ledger,
-            ):
-                self._resume(trainer, budget)
-                state = self._train(trainer, ledger, caught)
-                if ledger.left() < 0:  # the last action took far longer than ever before
-                    self._resume(trainer, budget)
-                    state = "budget_reached"
-                if trainer.step == 0:
-                    raise TimeLimit(
-                        f"the training budget of {budget:g} s ended before the first step was saved"
-                    )
-                self._save(trainer, base_model, ledger)
-                ledger.outcome = state
-                seconds = ledger.used()
+            state, seconds = self._within_budget(trainer, base_model)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -153,12 +135,42 @@ class Training:
                 f"out of memory after a peak of {peak:.1f} GB; lower finetune.batch_size (and raise "
                 "gradient_accumulation), lower max_length, or set gradient_checkpointing: true"
             ) from error
+        facts = {
+            "versions": library_versions(*TRACED),
+            "threads": torch.get_num_threads(),
+            "tokens": self.tokens,
+            "peak_memory_bytes": peak_memory(self.device),
+            **self.hardware,
+        }
+        return Trained({"state": state, **self._figures(trainer, too_long)}, seconds, facts)
+
+    def _within_budget(self, trainer: Trainer, base_model: str) -> tuple[str, float]:
+        """Train and save under the budget's clock; return how training ended and the seconds used."""
+        budget = float(self.track.training_budget)
+        meter = self.gpu.joules if self.gpu else None
+        self.before_clock()
+        with (
+            caught_signals() as caught,
+            Ledger(self.work.ledger, budget, meter=meter, **self.hardware) as ledger,
+        ):
+            self._resume(trainer, budget)
+            state = self._train(trainer, ledger, caught)
+            if ledger.left() < 0:  # the last action took far longer than ever before
+                self._resume(trainer, budget)
+                state = "budget_reached"
+            if trainer.step == 0:
+                raise TimeLimit(f"the training budget of {budget:g} s ended before the first step was saved")
+            self._save(trainer, base_model, ledger)
+            ledger.outcome = state
+            return state, ledger.used()
+
+    def _figures(self, trainer: Trainer, too_long: TooLong) -> dict[str, Any]:
+        """Return what the manifest says of a training that has ended."""
         last = [line["loss"] for line in self.telemetry[-FINAL_STEPS:]]
-        manifest = {
-            "state": state,
+        return {
             "steps": trainer.step,
             "planned_steps": trainer.steps,
-            "rows": len(rows),
+            "rows": len(trainer.rows),
             "rows_too_long": too_long.dropped,
             "rows_cut": too_long.cut,
             "answers_left_out": too_long.answers,
@@ -170,14 +182,6 @@ class Training:
             "best_step": self.best["step"] if self.best else None,
             "validation_loss": self.best["loss"] if self.best else None,
         }
-        facts = {
-            "versions": library_versions(*TRACED),
-            "threads": torch.get_num_threads(),
-            "tokens": self.tokens,
-            "peak_memory_bytes": peak_memory(self.device),
-            **self.hardware,
-        }
-        return Trained(manifest, seconds, facts)
 
     def _rows(self) -> tuple[list[Row], list[Row], TooLong]:
         """Return the tokenized rows to train on and to hold out, and what was too long; refuse unusable

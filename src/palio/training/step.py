@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from palio.config import Track
+from palio.config import Isolation, Track
 from palio.errors import BadInput, Crashed
 from palio.files import link_or_copy
 from palio.layout import BaseModelFolder, EntryFolder, TrainingFolder
@@ -56,6 +56,10 @@ class TrainingStep:
     def track(self) -> Track:
         return self.settings.track
 
+    @property
+    def isolation(self) -> Isolation:
+        return self.settings.isolation or Isolation()
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -81,14 +85,8 @@ def adapter_of(
     model = read_record(BaseModelManifest, step.base_model.manifest)
     model.require_supported()
     data = read_record(DatasetManifest, folder.dataset.manifest)
-    key = fingerprint(
-        {
-            "recipe": recipe,
-            "recipe_version": version,
-            "base_model": model.fingerprint,
-            "dataset": data.sha256,
-        }
-    )
+    given = {"recipe": recipe, "recipe_version": version}
+    key = fingerprint(given | {"base_model": model.fingerprint, "dataset": data.sha256})
     _refuse_to_replace(folder.adapter_manifest, key)
     work = folder.training(key[:16])
     with timed_run(folder.run_facts("finetune"), FinetuneRun()) as run, sole_process(work.path):
@@ -107,16 +105,14 @@ def adapter_of(
                 "track": folder.track_id,
                 "entry": folder.entry_id,
                 "fingerprint": key,
-                "recipe_version": version,
                 "base_model": model.id,
                 "base_model_fingerprint": model.fingerprint,
                 "dataset_sha256": data.sha256,
-                "recipe": recipe,
                 "rows": data.rows,
                 "code": fingerprint(model.code) if model.code else "",
                 "files": folder_sha256(work.adapter),
             }
-            AdapterManifest(**manifest | trained.manifest).write(work.manifest)
+            AdapterManifest(**given | manifest | trained.manifest).write(work.manifest)
             if trained.manifest["state"] == "finished":
                 shutil.rmtree(work.checkpoints, ignore_errors=True)
         run.training = read_record(TrainingFacts, work.facts)

@@ -79,7 +79,7 @@ class Trainer:
         self.step = 0
         self.steps = planned_steps(len(rows), recipe)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = _optimizer(recipe, self.parameters, device)
+        self.optimizer = _optimizer(recipe, self.parameters)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         if flat:
             inner.set_attn_implementation(NAME)
@@ -245,9 +245,7 @@ def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(forward, dynamic=True)
 
 
-def _optimizer(
-    recipe: FinetuneRecipe, parameters: list[torch.nn.Parameter], device: torch.device
-) -> torch.optim.Optimizer:
+def _optimizer(recipe: FinetuneRecipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {
         "lr": recipe.learning_rate,
         "betas": (recipe.adam_beta1, recipe.adam_beta2),

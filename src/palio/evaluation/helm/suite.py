@@ -97,8 +97,7 @@ def schema(title: str, scenarios: Mapping[str, Scenario]) -> dict[str, Any]:
     perturbations = dict.fromkeys(one.perturbation for one in columns if one.perturbation)
     groups = [
         {
-            "name": GROUP_PREFIX + name,
-            "display_name": name,
+            **_named(GROUP_PREFIX + name, name),
             "description": name,
             "metric_groups": ["main", GROUP_PREFIX + name],
             "environment": _main(scenario),
@@ -108,25 +107,23 @@ def schema(title: str, scenarios: Mapping[str, Scenario]) -> dict[str, Any]:
     ]
     return {
         "metrics": [
-            {"name": name, "display_name": name, "description": name, "lower_is_better": is_lower}
+            {**_named(name), "description": name, "lower_is_better": is_lower}
             for name, is_lower in lower.items()
         ],
-        "perturbations": [{"name": name, "display_name": name} for name in perturbations],
+        "perturbations": [_named(name) for name in perturbations],
         "metric_groups": [
             {
-                "name": "main",
-                "display_name": "First column",
+                **_named("main", "First column"),
                 "metrics": [{"name": "${main_name}", "split": "${main_split}"}],
             },
             *(
-                {"name": GROUP_PREFIX + name, "display_name": name, "metrics": _matchers(scenario)}
+                {**_named(GROUP_PREFIX + name, name), "metrics": _matchers(scenario)}
                 for name, scenario in scenarios.items()
             ),
         ],
         "run_groups": [
             {
-                "name": "stage",
-                "display_name": title,
+                **_named("stage", title),
                 "description": title,
                 "category": "All scenarios",
                 "subgroups": [group["name"] for group in groups],
@@ -134,6 +131,10 @@ def schema(title: str, scenarios: Mapping[str, Scenario]) -> dict[str, Any]:
             *groups,
         ],
     }
+
+
+def _named(name: str, shown: str | None = None) -> dict[str, Any]:
+    return {"name": name, "display_name": name if shown is None else shown}
 
 
 def _main(scenario: Scenario) -> dict[str, str]:
