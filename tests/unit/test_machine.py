@@ -134,7 +134,7 @@ def test_a_base_model_that_the_hub_gives_or_keeps_behind_its_terms(
     the_hub(monkeypatch, None)
     (given,) = model_findings(entries)
     assert str(given) == f"ok   base model {BIRBAL.base_model.hub}: the hub gives it"
-    the_hub(monkeypatch, GatedRepoError("no", response=SimpleNamespace(headers={}, request=None)))  # type: ignore[arg-type]
+    the_hub(monkeypatch, GatedRepoError("no", response=SimpleNamespace(headers={}, request=None)))
     (kept,) = model_findings(entries)
     assert str(kept) == (
         f"FIX  base model {BIRBAL.base_model.hub} of one, two: the hub gives it only to those who accepted "
