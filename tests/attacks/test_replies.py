@@ -114,13 +114,17 @@ def test_a_server_that_never_answers_is_not_waited_for(server: Server, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "body", ["b'[' * 1_000_000", "b'\\xff' * 10", "b'1' * 1_000_000"], ids=["nesting", "bytes", "digits"]
+    ("body", "what"),
+    [("b'[' * 1_000_000", "JSON"), ("b'\\xff' * 10", "UTF-8"), ("b'1' * 1_000_000", "JSON")],
+    ids=["nesting", "bytes", "digits"],
 )
-def test_a_reply_made_to_break_a_parser_does_not_pass(server: Server, tmp_path: Path, body: str) -> None:
+def test_a_reply_made_to_break_a_parser_does_not_pass(
+    server: Server, tmp_path: Path, body: str, what: str
+) -> None:
     with server(f"    def reply(self):\n        self.send({body})\n") as running:
         assert ask(running).status_code == 502
         assert running.alive()
-    assert faults(tmp_path) == {"a reply that is not JSON": 1}
+    assert faults(tmp_path) == {f"a reply that is not {what}": 1}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Teams bring their own programs: one trains and serves with its own, one serves as many did in 2023.
 
-The workflow, HELM and both confinements are real; the model is tiny and its weights are random.
+The workflow, HELM and both confinements are real. The first trains and serves the demo's model, to a score
+and once more as a reproduction; the others' models are tiny and their weights are random.
 """
 
 from __future__ import annotations
@@ -42,13 +43,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Iter
     folder.edit_yaml(
         "config/rulesets/demo.yaml", lambda rules: rules["base_models"][0]["sources"].append(f"path:{base}")
     )
-    for entry in ("trained_and_served", "server2023", "peft_script"):
+    for entry in ("server2023", "peft_script"):
         folder.edit_yaml(f"{EXAMPLES}/{entry}.yaml", start_from_tiny)
     for entry in ("trained_and_served", "peft_script"):
         folder.edit_yaml(f"{EXAMPLES}/{entry}.yaml", train_less)
     targets = (f"{ENTRY}/closed.json", f"{SERVER}/closed.json", f"{TRAINED}/package.json")
-    done = folder.snakemake(*targets, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for arguments in (targets, ("standings",)):
+        done = folder.snakemake(*arguments, timeout=1400)
+        assert done.returncode == 0, done.stdout + done.stderr
     yield folder
 
 
@@ -78,11 +80,19 @@ def test_it_passes_the_probe_and_answers_every_question_of_both_stages(finished:
         assert [run["answered"] for run in record["runs"]] == [run["instances"] for run in record["runs"]]
 
 
+def test_it_is_scored_beside_the_entry_that_only_serves(finished: WorkingFolder) -> None:
+    board = read(finished, "results/standings/laptop.json")
+    assert {row["entry"] for row in board["entries"]} == {"trained_and_served", "server2023"}
+    for row in board["entries"]:
+        assert [(cell["state"], cell["n"]) for cell in row["cells"]] == [("finished", 3)] * len(row["cells"])
+
+
 def test_it_is_reproduced_as_a_whole(finished: WorkingFolder) -> None:
-    done = finished.run("palio", "reproduce", ENTRY, "--out", "again", "--stage", "open", timeout=900)
+    stages = ("--stage", "open", "--stage", "closed")
+    done = finished.run("palio", "reproduce", ENTRY, "--out", "again", *stages, timeout=1400)
     assert done.returncode == 0, done.stdout + done.stderr
     again = read(finished, "again/laptop/trained_and_served/reproduction.json")
-    assert [score["stage"] for score in again["scores"]] == ["open"]
+    assert [(score["stage"], score["n"]) for score in again["scores"]] == [("open", 3), ("closed", 3)]
     assert again["loss_difference"] is None
     package = read(finished, "again/laptop/trained_and_served/package.json")
     assert package["kind"] == "server"

@@ -7,14 +7,18 @@ fairly; `DEAD` are programs, run confined, that end.
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import math
 import random
+import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any
 
 from fastapi import FastAPI, Response
@@ -134,6 +138,52 @@ class HasNaN(Serving):
 class AnswersTextAlone(Serving):
     def process(self, body: Body) -> Any:
         return {"text": completion(body)["text"]}
+
+
+class ListsTokensAsTexts(Serving):
+    def process(self, body: Body) -> Any:
+        reply = completion(body)
+        return reply | {"tokens": [token["text"] for token in reply["tokens"]]}
+
+
+class ListsNoTokens(Serving):
+    def process(self, body: Body) -> Any:
+        return completion(body) | {"tokens": []}
+
+
+class WritesLogProbabilitiesAsTexts(Serving):
+    def process(self, body: Body) -> Any:
+        reply = completion(body)
+        tokens = [token | {"logprob": str(token["logprob"])} for token in reply["tokens"]]
+        return reply | {"tokens": tokens}
+
+
+class ListsTopLogProbabilities(Serving):
+    """As a list, where the contract has a mapping, and more that nobody asked for."""
+
+    def process(self, body: Body) -> Any:
+        reply = completion(body)
+        tokens = [token | {"top_logprobs": [["one", -0.1]], "id": 7} for token in reply["tokens"]]
+        return reply | {"tokens": tokens, "model": "mine", "usage": {"total_tokens": 3}}
+
+
+class BeginsWithABlank(Serving):
+    def process(self, body: Body) -> Any:
+        reply = completion(body)
+        return reply if body.get("echo_prompt") else reply | {"text": f" {reply['text']}"}
+
+
+class ReturnsThePrompt(Serving):
+    """Whatever echo_prompt says."""
+
+    def process(self, body: Body) -> Any:
+        reply = completion({**body, "echo_prompt": False})
+        return reply | {"text": f"{body['prompt']} {reply['text']}"}
+
+
+class HasNoTime(Serving):
+    def process(self, body: Body) -> Any:
+        return {name: value for name, value in completion(body).items() if name != "request_time"}
 
 
 class TellsTheLastTokenAsTime(Serving):
@@ -292,6 +342,34 @@ HONEST = (
         },
     ),
     Kind(
+        ListsTokensAsTexts,
+        {"log_probabilities": ("tokens is not a list of objects", "nothing: no score", "each token's")},
+    ),
+    Kind(
+        ListsNoTokens,
+        {"log_probabilities": ("tokens is empty beside a text", "nothing: no score", "each token's")},
+    ),
+    Kind(
+        WritesLogProbabilitiesAsTexts,
+        {"log_probabilities": ("not a finite number", "nothing: no score", "each token's")},
+    ),
+    Kind(ListsTopLogProbabilities),
+    Kind(BeginsWithABlank),
+    Kind(
+        ReturnsThePrompt,
+        {
+            "echo_prompt": (
+                "echo_prompt=False answered with the prompt",
+                "points: answers are scored with the prompt before them",
+                "echo only when",
+            )
+        },
+    ),
+    Kind(
+        HasNoTime,
+        {"request_time": ("request_time says None", "nothing: Palio measures", "seconds")},
+    ),
+    Kind(
         TellsTheLastTokenAsTime,
         {"request_time": ("request_time says 50256", "nothing: Palio measures", "return the seconds")},
     ),
@@ -416,6 +494,93 @@ class Switchboard:
             return {"type": "http.request", "body": content, "more_body": False}
 
         await self.servers[self.asked[prompt]].app(scope, again, send)
+
+
+# --- what goes over the wire ----------------------------------------------------------------------------
+
+REPLY = json.dumps({"text": "naïve", "tokens": [], "logprob": 0.0, "request_time": 0.0}, ensure_ascii=False)
+Speak = Callable[[str], bytes]
+"""What a server writes in reply to a POST to this path, byte by byte; then it hangs up."""
+
+
+def http_reply(status: str, *headers: str, body: bytes = REPLY.encode()) -> bytes:
+    return "\r\n".join([f"HTTP/1.1 {status}", *headers, "", ""]).encode() + body
+
+
+def with_a_slash(path: str) -> bytes:
+    """A route of FastAPI that is declared as /process/."""
+    if path.endswith("/"):
+        return http_reply("200 OK")
+    return http_reply("307 Temporary Redirect", f"Location: http://entry{path}/", body=b"")
+
+
+def in_chunks(path: str) -> bytes:
+    parts = (REPLY.encode()[:7], REPLY.encode()[7:], b"")
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
+    return http_reply("200 OK", "Transfer-Encoding: chunked", body=chunks)
+
+
+PAGE = b"<!DOCTYPE html><title>Docs</title>"
+SPOKEN: dict[str, Speak] = {
+    "in chunks": in_chunks,
+    "without a length": lambda path: http_reply("200 OK").replace(b"HTTP/1.1", b"HTTP/1.0"),
+    "as plain text": lambda path: http_reply("200 OK", "Content-Type: text/plain; charset=ascii"),
+    "as created": lambda path: http_reply("201 Created"),
+    "with a slash": with_a_slash,
+}
+GARBLED: dict[str, tuple[Speak, str, str]] = {
+    "compressed": (
+        lambda path: http_reply("200 OK", "Content-Encoding: gzip", body=gzip.compress(REPLY.encode())),
+        "/process answered HTTP 502 (a compressed reply, which was not asked for)",
+        "not compressed",
+    ),
+    "in Latin-1": (
+        lambda path: http_reply("200 OK", body=REPLY.encode("latin-1")),
+        "/process answered HTTP 502 (a reply that is not UTF-8)",
+        "answer with a JSON object in UTF-8",
+    ),
+    "a page": (
+        lambda path: http_reply("200 OK", body=PAGE),
+        "/process answered HTTP 502 (a reply that is not JSON)",
+        "answer with a JSON object",
+    ),
+    "sent elsewhere": (
+        lambda path: http_reply("302 Found", "Location: /docs", body=b""),
+        "/process answered HTTP 502 (HTTP 302, which is a redirect)",
+        "serve POST /process itself",
+    ),
+    "nothing but /docs": (
+        lambda path: http_reply("404 Not Found", body=PAGE),
+        "/process answered HTTP 404",
+        "serve POST /process",
+    ),
+}
+"""What is seen of each, and the fix."""
+
+
+@contextmanager
+def speaking(speak: Speak) -> Iterator[int]:
+    """Listen on a port, and say that."""
+
+    class Handler(StreamRequestHandler):
+        def handle(self) -> None:
+            if not (line := self.rfile.readline()):
+                return  # only looked whether anybody listens
+            path, length = line.split()[1].decode(), 0
+            while line := self.rfile.readline().strip():
+                name, _, value = line.partition(b":")
+                length = int(value) if name.lower() == b"content-length" else length
+            self.rfile.read(length)
+            self.wfile.write(speak(path))
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
 
 
 # --- programs that end ---------------------------------------------------------------------------------

@@ -114,6 +114,19 @@ def test_metadata_survives_operations_that_rewrite_and_that_need_all_rows(tmp_pa
     assert "metadata" not in pq.read_schema(tmp_path / "dataset/train.parquet").names
 
 
+@pytest.mark.parametrize("long", ["x", "id"])
+def test_long_fields_and_ids_fill_a_batch_as_long_texts_do(long: str, tmp_path: Path) -> None:
+    """Else 8 192 rows of 270 KB would overflow a column of Arrow, which holds 2 GiB."""
+    records = [{"id": str(n), "prompt": "q", "completion": "a", "x": "y"} for n in range(40)]
+    records = [{**one, long: f"{number:08}" * 131_072} for number, one in enumerate(records)]
+    source = write_jsonl(tmp_path / "rows.jsonl", records)
+    where = {"op": "drop_where", "field": "x", "equals": f"{7:08}" * 131_072}
+    manifest = curate(recipe([{"path": str(source)}], where), tmp_path / "dataset")
+    assert manifest.rows == (39 if long == "x" else 40)
+    read = (tmp_path / "work/curate").glob("sources-*/*.arrow")
+    assert len(list(read)) == 2
+
+
 def test_every_operation_finds_its_own_field(tmp_path: Path) -> None:
     records = [
         {"prompt": f"q{n}", "completion": "a", "lang": lang, "stars": n}

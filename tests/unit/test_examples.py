@@ -162,7 +162,7 @@ def test_each_prompt_goes_to_the_adapter_that_expects_it(two: Entry) -> None:
     assert routed == ["adapter words", "adapter numbers"]
     assert report.conforms
     assert report.failed == []
-    assert weight_distance(two.folder / "adapter/words", two.folder / "adapter/numbers") > 0.1
+    assert (weight_distance(two.folder / "adapter/words", two.folder / "adapter/numbers") or 0) > 0.1
     assert weight_distance(two.folder / "adapter", two.folder / "package/adapter") == 0
 
 

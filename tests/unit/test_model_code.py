@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
+from subprocess import Popen
 from types import ModuleType
 from typing import Any
 
@@ -258,12 +259,8 @@ def test_a_step_stopped_by_a_signal_resumes_from_its_checkpoint(own: Path, tmp_p
     recipe: dict[str, Any] = {"epochs": 100, "target_modules": ["value"], "save_steps": 100, "batch_size": 4}
     with entry.start(budget="600s", track={"cpus": 1}, **recipe) as process:
         log = entry.folder / "work" / "train"
-        deadline = time.monotonic() + 300
-        while process.poll() is None and time.monotonic() < deadline:
-            if any("step " in path.read_text() for path in log.glob("*/program.log")):
-                process.send_signal(signal.SIGTERM)
-                break
-            time.sleep(0.5)
+        wait_until(process, lambda: any("step " in path.read_text() for path in log.glob("*/program.log")))
+        process.send_signal(signal.SIGTERM)
         process.wait(60)
     failure = read_record(StepFailure, entry.at.failure("finetune"))
     assert failure.state == "interrupted"
@@ -274,6 +271,34 @@ def test_a_step_stopped_by_a_signal_resumes_from_its_checkpoint(own: Path, tmp_p
     assert "resumed from step" in (work / "program.log").read_text()
     ends = [line["outcome"] for line in read_json_lines(work / "ledger.jsonl") if line["event"] == "end"]
     assert ends == ["stopped", "finished"]
+
+
+def test_slurms_warning_saves_a_checkpoint_and_training_goes_on(own: Path, tmp_path: Path) -> None:
+    """At any time: before the first step it changes nothing."""
+    entry = Entry.create(tmp_path / "results" / "t" / "e", own)
+    recipe: dict[str, Any] = {"epochs": 1000, "target_modules": ["value"], "save_steps": 10**6}
+    with entry.start(budget="600s", track={"cpus": 1}, **recipe) as process:
+        room = entry.folder / "work" / "train"
+        wait_until(process, lambda: any(room.glob("*/program.log")))
+
+        def is_saved() -> bool:
+            process.send_signal(signal.SIGUSR1)
+            saved = {path.parent.name for path in room.glob("*/program/checkpoints/*/checkpoint.json")}
+            return len(saved - {"step-000001"}) > 0
+
+        wait_until(process, is_saved)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    failure = read_record(StepFailure, entry.at.failure("finetune"))
+    assert failure.reason.startswith("stopped by SIGTERM at step")
+
+
+def wait_until(process: Popen[str], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_full_training_keeps_the_base_models_config_and_code(own: Path, tmp_path: Path) -> None:

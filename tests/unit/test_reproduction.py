@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from palio import steps
 from palio.config import Scenario
@@ -79,7 +81,40 @@ def test_training_again_on_a_cpu_gives_the_same_bytes(finished: Finished) -> Non
 def test_an_adapter_that_was_trained_otherwise_is_told_apart(finished: Finished, tmp_path: Path) -> None:
     other = Entry.create(tmp_path / "other", finished.entry.base)
     other.finetune(max_steps=5, seed=1)
-    assert weight_distance(finished.entry.at.adapter, other.at.adapter) > 0.5
+    assert (weight_distance(finished.entry.at.adapter, other.at.adapter) or 0) > 0.5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda adapters: shutil.copytree(adapters / "words", adapters / "numbers"),
+        lambda adapters: (adapters / "words").rename(adapters / "numbers"),
+        lambda adapters: save_weights(adapters, a=[1.0, 2.0], b=[1e-9]),
+        lambda adapters: save_weights(adapters, b=[1.0, 2.0]),
+        lambda adapters: save_weights(adapters, a=[1.0]),
+    ],
+    ids=["an adapter more", "another adapter", "a weight more", "another weight", "another shape"],
+)
+def test_other_weights_are_no_reproduction_however_small_they_are(
+    change: Callable[[Path], object], tmp_path: Path
+) -> None:
+    for name in ("first", "second"):
+        save_weights(tmp_path / name, a=[1.0, 2.0])
+    assert weight_distance(tmp_path / "first", tmp_path / "second") == 0
+    change(tmp_path / "second")
+    for pair in ("first", "second"), ("second", "first"):
+        assert weight_distance(*(tmp_path / name for name in pair)) is None
+    same = dict.fromkeys(("first_fingerprint", "second_fingerprint"), "0")
+    other = {"identical": False, "weight_distance": None, "loss_difference": 0}
+    made = Reproduction(track="t", entry="e", **same, **other)
+    assert not made.reproduced
+    assert made.lines() == ["adapter: not the same weights by name and shape"]
+
+
+def save_weights(adapters: Path, **weights: list[float]) -> None:
+    (adapters / "words").mkdir(parents=True, exist_ok=True)
+    tensors = {name: torch.tensor(values) for name, values in weights.items()}
+    save_file(tensors, adapters / "words" / "adapter_model.safetensors")
 
 
 def test_another_dataset_is_refused(finished: Finished) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import uvicorn
 
 from palio.config import Isolation, Probe, ServerProgram, Track, load_competition
@@ -27,12 +30,25 @@ from palio.layout import BaseModelFolder, EntryFolder
 from palio.operating.attempt import attempt
 from palio.packaging.server import package_server
 from palio.records import ProbeReport, StepFailure, read_record
+from palio.sandbox.gateway import Gateway
 from palio.sandbox.room import Limits
 from palio.sandbox.server import ConfinedServer, team_server
 from palio.settings import EvaluateSettings, PackageSettings, StageLimits, StageRuns
 from tests.support.entry import packaged_entry, scenario
 from tests.support.folder import ROOT
-from tests.support.kinds import DEAD, HONEST, UNFIT, Dead, Kind, Serving, Switchboard
+from tests.support.kinds import (
+    DEAD,
+    GARBLED,
+    HONEST,
+    SPOKEN,
+    UNFIT,
+    Dead,
+    Kind,
+    Serving,
+    Speak,
+    Switchboard,
+    speaking,
+)
 
 pytestmark = pytest.mark.timeout(600)
 LONG = 3
@@ -105,6 +121,37 @@ def test_a_reply_that_lacks_everything_is_named_once() -> None:
     assert report.failed == ["answers"]
     states = Counter(check.state for check in report.checks)
     assert states["unknown"] > 10, "it cannot tell whether the others pass"
+
+
+# --- how it is said --------------------------------------------------------------------------------------
+
+ANSWERS = Probe(**{**dict.fromkeys(Probe.model_fields, "skip"), "answers": "required"})
+
+
+@contextmanager
+def behind_the_gateway(speak: Speak) -> Iterator[str]:
+    """What a confined server is reached by."""
+    with speaking(speak) as port:
+        connect = partial(socket.create_connection, ("127.0.0.1", port))
+        with Gateway(connect, Counter()) as gateway:
+            yield gateway.base_url
+
+
+@pytest.mark.parametrize("how", SPOKEN)
+def test_http_as_servers_speak_it_passes_and_changes_no_letter(how: str) -> None:
+    with speaking(SPOKEN[how]) as port, behind_the_gateway(SPOKEN[how]) as confined:
+        for url in (confined, f"http://127.0.0.1:{port}"):
+            assert probe(url, Asked(), Window.estimate("none"), ANSWERS).conforms
+        assert requests.post(f"{confined}/process", json={"prompt": ""}, timeout=60).json()["text"] == "naïve"
+
+
+@pytest.mark.parametrize("how", GARBLED)
+def test_a_reply_that_is_none_is_told_as_what_it_is(how: str) -> None:
+    speak, why, fix = GARBLED[how]
+    with behind_the_gateway(speak) as url:
+        (check,) = probe(url, Asked(), Window.estimate("none"), ANSWERS).checks
+    assert (check.state, check.why) == ("fail", why)
+    assert fix in check.fix
 
 
 # --- what the competition makes of it ------------------------------------------------------------------

@@ -156,6 +156,7 @@ class _Reading:
         for source, digest in zip(sources, digests, strict=True):
             rows = quarantined = size = 0
             batch: list[SourceRow] = []
+            metadata: list[str] = []
             for record in _within_limits(source, team_folders, self.fields):
                 if isinstance(record, Quarantined):
                     quarantined += 1
@@ -168,15 +169,17 @@ class _Reading:
                     break
                 rows += 1
                 batch.append(record)
-                if record.metadata:
+                size += sum(map(len, record.turns)) + len(record.id)
+                if self.fields:
                     self.seen.update(record.metadata)
-                size += sum(map(len, record.turns))
+                    metadata.append(json.dumps(record.metadata))
+                    size += len(metadata[-1])
                 if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
-                    yield _record_batch(source, batch, self.fields)
+                    yield _record_batch(source, batch, metadata)
                     self.progress(f"0 read {source.label}", None, len(batch))
-                    batch, size = [], 0
+                    batch, metadata, size = [], [], 0
             if batch:
-                yield _record_batch(source, batch, self.fields)
+                yield _record_batch(source, batch, metadata)
             if quarantined > most * (rows + quarantined):
                 share = f"{quarantined} of {rows + quarantined} lines are malformed"
                 self._refuse(source, f"{share}, more than max_quarantined = {most:g}")
@@ -214,8 +217,8 @@ def _within_limits(
         raise BadInput(source.address, key, why=f"takes too much: {error}", fix=fix) from None
 
 
-def _record_batch(source: DataSource, rows: Sequence[SourceRow], fields: Sequence[str]) -> pa.RecordBatch:
-    """Return rows as a batch, with a column of metadata only if there are fields to keep."""
+def _record_batch(source: DataSource, rows: Sequence[SourceRow], metadata: Sequence[str]) -> pa.RecordBatch:
+    """Return rows as a batch, with a column of their metadata if there is any to keep."""
     count = len(rows)
     columns = {
         **columns_of([row.turns for row in rows]),
@@ -225,7 +228,7 @@ def _record_batch(source: DataSource, rows: Sequence[SourceRow], fields: Sequenc
         "generator": [source.generator] * count,
         "score": [row.score for row in rows],
     }
-    if not fields:
+    if not metadata:
         return pa.RecordBatch.from_pydict(columns, schema=ROW)
-    columns[METADATA.name] = [json.dumps(row.metadata) for row in rows]
+    columns[METADATA.name] = metadata
     return pa.RecordBatch.from_pydict(columns, schema=ROW.append(METADATA))

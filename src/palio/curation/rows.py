@@ -31,7 +31,7 @@ DROPPED = ROW.append(pa.field("operation", pa.string(), nullable=False)).append(
 )
 BATCH_ROWS = 8192
 BATCH_CHARACTERS = 32 << 20
-"""Limits of a batch, which is in memory at once."""
+"""Limits of a batch, which is in memory at once; the latter counts texts, ids and metadata."""
 Record = Mapping[str, Any]
 """A record of a source, as its file has it."""
 

@@ -35,6 +35,7 @@ from helm.tokenizers.tokenizer import Tokenizer
 from palio.evaluation.journal import BROKEN, LIMIT, Answer, Journal
 from palio.evaluation.reply import BUSY, BUSY_SECONDS, Unanswered, checked_reply, request_body, request_key
 from palio.evaluation.window import Window
+from palio.network import ANSWERED
 
 REPLY_SECONDS = 600.0
 """A reply that takes longer is not waited for."""
@@ -89,7 +90,7 @@ class EntryClient(Client):  # type: ignore[misc]
         while answer.status_code in BUSY:
             time.sleep(BUSY_SECONDS)
             answer = self._post(body)
-        if answer.status_code != 200:
+        if answer.status_code not in ANSWERED:
             raise Unanswered(f"HTTP {answer.status_code}")
         try:
             reply = answer.json()

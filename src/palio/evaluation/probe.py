@@ -8,6 +8,7 @@ minute of a small model on one CPU core.
 
 from __future__ import annotations
 
+import json
 import math
 import socket
 import time
@@ -25,6 +26,7 @@ from palio.errors import BadInput
 from palio.evaluation.helm.folder import CONTEXT_TOKENS
 from palio.evaluation.reply import BUSY, BUSY_SECONDS, Unanswered, as_number, checked_reply
 from palio.evaluation.window import Window
+from palio.network import ANSWERED, is_slash_redirect
 from palio.records import ProbeCheck, ProbeReport
 
 PROMPT = "The following are the days of the week: Monday, Tuesday, Wednesday,"
@@ -123,6 +125,10 @@ class Client:
         try:
             while True:
                 reply = requests.post(url, json=body, timeout=self.patience, allow_redirects=False)
+                to = reply.headers.get("Location")
+                if not url.endswith("/") and is_slash_redirect(reply.status_code, to, f"/{path}"):
+                    url += "/"
+                    continue
                 if reply.status_code not in BUSY or time.monotonic() > deadline:
                     self.silent = 0
                     return reply
@@ -137,17 +143,17 @@ class Client:
             raise Defect(f"/{path} broke the connection ({type(error).__name__})", fix) from None
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the reply as a dict. Raises Defect: no reply, another status than 200, not a JSON object."""
+        """Return the reply as a dict. Raises Defect: no reply, a status without an answer, no JSON object."""
         reply = self.reply(path, body)
-        if reply.status_code != 200:
+        if reply.status_code not in ANSWERED:
             self.broken = self.broken or reply.status_code == GATEWAY
             raise _refusal(path, reply)
         if not reply.content.strip():
             raise Defect(f"/{path} answered with nothing", "return the reply from the handler")
         try:
-            content = reply.json()
+            content = json.loads(reply.content)
         except (ValueError, RecursionError):
-            raise Defect(f"/{path} did not answer with JSON", "return a JSON object") from None
+            raise Defect(f"/{path} did not answer with JSON", "return a JSON object in UTF-8") from None
         if not isinstance(content, dict):
             kind = type(content).__name__
             raise Defect(f"/{path} answered with a JSON {kind}, not an object", "return a JSON object")
@@ -204,7 +210,10 @@ def _refusal(path: str, reply: requests.Response) -> Defect:
     elif status in (404, 405):
         fix = f"serve POST /{path}"
     elif status in (GATEWAY, 504):  # with what did not pass
-        why, fix = why + _gateway_reason(reply), "answer with a JSON object, in time"
+        reason = _gateway_reason(reply)
+        why, fix = why + reason, "answer with a JSON object in UTF-8, not compressed, in time"
+        if "redirect" in reason:
+            fix = f"serve POST /{path} itself"
     elif status >= 500:
         fix = "the handler raised an exception, whose traceback is in the server's log: mend it"
     return Defect(why, fix, status=status)
@@ -299,6 +308,8 @@ def log_probabilities(client: Client) -> None:
     total = as_number(content.get("logprob"))
     if not all(map(math.isfinite, [total, *parts])):
         raise Defect("a log-probability is missing or not a finite number")
+    if not parts and content.get("text"):
+        raise Defect("tokens is empty beside a text")
     if len(parts) > 2 and len(set(parts)) == 1:
         raise Defect(f"every token has the log-probability {parts[0]:g}")
     if parts and abs(sum(parts) - total) > max(0.05, 0.02 * abs(total)):
@@ -310,15 +321,18 @@ def echo_prompt(client: Client) -> None:
         starts = client.raw(echo_prompt=value).get("text")
         starts = isinstance(starts, str) and starts.lstrip().startswith(PROMPT[:20])
         if starts != (value is True):
-            raise Defect(f"echo_prompt={value} answered {'with' if starts else 'without'} the prompt")
+            raise Defect(
+                f"echo_prompt={value} answered {'with' if starts else 'without'} the prompt",
+                cost="points: answers are scored with the prompt before them" if value is False else "",
+            )
 
 
 def stop_sequences(client: Client) -> None:
-    words = client.complete(max_new_tokens=12)["text"].split()
+    words = _new_text(client.complete(max_new_tokens=12)).split()
     if len(words) < 2:
         raise CannotTell("a free completion of 12 tokens has fewer than two words")
     stop = words[1]
-    cut = client.complete(max_new_tokens=12, stop_sequences=[stop])["text"]
+    cut = _new_text(client.complete(max_new_tokens=12, stop_sequences=[stop]))
     if stop in cut.rstrip().removesuffix(stop):
         cost = (
             "time: Palio cuts answers there"
@@ -328,10 +342,16 @@ def stop_sequences(client: Client) -> None:
         raise Defect(f"went on behind the stop sequence {stop!r:.40}", cost=cost)
 
 
+def _new_text(content: dict[str, Any]) -> str:
+    """Return the completion, also of a server that always echoes, of which `echo_prompt` tells."""
+    text: str = content["text"]
+    return text.lstrip().removeprefix(PROMPT)
+
+
 def max_new_tokens(client: Client) -> None:
     for wanted in (1, 5, 16):
         content = client.complete(max_new_tokens=wanted)
-        listed, written = len(content["tokens"]), client.window.count(content["text"])
+        listed, written = len(content["tokens"]), client.window.count(_new_text(content))
         if written > 2 * wanted + 2:  # their tokenizer may be another
             raise Defect(f"max_new_tokens={wanted} gave a text of about {written} tokens")
         if listed > wanted:

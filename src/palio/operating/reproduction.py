@@ -5,6 +5,7 @@ The organizers' check of winners: same base model, same dataset, same recipe, an
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,22 +70,26 @@ class Reproduction(Record):
     second_fingerprint: str
     identical: bool
     """Every file has the same bytes: what to expect on a CPU with the same number of threads."""
-    weight_distance: float
+    weight_distance: float | None
     """|a - b| / |a| over all trained weights: 0 if identical, about 1.4 for adapters unrelated in their
-    directions, between them for the same training with other rounding."""
+    directions, between them for the same training with other rounding; None for other weights than the
+    first's, such as an adapter more."""
     loss_difference: float | None
     """Of the mean loss of the last steps, in nats; None for a team's own program, which reports none."""
     scores: tuple[ScoreDifference, ...] = ()
 
     @property
     def reproduced(self) -> bool:
-        near = self.weight_distance <= WEIGHT_NOISE and (self.loss_difference or 0.0) <= LOSS_NOISE
+        distance = math.inf if self.weight_distance is None else self.weight_distance
+        near = distance <= WEIGHT_NOISE and (self.loss_difference or 0.0) <= LOSS_NOISE
         return (self.identical or near) and all(score.within_noise for score in self.scores)
 
     def lines(self) -> list[str]:
         """The comparison for people."""
         loss = "" if self.loss_difference is None else f", final loss {self.loss_difference:.4f} nats"
-        apart = f"weights {self.weight_distance:.3f}{loss} apart"
+        apart = "not the same weights by name and shape"
+        if self.weight_distance is not None:
+            apart = f"weights {self.weight_distance:.3f}{loss} apart"
         return [
             f"adapter: {'identical' if self.identical else apart}",
             *(
@@ -220,17 +225,29 @@ def _compared(first: EntryFolder, again: EntryFolder) -> Reproduction:
     )
 
 
-def weight_distance(one: Path, other: Path) -> float:
-    """|a - b| / |a| over the weights of two adapters (or sets of them, or models) of the same shape. What the
-    other lacks counts as zero."""
+def weight_distance(one: Path, other: Path) -> float | None:
+    """Return |a - b| / |a| over the weights of two adapters (or sets of them, or models); None if one of them
+    has weights that the other lacks or has in another shape."""
+    files = _weight_files(one)
+    if files != _weight_files(other):
+        return None
     apart = length = 0.0
-    for path in sorted(one.rglob("*.safetensors")):
-        twin = other / path.relative_to(one)
-        theirs = load_file(twin) if twin.exists() else {}
-        for name, tensor in load_file(path).items():
-            apart += (tensor.double() - theirs.get(name, torch.zeros(()))).square().sum().item()
+    for name in files:
+        ours, theirs = load_file(one / name), load_file(other / name)
+        if _shapes(ours) != _shapes(theirs):
+            return None
+        for key, tensor in ours.items():
+            apart += (tensor.double() - theirs[key]).square().sum().item()
             length += tensor.double().square().sum().item()
-    return float(torch.tensor(apart / length).sqrt())
+    return math.sqrt(apart / (length or apart)) if apart else 0.0
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors"))
+
+
+def _shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in weights.items()}
 
 
 def score_differences(

@@ -2,7 +2,8 @@
 
 A reply that is too large, too slow, no JSON, a redirect or an upgrade becomes a short 502 or 504 with the
 reason, which the probe and HELM's client report; the gateway counts its faults. It never keeps or prints a
-prompt or a reply.
+prompt or a reply. One redirect is followed: to the same path with a slash at its end, where FastAPI and Flask
+send a POST if a team declared it so.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
+
+from palio.network import ANSWERED, is_slash_redirect
 
 REPLY_BYTES = 4 << 20
 """A completion of 2048 tokens with their log-probabilities is about 0.2 MB."""
@@ -69,7 +72,15 @@ class Gateway:
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def ask(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
-        """Status and body of the server's reply. Raises BadReply."""
+        """Return status and body of the server's reply. Raises BadReply."""
+        status, content, headers = self._ask(method, path, body)
+        if is_slash_redirect(status, headers.get("Location"), path):
+            status, content, headers = self._ask(method, f"{path}/", body)
+        if headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise BadReply(502, "a compressed reply, which was not asked for")
+        return status, content
+
+    def _ask(self, method: str, path: str, body: bytes) -> tuple[int, bytes, http.client.HTTPMessage]:
         try:
             connection = self.connect()
         except OSError:
@@ -103,7 +114,7 @@ class Gateway:
             raise BadReply(504, f"no whole reply in {self.reply_seconds:g} s")
         if len(content) > REPLY_BYTES:
             raise BadReply(502, f"a reply of more than {REPLY_BYTES >> 20} MB")
-        return reply.status, content
+        return reply.status, content, reply.headers
 
     def count(self, why: str) -> None:
         with self._turn:
@@ -113,6 +124,8 @@ class Gateway:
 def _check_json(content: bytes) -> None:
     try:
         json.loads(content)
+    except UnicodeDecodeError:
+        raise BadReply(502, "a reply that is not UTF-8") from None
     except (ValueError, RecursionError):
         raise BadReply(502, "a reply that is not JSON") from None
 
@@ -136,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         try:
             status, content = self.of.ask(method, self.path, body)
-            if status == 200:
+            if status in ANSWERED:
                 _check_json(content)
             elif status < 400:
                 kind = "a redirect" if status >= 300 else "an upgrade" if status == 101 else "no answer"

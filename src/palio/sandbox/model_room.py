@@ -56,7 +56,9 @@ class Call:
     variables: Mapping[str, str] = field(default_factory=dict)
 
     def program(self) -> ServerProgram:
-        return ServerProgram(run=(sys.executable, "-P", "-m", "palio.inside"), files=str(self._palio))
+        # SIGUSR1, SLURM's warning, is for a trainer that has begun: earlier it would end the process.
+        run = ("env", "--ignore-signal=USR1", sys.executable, "-P", "-m", "palio.inside")
+        return ServerProgram(run=run, files=str(self._palio))
 
     def room(self, limits: Limits, output: Path | None = None, visible: tuple[str, ...] = ()) -> Room:
         variables = {"PYTHONPATH": "/entry", "HF_HUB_DISABLE_TELEMETRY": "1", **self.variables}

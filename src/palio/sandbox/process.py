@@ -105,10 +105,13 @@ class Confined:
         return self.poll()
 
     def ask_to_stop(self) -> None:
-        """SIGTERM to the program and its process group."""
+        self.send(signal.SIGTERM)
+
+    def send(self, number: int) -> None:
+        """Send a signal to the program and its process group."""
         with contextlib.suppress(psutil.Error, ProcessLookupError, IndexError):
             first = self._first if self.unconfined else self._first.children()[0]
-            os.killpg(os.getpgid(first.pid), signal.SIGTERM)
+            os.killpg(os.getpgid(first.pid), number)
 
     def end(self) -> None:
         """SIGKILL to every process of the room; returns when none is left."""

@@ -72,10 +72,11 @@ def train_confined(
 
         def watch(running: Confined) -> None:
             _copy_heartbeat(work, step.folder.heartbeat("finetune"))
-            if signal.SIGTERM in caught:
-                caught.clear()
-                ledger.outcome = "stopped"
-                running.ask_to_stop()
+            for number in set(caught):
+                caught.remove(number)
+                running.send(number)
+                if number == signal.SIGTERM:
+                    ledger.outcome = "stopped"
 
         given = {
             "recipe": recipe.model_dump(mode="json"),
