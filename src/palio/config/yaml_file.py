@@ -65,7 +65,7 @@ def read_yaml(path: Path) -> Any:
 FIXES = {
     "tab character": "indent with spaces",
     "cannot start any token": "put the value in quotes, and indent with spaces",
-    "mapping values are not allowed": "put a value with a colon in quotes, or indent the line as its neighbors",
+    "mapping values are not allowed": "put a value with a colon in quotes, or indent as the lines around it",
     "is duplicated": "keep one of them",
 }
 """By words of PyYAML's."""
