@@ -13,10 +13,11 @@ TORCH ?= $(or $(shell cat $(VENV)/torch 2> /dev/null),cuda)
 LOCK := envs/lock$(if $(filter cpu,$(TORCH)),-cpu).txt
 VLLM := .vllm
 DOCS := .docs
+CRATE := .crate
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: env same-torch demo slurm-demo test test-slow test-vllm test-setup check lint types workflow lock system vllm-env docs
+.PHONY: env same-torch demo slurm-demo test test-slow test-vllm test-setup check lint types workflow lock system vllm-env crate-env docs
 
 demo: env
 	snakemake --profile local
@@ -28,7 +29,7 @@ slurm-demo: env system
 	@cat results/leaderboard/laptop.md
 
 # Three processes on two cores: SLURM jobs in a queue and limits that run out leave cores idle.
-test: env system
+test: env system crate-env
 	python -m pytest --numprocesses 3 --no-loadscope-reorder
 
 test-slow: env system
@@ -96,6 +97,14 @@ docs: $(DOCS)/installed
 $(DOCS)/installed: envs/docs.txt
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -m pip install --quiet --no-deps --requirement envs/docs.txt
+	touch $@
+
+crate-env: $(CRATE)/installed
+
+# The official validator of RO-Crates asks for an older rich than Palio has, so it has its own environment.
+$(CRATE)/installed: envs/crate.txt
+	$(PYTHON) -m venv $(CRATE)
+	$(CRATE)/bin/python -m pip install --quiet --no-deps --requirement envs/crate.txt
 	touch $@
 
 # What tests need of Debian, for those who may install it. Both commands wait while another apt-get runs;

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from palio.config import Competition, load_competition, load_entry
+from palio.config import Competition, Prizes, load_competition, load_entry
 from palio.demo.data import write_demo_sources
 from palio.errors import State
 from palio.layout import Boards, Results
@@ -31,6 +31,7 @@ from palio.records import (
     TrainingFacts,
 )
 from palio.scoring.analysis import analyze_track
+from palio.scoring.decision_document import decide_track
 from palio.scoring.leaderboard import score_track
 from palio.scoring.tables import write_leaderboard
 from palio.training.telemetry import SCHEMA as TELEMETRY_SCHEMA
@@ -236,11 +237,15 @@ def leave_stage(at: Path, where: dict[str, str], right: list[int]) -> None:
     run.write(at / f"{stage}.run.json")
 
 
-def score_competition(folder: Path, given: Competition, *, final: bool = True) -> Path:
-    """Leaderboard and analysis of the track, by the project's own functions; the folder they are in."""
+def score_competition(
+    folder: Path, given: Competition, *, final: bool = True, prizes: Prizes | None = None
+) -> Path:
+    """Leaderboard, analysis and decision of the track, by the project's own functions; their folder."""
     entries = {path.stem: load_entry(path) for path in sorted((folder / "entries").glob("*.yaml"))}
     results = folder / "results"
     board = score_track(given, "laptop", Results(results), entries, final=final)
     out = results / ("leaderboard" if final else "standings")
     write_leaderboard(board, Boards(out), analyze_track(given, board, Results(results)))
+    if prizes:
+        assert list(decide_track(given, board, Results(results), prizes, Boards(out)))
     return out

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +15,16 @@ import jsonschema
 import pytest
 import yaml
 
+from palio.config import load_competition
 from palio.config.reading import extended
 from palio.config.reference import FILES, README, json_schema, with_tables
-from palio.layout import schema_file
+from palio.layout import Results, schema_file
+from palio.release.gather import gather
+from palio.report.build import build_report
 from tests.support.folder import WorkingFolder
 from tests.support.proven import PAGES
 from tests.support.proven import with_tables as with_proven_tables
+from tests.support.report import competition_content, score_competition, write_competition
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,11 +157,78 @@ def test_every_command_of_palio_in_the_documentation_exists_with_its_options() -
     assert len(seen) > 20
 
 
+SHELL = re.compile(
+    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```", re.M | re.S
+)
+PROSE = [page for page in MARKDOWN if page.parent == ROOT / "docs" or page.name == "README.md"]
+FIRST_AFTERNOON = ROOT / "docs/run_a_competition.md"
+
+
+def run_blocks(page: Path) -> list[str]:
+    """A page's shell code that no comment excepts, block by block, without lines with a <placeholder>."""
+    blocks = [found for found in SHELL.finditer(page.read_text()) if found["language"] == "sh"]
+    return [
+        re.sub(r"^.*<[a-z ].*\n", "", found["code"], flags=re.M) for found in blocks if not found["reason"]
+    ]
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
+def test_every_block_of_code_says_what_it_is(page: Path) -> None:
+    """Commands are `sh`; they are run below, or a comment above them says why not."""
+    found = list(SHELL.finditer(page.read_text()))
+    assert len(found) == page.read_text().count("\n```") / 2, (
+        "a fence is not closed, or not at the start of a line"
+    )
+    for block in found:
+        assert block["language"], f"```sh, or ```text for what is no command: {block['code'][:80]}"
+        assert block["language"] not in ("bash", "shell", "console"), "sh"
+        assert not block["reason"] or block["language"] == "sh", block["reason"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone in which the competition of config/config.yaml is finished and released."""
+    folder = WorkingFolder.create(tmp_path_factory.mktemp("docs") / "clone").path
+    write_competition(folder)
+    rules, store = "config/rulesets/demo.yaml", str(folder.parent / "closed")
+    content = competition_content(folder, rules=rules, closed_store=store, entries=["entries"])
+    (folder / "config/config.yaml").write_text(yaml.safe_dump(content))
+    (folder / "x.conf").write_text('entries: [{description: "simple_classification"}]')
+    with contextlib.chdir(folder):
+        given = load_competition(Path("config/config.yaml"))
+        score_competition(folder, given)
+        build_report(given, results=Results(), leaderboards=Results().leaderboards, out=Results().report)
+        gather(
+            given,
+            results=Results(store=given.store),
+            leaderboards=Results().leaderboards,
+            report=Results().report,
+            out=Path("release/demo"),
+        )
+    return folder
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PROSE if page != FIRST_AFTERNOON and run_blocks(page)],
+    ids=lambda page: page.name,
+)
+def test_the_commands_of_a_page_work(
+    page: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    clone = tmp_path / "clone"
+    shutil.copytree(finished, clone, symlinks=True)
+    for block in run_blocks(page):
+        done = subprocess.run(["bash", "-ec", block], cwd=clone, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
+
+
 def test_the_commands_of_the_first_afternoon_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = WorkingFolder.create(tmp_path / "clone")
-    page = ROOT / "docs/run_a_competition.md"
+    page = FIRST_AFTERNOON
     (folder.path / "config/mine.yaml").write_text("\n".join(commands_on(page, "yaml")) + "\n")
-    lines = commands_on(page, "sh")
+    lines = [line for block in run_blocks(page) for line in block.splitlines()]
     assert len(lines) == 6
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     for line in lines:

@@ -6,6 +6,7 @@ import html
 import re
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,20 +14,22 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from palio.config import Competition
+from palio.config import Competition, Prizes
 from palio.layout import Boards, Results
 from palio.records import (
     AdapterManifest,
     Analysis,
+    Decision,
     Leaderboard,
     PackageManifest,
     StageRecord,
     StepFailure,
     read_record,
 )
-from palio.report.build import build_report, read_board
+from palio.report.build import build_report, read_board, read_decision
 from palio.report.figures import frontier
 from palio.report.files import dropped_rows
+from palio.report.page import TrackReport
 from tests.support.report import RECIPES, RIGHT, competition, score_competition, write_competition
 
 
@@ -173,6 +176,86 @@ def test_a_prize_is_green_only_if_no_choice_decides_it_and_its_neighbors_can_be_
     assert re.search(r"Below curated with probability 1\.00: these 160 questions tell them apart\.", text)
     assert re.search(r"Above open_only with probability 0\.\d\d: 160 questions do not tell them apart;", text)
     assert not analysis.model_copy(update={"uncertainty": None}).holds(first), "unknown is not sure"
+
+
+@pytest.fixture(scope="module")
+def with_prizes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished competition with two prizes, and its page."""
+    folder = tmp_path_factory.mktemp("prizes")
+    competition = write_competition(folder)
+    boards = score_competition(folder, competition, prizes=Prizes(places=2))
+    out = folder / "results/report"
+    build_report(competition, results=Results(folder / "results"), leaderboards=Boards(boards), out=out)
+    return boards, (out / "index.html").read_text(encoding="utf-8")
+
+
+def prize_section(page: str) -> str:
+    found = re.search(r"<h3>Prizes</h3>(.*?)<div[^>]*aria-label=\"Leaderboard of", page, flags=re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def plain(text: str) -> str:
+    """Without tags, and without the marks of Markdown."""
+    text = html.unescape(re.sub(r"<[^>]*>", " ", text.replace("<wbr>", "")))
+    return " ".join(re.sub(r"[|#\\]|-{3,}:?|^- ", " ", text, flags=re.MULTILINE).split())
+
+
+def test_the_prizes_are_on_the_page_in_the_words_of_the_decision_s_document(
+    with_prizes: tuple[Path, str],
+) -> None:
+    boards, page = with_prizes
+    told = plain(prize_section(page))
+    document = (boards / "laptop.decision.md").read_text()
+    assert "Holm" in document
+    for title in ("How likely", "What was tested", "What would change it"):
+        section = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", document, flags=re.MULTILINE | re.DOTALL)
+        assert section is not None
+        assert f"{title} {plain(section[1])}" in told
+    decision = read_record(Decision, boards / "laptop.decision.json")
+    cards = re.findall(r'<li class="\w+">(.*?)</li>', prize_section(page), flags=re.DOTALL)
+    for award, card in zip(decision.awards, cards[: len(decision.awards)], strict=True):
+        for entry, chances in decision.chances_in(award).items():
+            said = ", ".join(f"P({place}) {p:.3f}" for place, p in zip(award.places, chances, strict=True))
+            assert re.search(rf"{entry}\b.*{re.escape(said)}", plain(card))
+
+
+def test_a_prize_is_green_only_if_it_is_awarded_and_its_rank_depends_on_no_choice(
+    with_prizes: tuple[Path, str],
+) -> None:
+    boards, page = with_prizes
+    kinds = re.findall(r'<li class="(holds|depends)">', prize_section(page))
+    decision = read_record(Decision, boards / "laptop.decision.json")
+    assert [award.outcome for award in decision.awards] == ["awarded", "shared"]
+    assert kinds == ["holds", "depends"]
+    board, analysis = read_board(Boards(boards), "laptop")
+    first = decision.awards[0]
+    assert analysis is not None and analysis.robustness is not None
+    doubts = partial(TrackReport, "laptop", "", board, entries=[], decision=decision)
+    assert doubts(analysis=analysis).doubts(first) == ""
+    assert "is not known" in doubts(analysis=None).doubts(first)
+    verdicts = [one.model_copy(update={"stable": False}) for one in analysis.robustness.verdicts]
+    unstable = analysis.robustness.model_copy(update={"verdicts": verdicts})
+    assert "depends on a choice" in doubts(
+        analysis=analysis.model_copy(update={"robustness": unstable})
+    ).doubts(first)
+    assert analysis.uncertainty is not None
+    pairs = [one.model_copy(update={"separated": False}) for one in analysis.uncertainty.neighbours]
+    blurred = analysis.uncertainty.model_copy(update={"neighbours": pairs})
+    assert "cannot be told apart" in doubts(
+        analysis=analysis.model_copy(update={"uncertainty": blurred})
+    ).doubts(first)
+
+
+def test_without_prizes_or_with_those_of_another_leaderboard_there_is_no_decision(
+    page: str, with_prizes: tuple[Path, str], tmp_path: Path
+) -> None:
+    assert "<h3>Prizes</h3>" not in page
+    boards, _ = with_prizes
+    shutil.copy(boards / "laptop.decision.json", tmp_path)
+    board = read_record(Leaderboard, boards / "laptop.json")
+    assert read_decision(Boards(tmp_path), board) is not None
+    assert read_decision(Boards(tmp_path), board.model_copy(update={"competition": "another"})) is None
 
 
 def test_the_frontier_is_who_got_as_far_for_less() -> None:

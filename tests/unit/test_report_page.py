@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from palio.config import Prizes
 from palio.layout import Boards, Results
 from palio.report.build import build_report
 from tests.support.chromium import Page
@@ -17,7 +18,7 @@ from tests.support.report import HOSTILE, score_competition, write_competition
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("competition")
     competition = write_competition(folder)
-    boards = score_competition(folder, competition)
+    boards = score_competition(folder, competition, prizes=Prizes(places=2))
     build_report(
         competition, results=Results(folder / "results"), leaderboards=Boards(boards), out=folder / "report"
     )
@@ -78,7 +79,8 @@ def test_tables_can_be_sorted_from_the_keyboard(page: Page) -> None:
 
 
 def test_missing_values_stay_last_in_either_direction(page: Page) -> None:
-    table = "document.querySelectorAll('details table.sortable')[0]"
+    asked = "one.tHead.textContent.includes('open questions in its data')"
+    table = f"[...document.querySelectorAll('details table.sortable')].find(one => {asked})"
     page.do("document.querySelectorAll('.overview details').forEach(one => one.open = true)")
     for _ in range(2):
         click_head(page, "open questions in its data", table)

@@ -161,7 +161,7 @@ def test_the_document_names_everything_it_rests_on(close: Given, tmp_path: Path)
         "Romano and Wolf",
         "all 6 pairs",
         "What would change it",
-        "`palio plan-questions` says of which scenarios",
+        "palio plan-questions says of which scenarios",
     ):
         assert words in text
     assert "the standings are provisional" in text.lower()

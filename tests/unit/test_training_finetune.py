@@ -26,7 +26,7 @@ from palio.training.finetune import is_out_of_memory
 from palio.training.ledger import read_ledger
 from palio.training.model import load_model
 from palio.training.rows import Row, split
-from palio.training.telemetry import SCHEMA
+from palio.training.telemetry import SCHEMA, dashboards
 from palio.training.trainer import Trainer
 from tests.support.training import Entry
 
@@ -314,11 +314,24 @@ def test_training_is_told_to_tensorboard_and_costed_and_the_manifest_does_not_kn
     assert [event.step for event in events.Scalars("validation_loss")] == [2, 4]
 
 
-def test_a_dashboard_whose_library_is_missing_is_named(entry: Entry) -> None:
-    if importlib.util.find_spec("mlflow"):
-        pytest.skip("mlflow is installed")
-    with pytest.raises(BadInput, match=r"telemetry\.report_to is 'mlflow'.*pip install mlflow"):
-        entry.finetune(max_steps=1, telemetry={"report_to": ["mlflow"]})
+def test_trackio_keeps_one_run_over_all_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = pytest.importorskip("trackio.sqlite_storage", reason="pip install trackio")
+    monkeypatch.setattr(storage, "TRACKIO_DIR", tmp_path)
+    for step in (1, 2):
+        opened = dashboards(["trackio"], folder=tmp_path, run="laptop/a", key="f" * 64, recipe={"lora_r": 8})
+        with opened as send:
+            send({"step": step, "loss": 1 / step})
+    (run,) = storage.SQLiteStorage.get_runs("palio")
+    kept = storage.SQLiteStorage.get_logs("palio", run)
+    assert [(row["step"], row["loss"]) for row in kept] == [(1, 1.0), (2, 0.5)]
+
+
+@pytest.mark.parametrize("name", ["mlflow", "trackio"])
+def test_a_dashboard_whose_library_is_missing_is_named(entry: Entry, name: str) -> None:
+    if importlib.util.find_spec(name):
+        pytest.skip(f"{name} is installed")
+    with pytest.raises(BadInput, match=rf"telemetry\.report_to is '{name}'.*pip install {name}"):
+        entry.finetune(max_steps=1, telemetry={"report_to": [name]})
 
 
 def test_a_dashboard_that_fails_does_not_end_training(

@@ -170,9 +170,7 @@ def check(files: tuple[Path, ...], competition: str, as_json: bool) -> None:
             print(f"notice: {finding}", file=sys.stderr)
     against = CheckedAgainst.of(planned_competition)
     clean = True
-    for file in (
-        path for given in files for path in (sorted(given.glob("*.y*ml")) if given.is_dir() else [given])
-    ):
+    for file in (path for given in files for path in _entry_files(given)):
         checked = check_file(file, against, by_hand=True)
         clean = clean and checked.record is not None
         if as_json:
@@ -183,6 +181,14 @@ def check(files: tuple[Path, ...], competition: str, as_json: bool) -> None:
         for line in checked.lines():
             print(line, file=sys.stdout if line.endswith(": clean") else sys.stderr)
     raise click.exceptions.Exit(0 if clean else RuleViolation.exit_code)
+
+
+def _entry_files(given: Path) -> list[Path]:
+    if not given.is_dir():
+        return [given]
+    if found := sorted(given.glob("*.y*ml")):
+        return found
+    raise BadInput(given, why="has no entry files", fix="name a file, or a folder of <id>.yaml files")
 
 
 @palio.command("demo-data", cls=Verb, example="palio demo-data --out resources/demo_sources --seed 7")

@@ -94,8 +94,10 @@ def published(folder: Path, fetch: bool, convention: str | None, out: Path) -> N
     for board in published_leaderboards(folder, convention):
         analysis = analyze(board, remark=REMARK)
         write_leaderboard(board, Boards(out), analysis)
-        boards.append((board, analysis))
-        if board.track.endswith("_final") and (decision := decide(board, {}, Prizes(), remark=REMARK)):
+        final = board.track.endswith("_final")
+        decision = decide(board, {}, Prizes(), remark=REMARK) if final else None
+        boards.append((board, analysis, decision))
+        if decision:
             write_decision(decision, Boards(out), board.track)
             for award in decision.awards:
                 print(f"{board.track}: {award.text}")

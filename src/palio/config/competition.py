@@ -147,9 +147,10 @@ class Scoring(Strict):
 class Telemetry(Strict):
     """Tracking of training. It changes no result and is not in any manifest: changing it re-runs nothing."""
 
-    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Trackers to report to. TensorBoard writes to `results/<track>/<entry>/work/dashboards`; the others must
-    be installed, and take address and key from their own environment variables."""
+    be installed, and take address and key from their own environment variables; Trackio without an address
+    stays on this machine."""
     usd_per_hour: dict[str, PositiveFloat] = {}
     """Price of an hour of a track's hardware, by track, for `cost_usd` in `finetune.run.json`."""
 

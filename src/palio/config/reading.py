@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,12 +83,16 @@ def _why_and_fix(model: type[BaseModel], fault: Mapping[str, Any]) -> tuple[str,
         known = sorted(_field_names(model.model_json_schema()))
         near = difflib.get_close_matches(wrong, known, n=1)
         return "unknown key", f"did you mean {near[0]}?" if near else "remove it"
-    if fault["loc"][-1:] == (KEY,):
-        return "is not text to YAML", f'put quotes around it: "{fault["input"]}"'
+    if fault["loc"][-1:] == (KEY,) or (
+        fault["type"] == "string_type" and isinstance(fault["input"], int | float | datetime.date)
+    ):
+        quoted = 'the word, such as "no"' if isinstance(fault["input"], bool) else f'it: "{fault["input"]}"'
+        return "is not text to YAML", f"put quotes around {quoted}"
     if fault["type"] == "missing":
         return "is missing", "add it"
     if fault["type"] == "model_type":
-        return "is not a section", "write it as lines of key: value"
+        what = "is empty" if fault["input"] is None else "is not a section"
+        return what, "write it as lines of key: value"
     error = fault.get("ctx", {}).get("error")
     if isinstance(error, InvalidValue):
         return error.why, error.fix
@@ -167,9 +172,10 @@ def _merged(base: object, own: Mapping[str, Any]) -> object:
 
 def _overridden(content: object) -> object:
     """Return a competition's content with its overrides, which take precedence."""
-    if not isinstance(content, Mapping) or not ID_PATTERN.fullmatch(str(content.get("competition"))):
+    name = content.get("competition") if isinstance(content, Mapping) else None
+    if not isinstance(content, Mapping) or not isinstance(name, str) or not ID_PATTERN.fullmatch(name):
         return content  # the model says what is wrong
-    decisions = load_overrides(str(content["competition"]))
+    decisions = load_overrides(name)
     withdrawn = {**(content.get("withdrawn") or {}), **decisions.withdrawn}
     retries = {**(content.get("retries") or {}), **decisions.retries}
     return {**content, "withdrawn": withdrawn, "retries": retries}

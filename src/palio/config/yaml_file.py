@@ -54,11 +54,25 @@ def read_yaml(path: Path) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}" if mark else ""
-        raise BadInput(path, line, why=f"is not YAML: {getattr(error, 'problem', error)}") from None
+        why = f"is not YAML: {getattr(error, 'problem', error)}"
+        raise BadInput(path, line, why=why, fix=_fix(why)) from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         # a date of no calendar, a number of thousands of digits, a list as a key, a tag on the wrong value
         why = f"holds a value that is not what YAML takes it for ({type(error).__name__})"
         raise BadInput(path, why=why, fix="put that value in quotes") from None
+
+
+FIXES = {
+    "tab character": "indent with spaces",
+    "cannot start any token": "put the value in quotes, and indent with spaces",
+    "mapping values are not allowed": "put a value with a colon in quotes, or indent as the lines around it",
+    "is duplicated": "keep one of them",
+}
+"""By words of PyYAML's."""
+
+
+def _fix(why: str) -> str:
+    return next((fix for words, fix in FIXES.items() if words in why), "correct it")
 
 
 def _text(path: Path) -> str:

@@ -17,6 +17,7 @@ from palio.curation.files import Numbered
 from palio.curation.formats import FORMATS, format_of, is_missing
 from palio.curation.rows import Malformed, Record, shortened
 from palio.curation.source import source_records
+from palio.errors import BadInput
 from palio.markup import visible
 
 TRIED = 100
@@ -59,6 +60,8 @@ def raw_lines(address: str, shown: int = 3) -> Iterator[str]:
     where = {"hub": address.removeprefix("hub:")} if address.startswith("hub:") else {"path": address}
     source = parse(DataSource, {"licence": "", **where}, address)
     records = list(islice(source_records(source, ()), TRIED))
+    if not records:
+        raise BadInput(address, why="has no records", fix="put rows into it, or correct the path")
     whole = [record for _, record in records if not isinstance(record, Malformed)]
     for line, record in records[:shown]:
         broken = isinstance(record, Malformed)

@@ -142,6 +142,13 @@ def source_content(path: str) -> str:
         return path
 
 
+def _is_saved(folder: Path) -> bool:
+    try:
+        return bool(saved_tables(Incoming(folder.parent, folder.name)))
+    except (OSError, ValueError, RuleViolation):
+        return False
+
+
 _rules = functools.cache(load_rules)
 
 
@@ -212,12 +219,15 @@ def _absent(entry: Entry) -> Iterator[Violation]:
     made = {RESOURCES.demo_source(family) for family in DEMO_FAMILIES}
     for index, source in enumerate(entry.dataset.sources if entry.dataset else ()):
         path = Path(source.path or os.devnull)
+        key = f"dataset.sources.{index}.path"
+        if path.is_dir() and not _is_saved(path):
+            why = f"{path} is a folder, and not one that the library datasets saved"
+            yield Violation(rule="data.missing", key=key, why=why, fix="name the file in it")
         if path.exists() or path in made:
             continue
         there = [other.name for other in {*made, *path.parent.glob("*")} if other.parent == path.parent]
         near = difflib.get_close_matches(path.name, there, 1, cutoff=0.75)
         fix = f"did you mean {path.parent / near[0]}?" if near else "put the file there, or correct the path"
-        key = f"dataset.sources.{index}.path"
         yield Violation(rule="data.missing", key=key, why=f"{path} does not exist", fix=fix)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from palio.neurips2023.figure_data import PublishedFigures
 from palio.neurips2023.figures import paper_figures
-from palio.records import Analysis, Leaderboard
+from palio.records import Analysis, Decision, Leaderboard
 from palio.report.build import entry_reports, write_report
 from palio.report.page import TrackReport
 
@@ -21,14 +21,16 @@ ROUND_TITLES = {
 
 
 def published_report(
-    boards: Sequence[tuple[Leaderboard, Analysis]], paper: PublishedFigures, out: Path
+    boards: Sequence[tuple[Leaderboard, Analysis, Decision | None]], paper: PublishedFigures, out: Path
 ) -> Path:
     """Write the report on the published leaderboards and the paper's figures; return its path."""
     tracks = []
     for round_, round_title in ROUND_TITLES.items():
-        for board, analysis in boards:
+        for board, analysis, decision in boards:
             track, _, name = board.track.rpartition("_")
             if name == round_:
                 title = f"{track}, {round_title}"
-                tracks.append(TrackReport(board.track, title, board, analysis, entry_reports(board)))
+                tracks.append(
+                    TrackReport(board.track, title, board, analysis, entry_reports(board), decision)
+                )
     return write_report("NeurIPS 2023, recomputed", tracks, out, paper_figures(paper))

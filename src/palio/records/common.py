@@ -66,6 +66,9 @@ def read_record(model: type[AnyRecord], path: Path) -> AnyRecord:
         return model.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(path, why="no such record", fix="run the step that makes it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not text"
+        raise BadInput(path, why=f"cannot be read ({why})", fix="give the record's file") from None
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in fault["loc"])

@@ -86,6 +86,11 @@ class Award(Part):
     text: str
     """The award in words."""
 
+    @property
+    def title(self) -> str:
+        """The places: 1, or 1 to 3."""
+        return str(self.places[0]) if len(self.places) == 1 else f"{self.places[0]} to {self.places[-1]}"
+
 
 class Decision(TrackRecord):
     """Who gets the prizes of a track, and how sure that is."""
@@ -117,3 +122,11 @@ class Decision(TrackRecord):
     """Seed of the draws."""
     covers: str
     """What noise the tests cover, in words."""
+
+    def chances_in(self, award: Award) -> dict[str, list[float]]:
+        """Return, by entry of an award, the probabilities of its places."""
+        return {
+            chance.entry: [chance.places[place - 1] for place in award.places]
+            for chance in self.chances
+            if chance.entry in award.entries
+        }

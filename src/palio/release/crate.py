@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ from palio.layout import Project
 from palio.provenance import file_differences, folder_sha256, write_json
 
 METADATA = "ro-crate-metadata.json"
+CONTEXT = [
+    "https://w3id.org/ro/crate/1.1/context",
+    {"sha256": "https://w3id.org/ro/terms/workflow-run#sha256"},  # not a term of RO-Crate 1.1 itself
+]
+LICENSES = {
+    "@id": "#licenses",
+    "@type": "CreativeWork",
+    "name": "Licenses of the parts",
+    "description": "See the entry files for the licenses of base models and data.",
+}
 FORMATS = {
     ".json": "application/json",
     ".yaml": "application/yaml",
@@ -41,17 +52,19 @@ def describe(folder: Path, competition: Competition) -> None:
     for owner, inside in sorted(parts.items()):
         if owner != "./":
             datasets.append(_entry(owner, inside, folder, teams))
-    root = {
+    root: dict[str, Any] = {
         "@id": "./",
         "@type": "Dataset",
         "name": competition.title,
         "description": "Entries, records, HELM tables, leaderboards and report of the competition "
         f"{competition.competition}, to be scored again by `palio verify .`",
         "datePublished": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "license": "See the entry files for the licences of base models and data.",
-        "hasPart": [{"@id": path} for path in [*(one["@id"] for one in datasets), *parts.get("./", [])]],
-        "mentions": [{"@id": "#palio"}],
+        "license": {"@id": LICENSES["@id"]},
+        "hasPart": _references([*(one["@id"] for one in datasets), *parts.get("./", [])]),
+        "mentions": {"@id": "#palio"},
     }
+    if teams:
+        root["author"] = _references(teams.values())
     graph = [
         {
             "@id": METADATA,
@@ -60,12 +73,13 @@ def describe(folder: Path, competition: Competition) -> None:
             "conformsTo": {"@id": "https://w3id.org/ro/crate/1.1"},
         },
         root,
+        LICENSES,
         {"@id": "#palio", "@type": "SoftwareApplication", "name": "Palio", "softwareVersion": __version__},
         *({"@id": team_id, "@type": "Organization", "name": team} for team, team_id in teams.items()),
         *datasets,
         *(_file(folder, path, digest) for path, digest in files.items()),
     ]
-    write_json(folder / METADATA, {"@context": "https://w3id.org/ro/crate/1.1/context", "@graph": graph})
+    write_json(folder / METADATA, {"@context": CONTEXT, "@graph": graph})
 
 
 def changed_files(folder: Path) -> list[str]:
@@ -99,7 +113,7 @@ def _entry(owner: str, inside: list[str], folder: Path, teams: dict[str, str]) -
         "@id": owner,
         "@type": "Dataset",
         "name": name,
-        "hasPart": [{"@id": path} for path in inside],
+        "hasPart": _references(inside),
     }
     try:
         team = load_entry(Project(folder).entry_file(name)).team
@@ -107,6 +121,12 @@ def _entry(owner: str, inside: list[str], folder: Path, teams: dict[str, str]) -
         return dataset
     dataset["creator"] = {"@id": teams.setdefault(team, f"#team-{len(teams) + 1}")}
     return dataset
+
+
+def _references(ids: Iterable[str]) -> list[dict[str, str]] | dict[str, str]:
+    """Return references to entities: a list, or, as RO-Crate asks, one without a list around it."""
+    references = [{"@id": one} for one in ids]
+    return references[0] if len(references) == 1 else references
 
 
 def _file(folder: Path, path: str, digest: str) -> dict[str, Any]:

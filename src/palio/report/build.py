@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from palio.config import Competition, Entry
 from palio.entries import AnyEntry, Entries
 from palio.layout import STAGES, Boards, EntryFolder, ReportFolder, Resources, Results
 from palio.pipeline import LIMITED
 from palio.provenance import atomic_path, fingerprint, write_text
-from palio.records import Analysis, Leaderboard, StageInstances, read_record
+from palio.records import Analysis, Decision, Leaderboard, StageInstances, read_record
 from palio.report.drawing import Plate
 from palio.report.figures import BudgetUse
 from palio.report.files import read_entry, seconds_used
@@ -68,12 +69,13 @@ def track_report(
     """
     listed = max(5, MAX_LISTED // (TYPICAL_OPERATIONS * max(len(entries), 1)))
     board, analysis = read_board(leaderboards, track)
+    decision = read_decision(leaderboards, board)
     reports = [
         entry_report(competition, report, entries.get(report.id), results.entry(track, report.id), listed)
         for report in entry_reports(board)
     ]
     reports = [replace(report, answers=report.id in with_answers) for report in reports]
-    return TrackReport(track, competition.tracks[track].title, board, analysis, reports)
+    return TrackReport(track, competition.tracks[track].title, board, analysis, reports, decision)
 
 
 def prepared_stages(competition: Competition) -> list[StageInstances]:
@@ -91,11 +93,21 @@ def with_leaderboard(track: str, *folders: Boards) -> Boards | None:
 def read_board(boards: Boards, track: str) -> tuple[Leaderboard, Analysis | None]:
     """Read a leaderboard, and the analysis beside it if it belongs to this leaderboard."""
     board = read_record(Leaderboard, boards.leaderboard(track))
-    path = boards.analysis(track)
-    analysis = read_record(Analysis, path) if path.exists() else None
-    if analysis and analysis.leaderboard_fingerprint != fingerprint(board.model_dump(mode="json")):
-        analysis = None
-    return board, analysis
+    return board, _read_beside(Analysis, boards.analysis(track), board)
+
+
+def read_decision(boards: Boards, board: Leaderboard) -> Decision | None:
+    """Read the decision on the prizes beside a leaderboard if it belongs to this leaderboard."""
+    return _read_beside(Decision, boards.decision(board.track), board)
+
+
+Beside = TypeVar("Beside", Analysis, Decision)
+
+
+def _read_beside(kind: type[Beside], path: Path, board: Leaderboard) -> Beside | None:
+    found = read_record(kind, path) if path.exists() else None
+    made_on = found and found.leaderboard_fingerprint
+    return found if made_on == fingerprint(board.model_dump(mode="json")) else None
 
 
 def entry_reports(board: Leaderboard) -> list[EntryReport]:

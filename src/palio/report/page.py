@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from palio.records import Analysis, DidNotFinish, FinetuneRun, Leaderboard, ScoredEntry, StageInstances
+from palio.records import (
+    Analysis,
+    Award,
+    Decision,
+    DidNotFinish,
+    FinetuneRun,
+    Leaderboard,
+    ScoredEntry,
+    StageInstances,
+)
+from palio.records.decision_words import Section, decision_sections
 from palio.report import entry_figures, figures
 from palio.report.drawing import Drawing, Plate
 from palio.report.figures import NARROW, WIDE, BudgetUse, Size
@@ -67,6 +77,26 @@ class TrackReport:
     analysis: Analysis | None
     entries: list[EntryReport]
     """In the order of the leaderboard, then those that did not finish."""
+    decision: Decision | None = None
+    """Who gets the prizes; None if there are none."""
+
+    @property
+    def decision_sections(self) -> list[Section]:
+        return decision_sections(self.decision) if self.decision else []
+
+    def doubts(self, award: Award) -> str:
+        """Return why an award is not sure; empty if its rank depends on no choice and can be told apart from
+        its neighbors."""
+        if award.outcome != "awarded":
+            return award.outcome.replace("_", " ")
+        robustness = self.analysis.robustness if self.analysis else None
+        verdicts = {verdict.entry: verdict for verdict in robustness.verdicts} if robustness else {}
+        verdict = verdicts.get(award.entries[0])
+        if not self.analysis or not verdict:
+            return "awarded; what its rank depends on is not known"
+        if not verdict.stable:
+            return "awarded; its rank depends on a choice"
+        return "" if self.analysis.holds(verdict) else "awarded; cannot be told apart from a neighbor"
 
     @cached_property
     def figures(self) -> dict[str, Drawing]:

@@ -146,6 +146,18 @@ def _mlflow(folder: Path, run: str, key: str, recipe: dict[str, Any]) -> Iterato
         yield lambda row: mlflow.log_metrics(_values(row), step=int(row["step"]))
 
 
+@contextmanager
+def _trackio(folder: Path, run: str, key: str, recipe: dict[str, Any]) -> Iterator[Sink]:
+    import trackio
+
+    # It tells runs by their names: an attempt goes on with the run that has this one.
+    open_run = trackio.init(project="palio", name=f"{run} {key[:12]}", resume="allow", config=recipe)
+    try:
+        yield lambda row: open_run.log(_values(row), step=int(row["step"]))
+    finally:
+        open_run.finish()
+
+
 def _values(row: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in row.items() if name != "step"}
 
@@ -154,4 +166,5 @@ _DASHBOARDS: dict[str, Callable[[Path, str, str, dict[str, Any]], AbstractContex
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "mlflow": _mlflow,
+    "trackio": _trackio,
 }
