@@ -159,6 +159,7 @@ HUGE_RANK = HANDS_IN + "hand_in()\n" + RESULT + (
     "config = json.loads((result / 'adapter_config.json').read_text()) | {'r': 10**9}\n"
     "(result / 'adapter_config.json').write_text(json.dumps(config))"
 )  # fmt: skip
+HUGE_VALUES = HANDS_IN + "hand_in(1e30)\n"
 WRONG_SHAPES = HANDS_IN.replace('config["hidden_size"]', '2 * config["hidden_size"]') + "hand_in()\n"
 
 
@@ -191,7 +192,14 @@ def _program(kind: str, weight: int, code: str, state: str, reason: str, step: s
 BROKEN = (
     _rule("YAML that is none", 3, lambda m, n: m.in_text(n, "team: [a\ntrack: b"), "YAML"),
     _rule("a key that there is not", 2, lambda m, n: m.changed(n, fine_tune={}), "fine_tune"),
-    _rule("a missing source", 4, lambda m, n: m.without_its_rows(n), "no such file"),
+    Broken(
+        "a missing source",
+        4,
+        lambda m, n: m.without_its_rows(n),
+        "curate",
+        "rule_violation",
+        "no such file",
+    ),
     _rule("a licence that is refused", 2, lambda m, n: m.of_data(n, licence="proprietary"), "licence"),
     _rule("data of GPT-4", 1, lambda m, n: m.of_data(n, generator="gpt-4"), "gpt-4"),
     _rule(
@@ -211,10 +219,11 @@ BROKEN = (
     ),
     _program("program that fails", 4, 'print("no CUDA device")\nraise SystemExit(3)', "crashed", "no CUDA"),
     _program("program that lacks a module", 3, "import loguru_of_2023", "crashed", "loguru_of_2023"),
-    _program("program that hands in nothing", 2, "print('done')", "rule_violation", ""),
+    _program("program that hands in nothing", 2, "print('done')", "rule_violation", "left neither"),
     _program("program over its memory", 2, "x = [bytearray(1 << 28) for _ in range(64)]", "crashed", "emory"),
-    _program("program that is too slow", 2, "import time\ntime.sleep(3600)", "time_limit", ""),
-    _program("package that does not load", 2, WRONG_SHAPES, "rule_violation", "", step="package"),
+    _program("program that is too slow", 2, "import time\ntime.sleep(3600)", "time_limit", "the budget of"),
+    _program("adapter of another shape", 1, WRONG_SHAPES, "rule_violation", "it must fit"),
+    _program("adapter too large to merge", 2, HUGE_VALUES, "crashed", "adapter is huge", step="package"),
     _program("adapter of a rank too large", 1, HUGE_RANK, "rule_violation", "r is 1000000000"),
     *(_dead(number, weight) for number, weight in ((0, 5), (1, 4), (2, 1), (3, 2), (4, 3))),
 )

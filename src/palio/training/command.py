@@ -20,7 +20,7 @@ from typing import Literal
 import pyarrow.parquet as pq
 
 from palio.config import Isolation, Program
-from palio.errors import Crashed, Interrupted
+from palio.errors import Crashed, Interrupted, TimeLimit
 from palio.layout import TrainingFolder
 from palio.provenance import atomic_path, file_sha256, fingerprint, folder_sha256
 from palio.records import AdapterManifest, Contained
@@ -29,7 +29,7 @@ from palio.sandbox.handed_in import take_files, take_model
 from palio.sandbox.image import image_folder
 from palio.sandbox.process import Confined
 from palio.sandbox.room import GIB, OUTPUT, Limits, Room
-from palio.text import last_lines
+from palio.text import duration, last_lines
 from palio.training.ledger import Ledger
 from palio.training.step import Trained, TrainingStep, adapter_of, caught_signals
 from palio.training.telemetry import SCHEMA
@@ -48,7 +48,7 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
 
     Restarted, the program finds its own checkpoints and the rest of the budget.
 
-    Raises BadInput, RuleViolation, OutOfMemory, Crashed or Interrupted.
+    Raises BadInput, RuleViolation, TimeLimit, OutOfMemory, Crashed or Interrupted.
     """
     isolation = step.settings.isolation or Isolation()
     files = _taken(program.files, "command.files", step.folder.program_files, step, isolation)
@@ -80,6 +80,12 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
         budget, meter = float(step.track.training_budget), gpu.joules if gpu else None
         with Ledger(work.ledger, budget, meter=meter, **facts) as ledger:
             state = _run(program, room, ledger, log, isolation.unconfined, step.settings.seed)
+            if state == "budget_reached" and _is_empty(work.program_result):
+                ledger.outcome = state
+                raise TimeLimit(
+                    f"the budget of {duration(budget)} ran out before the program had left a result; "
+                    "save one early, and again whenever it is better"
+                )
             handed_in = take_model(
                 work.program_result,
                 work.adapter,
@@ -109,6 +115,11 @@ def _taken(path: str | None, key: str, target: Path, step: TrainingStep, isolati
         return None
     limit = int(isolation.output_gb * GIB)
     return take_files(path, key, target, roots=step.settings.team_folders, limit=limit)
+
+
+def _is_empty(result: Path) -> bool:
+    """Whether a program has left nothing; what else it may have made of the folder, `take_model` judges."""
+    return result.is_dir() and not result.is_symlink() and not any(result.iterdir())
 
 
 def _run(
