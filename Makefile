@@ -50,6 +50,7 @@ lint: env
 
 types: env
 	mypy
+	mypy --package benchmarks.night --package tests.slurm
 
 workflow: env
 	snakefmt --check Snakefile rules

@@ -204,11 +204,12 @@ def families() -> dict[str, Any]:
     return {kind.model_type: kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING.keys()}  # noqa: SIM118
 
 
-def tiny_model(family: str) -> Any:
-    """A model of random weights, those of norms and biases included."""
+def tiny_model(family: str, **larger: Any) -> Any:
+    """A model of random weights, those of norms and biases included; `larger` replaces values of `SMALL`."""
     kind = families()[family]
     known = {*kind().to_dict(), *getattr(kind, "attribute_map", {})}
-    config = kind(**{key: value for key, value in SMALL.items() if key in known} | OWN.get(family, {}))
+    small = {key: value for key, value in (SMALL | larger).items() if key in known}
+    config = kind(**small | OWN.get(family, {}))
     kinds = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
     torch.manual_seed(0)
     model = (kinds[0] if isinstance(kinds, tuple) else kinds)(config)

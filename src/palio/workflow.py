@@ -317,7 +317,7 @@ class Workflow:
 
     def records(self, track_id: str) -> list[str]:
         """Records of both stages of every entry and replicate of a track, the contamination of those with a
-        dataset, and checks that are due."""
+        dataset, and checks that are due: of a broken entry file its check alone, which says why."""
         paths = []
         for entry_id, entry in self.active[track_id].items():
             folder, is_due = self.results.entry(track_id, entry_id), self.due(entry_id)
@@ -325,6 +325,8 @@ class Workflow:
                 continue
             if "check" in is_due:
                 paths.append(folder.check)
+            if isinstance(entry, BrokenEntry):
+                continue
             paths += [folder.stage_record(stage) for stage in STAGES]
             if BY_NAME["contamination"] in steps_of(entry):
                 paths.append(folder.contamination)
@@ -340,8 +342,8 @@ class Workflow:
         return [
             str(self.results.site_mark(track_id, entry_id))
             for track_id, entries in self.active.items()
-            for entry_id in entries
-            if entry_id not in self.barred
+            for entry_id, entry in entries.items()
+            if isinstance(entry, Entry) and entry_id not in self.barred
         ]
 
     # --- jobs that share a curation: read, shards of phase 1, join 1, shards of phase 2, …, curate_dataset

@@ -21,9 +21,7 @@ from tests.support.dockerfiles import SERVER, SERVES, require_builds
 from tests.support.folder import WorkingFolder
 from tests.support.training import tiny_base_model
 
-pytestmark = (
-    pytest.mark.slow
-)  # tests/unit/test_build_image.py builds, confines and probes one on a small base
+pytestmark = pytest.mark.timeout(1500)
 TEAMS, ENTRIES = "resources/teams", "config/entries/dockerfiles"
 BUILT, BROKEN, PLAIN = "built", "broken", "server2023"
 

@@ -38,6 +38,7 @@ class Node:
     name: str
     gpu_model: str = ""
     gpus: int = 0
+    cpus: int = 8
 
     @property
     def gres(self) -> str:
@@ -202,7 +203,7 @@ class Cluster:
         ports = _free_ports(len(self.nodes) + 1)
         host = socket.gethostname().partition(".")[0]
         nodes = [
-            f"NodeName={node.name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8"
+            f"NodeName={node.name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={node.cpus}"
             f" RealMemory=512000{node.gres} State=UNKNOWN"
             for node, port in zip(self.nodes, ports[1:], strict=True)
         ]

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -64,11 +64,13 @@ def add_entry(folder: WorkingFolder, name: str, track: str, tiny: Path, **recipe
 
 @contextmanager
 def controller(
-    folder: WorkingFolder, cluster: Cluster, *arguments: str, **variables: str
+    folder: WorkingFolder, cluster: Cluster, *arguments: str, under: Sequence[str] = (), **variables: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """`snakemake --profile slurm`, as typed, running; killed at the end if it still does. `variables` are of
-    its environment."""
-    command = [str(Path(sys.executable).with_name("snakemake")), "--profile", "slurm", *arguments]
+    its environment, `under` a command that runs it in its own place."""
+    command = [
+        *under, str(Path(sys.executable).with_name("snakemake")), "--profile", "slurm", *arguments,
+    ]  # fmt: skip
     with (folder.path / "snakemake.log").open("ab") as log:
         environment = cluster.environment | variables
         process = subprocess.Popen(command, cwd=folder.path, env=environment, stdout=log, stderr=log)

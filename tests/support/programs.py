@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from palio.config import Isolation, Program
-from palio.records import AdapterManifest
-from palio.training.command import finetune_by_command
-from tests.support.training import Entry
+
+if TYPE_CHECKING:
+    from palio.records import AdapterManifest
+    from tests.support.training import Entry
 
 HANDS_IN = """
 import json, os
@@ -51,6 +52,8 @@ def run_command(
     seed: int | None = None,
 ) -> AdapterManifest:
     """The fine-tuning step with a team's program, in this process."""
+    from palio.training.command import finetune_by_command
+
     if replace:
         entry.at.adapter_manifest.unlink(missing_ok=True)
     limits = {"cpus": 1, "training_budget": budget, **(track or {})}

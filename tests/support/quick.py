@@ -2,7 +2,7 @@
 
 program(path)      installs it as path/palio
 $PALIO_SLOW        `<entry> <step> <seconds>`, several with commas between: that step first takes so long
-$PALIO_FAULTY      `<entry> <step>`: that step breaks a rule
+$PALIO_FAULTY      `<entry> <step>`, several likewise: that step breaks a rule
 ran.jsonl          a line for each step that was begun
 published.jsonl    a line for each `palio standings` and `publish-site`: its arguments without the config
 done.jsonl         a line for each step that was completed, with what its record was made with
@@ -77,7 +77,7 @@ def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOpti
         for slow in os.environ.get("PALIO_SLOW", "").split(","):
             if slow.split()[:2] == [folder.entry_id, name]:
                 time.sleep(float(slow.split()[2]))
-        if os.environ.get("PALIO_FAULTY", "").split() == [folder.entry_id, name]:
+        if f"{folder.entry_id} {name}" in os.environ.get("PALIO_FAULTY", "").split(","):
             raise RuleViolation("is not allowed")
         made = planning.made(step, folder, settings, palio.steps.RESOURCES)
         leave_payload(step, folder)

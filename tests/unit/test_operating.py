@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,13 +20,15 @@ from rich.console import Console
 from palio.cli import palio
 from palio.config import load_competition
 from palio.errors import BadInput, Crashed, Interrupted, NotRetried, PalioError, State
+from palio.files import append_json_line
 from palio.heartbeat import HeartbeatWriter, read_heartbeat
 from palio.layout import CONFIG, EntryFolder
 from palio.operating import controller, slurm
 from palio.operating.attempt import RUN_VARIABLE, Attempt, attempt, read_attempts, refusal, set_aside
 from palio.operating.controller import Watch
+from palio.operating.cost import cost_table, costs
 from palio.operating.doctor import engine_findings
-from palio.operating.status import EntryStatus, Status, StepStatus, competition_status
+from palio.operating.status import EntryStatus, Selection, Status, StepStatus, competition_status
 from palio.operating.status_view import html_page, terminal_view
 from palio.pipeline import BY_NAME, STEPS
 from palio.records import StepFailure, read_record
@@ -289,11 +292,100 @@ def test_a_narrow_terminal_shows_one_line_for_each_entry() -> None:
     console = Console(width=80, file=io.StringIO())
     console.print(terminal_view(Status("demo", "Palio demo", 0.0, None, entries), console.width))
     assert isinstance(console.file, io.StringIO)
-    heading, track, *lines = console.file.getvalue().splitlines()
+    heading, counts, track, *lines = console.file.getvalue().splitlines()
     assert (heading, track) == ("Palio demo", "rtx4090")
+    assert counts == "20 entries: 10 running, 10 failed; no run in progress"
     assert lines[0] == "  entry_0   3/7  finetune: 8 % used, 2.0 h on a100-node17"
     assert lines[19] == "  entry_19  3/7  finetune: crashed"
     assert "…" not in console.file.getvalue()
+
+
+def status_of_200() -> Status:
+    """Entries of two tracks in turn; every tenth failed, and entry 7 runs."""
+    entries = []
+    for number in range(200):
+        step = StepStatus("finetune", "waiting", wait="behind check")
+        if number % 10 == 0:
+            step = StepStatus(
+                "finetune", "failed", reason="crashed: diverged", log="finetune.log", seconds=number
+            )
+        if number == 7:
+            step = StepStatus("finetune", "running", node="a1", seconds=7200)
+        track = ("a100", "rtx4090")[number % 2]
+        entries.append(EntryStatus(track, f"e{number:03}", f"Contrada {number % 20}", [step]))
+    return Status("demo", "Palio demo", 0.0, None, entries)
+
+
+@pytest.mark.parametrize(
+    ("selection", "shown"),
+    [
+        (Selection(), 200),
+        (Selection(states=frozenset({"failed"})), 20),
+        (Selection(states=frozenset({"failed", "running"})), 21),
+        (Selection(states=frozenset({"failed"}), tracks=frozenset({"rtx4090"})), 0),
+        (Selection(team="CONTRADA 19"), 10),
+    ],
+)
+def test_the_status_of_200_entries_begins_with_their_number_and_shows_what_was_asked_for(
+    selection: Selection, shown: int
+) -> None:
+    status = replace(status_of_200(), selection=selection)
+    assert len(status.shown) == shown
+    for width in (80, 160):
+        console = Console(width=width, file=io.StringIO())
+        console.print(terminal_view(status, width))
+        assert isinstance(console.file, io.StringIO)
+        text = console.file.getvalue()
+        assert "200 entries: 179 waiting, 1 running, 20 failed" in " ".join(text.splitlines()[1:3])
+        assert sum(f"e{number:03}" in text for number in range(200)) == shown
+
+
+@pytest.mark.parametrize(("sort", "first"), [("track", "e000"), ("state", "e007"), ("seconds", "e007")])
+def test_status_is_sorted_as_asked(sort: Any, first: str) -> None:
+    status = replace(status_of_200(), selection=Selection(sort=sort))
+    assert status.shown[0].entry == first
+    if sort == "seconds":
+        assert status.shown[1].entry == "e190"
+
+
+def test_cost_counts_every_attempt_and_those_that_led_to_nothing(
+    folder: WorkingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.path)
+    price = {"telemetry": {"usd_per_hour": {"laptop": 2.0}}}
+    folder.edit_yaml("config/config.yaml", lambda config: config.update(price))
+
+    def took(entry: str, step: str, number: int, begin: float, end: float, state: str) -> None:
+        start = {"node": "a1", "pid": 1, "run": "r", "job": "1", "gpu": "0", "started": begin}
+        lines = [{"event": "start", **start}, {"event": "end", "ended": end, "state": state, "reason": ""}]
+        path = EntryFolder.at(folder.path / "results/laptop" / entry).attempts
+        for line in lines if state else lines[:1]:
+            append_json_line(path, {"step": step, "number": number, **line})
+
+    hour = 3600.0
+    took("curated", "curate", 1, 0, hour, "finished")
+    took("curated", "finetune", 1, hour, 2 * hour, "interrupted")
+    took("curated", "finetune", 2, 2 * hour, 5 * hour, "finished")
+    took("raw", "finetune", 1, 0, 0, "")  # it died without a word; its next attempt began after two hours
+    took("raw", "finetune", 2, 2 * hour, 3 * hour, "finished")
+    workflow = Workflow(Path("config/config.yaml"))
+    finetune, curate, total = costs(workflow, workflow.results, "step")
+    assert vars(finetune) == {
+        "of": "finetune",
+        "attempts": 4,
+        "cpu_hours": 0,
+        "gpu_hours": 7,
+        "lost_gpu_hours": 3,
+        "usd": 14,
+    }
+    assert (curate.of, curate.cpu_hours, curate.gpu_hours) == ("curate", 1, 0)
+    assert (total.of, total.attempts, total.gpu_hours, total.cpu_hours) == ("in all", 5, 7, 1)
+    by_entry = {row.of: row.gpu_hours for row in costs(workflow, workflow.results, "entry")}
+    assert by_entry == {"curated": 4, "raw": 3, "in all": 7}
+    assert (
+        cost_table([finetune, total], "step").splitlines()[2]
+        == "| finetune | 4 | 0.00 | 7.00 | 3.00 | 14.00 |"
+    )
 
 
 def test_status_tells_how_far_the_jobs_are_that_share_a_curation(

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from palio.config import Program
-from palio.errors import BadInput, Crashed, Interrupted, OutOfMemory, RuleViolation
+from palio.errors import BadInput, Crashed, Interrupted, OutOfMemory, RuleViolation, TimeLimit
 from palio.records import AdapterManifest, read_record
 from palio.training import command
 from palio.training.ledger import charged, read_ledger
@@ -93,6 +93,17 @@ def test_at_the_end_of_the_budget_the_last_result_is_taken_and_nothing_is_traine
     assert manifest.state == "budget_reached"
     assert run_command(entry, program, budget="4s") == manifest
     assert log_of(entry).count("started") == 1
+
+
+def test_a_program_that_has_left_nothing_at_the_end_of_its_budget_was_too_slow(
+    entry: Entry, tmp_path: Path
+) -> None:
+    program = program_of(tmp_path / "files", "import time\nwhile True: time.sleep(0.1)\n")
+    for _ in range(2):  # the second attempt has no budget left
+        with pytest.raises(
+            TimeLimit, match=r"the budget of 4 s ran out before the program had left a result"
+        ):
+            run_command(entry, program, budget="4s")
 
 
 def test_a_program_is_asked_to_stop_before_its_deadline(

@@ -8,7 +8,7 @@ import sys
 import time
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -28,6 +28,7 @@ from palio.layout import SLURM_PROFILE, STAGES, Boards, ReportFolder, Results, S
 
 if TYPE_CHECKING:
     from palio.config import Competition, Prizes
+    from palio.operating.status import StepState
     from palio.records import Leaderboard
     from palio.workflow import Workflow
 
@@ -409,23 +410,51 @@ def prompts(competition: str, stage: Stage, scenario: str | None, number: int) -
 @click.option("--html", type=ExistingPath, help="Write the same as one HTML page.")
 @click.option("--every", type=click.IntRange(min=1), help="With --html: write it every so many seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@click.option(
+    "--failed", "states", flag_value="failed", multiple=True, help="Only entries with a failed step."
+)
+@click.option(
+    "--running", "states", flag_value="running", multiple=True, help="Only entries of which a step runs."
+)
+@click.option("--track", "tracks", multiple=True, help="Only this track's.")
+@click.option("--team", default="", help="Only entries of teams whose name contains this.")
+@click.option(
+    "--sort",
+    type=click.Choice(["track", "state", "seconds"]),
+    default="track",
+    show_default=True,
+    help="state: what runs or failed first; seconds: what runs longest first.",
+)
 def status(
-    competition: str, results: Path, watch: bool, html: Path | None, every: int | None, as_json: bool
+    competition: str,
+    results: Path,
+    watch: bool,
+    html: Path | None,
+    every: int | None,
+    as_json: bool,
+    states: tuple[StepState, ...],
+    tracks: tuple[str, ...],
+    team: str,
+    sort: Literal["track", "state", "seconds"],
 ) -> None:
     """Where every entry is: waiting, running (node, budget, end), done, or failed and why. Takes no lock."""
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from palio.operating import controller, status_view
-    from palio.operating.status import competition_status
+    from palio.operating.status import Selection, competition_status
     from palio.provenance import write_text
     from palio.workflow import Workflow
 
     def look() -> Any:
         workflow = Workflow(competition_content(competition), competition)
+        if unknown := set(tracks) - set(workflow.tracks):
+            fix = f"use one of {', '.join(workflow.tracks)}"
+            raise BadInput("palio status", "--track", ", ".join(sorted(unknown)), fix=fix)
         running = controller.running()
         last = "" if running else controller.last_run()
         folders = results_of(workflow.competition, results)
-        now = competition_status(workflow, folders, running, last, controller.plan())
+        everything = competition_status(workflow, folders, running, last, controller.plan())
+        now = replace(everything, selection=Selection(frozenset(states), frozenset(tracks), team, sort))
         if html:
             write_text(html, status_view.html_page(now))
         return now
@@ -439,9 +468,32 @@ def status(
     elif watch:
         status_view.watch_status(look)
     elif as_json:
-        print(json.dumps(asdict(look()), indent=2))
+        content = asdict(now := look()) | {"entries": [asdict(entry) for entry in now.shown]}
+        del content["selection"]
+        print(json.dumps(content, indent=2))
     else:
         status_view.print_status(look())
+
+
+@palio.command(cls=Verb, example="palio cost --by team")
+@competition_option
+@results_option
+@click.option(
+    "--by",
+    type=click.Choice(["step", "entry", "team", "track", "node"]),
+    default="step",
+    show_default=True,
+    help="What a row is of.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def cost(competition: str, results: Path, by: str, as_json: bool) -> None:
+    """Hours that jobs took so far, with a GPU and without, and how many of them led to nothing."""
+    from palio.operating.cost import cost_table, costs
+    from palio.workflow import Workflow
+
+    workflow = Workflow(competition_content(competition), competition)
+    rows = costs(workflow, results_of(workflow.competition, results), by)
+    print(json.dumps([vars(row) for row in rows], indent=2) if as_json else cost_table(rows, by))
 
 
 @palio.command(cls=Verb, example='palio withdraw raw --why "the team asked to"')

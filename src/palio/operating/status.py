@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -32,6 +32,8 @@ from palio.workflow import Workflow
 FILE_CLOCK_SECONDS = 1.0
 """How far the time of a file may be behind the clock of the node that wrote it."""
 StepState = Literal["waiting", "queued", "running", "done", "failed", "withdrawn"]
+STATES: tuple[StepState, ...] = ("withdrawn", "running", "failed", "queued", "waiting", "done")
+"""The first that a step of an entry is in is the entry's."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,38 @@ class EntryStatus:
     def state(self) -> StepState:
         """State of the step that decides the whole entry."""
         states = [step.state for step in self.steps]
-        order: tuple[StepState, ...] = ("withdrawn", "running", "failed", "queued", "waiting")
-        return next((state for state in order if state in states), "done")
+        return next((state for state in STATES if state in states), "done")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which entries are shown, and in which order."""
+
+    states: frozenset[StepState] = frozenset()
+    """Entries of which a step is in one of these; empty: all."""
+    tracks: frozenset[str] = frozenset()
+    team: str = ""
+    """Part of the team's name, in whatever case."""
+    sort: Literal["track", "state", "seconds"] = "track"
+    """`state`: what runs or failed first; `seconds`: the longest attempt of a step that is not done first."""
+
+    def of(self, entries: Sequence[EntryStatus]) -> list[EntryStatus]:
+        chosen = [
+            entry
+            for entry in entries
+            if not self.states or self.states & {step.state for step in entry.steps}
+            if not self.tracks or entry.track in self.tracks
+            if self.team.casefold() in entry.team.casefold()
+        ]
+        if self.sort == "state":
+            return sorted(chosen, key=lambda entry: STATES.index(entry.state))
+        if self.sort == "seconds":
+            return sorted(chosen, key=lambda entry: -_longest(entry))
+        return chosen
+
+
+def _longest(entry: EntryStatus) -> float:
+    return max((step.seconds or 0.0 for step in entry.steps if step.state != "done"), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -90,6 +122,11 @@ class Status:
     """Problems met while reading the state."""
     last_run: str = ""
     """How the last run ended, where none is in progress."""
+    selection: Selection = Selection()
+
+    @property
+    def shown(self) -> list[EntryStatus]:
+        return self.selection.of(self.entries)
 
 
 def competition_status(

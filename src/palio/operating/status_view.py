@@ -73,6 +73,7 @@ def _cut(text: str, width: int) -> str:
 
 
 def summary(status: Status) -> str:
+    """Count all entries by their state, whatever is shown of them."""
     counts: dict[str, int] = {}
     for entry in status.entries:
         counts[entry.state] = counts.get(entry.state, 0) + 1
@@ -80,13 +81,14 @@ def summary(status: Status) -> str:
     running = f"run by {status.controller}" if status.controller else "no run in progress"
     if status.last_run:
         running += f"; {status.last_run}"
-    return f"{len(status.entries)} entries: {', '.join(parts)}; {running}"
+    shown = f"; {len(status.shown)} shown" if len(status.shown) < len(status.entries) else ""
+    return f"{len(status.entries)} entries: {', '.join(parts)}{shown}; {running}"
 
 
 def reasons(status: Status) -> list[tuple[str, str]]:
     """Return (entry and step, reason and log) of every step with a reason, and the notes."""
     lines: list[tuple[str, str]] = []
-    for entry in status.entries:
+    for entry in status.shown:
         for step in entry.steps:
             reason = step.reason if step.state != "queued" else ""
             log = f" (log: {step.log})" if step.state == "failed" else ""
@@ -102,16 +104,20 @@ def _cells(entry: EntryStatus) -> list[StepStatus | None]:
 
 def _short_view(status: Status, width: int) -> RenderableType:
     """Each entry on one line, by the step that decides its state; its track is in the line above."""
-    names = max((len(entry.entry) for entry in status.entries), default=0)
+    names = max((len(entry.entry) for entry in status.shown), default=0)
     names = min(names, width // 3)
-    lines = [Text(status.title, "italic")]
-    for track in dict.fromkeys(entry.track for entry in status.entries):
+    lines = _head(status)
+    for track in dict.fromkeys(entry.track for entry in status.shown):
         lines.append(Text(track, "bold"))
-        for entry in (entry for entry in status.entries if entry.track == track):
+        for entry in (entry for entry in status.shown if entry.track == track):
             done = f"{sum(step.state == 'done' for step in entry.steps)}/{len(entry.steps)}"
             line = f"  {_cut(entry.entry, names):{names}}  {done}  {_deciding(entry)}"
             lines.append(Text(_cut(line, width), STYLES[entry.state]))
-    return Group(*lines, Text(summary(status), "italic"), *_remarks(status))
+    return Group(*lines, *_remarks(status))
+
+
+def _head(status: Status) -> list[Text]:
+    return [Text(status.title, "italic"), Text(summary(status), "italic")]
 
 
 def _deciding(entry: EntryStatus) -> str:
@@ -130,15 +136,15 @@ def terminal_view(status: Status, width: int) -> RenderableType:
     """Return a table of entries by steps; a line for each entry where the terminal is narrow."""
     if width < NARROW:
         return _short_view(status, width)
-    table = Table(title=status.title, title_justify="left")
+    table = Table()
     for column in ("track", "entry"):
         table.add_column(column, no_wrap=True)  # a narrow terminal wraps the steps, not the names
     for step in STEPS:
         table.add_column(step.title or step.name)
-    for entry in status.entries:
+    for entry in status.shown:
         steps = [Text(cell(step), STYLES[step.state]) if step else Text("–", "dim") for step in _cells(entry)]
         table.add_row(entry.track, entry.entry, *steps)
-    return Group(table, Text(summary(status), "italic"), *_remarks(status))
+    return Group(*_head(status), table, *_remarks(status))
 
 
 def print_status(status: Status) -> None:
@@ -161,7 +167,7 @@ def html_page(status: Status) -> str:
     from palio.report.rendering import render
 
     rows = [
-        (entry, [(step, cell(step) if step else "–") for step in _cells(entry)]) for entry in status.entries
+        (entry, [(step, cell(step) if step else "–") for step in _cells(entry)]) for entry in status.shown
     ]
     return render(
         "status.html.j2",

@@ -20,7 +20,7 @@ from typing import Literal
 import pyarrow.parquet as pq
 
 from palio.config import Program
-from palio.errors import Crashed, Interrupted
+from palio.errors import Crashed, Interrupted, TimeLimit
 from palio.layout import TrainingFolder
 from palio.provenance import atomic_path, file_sha256, fingerprint, folder_sha256
 from palio.records import AdapterManifest, Contained
@@ -29,7 +29,7 @@ from palio.sandbox.handed_in import take_files, take_model
 from palio.sandbox.image import image_folder
 from palio.sandbox.process import Confined
 from palio.sandbox.room import GIB, OUTPUT, Limits, Room
-from palio.text import last_lines
+from palio.text import duration, last_lines
 from palio.training.ledger import Ledger
 from palio.training.step import Trained, TrainingStep, adapter_of, caught_signals
 from palio.training.telemetry import SCHEMA
@@ -48,7 +48,7 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
 
     Restarted, the program finds its own checkpoints and the rest of the budget.
 
-    Raises BadInput, RuleViolation, OutOfMemory, Crashed or Interrupted.
+    Raises BadInput, RuleViolation, TimeLimit, OutOfMemory, Crashed or Interrupted.
     """
     files, image, digests = _taken_over(program, step)
     gpu = track_gpu(step.track)
@@ -65,6 +65,9 @@ def finetune_by_command(program: Program, step: TrainingStep) -> AdapterManifest
         budget, meter = float(step.track.training_budget), gpu.joules if gpu else None
         with Ledger(work.ledger, budget, meter=meter, **facts) as ledger:
             state = _run(program, room, ledger, log, step.isolation.unconfined, step.settings.seed)
+            if state == "budget_reached" and _is_empty(work.program_result):
+                ledger.outcome = state
+                raise _too_slow(budget)
             handed_in = take_model(
                 work.program_result,
                 work.adapter,
@@ -120,6 +123,18 @@ def _room(step: TrainingStep, work: TrainingFolder, files: Path | None, image: s
         visible=isolation.visible,
         image=image_folder(image, step.folder.work, int(isolation.image_gb * GIB)),
     )
+
+
+def _too_slow(budget: float) -> TimeLimit:
+    return TimeLimit(
+        f"the budget of {duration(budget)} ran out before the program had left a result; "
+        "save one early, and again whenever it is better"
+    )
+
+
+def _is_empty(result: Path) -> bool:
+    """Whether a program has left nothing; what else it may have made of the folder, `take_model` judges."""
+    return result.is_dir() and not result.is_symlink() and not any(result.iterdir())
 
 
 def _run(

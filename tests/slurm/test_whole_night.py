@@ -1,0 +1,56 @@
+"""A whole night of twenty entries and eight faults, by the program that plays larger ones with real steps.
+
+    python -m benchmarks.night --entries 200 --faults all
+
+Here every step only writes its record (tests/support/quick.py); SLURM, Snakemake, planning, what the
+organizer types and the faults are real.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from benchmarks.night.__main__ import NODES, Outcome, spend
+from benchmarks.night.result import wrong
+
+from tests.slurm.cluster import Cluster, missing_programs
+from tests.support.folder import WorkingFolder
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]  # each fault alone is in the other files here
+ENTRIES, FAULTS, SEED = 20, 8, 12
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
+    if missing := missing_programs():
+        pytest.skip(f"{', '.join(missing)} not installed: apt-get install slurm-wlm munge")
+    with Cluster(tmp_path_factory.mktemp("cluster_of_a_night"), NODES) as cluster:
+        place = tmp_path_factory.mktemp("whole_night") / "night"
+        yield spend(place, cluster, ENTRIES, FAULTS, SEED, stand_ins=True)
+
+
+def test_every_entry_is_where_it_belongs_and_the_leaderboards_are_those_of_a_run_without_faults(
+    night: Outcome,
+) -> None:
+    print(night.table)
+    assert night.wrong == []
+
+
+def test_eight_kinds_of_faults_were_played_and_each_is_in_the_table(night: Outcome) -> None:
+    played = {event.kind for event in night.night.events}
+    assert len(played) == FAULTS
+    for kind in played:
+        assert f"| – {kind} | 1 of 1" in night.table
+    assert "every step only writes its record" in night.table, "a stand-in is named"
+
+
+def test_a_night_that_scored_an_entry_wrong_would_not_pass(night: Outcome, tmp_path: Path) -> None:
+    """The same night against a reference of which one leaderboard differs in a byte."""
+    other = tmp_path / "reference"
+    shutil.copytree(night.night.place / "reference/results", other / "results")
+    board = other / "results/leaderboard/a100.json"
+    board.write_text(board.read_text() + " ")
+    assert wrong(night.night, WorkingFolder(other)) == ["the leaderboard of a100 is not the reference's"]
