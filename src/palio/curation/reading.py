@@ -171,8 +171,7 @@ class _Reading:
                 batch.append(record)
                 size += sum(map(len, record.turns)) + len(record.id)
                 if self.fields:
-                    self.seen.update(record.metadata)
-                    metadata.append(json.dumps(record.metadata))
+                    metadata.append(self._metadata(record))
                     size += len(metadata[-1])
                 if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
                     yield _record_batch(source, batch, metadata)
@@ -194,6 +193,10 @@ class _Reading:
                     quarantined=quarantined,
                 )
             )
+
+    def _metadata(self, record: SourceRow) -> str:
+        self.seen.update(record.metadata)
+        return json.dumps(record.metadata)
 
     def _refuse(self, source: DataSource, why: str) -> NoReturn:
         first = next(line for line in self.quarantine if line["source"] == source.label)

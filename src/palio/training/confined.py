@@ -78,16 +78,7 @@ def train_confined(
                 if number == signal.SIGTERM:
                     ledger.outcome = "stopped"
 
-        given = {
-            "recipe": recipe.model_dump(mode="json"),
-            "track": step.track.model_dump(mode="json"),
-            "base_model": model.id,
-            "used": ledger.before,
-            "launched": time.time(),
-            "threads": step.options.threads,
-        }
-        inputs = {BASE_MODEL: step.base_model.model, DATASET: step.folder.dataset.path}
-        call = Call("train", given, model.code, inputs)
+        call = _call(recipe, step, model, ledger.before)
         room = call.room(limits, work.program, step.isolation.visible)
         left = max(0.0, ledger.left()) + LATE_SECONDS
         try:
@@ -103,6 +94,20 @@ def train_confined(
         pq.write_table(_telemetry(report), temporary)
     contained = Contained.beside(work.program_log).counts
     return replace(trained, manifest=trained.manifest | {"contained": contained})
+
+
+def _call(recipe: FinetuneRecipe, step: TrainingStep, model: BaseModelManifest, used: float) -> Call:
+    """`used` are the seconds of the budget that earlier attempts took."""
+    given = {
+        "recipe": recipe.model_dump(mode="json"),
+        "track": step.track.model_dump(mode="json"),
+        "base_model": model.id,
+        "used": used,
+        "launched": time.time(),
+        "threads": step.options.threads,
+    }
+    inputs = {BASE_MODEL: step.base_model.model, DATASET: step.folder.dataset.path}
+    return Call("train", given, model.code, inputs)
 
 
 def _limits(recipe: FinetuneRecipe, step: TrainingStep) -> Limits:
