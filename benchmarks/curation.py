@@ -34,11 +34,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from helm_data import HELM_DATA, helm_data
 
 THRESHOLD = 0.85
 FILES = 2
-HELM_DATA = Path(os.environ.get("PALIO_HELM_DATA", "resources/stages/open/store/data/scenarios"))
-"""What `palio fetch-data --stage open --competition config/neurips2023.yaml` fills."""
 NAMES = ["Anna", "Bruno", "Carla", "Dario", "Elena", "Fabio", "Gina", "Hugo", "Ida", "Luca", "Mara", "Nico"]
 SPELLED = set(
     re.findall(
@@ -257,7 +256,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--large", type=int, default=1_000_000, help="records of the larger run; 0: none")
     parser.add_argument("--datatrove-rows", type=int, default=20_000, help="datatrove takes minutes")
-    parser.add_argument("--data", type=Path, default=HELM_DATA, help="HELM's data: gsm/, bbq/")
+    parser.add_argument("--data", type=helm_data, default=HELM_DATA, help="HELM's data: gsm/, bbq/")
     parser.add_argument("--base-model", type=Path, help="model folder; default: the demo's")
     parser.add_argument("--baselines", type=Path, default=Path(".baselines/bin/python"))
     parser.add_argument("--part", choices=["near", "whole"], help=argparse.SUPPRESS)

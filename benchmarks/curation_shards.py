@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from curation import HELM_DATA, default_recipe, demo_model, write_data
+from curation import default_recipe, demo_model, write_data
+from helm_data import HELM_DATA, helm_data
 
 from palio.curation.curate import curate_ahead, curate_dataset
 
@@ -28,7 +29,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--shards", type=int, default=8)
-    parser.add_argument("--data", type=Path, default=HELM_DATA, help="HELM's data: gsm/, bbq/")
+    parser.add_argument("--data", type=helm_data, default=HELM_DATA, help="HELM's data: gsm/, bbq/")
     given = parser.parse_args()
     jobs: dict[str, list[float]] = {}
 

@@ -36,6 +36,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from helm_data import HELM_DATA, helm_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # where Palio is not installed
@@ -470,14 +471,12 @@ def measure(
 
 
 def main() -> None:
-    # what `palio fetch-data --stage open --competition config/neurips2023.yaml` fills
-    data = Path(os.environ.get("PALIO_HELM_DATA", "resources/stages/open/store/data/scenarios"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch-size", type=int, default=8, help="rows of one step")
     three = parser.add_argument_group("three trainers")
     three.add_argument("--model", type=Path, help="base model folder with manifest.json; default: the demo's")
-    three.add_argument("--data", type=Path, default=data / "gsm/gsm_data_train")
+    three.add_argument("--data", type=helm_data, default=f"{HELM_DATA}/gsm/gsm_data_train")
     three.add_argument("--rows", type=int, default=400)
     three.add_argument("--steps", type=int, default=6)
     three.add_argument("--rounds", type=int, default=1)

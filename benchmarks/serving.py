@@ -45,6 +45,7 @@ import requests
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # where Palio is not installed
 
 import serving_overhead
+from helm_data import helm_data
 
 from palio.evaluation import helm
 from palio.layout import HelmFolder
@@ -297,7 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("package", type=Path, nargs="?")
     parser.add_argument("--overhead", action="store_true", help="count the engine's operations a layer")
-    parser.add_argument("--data", type=Path, help="folder laid out as HELM's scenario cache")
+    parser.add_argument("--data", type=helm_data, help="folder laid out as HELM's scenario cache")
     parser.add_argument("--instances", type=int, default=160, help="requests, of all scenarios together")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cache-gb", type=float, default=1.0, help="of memory for keys and values")

@@ -1,0 +1,18 @@
+"""Where benchmarks find the questions that HELM asks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+HELM_DATA = os.environ.get("PALIO_HELM_DATA", "resources/stages/open/store/data/scenarios")
+"""What `palio fetch-data --stage open --competition config/neurips2023.yaml` fills; or another place."""
+
+
+def helm_data(value: str) -> Path:
+    """Return a file or folder of HELM's data, as an argument's type; ArgumentTypeError if it is absent."""
+    if not Path(value).exists():
+        fix = "`palio fetch-data --stage open --competition config/neurips2023.yaml` brings it"
+        raise argparse.ArgumentTypeError(f"{value} does not exist; {fix}")
+    return Path(value)
