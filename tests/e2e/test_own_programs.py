@@ -1,7 +1,7 @@
 """Teams bring their own programs: one trains and serves with its own, one serves as many did in 2023.
 
-The workflow, HELM and both confinements are real. The first trains and serves the demo's model, to a score
-and once more as a reproduction; the others' models are tiny and their weights are random.
+The workflow, HELM and both confinements are real. The models are tiny and their weights are random; among the
+slow tests the first team trains and serves the demo's own model, to a score and once more as a reproduction.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ TRAINED = "results/laptop/peft_script"
 SERVER = "results/laptop/server2023"
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Iterator[WorkingFolder]:
+@pytest.fixture(
+    scope="module", params=["tiny", pytest.param("demo", marks=pytest.mark.slow)], ids=["tiny", "demo"]
+)
+def finished(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, base_model: Path
+) -> Iterator[WorkingFolder]:
     base = tiny_base_model(tmp_path_factory.mktemp("base"), base_model) / "model"
     folder = WorkingFolder.create(tmp_path_factory.mktemp("e2e") / "competition")
 
@@ -43,7 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Iter
     folder.edit_yaml(
         "config/rulesets/demo.yaml", lambda rules: rules["base_models"][0]["sources"].append(f"path:{base}")
     )
-    for entry in ("server2023", "peft_script"):
+    for entry in ("server2023", "peft_script", *(["trained_and_served"] if request.param == "tiny" else [])):
         folder.edit_yaml(f"{EXAMPLES}/{entry}.yaml", start_from_tiny)
     for entry in ("trained_and_served", "peft_script"):
         folder.edit_yaml(f"{EXAMPLES}/{entry}.yaml", train_less)
