@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import os
 import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from palio.sandbox.doctor import examine_builds
+from palio.sandbox.doctor import Finding, examine_builds
 from tests.support.images import folder, host_files, layer
 
 SERVER = """
@@ -63,11 +67,19 @@ CMD ["python3", "main.py"]
 
 
 @functools.cache
+def _trial() -> Finding:
+    return examine_builds()
+
+
+def builds() -> bool:
+    """Whether images can be built here."""
+    return shutil.which("buildah") is not None and _trial().ok
+
+
 def require_builds() -> None:
     """Skip a test where no image can be built, and say why."""
-    finding = examine_builds()
-    if shutil.which("buildah") is None or not finding.ok:
-        pytest.skip(f"this machine builds no images: {finding}")
+    if not builds():
+        pytest.skip(f"this machine builds no images: {_trial()}")
 
 
 @functools.cache
@@ -97,3 +109,27 @@ def dockerfile(where: Path, text: str, *, python: bool = False, **files: str) ->
 
 def serving_dockerfile(where: Path) -> Path:
     return dockerfile(where, SERVES, python=True, main_py=SERVER)
+
+
+def debian(path: Path) -> None:
+    """Put the smallest Debian with Python at `path`, as a tar file. It is made once and kept outside the
+    repository between test sessions."""
+    made = Path(os.environ.get("XDG_CACHE_HOME", tempfile.gettempdir())) / "palio-tests" / "debian-python.tar"
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with made.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            _mmdebstrap(made)
+    shutil.copyfile(made, path)
+
+
+def _mmdebstrap(made: Path) -> None:
+    if shutil.which("mmdebstrap") is None:
+        pytest.skip("no mmdebstrap here; envs/debian.txt names the package")
+    # its /proc is busy now and then when it is to be unmounted, and nothing that is installed needs it
+    options = ["--variant=minbase", "--include=python3", "--skip=chroot/mount/proc"]
+    building = made.with_name("building.tar")
+    line = ["mmdebstrap", *options, "bookworm", str(building)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    building.rename(made)
