@@ -21,7 +21,7 @@ from tests.support.folder import WorkingFolder
 
 ENTRIES = ("w1", "w2", "w3")
 """One more than the track has GPUs."""
-BUDGET = 40
+BUDGET = 60
 
 
 @dataclass
