@@ -381,24 +381,17 @@ class Late(Decision):
     role = "late"
 
     def decide(self, night: Night) -> None:
-        night.role("late").write(night.folder)
+        night.role(self.role).write(night.folder)
 
-    @staticmethod
-    def before(night: Night) -> None:
-        (night.folder.path / night.role("late").file).unlink()
+    @classmethod
+    def before(cls, night: Night) -> None:
+        (night.folder.path / night.role(cls.role).file).unlink()
 
 
 class Poisoned(Late):
     kind = "poisoned entry"
     how = "added late: its server dies of one request, and so would every other attempt"
     role = "poisoned"
-
-    def decide(self, night: Night) -> None:
-        night.role("poisoned").write(night.folder)
-
-    @staticmethod
-    def before(night: Night) -> None:
-        (night.folder.path / night.role("poisoned").file).unlink()
 
 
 class WithdrawnEntry(Decision):
