@@ -355,6 +355,11 @@ def test_cost_counts_every_attempt_and_those_that_led_to_nothing(
     price = {"telemetry": {"usd_per_hour": {"laptop": 2.0}}}
     folder.edit_yaml("config/config.yaml", lambda config: config.update(price))
 
+    def gpu(gigabytes: float | None) -> Workflow:
+        track = {"gpu_memory_gb": gigabytes}
+        folder.edit_yaml("config/config.yaml", lambda config: config["tracks"]["laptop"].update(track))
+        return Workflow(Path("config/config.yaml"))
+
     def took(entry: str, step: str, number: int, begin: float, end: float, state: str) -> None:
         start = {"node": "a1", "pid": 1, "run": "r", "job": "1", "gpu": "0", "started": begin}
         lines = [{"event": "start", **start}, {"event": "end", "ended": end, "state": state, "reason": ""}]
@@ -368,7 +373,10 @@ def test_cost_counts_every_attempt_and_those_that_led_to_nothing(
     took("curated", "finetune", 2, 2 * hour, 5 * hour, "finished")
     took("raw", "finetune", 1, 0, 0, "")  # it died without a word; its next attempt began after two hours
     took("raw", "finetune", 2, 2 * hour, 3 * hour, "finished")
-    workflow = Workflow(Path("config/config.yaml"))
+    workflow = gpu(None)
+    total = costs(workflow, workflow.results, "step")[-1]
+    assert (total.gpu_hours, total.cpu_hours, total.usd) == (0, 8, 14), "what no GPU did is no GPU's hours"
+    workflow = gpu(24)
     finetune, curate, total = costs(workflow, workflow.results, "step")
     assert vars(finetune) == {
         "of": "finetune",

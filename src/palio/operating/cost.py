@@ -15,7 +15,8 @@ from palio.pipeline import STEPS
 from palio.text import markdown_table
 from palio.workflow import Workflow
 
-GPU_STEPS = frozenset(step.name for step in STEPS if step.limit)
+LIMITED = frozenset(step.name for step in STEPS if step.limit)
+"""Steps that have a GPU for themselves, on a track with one."""
 
 
 @dataclass
@@ -32,7 +33,19 @@ class Cost:
     """Of these, hours of attempts that did not finish. A training goes on from its checkpoint, so it may have
     kept most of them."""
     usd: float | None = None
-    """GPU hours at `telemetry.usd_per_hour` of their track; None where a track has no price."""
+    """Hours of these steps, on whatever they ran, at `telemetry.usd_per_hour` of their track; None where a
+    track has no price."""
+
+    def add(self, hours: float, *, lost: bool, on_gpu: bool) -> None:
+        self.attempts += 1
+        if on_gpu:
+            self.gpu_hours += hours
+            self.lost_gpu_hours += hours if lost else 0.0
+        else:
+            self.cpu_hours += hours
+
+    def pay(self, hours: float, price: float | None) -> None:
+        self.usd = None if self.usd is None or price is None else self.usd + hours * price
 
 
 def costs(workflow: Workflow, results: Results, by: str) -> list[Cost]:
@@ -41,16 +54,20 @@ def costs(workflow: Workflow, results: Results, by: str) -> list[Cost]:
     An attempt that died without reporting an end counts until the step's next one or, without any, until the
     last line of its log.
     """
-    prices = workflow.competition.telemetry.usd_per_hour
+    prices, tracks = workflow.competition.telemetry.usd_per_hour, workflow.competition.tracks
     rows: dict[str, Cost] = defaultdict(lambda: Cost("", usd=0.0))
     for entry in competition_status(workflow, results).entries:
         folder = results.entry(entry.track, entry.entry)
+        on_gpu = tracks[entry.track].gpu_memory_gb is not None
         running = {step.step for step in entry.steps if step.state == "running"}
         for attempt, seconds, lost in _attempts(folder, running):
             step = attempt.step.partition(".")[0]  # a shard's
             of = {"step": step, "entry": entry.entry, "team": entry.team, "track": entry.track}
             for name in (of.get(by, attempt.node), ""):
-                _add(rows[name], seconds / 3600, lost, step in GPU_STEPS, prices.get(entry.track))
+                row, hours, limited = rows[name], seconds / 3600, step in LIMITED
+                row.add(hours, lost=lost, on_gpu=limited and on_gpu)
+                if limited:
+                    row.pay(hours, prices.get(entry.track))
     total = rows.pop("", Cost("", usd=0.0))
     for name, row in rows.items():
         row.of = name
@@ -74,16 +91,6 @@ def _attempts(folder: EntryFolder, running: set[str]) -> Iterator[tuple[Attempt,
 def _last_sign(folder: EntryFolder, attempt: Attempt) -> float:
     log = folder.attempt_log(attempt.step, attempt.number)
     return log.stat().st_mtime if log.exists() else attempt.started
-
-
-def _add(row: Cost, hours: float, lost: bool, on_gpu: bool, price: float | None) -> None:
-    row.attempts += 1
-    if not on_gpu:
-        row.cpu_hours += hours
-        return
-    row.gpu_hours += hours
-    row.lost_gpu_hours += hours if lost else 0.0
-    row.usd = None if row.usd is None or price is None else row.usd + hours * price
 
 
 def cost_table(rows: list[Cost], by: str) -> str:
