@@ -36,7 +36,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from helm_data import HELM_DATA, helm_data
+from helm_data import HELM_DATA, absent
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # where Palio is not installed
@@ -476,7 +476,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="rows of one step")
     three = parser.add_argument_group("three trainers")
     three.add_argument("--model", type=Path, help="base model folder with manifest.json; default: the demo's")
-    three.add_argument("--data", type=helm_data, default=f"{HELM_DATA}/gsm/gsm_data_train")
+    three.add_argument("--data", type=Path, default=f"{HELM_DATA}/gsm/gsm_data_train")
     three.add_argument("--rows", type=int, default=400)
     three.add_argument("--steps", type=int, default=6)
     three.add_argument("--rounds", type=int, default=1)
@@ -497,8 +497,10 @@ def main() -> None:
         run_alone(options)
     elif options.shape:
         utilisation(options)
-    else:
+    elif options.data.exists():
         compare(options)
+    else:
+        parser.error(f"argument --data: {absent(options.data)}")
 
 
 if __name__ == "__main__":

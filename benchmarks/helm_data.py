@@ -10,9 +10,14 @@ HELM_DATA = os.environ.get("PALIO_HELM_DATA", "resources/stages/open/store/data/
 """What `palio fetch-data --stage open --competition config/neurips2023.yaml` fills; or another place."""
 
 
+def absent(path: Path) -> str:
+    """Return the words for data that is not there."""
+    fix = "`palio fetch-data --stage open --competition config/neurips2023.yaml` brings it"
+    return f"{path} does not exist; {fix}"
+
+
 def helm_data(value: str) -> Path:
     """Return a file or folder of HELM's data, as an argument's type; ArgumentTypeError if it is absent."""
     if not Path(value).exists():
-        fix = "`palio fetch-data --stage open --competition config/neurips2023.yaml` brings it"
-        raise argparse.ArgumentTypeError(f"{value} does not exist; {fix}")
+        raise argparse.ArgumentTypeError(absent(Path(value)))
     return Path(value)

@@ -59,7 +59,7 @@ def finished(cluster: Cluster, tiny: Path, tmp_path_factory: pytest.TempPathFact
         while snakemake.poll() is None:
             assert time.monotonic() - started < 900, competition.output(folder)
             with suppress(subprocess.TimeoutExpired):
-                snakemake.wait(60)
+                snakemake.wait(20)
             wide = cluster.environment | {"COLUMNS": "240"}
             statuses.append(folder.run("palio", "status", environment=wide).stdout)
     seconds = time.monotonic() - started
