@@ -21,7 +21,8 @@ from tests.support.folder import WorkingFolder
 
 ENTRIES = ("w1", "w2", "w3")
 """One more than the track has GPUs."""
-BUDGET = 60
+BUDGET = 80
+"""Seconds: the trainings must still go on when the second controller has started, on a busy machine too."""
 
 
 @dataclass
@@ -68,8 +69,9 @@ def restart(finished: Any, cluster: Cluster, tiny: Path, tmp_path_factory: pytes
         ]
 
     with controller(folder, cluster, *targets, "results/a100/tuned/adapter.json") as snakemake:
-        cluster.wait(lambda: in_training() == 2 and len(mine()) == 3, "two trainings and a queue", 600)
+        cluster.wait(lambda: len(mine()) == 3, "two jobs and a queue", 600)
         beside = folder.run("snakemake", "--profile", "slurm", *targets, environment=cluster.environment)
+        cluster.wait(lambda: in_training() == 2, "two trainings", 600)
         queued = mine()
         snakemake.kill()
         snakemake.wait()
