@@ -18,7 +18,7 @@ from tests.support.answers import ignorant_server, knowing_server
 from tests.support.entry import packaged_entry, run_stage
 from tests.support.stages import competition_of_2023, needs_data, real_stage
 
-pytestmark = [needs_data, pytest.mark.timeout(3000)]
+pytestmark = needs_data
 EDITIONS = ("neurips2023", pytest.param("neurips2023_fair", marks=pytest.mark.slow))
 SCALE = 0.01
 BIAS = ("Stereotypes", "Representation")

@@ -18,7 +18,7 @@ from tests.support.stages import competition_of_2023, data_of_2023, needs_data
 from tests.support.training import tiny_base_model
 
 # test_editions.py asks both editions in small, without the workflow.
-pytestmark = [needs_data, pytest.mark.slow, pytest.mark.timeout(3000)]
+pytestmark = [needs_data, pytest.mark.slow]
 EDITIONS = ("neurips2023", "neurips2023_fair")
 SCALE = 0.003
 ENTRIES = {"untuned", "tuned"}

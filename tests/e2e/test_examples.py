@@ -29,7 +29,7 @@ from tests.support.folder import DEMO_ENTRIES, WorkingFolder
 from tests.support.own_code import approved, siena
 from tests.support.training import tiny_base_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
+pytestmark = pytest.mark.slow
 
 EXAMPLES = "config/entries/examples"
 NAMES = ("adapter_router", "lit_gpt", "siena", "yaml_trainer")

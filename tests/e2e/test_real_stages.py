@@ -23,7 +23,7 @@ from tests.support.serving import one_core
 from tests.support.stages import competition_of_2023, data_of_2023, needs_data, real_stage
 
 # test_editions.py asks every scenario of both editions in small, without a real model.
-pytestmark = [needs_data, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [needs_data, pytest.mark.slow]
 
 
 @dataclass(frozen=True)

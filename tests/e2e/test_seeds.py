@@ -16,7 +16,6 @@ from palio.records import Analysis, Decision, Leaderboard, QuestionPlan, read_re
 from tests.support.folder import DEMO_ENTRIES, WorkingFolder
 from tests.support.training import tiny_base_model
 
-pytestmark = pytest.mark.timeout(3000)
 SEEDS = ("--configfile", "config/demo_seeds.yaml")
 NAMES = ("curated", "raw")
 
