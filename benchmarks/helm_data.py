@@ -11,7 +11,7 @@ HELM_DATA = os.environ.get("PALIO_HELM_DATA", "resources/stages/open/store/data/
 
 
 def absent(path: Path) -> str:
-    """Return the words for data that is not there."""
+    """Return the error message for data that does not exist."""
     fix = "`palio fetch-data --stage open --competition config/neurips2023.yaml` brings it"
     return f"{path} does not exist; {fix}"
 

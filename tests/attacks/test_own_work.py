@@ -228,7 +228,7 @@ def allocate() -> None:
 
 
 def abort() -> None:
-    faulthandler.disable()  # pytest's would print the test's own abort like a fault
+    faulthandler.disable()  # pytest's handler would report this abort as a fault
     os.abort()
 
 

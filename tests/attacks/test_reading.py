@@ -78,7 +78,7 @@ print("looked")
 
 
 def leads_to_python(folder: Path) -> set[str]:
-    """The names in a folder on the way to the Python environment, wherever it lies."""
+    """Names in `folder` on the path to the Python environment, wherever that is installed."""
     environments = [Path(sys.prefix), Path(sys.base_prefix), Path(sys.base_prefix).resolve()]
     return {one.relative_to(folder).parts[0] for one in environments if folder in one.parents}
 

@@ -85,7 +85,7 @@ def prepare(folder: WorkingFolder, tiny: Path) -> None:
         # Long enough to be training when its node is lost, on a busy machine too.
         known["rtx4090"]["training_budget"] = "120s"
         known["narrow"] = {**plain, "ram_gb": 2}
-        # SLURM's warning comes two minutes before the end: the job after a hanging one refuses it before.
+        # SLURM warns two minutes before the limit. The next job must have refused the hanging entry by then.
         known["short"] = {**plain, "training_budget": "60s", "training_margin": "180s"}
         known["typo"] = plain
 

@@ -22,7 +22,7 @@ from tests.support.folder import WorkingFolder
 ENTRIES = ("w1", "w2", "w3")
 """One more than the track has GPUs."""
 BUDGET = 80
-"""Seconds: the trainings must still go on when the second controller has started, on a busy machine too."""
+"""Seconds; trainings must still be running when the second controller starts, even on a busy machine."""
 
 
 @dataclass
