@@ -1,7 +1,7 @@
 """The entries of a competition: every entry file is found here, and read once.
 
 A file that cannot be read, is not valid, or names an unknown track is a `BrokenEntry`. It is shown in the
-competition's first track, stops nobody else, and its own check says what is wrong.
+track that it names, or in the competition's first, stops nobody else, and its own check says what is wrong.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from palio.config import ID_PATTERN, Competition, Entry, load_entry
+from palio.config import ID_PATTERN, Competition, Entry, load_entry, team_and_track
 from palio.errors import BadInput
 
 UNKNOWN_TEAM = "unknown"
@@ -99,7 +99,9 @@ class Entries(Mapping[str, AnyEntry]):
         try:
             entry = load_entry(path)
         except BadInput as fault:
-            return BrokenEntry(first, fault)
+            team, track = team_and_track(path)
+            shown_in = track if track in self._track_ids else first
+            return BrokenEntry(shown_in, fault, team or UNKNOWN_TEAM)
         if entry.track not in self._track_ids:
             return BrokenEntry(
                 first,

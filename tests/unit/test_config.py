@@ -21,7 +21,7 @@ from palio.config import (
     parse,
     read_yaml,
 )
-from palio.entries import Entries
+from palio.entries import BrokenEntry, Entries
 from palio.errors import BadInput
 
 ROOT = Path(__file__).parents[2]
@@ -204,6 +204,32 @@ def test_an_id_that_is_taken_is_left_out(tmp_path: Path, demo: dict[str, Any]) -
     entries = Entries(competition_with((str(tmp_path / "a"), str(tmp_path / "b")), demo))
     assert entries.files == {"acme": tmp_path / "a/acme.yaml"}
     assert "'acme': is taken by" in str(entries.left_out[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("team: Oca\ntrack: far\nfine_tune: {}", ("far", "Oca")),
+        ("team: Oca\ntrack: far\nbase_model: {path: 3}", ("far", "Oca")),
+        ("team: [a\ntrack: far", ("near", "unknown")),
+        ("- team: Oca\n- track: far", ("near", "unknown")),
+        ("team: Oca\ntrack: nowhere", ("near", "Oca")),
+        ("team: {a: b}\ntrack: far", ("far", "unknown")),
+        ("team: 'O\\u202eca'\ntrack: far".encode().decode("unicode_escape"), ("far", "unknown")),
+        ("team: Oca\ntrack: [far]", ("near", "Oca")),
+        ("team: Oca", ("near", "Oca")),
+        ("", ("near", "unknown")),
+    ],
+)
+def test_an_entry_with_a_fault_is_shown_under_the_team_and_track_that_it_names_soundly(
+    tmp_path: Path, demo: dict[str, Any], text: str, shown: tuple[str, str]
+) -> None:
+    (tmp_path / "acme.yaml").write_text(text)
+    (track,) = demo["tracks"].values()
+    competition = load_competition(demo | {"tracks": {"near": track, "far": track}, "entries": [str(tmp_path)]})
+    broken = Entries(competition)["acme"]
+    assert isinstance(broken, BrokenEntry)
+    assert (broken.track, broken.team) == shown
 
 
 def test_a_missing_folder_and_an_entry_that_there_is_not_are_named(demo: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from palio.config.reading import (
     load_overrides,
     load_rules,
     parse,
+    team_and_track,
 )
 from palio.config.ruleset import ApprovedModel, Prizes, RuleSet
 from palio.config.team import team_id, team_skeleton
@@ -83,6 +84,7 @@ __all__ = [
     "operation_names",
     "parse",
     "read_yaml",
+    "team_and_track",
     "team_id",
     "team_skeleton",
 ]

@@ -112,6 +112,19 @@ def load_entry(path: Path) -> Entry:
     return parse(Entry, read_yaml(path), path)
 
 
+def team_and_track(path: Path) -> tuple[str | None, str | None]:
+    """Return the team and the track that an entry file with faults names, None for what is itself at fault."""
+    try:
+        content = read_yaml(path)
+    except BadInput:
+        return None, None
+    if not isinstance(content, dict):
+        return None, None
+    at_fault = {fault.key.partition(".")[0] for fault in faults(Entry, content)}
+    team, track = (content[key] if key not in at_fault else None for key in ("team", "track"))
+    return team, track
+
+
 def load_rules(path: Path) -> RuleSet:
     return parse(RuleSet, read_yaml(path), path)
 
