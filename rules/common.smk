@@ -55,6 +55,7 @@ wildcard_constraints:
 
 # Of a run, never of its jobs. Standings run beside another run, so they take nothing over.
 onstart:
+    controller.lift_default_limit(workflow)
     if workflow.rerun_triggers != {RerunTrigger.MTIME}:
         raise WorkflowError(
             "Start with a profile of profiles/, or with --rerun-triggers mtime."

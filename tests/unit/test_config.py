@@ -215,7 +215,7 @@ def test_an_id_that_is_taken_is_left_out(tmp_path: Path, demo: dict[str, Any]) -
         ("- team: Oca\n- track: far", ("near", "unknown")),
         ("team: Oca\ntrack: nowhere", ("near", "Oca")),
         ("team: {a: b}\ntrack: far", ("far", "unknown")),
-        ("team: 'O\\u202eca'\ntrack: far".encode().decode("unicode_escape"), ("far", "unknown")),
+        ('team: "O\\u202eca"\ntrack: far', ("far", "unknown")),
         ("team: Oca\ntrack: [far]", ("near", "Oca")),
         ("team: Oca", ("near", "Oca")),
         ("", ("near", "unknown")),
@@ -226,7 +226,9 @@ def test_an_entry_with_a_fault_is_shown_under_the_team_and_track_that_it_names_s
 ) -> None:
     (tmp_path / "acme.yaml").write_text(text)
     (track,) = demo["tracks"].values()
-    competition = load_competition(demo | {"tracks": {"near": track, "far": track}, "entries": [str(tmp_path)]})
+    competition = load_competition(
+        demo | {"tracks": {"near": track, "far": track}, "entries": [str(tmp_path)]}
+    )
     broken = Entries(competition)["acme"]
     assert isinstance(broken, BrokenEntry)
     assert (broken.track, broken.team) == shown

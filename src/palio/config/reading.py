@@ -113,7 +113,7 @@ def load_entry(path: Path) -> Entry:
 
 
 def team_and_track(path: Path) -> tuple[str | None, str | None]:
-    """Return the team and the track that an entry file with faults names, None for what is itself at fault."""
+    """Return the team and the track that an entry file with faults names; None for one at fault itself."""
     try:
         content = read_yaml(path)
     except BadInput:

@@ -37,8 +37,23 @@ RUN_NAME = "palio_"
 WATCH_SECONDS = 60.0
 NOTIFY_SECONDS = 60.0
 
+DEFAULT_LIMIT = 100, 1.0
+"""Of Snakemake on submissions: jobs, in seconds."""
+
 _lock: IO[str] | None = None
 """Held until the process ends."""
+
+
+def lift_default_limit(snakemake: Any) -> None:
+    """Take away Snakemake's own limit on submissions; one that the organizer gave stays.
+
+    Under a limit, Snakemake 9.27 looks at all ready jobs again each time its seconds are over, once for every
+    job that has ended: in all, work quadratic in the jobs. And it exits only after the last of these looks.
+    Without one it still submits one job after the other.
+    """
+    limit = snakemake.scheduling_settings.max_jobs_per_timespan
+    if limit is not None and (limit.max_jobs, limit.timespan) == DEFAULT_LIMIT:
+        snakemake.scheduler.job_rate_limiter = None
 
 
 def take_over(*, on_slurm: bool) -> str:
