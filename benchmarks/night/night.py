@@ -285,8 +285,13 @@ class Night:
             withdraw(self.folder, dict.fromkeys(names, "stopped by its own fault"))
 
     def unmount(self) -> None:
-        for path in self.mounted:
+        """Take the small disks away; what is on them stays."""
+        for path in reversed(self.mounted):
+            kept = path.with_name(f"{path.name}.kept")
+            shutil.copytree(path, kept, symlinks=True)
             subprocess.run(["umount", "-l", str(path)], check=False, capture_output=True)
+            shutil.copytree(kept, path, symlinks=True, dirs_exist_ok=True)
+            shutil.rmtree(kept)
 
     # --- the reference
 

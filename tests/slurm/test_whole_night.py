@@ -19,7 +19,6 @@ from benchmarks.night.result import wrong
 from tests.slurm.cluster import Cluster, missing_programs
 from tests.support.folder import WorkingFolder
 
-pytestmark = pytest.mark.slow  # each fault alone is in the other files here
 ENTRIES, FAULTS, SEED = 20, 8, 12
 
 

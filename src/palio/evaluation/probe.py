@@ -40,6 +40,8 @@ DEATH_SECONDS = 2.0
 """From a broken connection to the end of the process that broke it."""
 TYPICAL_TOKENS = 8
 """New tokens of a timed request, as most of HELM's."""
+BLOCKED_TIMES = 3
+"""How often in a row a request must wait for another's completion to show that the server blocks."""
 IN_FLIGHT = 4
 REPEATS = 5
 """Equal requests: a server that picks one of two templates at random gives five equal answers once in 16."""
@@ -411,17 +413,26 @@ def blocking(client: Client) -> None:
         ask()
         return time.monotonic() - started
 
-    alone = seconds(listen)
-    waits = [0.0]
-    with ThreadPoolExecutor(1) as pool:
-        generating = pool.submit(seconds, generate)
-        while not generating.done():  # asked again and again: the first may come before the completion
-            waits.append(seconds(listen))
-            time.sleep(0.02)
-        generation = generating.result()
-    # One that waits sits through nearly the whole completion; a busy machine makes all of them slow.
-    if max(waits) > max(0.5 * generation, 0.5 + 5 * alone):
-        raise Defect(f"a second request waited {max(waits):.1f} s for another's completion")
+    def longest_wait() -> tuple[float, float]:
+        """Seconds of the slowest request beside a completion, and how many of them are too many."""
+        alone = seconds(listen)
+        waits = [0.0]
+        with ThreadPoolExecutor(1) as pool:
+            generating = pool.submit(seconds, generate)
+            while not generating.done():  # asked again and again: the first may come before the completion
+                waits.append(seconds(listen))
+                time.sleep(0.02)
+            generation = generating.result()
+        # One that waits sits through nearly the whole completion.
+        return max(waits), max(0.5 * generation, 0.5 + 5 * alone)
+
+    for _ in range(
+        BLOCKED_TIMES
+    ):  # a busy machine makes a request slow now and then, a server that blocks always
+        wait, bound = longest_wait()
+        if wait <= bound:
+            return
+    raise Defect(f"a second request waited {wait:.1f} s for another's completion")
 
 
 @dataclass(frozen=True)
