@@ -2,7 +2,7 @@
 
     python benchmarks/controller.py                    200 and 2 000 entries
     python benchmarks/controller.py 200 --database     Snakemake's records in one SQLite file
-    python benchmarks/controller.py 200 --limit 60/1m  a limit on submissions
+    python benchmarks/controller.py 200 --limit 99/1s  a limit on submissions
 
 Snakemake, its SLURM executor, our rules and their planning are real: one `snakemake --profile slurm` from an
 empty folder to the report. `sbatch` and its like, and the `palio` that checks entries beside Snakemake, are
@@ -30,11 +30,11 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
-from benchmarks.orchestration import competition  # noqa: E402 (a script's path is its own folder)
+from orchestration import competition  # noqa: E402 (a script's path is its own folder)
 from tests.support.records import leave_record  # noqa: E402
 
 from palio.demo.data import FAMILIES as DEMO_FAMILIES  # noqa: E402
-from palio.layout import CONFIG  # noqa: E402
+from palio.layout import CONFIG, STAGES  # noqa: E402
 from palio.pipeline import BY_NAME, BY_RULE, Step  # noqa: E402
 from palio.provenance import write_json  # noqa: E402
 from palio.workflow import Workflow  # noqa: E402
@@ -98,7 +98,7 @@ class StandIn:
             model = wildcards["base_model"]
             write_json(self.workflow.resources.base_model(model).manifest, {"id": model})
         elif rule == "prepare_stage":
-            stage = wildcards["stage"]
+            stage = next(stage for stage in STAGES if stage == wildcards["stage"])
             made = self.workflow.stage_runs[stage].made.model_dump(mode="json")
             write_json(self.workflow.resources.stage_record(stage), {"made": made})
         elif rule == "score":
