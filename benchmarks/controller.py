@@ -1,14 +1,13 @@
-"""What the controller of a whole competition costs, alone: SLURM and every step are stand-ins.
+"""Measure the controller of a whole competition on its own: SLURM and every step are stand-ins.
 
-    python benchmarks/controller.py                    200 and 2 000 entries
-    python benchmarks/controller.py 200 --database     Snakemake's records in one SQLite file
-    python benchmarks/controller.py 200 --limit 99/1s  a limit on submissions
+    python benchmarks/controller.py                      200 and 2 000 entries
+    python benchmarks/controller.py 200 -- --jobs 20     with options of Snakemake
 
 Snakemake, its SLURM executor, our rules and their planning are real: one `snakemake --profile slurm` from an
-empty folder to the report. `sbatch` and its like, and the `palio` that checks entries beside Snakemake, are
-programs that ask this one. It leaves the step's record at once and calls the job completed, so that nothing
-waits for anything but the controller. CPU seconds and memory are those of the controller's process; what it
-starts (shells, SLURM's commands) is told apart.
+empty folder to the report. SLURM's commands, and the `palio` that checks entries beside Snakemake, are
+programs that ask this one. It writes the step's record at once and reports the job as completed, so nothing
+waits for anything but the controller. CPU seconds and memory are those of the controller's process; its child
+processes (shells, SLURM's commands) are listed separately.
 """
 
 from __future__ import annotations
@@ -31,16 +30,23 @@ import psutil
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 from orchestration import competition  # noqa: E402 (a script's path is its own folder)
-from tests.support.records import leave_record  # noqa: E402
+from tests.support.records import (  # noqa: E402
+    leave_base_model,
+    leave_leaderboard,
+    leave_record,
+    leave_released,
+    leave_report,
+    leave_stage,
+    leave_tables,
+)
 
 from palio.demo.data import FAMILIES as DEMO_FAMILIES  # noqa: E402
 from palio.layout import CONFIG, STAGES  # noqa: E402
 from palio.pipeline import BY_NAME, BY_RULE, Step  # noqa: E402
-from palio.provenance import write_json  # noqa: E402
 from palio.workflow import Workflow  # noqa: E402
 
 MIN_JOB_AGE = 300
-"""Seconds for which squeue shows a job that has ended: SLURM's default."""
+"""Seconds that squeue lists a finished job: SLURM's default."""
 ASK = """\
 #!{python} -SE
 import socket, sys
@@ -50,12 +56,12 @@ asked.sendall("\\0".join([{name!r}, *sys.argv[1:]]).encode())
 asked.shutdown(socket.SHUT_WR)
 sys.stdout.write(asked.makefile().read())
 """
-PROGRAMS = ("sbatch", "squeue", "sacct", "scancel", "scontrol", "sinfo", "srun", "palio")
+PROGRAMS = ("sbatch", "squeue", "sacct", "scontrol", "palio")
 
 
 @dataclass
 class StandIn:
-    """SLURM and `palio` of one competition, in the current folder."""
+    """SLURM and `palio` for the competition in the current folder."""
 
     workflow: Workflow
     ended: dict[int, float] = field(default_factory=dict)
@@ -86,45 +92,36 @@ class StandIn:
         return ""
 
     def run(self, rule: str, wildcards: dict[str, str]) -> None:
-        """What a job of this rule leaves."""
+        """Write what a job of this rule writes."""
         if rule in BY_RULE:
             self.step(BY_RULE[rule], wildcards["track"], wildcards["entry"])
-        elif rule == "generate_demo_data":
-            for family in DEMO_FAMILIES:
-                path = Path(f"resources/demo_sources/{family}.jsonl")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.touch()
-        elif rule == "fetch_base_model":
-            model = wildcards["base_model"]
-            write_json(self.workflow.resources.base_model(model).manifest, {"id": model})
-        elif rule == "prepare_stage":
-            stage = next(stage for stage in STAGES if stage == wildcards["stage"])
-            made = self.workflow.stage_runs[stage].made.model_dump(mode="json")
-            write_json(self.workflow.resources.stage_record(stage), {"made": made})
-        elif rule == "score":
-            board = self.workflow.results.leaderboards.leaderboard(wildcards["track"])
-            for suffix in (".csv", ".parquet", ".md", ".tex", ".analysis.json"):
-                board.parent.mkdir(parents=True, exist_ok=True)
-                board.with_suffix(suffix).touch()
-            made = self.workflow.scored_with(wildcards["track"]).model_dump(mode="json")
-            write_json(board, {"made": made})
-        elif rule == "report":
-            for name in ("figures", "answers"):
-                Path("results/report", name).mkdir(parents=True, exist_ok=True)
-            Path("results/report/index.html").touch()
-        else:
-            raise ValueError(f"no stand-in for rule {rule}")
+            return
+        match rule:
+            case "generate_demo_data":
+                sources = Path("resources/demo_sources")
+                sources.mkdir(parents=True, exist_ok=True)
+                for family in DEMO_FAMILIES:
+                    (sources / f"{family}.jsonl").touch()
+            case "fetch_base_model":
+                leave_base_model(self.workflow, wildcards["base_model"])
+            case "prepare_stage":
+                leave_stage(self.workflow, next(stage for stage in STAGES if stage == wildcards["stage"]))
+            case "score":
+                leave_tables(self.workflow.results.leaderboards.path, wildcards["track"])
+                leave_leaderboard(self.workflow, wildcards["track"])
+            case "report":
+                leave_report()
+            case _:
+                raise ValueError(f"no stand-in for rule {rule}")
 
     def step(self, step: Step, track: str, entry: str) -> None:
         folder = self.workflow.results.entry(track, entry)
         leave_record(step, folder, step.settings.of(self.workflow.planned(entry), step.name), self.workflow)
-        for path in step.released(folder):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+        leave_released(step, folder)
 
 
 def programs(folder: Path, address: str) -> str:
-    """Install the stand-ins in `folder`; return the PATH on which they come first."""
+    """Install the stand-ins in `folder`; return a PATH that begins with it."""
     folder.mkdir()
     for name in PROGRAMS:
         (folder / name).write_text(ASK.format(python=sys.executable, address=address, name=name))
@@ -133,7 +130,7 @@ def programs(folder: Path, address: str) -> str:
 
 
 def serve(stand_in: StandIn, address: str) -> socketserver.UnixStreamServer:
-    """Answer the programs, one after the other, in a thread."""
+    """Answer the programs in a thread, one at a time."""
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
@@ -146,7 +143,7 @@ def serve(stand_in: StandIn, address: str) -> socketserver.UnixStreamServer:
 
 
 def watch(snakemake: subprocess.Popen[bytes]) -> tuple[float, float, int]:
-    """CPU seconds of the process and of what it started, and its peak memory in bytes, once it has ended."""
+    """Wait for the process; return its CPU seconds, its children's, and its peak memory in bytes."""
     own = others = 0.0
     memory = 0
     while snakemake.poll() is None:
@@ -191,17 +188,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("entries", nargs="*", type=int, default=[200, 2000], help="one row of the table each")
-    parser.add_argument("--database", action="store_true", help="Snakemake's records in one SQLite file")
-    parser.add_argument("--limit", help="on submissions, as --max-jobs-per-timespan")
+    parser.add_argument("options", nargs="*", help="of Snakemake, after --")
     asked = parser.parse_args()
-    options = ["--persistence-backend", "db"] if asked.database else []
-    options += ["--max-jobs-per-timespan", asked.limit] if asked.limit else []
     print(
         "| entries | jobs | s | CPU s | a job, CPU ms | started, CPU s | peak MB | queries a minute | files |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for entries in asked.entries:
-        print(row(entries, options), flush=True)
+        print(row(entries, asked.options), flush=True)
 
 
 if __name__ == "__main__":

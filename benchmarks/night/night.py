@@ -285,7 +285,7 @@ class Night:
             withdraw(self.folder, dict.fromkeys(names, "stopped by its own fault"))
 
     def unmount(self) -> None:
-        """Take the small disks away; what is on them stays."""
+        """Unmount the small disks, and keep the files on them."""
         for path in reversed(self.mounted):
             kept = path.with_name(f"{path.name}.kept")
             shutil.copytree(path, kept, symlinks=True)

@@ -1,7 +1,8 @@
 """The entries of a competition: every entry file is found here, and read once.
 
 A file that cannot be read, is not valid, or names an unknown track is a `BrokenEntry`. It is shown in the
-track that it names, or in the competition's first, stops nobody else, and its own check says what is wrong.
+track that it names if there is one, otherwise in the competition's first; it stops nobody else, and its own
+check says what is wrong.
 """
 
 from __future__ import annotations

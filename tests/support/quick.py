@@ -34,7 +34,7 @@ from palio.operating.kept import keep
 from palio.pipeline import BY_NAME, steps_of
 from palio.provenance import write_json
 from palio.settings import RunOptions, StageRuns, StepSettings
-from tests.support.records import leave_payload
+from tests.support.records import leave_payload, leave_released, leave_report, leave_tables
 
 RAN, DONE, PUBLISHED = Path("ran.jsonl"), Path("done.jsonl"), Path("published.jsonl")
 
@@ -62,10 +62,7 @@ def main() -> None:
         append_json_line(PUBLISHED, {"words": words})
         return
     if sys.argv[1] == "report":
-        page = Path("results/report/index.html")
-        for name in ("figures", "answers"):
-            (page.parent / name).mkdir(parents=True, exist_ok=True)
-        page.write_text("a report")
+        leave_report()
         return
     palio.cli.main()
 
@@ -81,9 +78,7 @@ def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOpti
             raise RuleViolation("is not allowed")
         made = planning.made(step, folder, settings, palio.steps.RESOURCES)
         leave_payload(step, folder)
-        for path in step.released(folder):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+        leave_released(step, folder)
         write_json(step.record(folder), {"step": name, "of": made.settings, "from": made.inputs})
         planning.stamp(step, folder, settings, made)
         keep(step, folder)
@@ -104,8 +99,7 @@ def score(workflow: Any, tracks: list[str], results: Path, out: Path, *, final: 
         for entry_id in workflow.active[track]:
             if due := workflow.due_in(workflow.results.entry(track, entry_id)):
                 raise PalioError(f"{entry_id} is neither finished nor withdrawn: {due}")
-        for suffix in ("csv", "parquet", "md", "tex", "analysis.json"):
-            (out / f"{track}.{suffix}").touch()
+        leave_tables(out, track)
         made = workflow.scored_with(track).model_dump(mode="json")
         entries = {
             entry_id: [

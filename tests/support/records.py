@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 from palio import planning
-from palio.layout import EntryFolder
+from palio.layout import EntryFolder, Stage
 from palio.pipeline import Step, steps_of
 from palio.provenance import write_json
 from palio.settings import StepSettings
@@ -30,16 +31,48 @@ def leave_payload(step: Step, folder: EntryFolder) -> None:
             path.mkdir(parents=True)
 
 
+def leave_released(step: Step, folder: EntryFolder) -> None:
+    for path in step.released(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def leave_base_model(workflow: Workflow, base_model: str) -> None:
+    write_json(workflow.resources.base_model(base_model).manifest, {"id": base_model})
+
+
+def leave_stage(workflow: Workflow, stage: Stage) -> None:
+    made = workflow.stage_runs[stage].made.model_dump(mode="json")
+    write_json(workflow.resources.stage_record(stage), {"made": made})
+
+
+def leave_leaderboard(workflow: Workflow, track: str) -> None:
+    made = workflow.scored_with(track).model_dump(mode="json")
+    write_json(workflow.results.leaderboards.leaderboard(track), {"made": made})
+
+
+def leave_tables(folder: Path, track: str) -> None:
+    """Leave what `palio score` writes beside a leaderboard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix in ("csv", "parquet", "md", "tex", "analysis.json"):
+        (folder / f"{track}.{suffix}").touch()
+
+
+def leave_report() -> None:
+    page = Path("results/report/index.html")
+    for name in ("figures", "answers"):
+        (page.parent / name).mkdir(parents=True, exist_ok=True)
+    page.write_text("a report")
+
+
 def leave_shared_records(workflow: Workflow) -> None:
-    """The records of base models, stages and leaderboards."""
+    """Leave the records of base models, stages and leaderboards."""
     for entry_id in workflow.entries:
-        base_model = workflow.planned(entry_id).base_model_id
-        write_json(workflow.resources.base_model(base_model).manifest, {"id": base_model})
-    for stage, runs in workflow.stage_runs.items():
-        write_json(workflow.resources.stage_record(stage), {"made": runs.made.model_dump(mode="json")})
+        leave_base_model(workflow, workflow.planned(entry_id).base_model_id)
+    for stage in workflow.stage_runs:
+        leave_stage(workflow, stage)
     for track in workflow.tracks:
-        made = workflow.scored_with(track).model_dump(mode="json")
-        write_json(workflow.results.leaderboards.leaderboard(track), {"made": made})
+        leave_leaderboard(workflow, track)
 
 
 def leave_all_records(workflow: Workflow) -> None:

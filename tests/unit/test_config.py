@@ -221,7 +221,7 @@ def test_an_id_that_is_taken_is_left_out(tmp_path: Path, demo: dict[str, Any]) -
         ("", ("near", "unknown")),
     ],
 )
-def test_an_entry_with_a_fault_is_shown_under_the_team_and_track_that_it_names_soundly(
+def test_an_invalid_entry_is_shown_under_the_team_and_track_that_it_names_if_those_are_valid(
     tmp_path: Path, demo: dict[str, Any], text: str, shown: tuple[str, str]
 ) -> None:
     (tmp_path / "acme.yaml").write_text(text)

@@ -24,7 +24,7 @@ def counted(timer):
 
 threading.Timer.start = counted
 """
-"""A sitecustomize.py that writes down each timer that a Snakemake starts."""
+"""A sitecustomize.py that logs each timer that Snakemake starts."""
 
 
 @pytest.mark.parametrize(

@@ -113,15 +113,15 @@ def load_entry(path: Path) -> Entry:
 
 
 def team_and_track(path: Path) -> tuple[str | None, str | None]:
-    """Return the team and the track that an entry file with faults names; None for one at fault itself."""
+    """Return the team and the track named by an invalid entry file, None for each that is itself invalid."""
     try:
         content = read_yaml(path)
     except BadInput:
         return None, None
     if not isinstance(content, dict):
         return None, None
-    at_fault = {fault.key.partition(".")[0] for fault in faults(Entry, content)}
-    team, track = (content[key] if key not in at_fault else None for key in ("team", "track"))
+    invalid = {fault.key.partition(".")[0] for fault in faults(Entry, content)}
+    team, track = (content[key] if key not in invalid else None for key in ("team", "track"))
     return team, track
 
 

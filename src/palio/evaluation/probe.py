@@ -41,7 +41,7 @@ DEATH_SECONDS = 2.0
 TYPICAL_TOKENS = 8
 """New tokens of a timed request, as most of HELM's."""
 BLOCKED_TIMES = 3
-"""How often in a row a request must wait for another's completion to show that the server blocks."""
+"""Attempts in which a request must wait for another's completion before the server counts as blocking."""
 IN_FLIGHT = 4
 REPEATS = 5
 """Equal requests: a server that picks one of two templates at random gives five equal answers once in 16."""
@@ -414,7 +414,7 @@ def blocking(client: Client) -> None:
         return time.monotonic() - started
 
     def longest_wait() -> tuple[float, float]:
-        """Seconds of the slowest request beside a completion, and how many of them are too many."""
+        """Return the seconds of the slowest request beside a completion, and the most that are accepted."""
         alone = seconds(listen)
         waits = [0.0]
         with ThreadPoolExecutor(1) as pool:
@@ -423,12 +423,11 @@ def blocking(client: Client) -> None:
                 waits.append(seconds(listen))
                 time.sleep(0.02)
             generation = generating.result()
-        # One that waits sits through nearly the whole completion.
+        # A request that is blocked waits for nearly the whole completion.
         return max(waits), max(0.5 * generation, 0.5 + 5 * alone)
 
-    for _ in range(
-        BLOCKED_TIMES
-    ):  # a busy machine makes a request slow now and then, a server that blocks always
+    # On a busy machine a request is slow now and then; a server that blocks makes one wait every time.
+    for _ in range(BLOCKED_TIMES):
         wait, bound = longest_wait()
         if wait <= bound:
             return

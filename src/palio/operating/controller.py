@@ -38,18 +38,18 @@ WATCH_SECONDS = 60.0
 NOTIFY_SECONDS = 60.0
 
 DEFAULT_LIMIT = 100, 1.0
-"""Of Snakemake on submissions: jobs, in seconds."""
+"""Snakemake's default --max-jobs-per-timespan: jobs, seconds."""
 
 _lock: IO[str] | None = None
 """Held until the process ends."""
 
 
 def lift_default_limit(snakemake: Any) -> None:
-    """Take away Snakemake's own limit on submissions; one that the organizer gave stays.
+    """Lift Snakemake's default limit on submissions; any other is the organizer's and stays.
 
-    Under a limit, Snakemake 9.27 looks at all ready jobs again each time its seconds are over, once for every
-    job that has ended: in all, work quadratic in the jobs. And it exits only after the last of these looks.
-    Without one it still submits one job after the other.
+    Under a limit, Snakemake 9.27 starts a timer whenever it looks at the ready jobs, and the timer makes it
+    look again. Every job that ends adds one such chain, so the work is quadratic in the jobs, and Snakemake
+    exits only after the last timer. Without a limit it still submits one job at a time.
     """
     limit = snakemake.scheduling_settings.max_jobs_per_timespan
     if limit is not None and (limit.max_jobs, limit.timespan) == DEFAULT_LIMIT:
