@@ -1,7 +1,7 @@
 """Measure the controller of a whole competition on its own: SLURM and every step are stand-ins.
 
-    python benchmarks/controller.py                      200 and 2 000 entries
-    python benchmarks/controller.py 200 -- --jobs 20     with options of Snakemake
+    python benchmarks/controller.py                              200 and 2 000 entries
+    python benchmarks/controller.py 200 --snakemake='--jobs 50'  with options of Snakemake
 
 Snakemake, its SLURM executor, our rules and their planning are real: one `snakemake --profile slurm` from an
 empty folder to the report. SLURM's commands, and the `palio` that checks entries beside Snakemake, are
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import socketserver
 import subprocess
 import sys
@@ -188,14 +189,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("entries", nargs="*", type=int, default=[200, 2000], help="one row of the table each")
-    parser.add_argument("options", nargs="*", help="of Snakemake, after --")
+    parser.add_argument(
+        "--snakemake", metavar="OPTIONS", type=shlex.split, default=[], help="to start it with"
+    )
     asked = parser.parse_args()
     print(
         "| entries | jobs | s | CPU s | a job, CPU ms | started, CPU s | peak MB | queries a minute | files |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for entries in asked.entries:
-        print(row(entries, asked.options), flush=True)
+        print(row(entries, asked.snakemake), flush=True)
 
 
 if __name__ == "__main__":
