@@ -89,17 +89,14 @@ def rows_attention(
     if VARLEN is not None and query.is_cuda and dtype != torch.float32 and dropout == 0:
         return _varlen(VARLEN, query.to(dtype), key.to(dtype), value.to(dtype), scaling), None
     grouped = key.shape[1] != query.shape[1]
+    # Split, not sliced: a slice's gradient is as long as all rows, a split's only joins those of its parts.
+    lengths = [end - start for start, end in pairwise(_Rows.bounds)]
+    rows = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
     parts = [
         scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            dropout_p=dropout,
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=grouped,
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
         ).transpose(1, 2)
-        for start, end in pairwise(_Rows.bounds)
+        for q, k, v in rows
     ]
     return torch.cat(parts, dim=1), None  # contiguous: some models view the heads in another shape
 
