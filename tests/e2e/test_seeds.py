@@ -1,6 +1,6 @@
 """The demo with three seeds for two of its entries, config/demo_seeds.yaml, down to decision and report.
 
-Of a tiny model, a few steps and a few questions; with the demo's own model among the slow tests.
+With a few steps and a few questions, of a tiny model and of the demo's own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from palio.records import Analysis, Decision, Leaderboard, QuestionPlan, read_re
 from tests.support.folder import DEMO_ENTRIES, WorkingFolder
 from tests.support.training import tiny_base_model
 
+pytestmark = pytest.mark.slow  # six trainings and twelve stages; tests/workflow/test_replicates.py plans them
 SEEDS = ("--configfile", "config/demo_seeds.yaml")
 NAMES = ("curated", "raw")
 
@@ -45,9 +46,7 @@ def shrink(folder: WorkingFolder, questions: int, base: Path | None) -> None:
         )
 
 
-@pytest.fixture(
-    scope="module", params=["tiny", pytest.param("demo", marks=pytest.mark.slow)], ids=["tiny", "demo"]
-)
+@pytest.fixture(scope="module", params=["tiny", "demo"])
 def finished(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, base_model: Path
 ) -> Iterator[WorkingFolder]:

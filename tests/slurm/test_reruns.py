@@ -18,6 +18,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.competition import controller, output
 from tests.support.folder import ROOT, WorkingFolder
 
+pytestmark = pytest.mark.slow  # the plans of each change alone, in tests/workflow, are made in every run
 KEPT = ("tuned", "other")
 """Trained entries to which nothing happened."""
 

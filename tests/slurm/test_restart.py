@@ -19,6 +19,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.competition import controller, fault_row, output
 from tests.support.folder import WorkingFolder
 
+pytestmark = pytest.mark.slow  # the night kills its controller, too, on steps that only write their records
 ENTRIES = ("w1", "w2", "w3")
 """One more than the track has GPUs."""
 BUDGET = 80
