@@ -20,15 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import palio.base_model
 import palio.cli
-import palio.cli.organizer
-import palio.evaluation.stage
-import palio.steps
 from palio import planning
 from palio.errors import PalioError, RuleViolation
 from palio.files import append_json_line
-from palio.layout import BaseModelFolder, EntryFolder
+from palio.layout import BaseModelFolder, EntryFolder, Resources
 from palio.operating.attempt import attempt
 from palio.operating.kept import keep
 from palio.pipeline import BY_NAME, steps_of
@@ -36,6 +32,7 @@ from palio.provenance import write_json
 from palio.settings import RunOptions, StageRuns, StepSettings
 from tests.support.records import leave_payload, leave_released, leave_report, leave_tables
 
+RESOURCES = Resources()
 RAN, DONE, PUBLISHED = Path("ran.jsonl"), Path("done.jsonl"), Path("published.jsonl")
 
 
@@ -53,10 +50,6 @@ def program(folder: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    palio.steps.run = run
-    palio.base_model.fetch_base_model = fetch
-    palio.evaluation.stage.prepare_stage = prepare
-    palio.cli.organizer._score = score
     if sys.argv[1] in ("standings", "publish-site"):
         words = [word for word in sys.argv[1:] if not word.startswith("{") and word != "--competition"]
         append_json_line(PUBLISHED, {"words": words})
@@ -64,7 +57,29 @@ def main() -> None:
     if sys.argv[1] == "report":
         leave_report()
         return
+    replace()
     palio.cli.main()
+
+
+def replace() -> None:
+    """Put what is here in the place of what the command is about to import, and of nothing else: imports are
+    most of what a stand-in costs."""
+    if sys.argv[1:3] == ["step", "fetch-base-model"]:
+        import palio.base_model
+
+        palio.base_model.fetch_base_model = fetch
+    elif sys.argv[1:3] == ["step", "prepare-stage"]:
+        import palio.evaluation.stage
+
+        palio.evaluation.stage.prepare_stage = prepare
+    elif sys.argv[1] == "score":
+        import palio.cli.organizer
+
+        palio.cli.organizer._score = score
+    elif sys.argv[1] == "step":
+        import palio.steps
+
+        palio.steps.run = run
 
 
 def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOptions) -> None:
@@ -76,7 +91,7 @@ def run(name: str, folder: EntryFolder, settings: StepSettings, options: RunOpti
                 time.sleep(float(slow.split()[2]))
         if f"{folder.entry_id} {name}" in os.environ.get("PALIO_FAULTY", "").split(","):
             raise RuleViolation("is not allowed")
-        made = planning.made(step, folder, settings, palio.steps.RESOURCES)
+        made = planning.made(step, folder, settings, RESOURCES)
         leave_payload(step, folder)
         leave_released(step, folder)
         write_json(step.record(folder), {"step": name, "of": made.settings, "from": made.inputs})

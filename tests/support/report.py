@@ -17,8 +17,6 @@ from palio.errors import State
 from palio.layout import Boards, Results
 from palio.provenance import file_sha256, write_json
 from palio.records import (
-    INSTANCES_SCHEMA,
-    METRICS_SCHEMA,
     AdapterManifest,
     Contamination,
     FinetuneRun,
@@ -30,6 +28,7 @@ from palio.records import (
     StepFailure,
     TrainingFacts,
 )
+from palio.records.tables import INSTANCES_SCHEMA, METRICS_SCHEMA
 from palio.scoring.analysis import analyze_track
 from palio.scoring.decision_document import decide_track
 from palio.scoring.leaderboard import score_track

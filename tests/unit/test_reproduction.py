@@ -26,7 +26,8 @@ from palio.layout import STAGES, EntryFolder, HelmFolder, Stage
 from palio.operating import reproduction
 from palio.operating.reproduction import Reproduction, reproduce, score_differences, weight_distance
 from palio.provenance import folder_sha256
-from palio.records import INSTANCES_SCHEMA, AdapterManifest, PackageManifest, StageRecord, read_record
+from palio.records import AdapterManifest, PackageManifest, StageRecord, read_record
+from palio.records.tables import INSTANCES_SCHEMA
 from palio.settings import EvaluateSettings, RunOptions
 from palio.workflow import Workflow
 from tests.support.training import Entry, copy_rows, tiny_base_model

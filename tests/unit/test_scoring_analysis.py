@@ -18,7 +18,8 @@ from palio.config import Competition
 from palio.errors import BadInput
 from palio.layout import Boards, Results
 from palio.provenance import file_sha256
-from palio.records import INSTANCES_SCHEMA, Analysis, Cell, Column, Contamination, Leaderboard
+from palio.records import Analysis, Cell, Column, Contamination, Leaderboard
+from palio.records.tables import INSTANCES_SCHEMA
 from palio.scoring.analysis import analyze, analyze_track, read_answers
 from palio.scoring.leaderboard import Candidate, score, score_track
 from palio.scoring.overfitting import pearson, spearman

@@ -19,8 +19,6 @@ from palio.errors import BadInput, PalioError, State
 from palio.layout import Boards, Results
 from palio.provenance import canonical_json, file_sha256
 from palio.records import (
-    INSTANCES_SCHEMA,
-    METRICS_SCHEMA,
     Cell,
     Column,
     HelmRun,
@@ -28,6 +26,7 @@ from palio.records import (
     StageRecord,
     StepFailure,
 )
+from palio.records.tables import INSTANCES_SCHEMA, METRICS_SCHEMA
 from palio.scoring.columns import columns_of
 from palio.scoring.leaderboard import (
     Candidate,

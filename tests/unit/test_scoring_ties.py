@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palio.errors import State
-from palio.records import METRICS_SCHEMA, Column, HelmRun, Leaderboard
+from palio.records import Column, HelmRun, Leaderboard
+from palio.records.tables import METRICS_SCHEMA
 from palio.scoring.columns import mean_of_runs, stage_cells
 from palio.scoring.conventions import CONVENTIONS, column_win_rates
 from palio.scoring.formula import ranks

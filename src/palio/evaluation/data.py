@@ -24,9 +24,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 DATA_VARIABLE = "PALIO_HELM_DATA"
 FILE_TYPES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
 SPLIT_WORDS = {"train": "train", "val": "valid", "valid": "valid", "validation": "valid", "dev": "valid"}
@@ -238,6 +235,9 @@ def read_rows(path: Path, bare: Sequence[str] = ()) -> Iterator[Row]:
     Raises:
         DataError: the file is broken; a broken row is never left out.
     """
+    import pyarrow as pa  # 0.3 CPU s that each Snakemake, which imports this module, need not pay
+    import pyarrow.parquet as pq
+
     try:
         if path.suffix.lower() == ".parquet":
             for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):

@@ -34,8 +34,6 @@ from palio.heartbeat import HeartbeatWriter
 from palio.layout import EntryFolder, HelmFolder, Stage
 from palio.provenance import atomic_path, file_sha256, fingerprint
 from palio.records import (
-    INSTANCES_SCHEMA,
-    METRICS_SCHEMA,
     Contained,
     HelmRun,
     PackageManifest,
@@ -48,6 +46,7 @@ from palio.records import (
     read_record,
     timed_run,
 )
+from palio.records.tables import INSTANCES_SCHEMA, METRICS_SCHEMA
 from palio.sandbox.death import last_words
 from palio.settings import EvaluateSettings, StageLimits
 

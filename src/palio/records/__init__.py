@@ -90,11 +90,8 @@ from palio.records.sidecars import (
     UsedSeconds,
     timed_run,
 )
-from palio.records.tables import INSTANCES_SCHEMA, METRICS_SCHEMA
 
 __all__ = [
-    "INSTANCES_SCHEMA",
-    "METRICS_SCHEMA",
     "AdapterManifest",
     "Analysis",
     "AnyRecord",

@@ -42,7 +42,8 @@ from palio.layout import (
 from palio.packaging.container import write_container
 from palio.pipeline import STEPS
 from palio.provenance import write_text
-from palio.records import INSTANCES_SCHEMA, METRICS_SCHEMA, Leaderboard, read_record
+from palio.records import Leaderboard, read_record
+from palio.records.tables import INSTANCES_SCHEMA, METRICS_SCHEMA
 from palio.release.crate import METADATA, describe
 
 TABLES = {"metrics.parquet": METRICS_SCHEMA, "instances.parquet": INSTANCES_SCHEMA}
