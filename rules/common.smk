@@ -2,6 +2,7 @@
 #
 #   resources/base_models/<base_model>/     fetched once for all entries
 #   resources/stages/<stage>/stage.json     the stage's instances, made once by HELM
+#   resources/windows/                      tokenizers that count tokens of prompts, each made once
 #   results/<track>/<entry>/                one entry; logs/ and work/ inside it
 #   results/<track>/<entry>/replicates/2/   the entry trained again with another seed, by the same rules: the wildcard
 #                                           `entry` is then <entry>/replicates/2, and `entry_id` the entry itself

@@ -389,6 +389,7 @@ class Resources(Folder):
     open_stage = At("stages/open")
     demo_sources = At("demo_sources")  # where the rule generate_demo_data puts its files
     teams = At("teams")  # teams' data and programs
+    windows = At("windows")  # tokenizers that count a prompt's tokens, by content
 
     def demo_source(self, family: str) -> Path:
         return DemoSources(self.demo_sources).source(family)

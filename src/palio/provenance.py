@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def write_json(path: Path, payload: Any) -> None:
     write_text(path, text + "\n")
 
 
+@cache
 def code_sha256() -> str:
     """Of Palio's own code. It decides nothing, recipe versions do: it tells which code made a result."""
     package = Path(__file__).parent

@@ -177,6 +177,7 @@ def package(folder: EntryFolder, settings: PackageSettings, options: RunOptions)
 
 def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOptions) -> None:
     from palio.evaluation.evaluate import evaluate as run_stage
+    from palio.evaluation.window import Window
     from palio.records import PackageManifest, read_record
 
     if settings.fresh_start:
@@ -193,7 +194,8 @@ def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOption
         tokenizer = RESOURCES.base_model(settings.base_model_id).model
     prepared = RESOURCES.stage_record(settings.runs.stage)
     start_server = partial(_server, folder, handed_in, settings, options)
-    run_stage(folder, settings, prepared, start_server, tokenizer, engine)
+    window = Window.kept(tokenizer, RESOURCES.windows)
+    run_stage(folder, settings, prepared, start_server, window, engine)
 
 
 def _server(

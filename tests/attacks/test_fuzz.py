@@ -46,7 +46,7 @@ from palio.sandbox.model_files import (
 from palio.settings import CheckedAgainst
 from tests.support.folder import ROOT
 
-SECONDS = float(os.environ.get("PALIO_FUZZ_SECONDS", "300"))
+SECONDS = float(os.environ.get("PALIO_FUZZ_SECONDS", "60"))
 TARGETS = 7
 HANG_SECONDS, MEMORY = 5.0, 1 << 30
 

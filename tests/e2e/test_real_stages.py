@@ -14,6 +14,7 @@ import pytest
 from palio.config import Competition
 from palio.errors import State
 from palio.evaluation.evaluate import evaluate
+from palio.evaluation.window import Window
 from palio.layout import EntryFolder
 from palio.records import Cell, StageInstances, StageRecord, read_record
 from palio.scoring.columns import columns_of, stage_cells
@@ -66,7 +67,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Ite
             )
             at = EntryFolder.at(entry_dir, runs.closed)
             records[stage] = evaluate(
-                at, settings, folder / f"{stage}.json", one_core(at.package), at.package
+                at, settings, folder / f"{stage}.json", one_core(at.package), Window.of_model(at.package)
             )
         yield Evaluated(competition, entry_dir, records)
 

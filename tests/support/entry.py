@@ -9,6 +9,7 @@ from pathlib import Path
 from palio.config import Probe, Track
 from palio.evaluation.evaluate import StartServer, evaluate
 from palio.evaluation.helm import run_entries
+from palio.evaluation.window import Window
 from palio.layout import EntryFolder
 from palio.provenance import fingerprint
 from palio.records import Contained, PackageManifest, StageRecord
@@ -96,4 +97,4 @@ def serve_stage(
         probe=probe,
     )
     folder = EntryFolder.at(entry_dir, stage.closed)
-    return evaluate(folder, settings, record, start, folder.package, engine)
+    return evaluate(folder, settings, record, start, Window.of_model(folder.package), engine)

@@ -244,7 +244,9 @@ def test_the_honest_ones_answer_every_question_and_no_prompt_is_lost(
         with served(board.app) as server:
             yield server
 
-    record = evaluate(folder, settings_of(stage, probe=skipped), Path("stage.json"), start, base_model)
+    record = evaluate(
+        folder, settings_of(stage, probe=skipped), Path("stage.json"), start, Window.of_model(base_model)
+    )
     assert record.state is State.FINISHED
     assert {run.scenario: run.answered for run in record.runs} == {"short": SHORT, "long": LONG}
     shares = Counter(board.asked.values())
@@ -286,7 +288,7 @@ def test_a_server_that_ends_is_crashed_with_its_own_last_lines_and_log(
         )
 
     with pytest.raises(Crashed), attempt("open", folder):
-        evaluate(folder, settings_of(stage), Path("stage.json"), start, tiny / "model")
+        evaluate(folder, settings_of(stage), Path("stage.json"), start, Window.of_model(tiny / "model"))
     failure = read_record(StepFailure, folder.failure("open"))
     assert failure.state is State.CRASHED
     for part in dead.told:
@@ -308,5 +310,5 @@ def test_an_unfit_server_is_refused_with_the_check_and_the_fix(
             yield server
 
     with pytest.raises(RuleViolation, match=r"fails the check same_answer: .* equal requests.*at random"):
-        evaluate(folder, settings_of(stage), Path("stage.json"), start, base_model)
+        evaluate(folder, settings_of(stage), Path("stage.json"), start, Window.of_model(base_model))
     assert read_record(ProbeReport, folder.probe).failed == ["same_answer"]

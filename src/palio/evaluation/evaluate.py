@@ -77,15 +77,14 @@ def evaluate(
     settings: EvaluateSettings,
     instances: Path,
     start_server: StartServer,
-    tokenizer: Path,
+    window: Window,
     engine: str = "",
 ) -> StageRecord:
     """Run the stage on the entry's package, write its tables and its record.
 
-    `instances` is the stage's record written by `prepare_stage`, `tokenizer` the model folder whose tokenizer
-    shortens prompts to the window, `engine` the name and version of what serves a model; answers of another
-    engine are not taken over. A stage whose limit ran out is a finished step with the state `time_limit`. The
-    open stage writes the probe's record first.
+    `instances` is the stage's record written by `prepare_stage`, `window` shortens prompts, `engine` is the
+    name and version of what serves a model; answers of another engine are not taken over. A stage whose limit
+    ran out is a finished step with the state `time_limit`. The open stage writes the probe's record first.
 
     Raises:
         RuleViolation: the server fails a required check of the probe.
@@ -93,7 +92,6 @@ def evaluate(
     """
     evaluation = Evaluation.of(folder, settings, instances, engine)
     plan, work, stage = evaluation.plan, evaluation.work, evaluation.stage
-    window = Window.of_model(tokenizer)
     if window.estimated:
         print(f"tokens are estimated: {window.estimated}", file=sys.stderr, flush=True)
 

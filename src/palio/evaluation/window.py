@@ -7,11 +7,12 @@ tokenizer's own decoding would make of it.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from palio.provenance import write_text
+from palio.provenance import code_sha256, file_sha256, fingerprint, library_versions, write_text
 
 ESTIMATE = r" ?[A-Za-z]{1,5}|[\s\S]"
 """A token of an unknown tokenizer. Real ones make fewer of English, so no prompt is too long."""
@@ -38,6 +39,22 @@ class Window:
             return cls(Tokenizer.from_str(Tokens(load_tokenizer(folder)).definition))
         except Exception as error:  # a tokenizer's files may be anything
             return cls.estimate(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.100}")
+
+    @classmethod
+    def kept(cls, folder: Path, windows: Path) -> Window:
+        """Return `of_model`, kept in the folder `windows` for all stages and entries of the same tokenizer:
+        importing transformers is most of what a stage costs beside its server and HELM."""
+        files = [path for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"]
+        content = {path.name: file_sha256(path) for path in files}
+        made_by = {"palio": code_sha256(), **library_versions("transformers", "tokenizers")}
+        path = windows / f"{fingerprint([content, made_by])}.json"
+        if path.exists():
+            return cls.read(path)
+        window = cls.of_model(folder)
+        if not window.estimated:
+            with suppress(OSError):  # a folder that cannot be written only costs time
+                window.write(path)
+        return window
 
     @classmethod
     def estimate(cls, why: str) -> Window:
