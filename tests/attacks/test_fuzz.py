@@ -3,7 +3,7 @@ result or one line of ours, within seconds and a gigabyte.
 
     PALIO_FUZZ_SECONDS=3600 python -m pytest tests/attacks/test_fuzz.py     an hour, shared by the targets
 
-Without the variable it is five minutes. A failing example is printed, and is tried first the next time.
+Without the variable it is a minute. A failing example is printed, and is tried first the next time.
 """
 
 from __future__ import annotations
