@@ -76,7 +76,7 @@ def finished(
     (folder.path / DOCKERFILES).mkdir()
     if builds():
         bring_dockerfiles(folder, base)
-        assert folder.snakemake(f"{BROKEN}/package.json", timeout=600).returncode != 0
+        assert folder.snakemake(f"{BROKEN}/package.json", timeout=1400).returncode != 0
         targets.append(f"{BUILT}/closed.json")
     for arguments in (targets, ["standings"]):
         done = folder.snakemake(*arguments, timeout=1400)
@@ -134,7 +134,7 @@ def test_another_program_is_no_reproduction(finished: WorkingFolder) -> None:
     program = finished.path / EXAMPLES / "peft_script" / "train.py"
     before = program.read_text()
     program.write_text(before + "# another\n")
-    done = finished.run("palio", "reproduce", ENTRY, "--out", "other", timeout=300)
+    done = finished.run("palio", "reproduce", ENTRY, "--out", "other", timeout=1400)
     program.write_text(before)
     assert done.returncode == 2
     assert "recipe.files_sha256" in done.stderr

@@ -147,7 +147,7 @@ class Cluster:
         found = self.run("squeue", "--noheader", "--states=all", f"--format={fields}").stdout
         return [line.strip() for line in found.splitlines()]
 
-    def wait(self, ready: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    def wait(self, ready: Callable[[], bool], what: str, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while not ready():
             if time.monotonic() > deadline:
@@ -163,7 +163,7 @@ class Cluster:
         for job in self.run("squeue", "--noheader", states, "--format=%i").stdout.split():
             self.run("scancel", job)
         ended = "no job to be left"
-        self.wait(lambda: not self.run("squeue", "--noheader", states).stdout.strip(), ended, seconds=20)
+        self.wait(lambda: not self.run("squeue", "--noheader", states).stdout.strip(), ended, seconds=120)
 
     def _start(self, name: str, *command: str) -> None:
         with (self.folder / "log" / f"{name}.out").open("ab") as log:

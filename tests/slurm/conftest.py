@@ -57,7 +57,7 @@ def finished(cluster: Cluster, tiny: Path, tmp_path_factory: pytest.TempPathFact
     started = time.monotonic()
     with competition.controller(folder, cluster) as snakemake:
         while snakemake.poll() is None:
-            assert time.monotonic() - started < 900, competition.output(folder)
+            assert time.monotonic() - started < 1800, competition.output(folder)
             with suppress(subprocess.TimeoutExpired):
                 snakemake.wait(20)
             wide = cluster.environment | {"COLUMNS": "240"}

@@ -56,7 +56,7 @@ def decided(cluster: Cluster, tiny: Path, tmp_path_factory: pytest.TempPathFacto
 
     targets = [f"results/rtx4090/{entry}/adapter.json" for entry in ENTRIES]
     with controller(folder, cluster, *targets) as snakemake:
-        cluster.wait(waits, "two trainings and a queue", 600)
+        cluster.wait(waits, "two trainings and a queue", 1200)
         states = mine()
         queued = next(entry for entry, state in states.items() if state == "PENDING")
         withdrawn = next(entry for entry, state in states.items() if state == "RUNNING")
@@ -64,7 +64,7 @@ def decided(cluster: Cluster, tiny: Path, tmp_path_factory: pytest.TempPathFacto
         done = folder.run(
             "palio", "withdraw", withdrawn, "--why", "asked to", environment=cluster.environment
         )
-        assert snakemake.wait(900) != 0, "a withdrawn entry's step has not succeeded"
+        assert snakemake.wait(1500) != 0, "a withdrawn entry's step has not succeeded"
     lines = [line.split("|") for line in cluster.jobs("%i|%k")]
     trainings = [rule for job, rule in lines if job not in known and rule.startswith("rule_finetune_")]
     wide = cluster.environment | {"COLUMNS": "240"}

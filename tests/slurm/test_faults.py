@@ -144,9 +144,9 @@ def night(
     known = set(cluster.jobs("%i"))
     try:
         with controller(folder, cluster, *targets) as snakemake:
-            cluster.wait(lambda: running_pid(hangs) is not None, "the hanging entry to start", 600)
+            cluster.wait(lambda: running_pid(hangs) is not None, "the hanging entry to start", 1200)
             os.kill(running_pid(hangs) or 0, signal.SIGSTOP)
-            cluster.wait(lambda: training(moved), "training to begin", 300)
+            cluster.wait(lambda: training(moved), "training to begin", 1200)
             before, stopped = set(cluster.jobs("%i")), time.monotonic()
             cluster.stop_controller()
             time.sleep(2)
@@ -158,7 +158,7 @@ def night(
             cluster.lose_node(node)
             wide = cluster.environment | {"COLUMNS": "240"}
             status = folder.run("palio", "status", environment=wide).stdout
-            exit_code = snakemake.wait(900)
+            exit_code = snakemake.wait(1500)
         cluster.start_node(node)
         first_log = output(folder)
         subprocess.run(["mount", "-o", "remount,size=300m", str(disk)], check=True)
@@ -166,7 +166,7 @@ def night(
         (folder.path / "profiles/slurm/config.yaml").write_text(mend)
         again_at = time.time()
         with controller(folder, cluster, adapter("full"), adapter("refused"), adapter("good")) as snakemake:
-            again_exit_code = snakemake.wait(600)
+            again_exit_code = snakemake.wait(1500)
         jobs = dict(line.split("|") for line in cluster.jobs("%i|%k"))
         mine = {job: of for job, of in jobs.items() if job not in known}
         yield Night(

@@ -131,7 +131,7 @@ def night(cluster: Cluster, tiny: Path, tmp_path_factory: pytest.TempPathFactory
         begun = ("edited", "finetune"), ("withdrawn", "open"), ("retried", "closed"), ("redata", "open")
         wait_for(cluster, folder, snakemake, *begun, ("sourceless", "finetune"))
         removed = folder.path / "results/a100/removed/closed.json"
-        cluster.wait(removed.exists, "an entry to be finished", 300)
+        cluster.wait(removed.exists, "an entry to be finished", 1200)
         decide(folder, tiny, environment)
         snakemake.kill()
         snakemake.wait()
@@ -153,7 +153,7 @@ def night(cluster: Cluster, tiny: Path, tmp_path_factory: pytest.TempPathFactory
     exit_codes = []
     for number in range(STARTS):
         with start() as snakemake:
-            exit_codes.append(snakemake.wait(900))
+            exit_codes.append(snakemake.wait(1500))
         logs.append(output(folder))
         if exit_codes[-1] == 0:
             break
@@ -223,7 +223,7 @@ def test_real_steps_after_a_killed_controller_and_an_edit_score_as_without_eithe
         snakemake.wait()
     (folder.path / DEMO_ENTRIES / "tuned.yaml").write_text(recipe)
     with controller(folder, cluster) as snakemake:
-        assert snakemake.wait(900) == 0, output(folder)[-5000:]
+        assert snakemake.wait(1500) == 0, output(folder)[-5000:]
     for track in TRACKS:
         again, before = (
             json.loads((one.path / f"results/leaderboard/{track}.json").read_text())

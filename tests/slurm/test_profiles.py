@@ -41,7 +41,7 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             more = ("--workflow-profile", f"profiles/variants/{variant}", *IMPATIENT, *VARIANTS[variant])
             started.append(running.enter_context(controller(folder, cluster, *more, "a100.txt")))
         for snakemake, folder in zip(started, folders.values(), strict=True):
-            assert snakemake.wait(300) == 0, output(folder)
+            assert snakemake.wait(1500) == 0, output(folder)
     return {variant: (folder.path / "a100.txt").read_text() for variant, folder in folders.items()}
 
 

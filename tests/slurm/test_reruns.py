@@ -66,7 +66,7 @@ def changed(finished: Any, cluster: Cluster, tiny: Path, tmp_path_factory: pytes
         trainer.write("# rewritten, same recipe\n")
     before, known = adapters(folder), set(cluster.jobs("%i"))
     with controller(folder, cluster, PYTHONPATH=str(code)) as snakemake:
-        exit_code = snakemake.wait(900)
+        exit_code = snakemake.wait(1500)
     jobs = [line.split("|") for line in cluster.jobs("%i|%k")]
     return Changed(folder, exit_code, {rule for job, rule in jobs if job not in known}, before)
 

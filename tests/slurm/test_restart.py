@@ -70,18 +70,18 @@ def restart(finished: Any, cluster: Cluster, tiny: Path, tmp_path_factory: pytes
         ]
 
     with controller(folder, cluster, *targets, "results/a100/tuned/adapter.json") as snakemake:
-        cluster.wait(lambda: len(mine()) == 3, "two jobs and a queue", 600)
+        cluster.wait(lambda: len(mine()) == 3, "two jobs and a queue", 1200)
         beside = folder.run("snakemake", "--profile", "slurm", *targets, environment=cluster.environment)
-        cluster.wait(lambda: in_training() == 2, "two trainings", 600)
+        cluster.wait(lambda: in_training() == 2, "two trainings", 1200)
         queued = mine()
         snakemake.kill()
         snakemake.wait()
     (folder.path / "snakemake.log").unlink()
     started = time.monotonic()
     with controller(folder, cluster, *targets, "results/a100/tuned/adapter.json") as snakemake:
-        cluster.wait(lambda: "Execute " in output(folder), "the next run to submit", 300)
+        cluster.wait(lambda: "Execute " in output(folder), "the next run to submit", 1200)
         seconds = time.monotonic() - started
-        exit_code = snakemake.wait(900)
+        exit_code = snakemake.wait(1500)
     done = [
         one
         for one in read_attempts(EntryFolder.at(folder.path / "results/a100/tuned"))

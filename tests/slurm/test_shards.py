@@ -30,7 +30,7 @@ def test_jobs_of_several_nodes_make_the_dataset_of_one(cluster: Cluster, tiny: P
     prepared = folder.snakemake("results/a100/shared/check.json", "resources/demo_sources/parity.jsonl")
     assert prepared.returncode == 0, prepared.stderr
     with competition.controller(folder, cluster, f"{DATASET}/manifest.json") as snakemake:
-        assert snakemake.wait(300) == 0, competition.output(folder)
+        assert snakemake.wait(1500) == 0, competition.output(folder)
     rules = [line for line in cluster.jobs("%k") if line.startswith("rule_") and "_shared" in line]
     assert sum("curate_shard" in rule for rule in rules) == 4, rules
     assert sum("join_shards" in rule for rule in rules) == 2, rules

@@ -42,7 +42,7 @@ class Competition(WorkingFolder):
             )
 
     def live(self, *arguments: str, **variables: str) -> int:
-        return self.start(*arguments, **variables).wait(300)
+        return self.start(*arguments, **variables).wait(1200)
 
     def log(self) -> str:
         return (self.path / "snakemake.log").read_text()
@@ -113,7 +113,7 @@ def test_an_edit_in_mid_run_waits_for_the_next_start(competition: Competition) -
     controller = competition.start(PALIO_SLOW="raw curate 5")
     competition.wait_for(controller, ("raw", "curate"))
     competition.edit_entry("raw", faster)
-    assert controller.wait(200) == 0
+    assert controller.wait(1200) == 0
     status = competition.run("palio", "status", environment=competition.environment | {"COLUMNS": "240"})
     assert "made with recipe.learning_rate 0.002, the config says 0.0007" in status.stdout
     assert competition.live() == 0
@@ -148,7 +148,7 @@ def test_a_late_entry_a_removed_one_and_a_source_that_is_gone_wait_for_the_next_
     ).stdout
     assert "late  0/4  check: waiting for the next run" in status
     assert f"raw: {source} no longer exists; what was made of it is kept" in " ".join(status.split())
-    assert controller.wait(200) == 0, competition.log()[-3000:]
+    assert controller.wait(1200) == 0, competition.log()[-3000:]
     board = competition.path / "results/leaderboard/laptop.json"
     assert set(json.loads(board.read_text())["entries"]) == {"raw", "untuned"}
     before = Counter(ran(competition.path))
@@ -189,7 +189,7 @@ def test_a_broken_folder_of_one_entry_harms_nobody(competition: Competition) -> 
     folder = competition.path / "results/laptop/raw"
     shutil.move(folder, competition.path / "raw.away")
     folder.symlink_to("/proc/sys/kernel")  # nobody can write there
-    assert controller.wait(200) != 0
+    assert controller.wait(1200) != 0
     assert competition.begun("untuned", "closed")
     (competition.path / "snakemake.log").unlink()
     assert competition.live() != 0
@@ -212,7 +212,7 @@ def test_a_failure_that_cannot_be_recorded_ends_nothing_but_its_entry(competitio
             assert controller.poll() is None, competition.log()[-3000:]
             time.sleep(0.1)
         os.kill(trained[-1].pid, signal.SIGKILL)
-    assert controller.wait(200) != 0
+    assert controller.wait(1200) != 0
     assert competition.begun("untuned", "closed")
     assert "is not tried again, its records cannot be read or written" in competition.log()
     assert "Traceback" not in competition.log()
@@ -228,7 +228,7 @@ def test_a_withdrawn_entry_ends_with_its_own_code_and_the_others_go_on(competiti
     command = ("palio", "withdraw", "raw", "--why", "asked to")
     said = competition.run(*command, environment=competition.environment).stdout
     assert "curate still runs; to end it: kill" in said
-    assert controller.wait(200) != 0
+    assert controller.wait(1200) != 0
     assert not competition.begun("raw", "finetune")
     assert "raw was withdrawn: asked to" in competition.log()
     assert competition.begun("untuned", "closed")

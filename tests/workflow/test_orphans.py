@@ -42,4 +42,4 @@ def test_a_step_ends_with_a_killed_snakemake(folder: WorkingFolder, tmp_path: Pa
             time.sleep(0.1)
         step = psutil.Process(int(pid.read_text()))
         snakemake.kill()
-    assert psutil.wait_procs([step], timeout=5)[1] == []
+    assert psutil.wait_procs([step], timeout=60)[1] == []

@@ -17,7 +17,7 @@ def run(folder: WorkingFolder, environment: dict[str, str], **variables: str) ->
     """Start the workflow; return what has been published in all, and how."""
     command = ["snakemake", "--profile", "local", "--cores", "4"]
     subprocess.run(
-        command, cwd=folder.path, env=environment | variables, capture_output=True, timeout=200, check=False
+        command, cwd=folder.path, env=environment | variables, capture_output=True, timeout=900, check=False
     )
     return [
         line["words"] for line in read_json_lines(folder.path / PUBLISHED) if line["words"] != ["standings"]
