@@ -2,7 +2,7 @@
 #              TORCH=cpu: without CUDA's libraries
 # make check   formatters, linters, types                  make lock    refresh envs/lock.txt
 # make slurm-demo    the demo competition on a SLURM cluster of its own, started on this machine
-# make test-slow     what make test shows in small, at full size: more than an hour
+# make test-slow     at full size what make test shows in small, and whole competitions: hours
 # make test-setup    make env on a bare Debian without a compiler
 # make docs          the documentation as a site in .docs/site; fails at a warning or a link that leads nowhere
 # make test-vllm     the model server on the real vLLM, on a CPU, which make vllm-env installs: 2.5 GB in .vllm

@@ -118,6 +118,7 @@ def test_it_is_scored_beside_those_that_only_serve(finished: WorkingFolder) -> N
         assert [(cell["state"], cell["n"]) for cell in row["cells"]] == [("finished", 3)] * len(row["cells"])
 
 
+@pytest.mark.slow
 def test_it_is_reproduced_as_a_whole(finished: WorkingFolder) -> None:
     stages = ("--stage", "open", "--stage", "closed")
     done = finished.run("palio", "reproduce", ENTRY, "--out", "again", *stages, timeout=1400)
@@ -130,6 +131,7 @@ def test_it_is_reproduced_as_a_whole(finished: WorkingFolder) -> None:
     assert (package["files"] == read(finished, f"{ENTRY}/package.json")["files"]) == again["identical"]
 
 
+@pytest.mark.slow
 def test_another_program_is_no_reproduction(finished: WorkingFolder) -> None:
     program = finished.path / EXAMPLES / "peft_script" / "train.py"
     before = program.read_text()

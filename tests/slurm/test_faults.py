@@ -28,6 +28,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.competition import controller, ended, fault_row, output
 from tests.support.folder import WorkingFolder
 
+pytestmark = pytest.mark.slow  # the night has most of these faults, on steps that only write their records
 ENTRIES = {
     "good": "a100",
     "diverges": "a100",

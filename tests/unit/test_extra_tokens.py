@@ -22,10 +22,10 @@ from tests.support.training import Entry, copy_rows
 
 EXTRA = ("<|user|>", "<|answer|>")
 TABLES = ["embed_tokens", "lm_head"]
-METHODS: list[dict[str, Any]] = [
-    {"method": "full"},
+METHODS: list[Any] = [
     {"method": "lora", "modules_to_save": TABLES},
-    {"method": "qlora", "modules_to_save": TABLES},
+    pytest.param({"method": "full"}, marks=pytest.mark.slow),
+    pytest.param({"method": "qlora", "modules_to_save": TABLES}, marks=pytest.mark.slow),
 ]
 
 

@@ -243,6 +243,7 @@ def test_its_card_says_that_loading_it_runs_code(packaged: Entry) -> None:
     assert "This runs the base model's own code, `configuration_siena.py`, `modeling_siena.py` of the" in card
 
 
+@pytest.mark.slow
 def test_qlora_trains_it(own: Path, tmp_path: Path) -> None:
     entry = Entry.create(tmp_path / "results" / "t" / "e", own, rows=16)
     targets = ["value", "gate", "out"]
@@ -254,6 +255,7 @@ def test_qlora_trains_it(own: Path, tmp_path: Path) -> None:
     assert package.divergence is not None
 
 
+@pytest.mark.slow
 def test_a_step_stopped_by_a_signal_resumes_from_its_checkpoint(own: Path, tmp_path: Path) -> None:
     entry = Entry.create(tmp_path / "results" / "t" / "e", own)
     recipe: dict[str, Any] = {"epochs": 100, "target_modules": ["value"], "save_steps": 100, "batch_size": 4}
@@ -273,6 +275,7 @@ def test_a_step_stopped_by_a_signal_resumes_from_its_checkpoint(own: Path, tmp_p
     assert ends == ["stopped", "finished"]
 
 
+@pytest.mark.slow
 def test_slurms_warning_saves_a_checkpoint_and_training_goes_on(own: Path, tmp_path: Path) -> None:
     """At any time: before the first step it changes nothing."""
     entry = Entry.create(tmp_path / "results" / "t" / "e", own)
@@ -301,6 +304,7 @@ def wait_until(process: Popen[str], condition: Callable[[], bool]) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_full_training_keeps_the_base_models_config_and_code(own: Path, tmp_path: Path) -> None:
     entry = Entry.create(tmp_path / "results" / "t" / "e", own)
     recipe = FinetuneRecipe(learning_rate=1e-3, method="full", epochs=1)

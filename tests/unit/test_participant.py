@@ -312,6 +312,7 @@ def test_a_rehearsal_of_an_entry_that_breaks_a_rule_ends_at_once(folder: Working
     assert not (folder.path / "try").exists()
 
 
+@pytest.mark.slow
 def test_a_server_that_ends_at_start_is_told_with_its_last_lines_and_the_path_of_its_log(
     folder: WorkingFolder, base_model: Path
 ) -> None:

@@ -121,6 +121,7 @@ def test_an_edit_in_mid_run_waits_for_the_next_start(competition: Competition) -
     assert Counter(ran(competition.path))["untuned", "open"] == 1
 
 
+@pytest.mark.slow
 def test_a_late_entry_a_removed_one_and_a_source_that_is_gone_wait_for_the_next_start(
     competition: Competition,
 ) -> None:
@@ -179,6 +180,7 @@ def test_a_rule_violation_costs_one_job(competition: Competition) -> None:
     assert competition.begun("untuned", "closed")
 
 
+@pytest.mark.slow
 def test_a_broken_folder_of_one_entry_harms_nobody(competition: Competition) -> None:
     """
     | an entry's folder cannot be read or written | its job fails, the others go on | the entry is left
@@ -218,6 +220,7 @@ def test_a_failure_that_cannot_be_recorded_ends_nothing_but_its_entry(competitio
     assert "Traceback" not in competition.log()
 
 
+@pytest.mark.slow
 def test_a_withdrawn_entry_ends_with_its_own_code_and_the_others_go_on(competition: Competition) -> None:
     """
     | `palio withdraw ENTRY` | cancels its SLURM jobs; prints how to end a step on this machine; its

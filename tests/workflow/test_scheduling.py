@@ -28,7 +28,11 @@ threading.Timer.start = counted
 
 
 @pytest.mark.parametrize(
-    ("limit", "timers"), [((), set()), (("--max-jobs-per-timespan", "50/1s"), {"1.0"})], ids=["none", "given"]
+    ("limit", "timers"),
+    [
+        pytest.param((), set(), id="none"),
+        pytest.param(("--max-jobs-per-timespan", "50/1s"), {"1.0"}, id="given", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_looks_again_only_when_a_job_has_ended_unless_a_limit_on_submissions_is_given(
     folder: WorkingFolder, tmp_path: Path, limit: tuple[str, ...], timers: set[str]
