@@ -1,6 +1,6 @@
 """One bad night on a real cluster: what each fault cost, what ran again, and what the organizer sees.
 
-    PALIO_FAULT_TABLE=docs/faults.md pytest tests/slurm/test_faults.py tests/slurm/test_restart.py
+    PALIO_FAULT_TABLE=docs/faults.md pytest -m slow tests/slurm/test_faults.py tests/slurm/test_restart.py
 
 writes what was measured as the table in docs/slurm.md.
 """
