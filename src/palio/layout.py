@@ -389,7 +389,6 @@ class Resources(Folder):
     open_stage = At("stages/open")
     demo_sources = At("demo_sources")  # where the rule generate_demo_data puts its files
     teams = At("teams")  # teams' data and programs
-    windows = At("windows")  # tokenizers that count a prompt's tokens, by content
 
     def demo_source(self, family: str) -> Path:
         return DemoSources(self.demo_sources).source(family)
@@ -406,6 +405,10 @@ class Resources(Folder):
 
     def team_program(self, name: str) -> Path:
         return self.teams / name / "program"
+
+    def window(self, fingerprint: str) -> Path:
+        """A tokenizer that counts a prompt's tokens, by its content and what made it."""
+        return self.path / "windows" / f"{fingerprint}.json"
 
 
 class Boards(Folder):

@@ -194,7 +194,7 @@ def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOption
         tokenizer = RESOURCES.base_model(settings.base_model_id).model
     prepared = RESOURCES.stage_record(settings.runs.stage)
     start_server = partial(_server, folder, handed_in, settings, options)
-    window = Window.kept(tokenizer, RESOURCES.windows)
+    window = Window.kept(tokenizer, RESOURCES)
     run_stage(folder, settings, prepared, start_server, window, engine)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from palio.layout import Resources
 from palio.provenance import code_sha256, file_sha256, fingerprint, library_versions, write_text
 
 ESTIMATE = r" ?[A-Za-z]{1,5}|[\s\S]"
@@ -41,13 +42,13 @@ class Window:
             return cls.estimate(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.100}")
 
     @classmethod
-    def kept(cls, folder: Path, windows: Path) -> Window:
-        """Return `of_model`, kept in the folder `windows` for all stages and entries of the same tokenizer:
+    def kept(cls, folder: Path, resources: Resources) -> Window:
+        """Return `of_model`, kept among the resources for all stages and entries of the same tokenizer:
         importing transformers is most of what a stage costs beside its server and HELM."""
         files = [path for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"]
         content = {path.name: file_sha256(path) for path in files}
         made_by = {"palio": code_sha256(), **library_versions("transformers", "tokenizers")}
-        path = windows / f"{fingerprint([content, made_by])}.json"
+        path = resources.window(fingerprint([content, made_by]))
         if path.exists():
             return cls.read(path)
         window = cls.of_model(folder)
