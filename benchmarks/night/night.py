@@ -245,7 +245,8 @@ class Night:
                     process = psutil.Process(snakemake.pid)
                     cpu, memory = sum(process.cpu_times()[:4]), max(memory, process.memory_info().rss)
                 if active is not None and active.over(self):
-                    active = self._end(active)
+                    self._end(active)
+                    active = None
                 if active is None:
                     active = self._begin(waiting, expected)
                 time.sleep(TICK)

@@ -25,6 +25,7 @@ CONFIG = Path("config/config.yaml")  # the demo's competition: the default of ev
 RULESET, ENTRIES = "config/rules.yaml", "config/entries"  # of a `Project`
 EXAMPLES = Path("config/entries/examples")
 LOCK = Path(".snakemake/palio.lock")
+ENDED = Path(".snakemake/palio.ended")  # touched as a step of a job ends: see `palio.operating.hooks`
 RUNS = Path(".snakemake/palio")  # <run>.plan, <token>.due: see `palio.workflow`
 ENVIRONMENT_LOCK = Path("envs/lock.txt")
 SLURM_PROFILE = Path("profiles/slurm/config.yaml")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import io
 import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +25,8 @@ from palio.config import load_competition
 from palio.errors import BadInput, Crashed, Interrupted, NotRetried, PalioError, State
 from palio.files import append_json_line
 from palio.heartbeat import HeartbeatWriter, read_heartbeat
-from palio.layout import CONFIG, EntryFolder
-from palio.operating import controller, slurm
+from palio.layout import CONFIG, ENDED, EntryFolder
+from palio.operating import controller, hooks, slurm
 from palio.operating.attempt import RUN_VARIABLE, Attempt, attempt, read_attempts, refusal, set_aside
 from palio.operating.controller import Watch
 from palio.operating.cost import cost_table, costs
@@ -478,3 +481,42 @@ def test_a_stage_that_vllm_serves_needs_it_on_path(
     assert str(finding).startswith(
         "FIX  vllm serves the packages: engine is 'vllm': there is no such program"
     )
+
+
+# --- when the controller asks SLURM ----------------------------------------------------------------------
+
+
+def slept(due: float, at_least: float = 0.0) -> float:
+    """Seconds that the SLURM executor sleeps when the next look is due in so many."""
+    settings = SimpleNamespace(init_seconds_before_status_checks=at_least)
+    executor = SimpleNamespace(
+        next_seconds_between_status_checks=due,
+        workflow=SimpleNamespace(executor_settings=settings),
+        last_end=hooks.last_end(),
+    )
+    before = time.monotonic()
+    asyncio.run(hooks.until_a_step_ends(executor))
+    return time.monotonic() - before
+
+
+@pytest.fixture
+def soon(folder: WorkingFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.path)
+    ENDED.parent.mkdir()
+    monkeypatch.setattr(hooks, "ENDING_SECONDS", 0.2)
+    monkeypatch.setattr(hooks, "GLANCE_SECONDS", 0.1)
+
+
+@pytest.mark.usefixtures("soon")
+def test_slurm_is_asked_when_it_is_due_or_once_a_step_has_ended() -> None:
+    assert slept(0.5) >= 0.5
+    with subprocess.Popen(["palio", "step", "check", "nowhere"], stderr=subprocess.DEVNULL) as step:
+        assert slept(600.0) < 300.0
+    assert step.returncode == 2
+    assert ENDED.exists()
+
+
+@pytest.mark.usefixtures("soon")
+def test_it_is_asked_no_sooner_than_the_profile_says() -> None:
+    with subprocess.Popen(["sh", "-c", f"sleep 0.3; touch {ENDED}"]):
+        assert 1.5 <= slept(600.0, at_least=1.5) < 300.0
