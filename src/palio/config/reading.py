@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import difflib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -80,7 +81,7 @@ def parse(model: type[Model], data: object, file: str | Path) -> Model:
 def _why_and_fix(model: type[BaseModel], fault: Mapping[str, Any]) -> tuple[str, str]:
     if fault["type"] == "extra_forbidden":
         wrong = str(fault["loc"][-1])
-        known = sorted(_field_names(model.model_json_schema()))
+        known = _known_fields(model)
         near = difflib.get_close_matches(wrong, known, n=1)
         return "unknown key", f"did you mean {near[0]}?" if near else "remove it"
     if fault["loc"][-1:] == (KEY,) or (
@@ -97,6 +98,11 @@ def _why_and_fix(model: type[BaseModel], fault: Mapping[str, Any]) -> tuple[str,
     if isinstance(error, InvalidValue):
         return error.why, error.fix
     return "", str(fault["msg"]).removeprefix("Value error, ")
+
+
+@cache  # a schema takes a tenth of a second, and a competition may have many misspelled keys
+def _known_fields(model: type[BaseModel]) -> list[str]:
+    return sorted(_field_names(model.model_json_schema()))
 
 
 def _field_names(schema: Any) -> set[str]:

@@ -13,7 +13,8 @@ import re
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import BytecodeCache, Environment, PackageLoader, StrictUndefined
+from jinja2.bccache import Bucket
 from markupsafe import Markup
 
 from palio import __version__
@@ -21,6 +22,25 @@ from palio.markup import html, visible
 from palio.report.drawing import css
 from palio.report.files import Missing
 from palio.text import duration
+
+
+class CompiledTemplates(BytecodeCache):
+    """Templates that this process has compiled. An environment of each page's own must not compile them
+    again: for a site that is most of its time. Nor may pages share one: it keeps imported macros with the
+    content they were first given."""
+
+    def __init__(self) -> None:
+        self._code: dict[str, bytes] = {}
+
+    def load_bytecode(self, bucket: Bucket) -> None:
+        if bucket.key in self._code:
+            bucket.bytecode_from_string(self._code[bucket.key])
+
+    def dump_bytecode(self, bucket: Bucket) -> None:
+        self._code[bucket.key] = bucket.bytecode_to_string()
+
+
+COMPILED = CompiledTemplates()
 
 
 def render(template: str, script: str, *, parts: bool = False, **content: Any) -> str:
@@ -32,6 +52,7 @@ def render(template: str, script: str, *, parts: bool = False, **content: Any) -
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        bytecode_cache=COMPILED,
     )
     environment.tests["missing"] = lambda value: isinstance(value, Missing)
     environment.filters |= {

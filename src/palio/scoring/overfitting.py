@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-from scipy import stats
+import pandas as pd
+from scipy.special import ndtri
 
 from palio.records import (
     Contamination,
@@ -130,7 +131,9 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Correlation:
     Interval by Fisher's z with the standard error of Bonett and Wright (2000), sqrt((1 + r^2/2)/(n - 3)).
     """
     return _correlation(
-        stats.rankdata(x), stats.rankdata(y), lambda value, n: math.sqrt((1 + value**2 / 2) / (n - 3))
+        pd.Series(x).rank().to_list(),
+        pd.Series(y).rank().to_list(),
+        lambda value, n: math.sqrt((1 + value**2 / 2) / (n - 3)),
     )
 
 
@@ -148,7 +151,7 @@ def _correlation(
     value = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
     if abs(value) == 1:
         return Correlation(value=value, low=value, high=value, n=n)
-    z, margin = math.atanh(value), float(stats.norm.ppf((1 + LEVEL) / 2)) * standard_error(value, n)
+    z, margin = math.atanh(value), float(ndtri((1 + LEVEL) / 2)) * standard_error(value, n)
     return Correlation(value=value, low=math.tanh(z - margin), high=math.tanh(z + margin), n=n)
 
 
