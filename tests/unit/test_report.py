@@ -30,6 +30,7 @@ from palio.report.build import build_report, read_board, read_decision
 from palio.report.figures import frontier
 from palio.report.files import dropped_rows
 from palio.report.page import TrackReport
+from palio.report.rendering import render
 from tests.support.report import RECIPES, RIGHT, competition, score_competition, write_competition
 
 
@@ -381,3 +382,19 @@ def test_both_files_of_a_figure_show_the_same_drawing(folder: Path, kind: str) -
     told = " ".join(svg.itertext())
     assert all(name in told for name in ("curated", "untuned"))
     assert svg.attrib["aria-label"]
+
+
+def test_pages_share_compiled_templates_and_nothing_of_their_content() -> None:
+    def page(title: str, script: str, *, parts: bool) -> str:
+        return render("answers.html.j2", script, parts=parts, competition="Palio", title=title, index={})
+
+    one, other = page("One", "answers.js", parts=True), page("Other", "page.js", parts=False)
+    assert "Answers: One" in one
+    assert "Answers: Other" in other
+    policy, other_policy = (
+        html.unescape(text).split("script-src ")[1].split(";")[0] for text in (one, other)
+    )
+    assert policy.split()[1:] == ["'self'"]
+    assert other_policy.split()[1:] == []
+    assert policy.split()[0] != other_policy.split()[0]
+    assert page("One", "answers.js", parts=True) == one
