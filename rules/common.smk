@@ -16,6 +16,7 @@
 #
 # Which steps run is in the records, not in Snakemake's metadata (src/palio/planning.py): a step reads its inputs
 # if it is due, and `again`, newer than its record, if it has one; else it reads nothing.
+import atexit
 import os
 
 from snakemake.settings.types import RerunTrigger
@@ -43,6 +44,8 @@ if workflow.is_main_process:
         controller.put_back_all(W)
     for fault in W.faults:
         logger.warning(f"This entry will not run: {fault}")
+else:
+    atexit.register(controller.mark_end)
 
 
 wildcard_constraints:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from itertools import pairwise
 
-from palio.layout import EntryFolder
+from palio.layout import ENDED, EntryFolder
 from palio.operating.attempt import Attempt, read_attempts
 from tests.slurm.cluster import Cluster
 from tests.slurm.competition import TRACKS, output
@@ -98,6 +98,10 @@ def test_a_step_that_is_done_stays_done_while_its_job_ends(finished: Finished) -
     for before, after in pairwise(cells(status) for status in finished.statuses):
         for cell, later in zip(before, after, strict=True):
             assert not cell.startswith("done") or later.startswith("done")
+
+
+def test_jobs_tell_the_controller_that_they_end(finished: Finished) -> None:
+    assert (finished.folder.path / ENDED).exists()
 
 
 def test_what_a_step_cost_besides_its_work_is_told_from_the_records(

@@ -487,7 +487,7 @@ def test_a_stage_that_vllm_serves_needs_it_on_path(
 
 
 def slept(due: float, at_least: float = 0.0) -> float:
-    """Seconds that the SLURM executor sleeps when the next look is due in so many."""
+    """Seconds that the SLURM executor sleeps where the next look is due in so many."""
     settings = SimpleNamespace(init_seconds_before_status_checks=at_least)
     executor = SimpleNamespace(
         next_seconds_between_status_checks=due,
@@ -495,7 +495,7 @@ def slept(due: float, at_least: float = 0.0) -> float:
         last_end=hooks.last_end(),
     )
     before = time.monotonic()
-    asyncio.run(hooks.until_a_step_ends(executor))
+    asyncio.run(hooks.until_a_job_ends(executor))
     return time.monotonic() - before
 
 
@@ -503,20 +503,32 @@ def slept(due: float, at_least: float = 0.0) -> float:
 def soon(folder: WorkingFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.path)
     ENDED.parent.mkdir()
-    monkeypatch.setattr(hooks, "ENDING_SECONDS", 0.2)
+    monkeypatch.setattr(hooks, "ENDING_SECONDS", 0.4)
     monkeypatch.setattr(hooks, "GLANCE_SECONDS", 0.1)
 
 
 @pytest.mark.usefixtures("soon")
-def test_slurm_is_asked_when_it_is_due_or_once_a_step_has_ended() -> None:
+def test_slurm_is_asked_when_it_is_due_or_once_a_job_has_ended() -> None:
     assert slept(0.5) >= 0.5
-    with subprocess.Popen(["palio", "step", "check", "nowhere"], stderr=subprocess.DEVNULL) as step:
+    mark = "from palio.operating.controller import mark_end\nmark_end()"
+    with subprocess.Popen([sys.executable, "-c", mark]):
         assert slept(600.0) < 300.0
-    assert step.returncode == 2
-    assert ENDED.exists()
 
 
 @pytest.mark.usefixtures("soon")
 def test_it_is_asked_no_sooner_than_the_profile_says() -> None:
     with subprocess.Popen(["sh", "-c", f"sleep 0.3; touch {ENDED}"]):
         assert 1.5 <= slept(600.0, at_least=1.5) < 300.0
+
+
+@pytest.mark.usefixtures("soon")
+def test_it_is_asked_after_the_last_of_several_ends_and_never_later_than_it_was_due() -> None:
+    def ends(often: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(["sh", "-c", f"for one in $(seq {often}); do touch {ENDED}; sleep 0.1; done"])
+
+    with ends(8) as program:
+        slept(600.0)
+        assert program.poll() is not None
+    with ends(50) as program:
+        slept(0.3)
+        assert program.poll() is None

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +14,7 @@ import click
 
 from palio.cli.group import ExistingPath, competition_content, palio
 from palio.errors import BadInput, RuleViolation, Withdrawn
-from palio.layout import CONFIG, ENDED, NO_STORE, EntryFolder
+from palio.layout import CONFIG, NO_STORE, EntryFolder
 
 if TYPE_CHECKING:
     from palio.settings import StepSettings
@@ -43,12 +41,6 @@ def step() -> None:
 
     if controller := os.environ.get(CONTROLLER_VARIABLE):
         end_with(int(controller))
-    atexit.register(_touch, ENDED.resolve())  # for the controller, which asks SLURM then
-
-
-def _touch(path: Path) -> None:
-    with suppress(OSError):  # without it the controller takes longer to see the end
-        path.touch()
 
 
 def _command(name: str) -> click.Command:

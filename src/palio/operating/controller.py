@@ -25,7 +25,7 @@ from typing import IO, Any
 from palio.config import Competition
 from palio.errors import PalioError
 from palio.guard import CONTROLLER_VARIABLE
-from palio.layout import LOCK
+from palio.layout import ENDED, LOCK
 from palio.operating import slurm
 from palio.operating.attempt import RUN_VARIABLE
 from palio.operating.kept import keep, let_go, put_back
@@ -76,6 +76,13 @@ def take_over(*, on_slurm: bool) -> str:
     else:
         os.environ[CONTROLLER_VARIABLE] = str(os.getpid())
     return run
+
+
+def mark_end() -> None:
+    """Tell the controller that a Snakemake of a job is over: there are two, one inside the other.
+    It asks SLURM then, see `hooks`."""
+    with suppress(OSError):  # then the controller sees the end later
+        ENDED.touch()
 
 
 def begin(workflow: Workflow, run: str) -> None:

@@ -3,9 +3,9 @@
 - A job that failed by its entry's own fault, or whose entry was withdrawn, is not submitted again.
 - An entry's folder that cannot be read or written (no quota, a stale handle) fails that entry's job.
 Snakemake would end the whole run: it takes only its own exceptions for a job's.
-- The cluster is asked for its jobs soon after a step has ended, and no sooner than the profile says after the
-last time. The SLURM executor waits ten seconds longer whenever nothing has ended, up to three minutes; so it
-still does while nothing ends.
+- SLURM is asked for its jobs soon after one has ended, and no sooner than the profile says after the last
+time. The executor waits ten seconds longer whenever nothing has ended, up to three minutes; so it still does
+while nothing ends.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from palio.operating.attempt import is_refused
 from palio.pipeline import BY_RULE
 from palio.workflow import Workflow
 
-ENDING_SECONDS = 5.0
-"""From the end of a step to that of its job, whose two Snakemakes take note of the outputs: two to six."""
+ENDING_SECONDS = 2.0
+"""From the end of a job's Snakemake until SLURM has completed it, as a rule."""
 GLANCE_SECONDS = 1.0
-"""Between looks at the file that steps touch."""
+"""Between looks at the file that a job's Snakemakes touch."""
 
 
 def install(workflow: Workflow, run: str) -> None:
@@ -64,7 +64,7 @@ def install(workflow: Workflow, run: str) -> None:
     Job.restart_times = property(restart_times)
     Job.postprocess = contained
     Executor.run_job = started
-    SlurmExecutor.sleep = until_a_step_ends
+    SlurmExecutor.sleep = until_a_job_ends
 
 
 def is_final(job: Any, workflow: Workflow, run: str) -> bool:
@@ -78,22 +78,22 @@ def is_final(job: Any, workflow: Workflow, run: str) -> bool:
     return is_refused(step.name, workflow.folder(job.wildcards), run)
 
 
-async def until_a_step_ends(executor: Any) -> None:
-    """Sleep until the executor is to ask for its jobs: when it is due, or a step has ended."""
+async def until_a_job_ends(executor: Any) -> None:
+    """Sleep until SLURM is to be asked: when it is due, or after the last mark of an end."""
     slept = now = time.monotonic()
-    due = slept + executor.next_seconds_between_status_checks
+    latest = due = slept + executor.next_seconds_between_status_checks
     soonest = slept + (executor.workflow.executor_settings.init_seconds_before_status_checks or 0)
     while now < due:
         before, executor.last_end = getattr(executor, "last_end", None), last_end()
         if executor.last_end != before:
             executor.next_seconds_between_status_checks = 0  # the executor adds ten if no job has ended yet
-            due = min(due, max(soonest, now + ENDING_SECONDS))
+            due = min(latest, max(soonest, now + ENDING_SECONDS))
         await asyncio.sleep(min(GLANCE_SECONDS, due - now))
         now = time.monotonic()
 
 
 def last_end() -> int | None:
-    """Return when a step's process last ended: the modification time in nanoseconds of what it touched."""
+    """Return when the last mark was made, in nanoseconds."""
     try:
         return ENDED.stat().st_mtime_ns
     except OSError:
