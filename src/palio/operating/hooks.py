@@ -29,8 +29,8 @@ from palio.operating.attempt import is_refused
 from palio.pipeline import BY_RULE
 from palio.workflow import Workflow
 
-ENDING_SECONDS = 2.0
-"""From the end of a job's Snakemake until SLURM has completed it, as a rule."""
+ENDING_SECONDS = 4.0
+"""From the end of a job's Snakemake until SLURM has completed it; who asks too early waits for ten more."""
 GLANCE_SECONDS = 1.0
 """Between looks at the file that a job's Snakemakes touch."""
 
