@@ -519,6 +519,7 @@ def test_slurm_is_asked_when_it_is_due_or_once_a_job_has_ended() -> None:
 def test_it_is_asked_no_sooner_than_the_profile_says() -> None:
     with subprocess.Popen(["sh", "-c", f"sleep 0.3; touch {ENDED}"]):
         assert 1.5 <= slept(600.0, at_least=1.5) < 300.0
+    assert slept(0.0, at_least=0.5) >= 0.5
 
 
 @pytest.mark.usefixtures("soon")

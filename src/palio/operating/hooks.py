@@ -81,8 +81,9 @@ def is_final(job: Any, workflow: Workflow, run: str) -> bool:
 async def until_a_job_ends(executor: Any) -> None:
     """Sleep until SLURM is to be asked: when it is due, or after the last mark of an end."""
     slept = now = time.monotonic()
-    latest = due = slept + executor.next_seconds_between_status_checks
     soonest = slept + (executor.workflow.executor_settings.init_seconds_before_status_checks or 0)
+    # the executor leaves our 0 as it is where SLURM did not answer
+    latest = due = max(soonest, slept + executor.next_seconds_between_status_checks)
     while now < due:
         before, executor.last_end = getattr(executor, "last_end", None), last_end()
         if executor.last_end != before:
