@@ -155,11 +155,11 @@ def _fused(kind: type) -> type:
 
 
 def _adapted_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = layer.base_layer(x)
+    out: torch.Tensor = layer.base_layer(x.flatten(0, -2))  # flat: to add to a view would copy its gradient
     low = torch.nn.functional.linear(layer.lora_dropout["default"](x), layer.lora_A["default"].weight)
-    up = layer.lora_B["default"].weight.t()
-    scale = layer.scaling["default"]
-    return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), up, alpha=scale).view(out.shape)
+    up = layer.lora_B["default"].weight.t().to(out.dtype)  # autocast knows no operation in place
+    out.addmm_(low.flatten(0, -2).to(out.dtype), up, alpha=layer.scaling["default"])
+    return out.view(*x.shape[:-1], -1)
 
 
 def save_adapter(
