@@ -19,6 +19,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from rich.console import Console
+from snakemake.exceptions import WorkflowError
 
 from palio.cli import palio
 from palio.config import load_competition
@@ -481,6 +482,48 @@ def test_a_stage_that_vllm_serves_needs_it_on_path(
     assert str(finding).startswith(
         "FIX  vllm serves the packages: engine is 'vllm': there is no such program"
     )
+
+
+# --- a job's Snakemake ---------------------------------------------------------------------------------
+
+
+def job_with(**resources: int) -> SimpleNamespace:
+    return SimpleNamespace(threads=2, resources=resources)
+
+
+def test_a_job_starts_one_snakemake_in_its_step() -> None:
+    snakemake = f"{sys.executable} -m snakemake --target-jobs 'finetune:entry=a b' --mode remote"
+    step = f"{sys.executable} -m palio.operating.jobstep --cpus-per-task=2 --gpus=1 --nodes=1"
+    assert hooks.as_one_step(snakemake, job_with(gpu=1)) == f"{step} {snakemake}"
+    assert "--gpus" not in hooks.as_one_step(snakemake, job_with())
+    with pytest.raises(WorkflowError, match="starts no Snakemake"):
+        hooks.as_one_step("sh job.sh", job_with())
+
+
+def test_the_step_is_given_what_it_asks_for_and_not_what_the_job_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\nprintf "%s " "$@"; env')
+    srun.chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_GPUS": "4", "SRUN_EXPORT": "no", "SLURM_CONF": "/c", "HF_HOME": "/h"}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | job
+    step = (
+        sys.executable,
+        "-m",
+        "palio.operating.jobstep",
+        "--nodes=1",
+        "python",
+        "-m",
+        "snakemake",
+        "-s",
+        "a b",
+    )
+    told = subprocess.run(step, env=environment, capture_output=True, text=True, check=True).stdout
+    arguments, *lines = told.splitlines()
+    assert arguments.startswith("--ntasks=1 --cpu-bind=q --nodes=1 python -m snakemake -s a b ")
+    known = dict(line.partition("=")[::2] for line in [arguments.rpartition(" ")[2], *lines])
+    assert {name: known.get(name) for name in job} == job | {"SLURM_GPUS": None, "SRUN_EXPORT": None}
 
 
 # --- when the controller asks SLURM ----------------------------------------------------------------------

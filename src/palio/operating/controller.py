@@ -79,8 +79,7 @@ def take_over(*, on_slurm: bool) -> str:
 
 
 def mark_end() -> None:
-    """Tell the controller that a Snakemake of a job is over: there are two, one inside the other.
-    It asks SLURM then, see `hooks`."""
+    """Tell the controller that the Snakemake of a job is over. It asks SLURM then, see `hooks`."""
     with suppress(OSError):  # then the controller sees the end later
         ENDED.touch()
 

@@ -6,11 +6,14 @@ Snakemake would end the whole run: it takes only its own exceptions for a job's.
 - SLURM is asked for its jobs soon after one has ended, and no sooner than the profile says after the last
 time. The executor waits ten seconds longer whenever nothing has ended, up to three minutes; so it still does
 while nothing ends.
+- A job of SLURM has one Snakemake, in its step, instead of two (`jobstep`); but where the profile asks for
+job arrays, whose tasks the first of the two tells apart.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from typing import Any
 
@@ -19,12 +22,18 @@ from snakemake.executors.local import Executor
 from snakemake.jobs import Job
 from snakemake.logging import logger
 from snakemake_executor_plugin_slurm import Executor as SlurmExecutor  # type: ignore[import-untyped]
+from snakemake_executor_plugin_slurm_jobstep import (  # type: ignore[import-untyped]
+    get_cpu_setting,
+    get_gpu_setting,
+    get_node_setting,
+)
 from snakemake_interface_executor_plugins.executors.base import (  # type: ignore[import-untyped]
     SubmittedJobInfo,
 )
 
 from palio.config import load_overrides
 from palio.layout import ENDED, entry_and_replicate
+from palio.operating import jobstep
 from palio.operating.attempt import is_refused
 from palio.pipeline import BY_RULE
 from palio.workflow import Workflow
@@ -32,12 +41,13 @@ from palio.workflow import Workflow
 ENDING_SECONDS = 4.0
 """From the end of a job's Snakemake until SLURM has completed it; who asks too early waits for ten more."""
 GLANCE_SECONDS = 1.0
-"""Between looks at the file that a job's Snakemakes touch."""
+"""Between looks at the file that a job's Snakemake touches."""
 
 
 def install(workflow: Workflow, run: str) -> None:
     """Change Snakemake's classes for the rest of this process."""
     of_rule, postprocess, run_job = Job.restart_times, Job.postprocess, Executor.run_job
+    command, arguments = SlurmExecutor.format_job_exec, SlurmExecutor.additional_general_args
 
     def restart_times(job: Any) -> int:
         try:
@@ -65,6 +75,21 @@ def install(workflow: Workflow, run: str) -> None:
     Job.postprocess = contained
     Executor.run_job = started
     SlurmExecutor.sleep = until_a_job_ends
+    SlurmExecutor.additional_general_args = lambda self: arguments(self) if self.array_jobs else ""
+    SlurmExecutor.format_job_exec = lambda self, job: (
+        command(self, job) if self.array_jobs else as_one_step(command(self, job), job)
+    )
+
+
+def as_one_step(command: str, job: Any) -> str:
+    """Return the command of a job, with its Snakemake in the job's step."""
+    before, snakemake, arguments = command.partition(f"{sys.executable} -m snakemake ")
+    if not snakemake:
+        raise WorkflowError(f"{job}: its command starts no Snakemake of {sys.executable}: {command}")
+    gpu = bool(job.resources.get("gpu"))
+    options = (get_cpu_setting(job, gpu), get_gpu_setting(job), get_node_setting(job))
+    step = (sys.executable, "-m", jobstep.__name__, *filter(None, options))
+    return f"{before}{' '.join(step)} {snakemake}{arguments}"
 
 
 def is_final(job: Any, workflow: Workflow, run: str) -> bool:
