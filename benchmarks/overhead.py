@@ -6,7 +6,7 @@
 Two entries of a model with random weights, one that trains for a step and one untuned, one job after the
 other on the SLURM cluster of the tests, with the profile as it is. The work is next to nothing, so CPU
 seconds are those of starting: of the step's own process, and of what it started besides (HELM, a server).
-`a SLURM job beside its step` is two Snakemakes. Then what benchmarks/chain.py says of the wall clock.
+`a SLURM job beside its step` is its Snakemake. Then what benchmarks/chain.py says of the wall clock.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import mean
 
@@ -67,24 +66,6 @@ def run(checkout: Path, model: Path, place: Path) -> str:
     return done.stdout
 
 
-def seconds(usage: Path) -> dict[str, tuple[float, float]]:
-    """By step, mean CPU seconds of its process, and of what it started; of a job, of its two Snakemakes."""
-    own: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
-    of_step: Counter[str] = Counter()
-    of_snakemake: Counter[str] = Counter()
-    for line in map(json.loads, usage.read_text().splitlines()):
-        program, *words = line["argv"]
-        if Path(program).name == "palio":
-            words = words[words[:1] == ["step"] :]
-            own[words[0] if words else ""].append((line["own"], line["children"]))
-            of_step[line["job"]] += line["own"] + line["children"]
-        elif line["job"] and "snakemake" in program:
-            of_snakemake[line["job"]] += line["own"] + line["children"]
-    found = {step: (mean(a for a, _ in each), mean(b for _, b in each)) for step, each in own.items()}
-    beside = [of_snakemake[job] - of_step[job] for job in of_snakemake]
-    return found | {"a SLURM job beside its step": (mean(beside), 0.0)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -93,6 +74,7 @@ def main() -> None:
     checkouts = [path.resolve() for path in parser.parse_args().checkouts]
     sys.path.append(str(ROOT))
     import families
+    from benchmarks.night.night import cpu_seconds
 
     measured = []
     with tempfile.TemporaryDirectory(prefix="palio-overhead-") as place:
@@ -102,7 +84,9 @@ def main() -> None:
         for number, checkout in enumerate(checkouts):
             folder = Path(place) / str(number)
             print(f"{checkout.name}\n\n{run(checkout, model, folder)}", flush=True)
-            measured.append(seconds(folder / "usage.jsonl"))
+            runs, beside = cpu_seconds(map(json.loads, (folder / "usage.jsonl").read_text().splitlines()))
+            means = {step: tuple(map(mean, zip(*each, strict=True))) for step, each in runs.items()}
+            measured.append(means | {"a SLURM job beside its step": (mean(beside), 0.0)})
     print(f"| CPU s | {' | '.join(f'{one.name}: own | started' for one in checkouts)} |")
     print("|---" * (1 + 2 * len(checkouts)) + "|")
     for step in dict.fromkeys(step for one in measured for step in one):

@@ -1,7 +1,7 @@
 """A whole night of a competition on a SLURM cluster of one host, with faults from a seed, and what it took.
 
     python -m benchmarks.night --entries 20 --faults 8 --seed 1
-    python -m benchmarks.night --entries 200 --faults all --seed 1 --at night200
+    python -m benchmarks.night --entries 200 --faults all --seed 1 --at night200     # again: its reference goes on
     python -m benchmarks.night --entries 200 --faults 18 --seed 1 --reference night200/reference
 
 Entries of every kind, half of them broken, run through the real executor with real steps on tiny models;
@@ -22,13 +22,12 @@ import random
 import signal
 import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.night import entries, faults, result
-from benchmarks.night.night import Night, say
+from benchmarks.night.night import RECORD, Night, say
 from tests.slurm.cluster import Cluster, Node, missing_programs
 from tests.support import quick
 from tests.support.folder import WorkingFolder
@@ -61,38 +60,46 @@ def spend(
     reference: Path | None = None,
 ) -> Outcome:
     """One night of `count` entries and `number` faults (None: each kind once) in the folder `place`, and what
-    it came to."""
+    it came to. One that is over there is not played again; ValueError if it is another one."""
     place.mkdir(parents=True, exist_ok=True)
-    draw = random.Random(seed)
+    over = (place / RECORD).exists()
     models = entries.model_folders(place)
-    if not stand_ins:
+    if not stand_ins and not over:
         entries.make_models(models)
     planned = entries.plan(count, seed, models)
     environment = quick.program(place / "quick") if stand_ins else None
     if environment is not None:
         planned = entries.with_stand_ins(planned)
         environment |= entries.stand_in_variables(planned)
-    folder = entries.create(place / "competition", models)
-    for entry in planned:
-        entry.write(folder)
-    night = Night(place, folder, cluster, planned, draw, environment)
+    folder = WorkingFolder(place / "competition")
+    asked = {"entries": count, "faults": number, "seed": seed, "stand_ins": stand_ins}
+    night = Night(place, folder, cluster, planned, random.Random(seed), asked, environment)
+    if over:
+        night.load()
+    else:
+        _play(night, models, number)
+    wrong = result.wrong(night, WorkingFolder(reference) if reference else night.make_reference())
+    table = result.table(night, wrong)
+    (place / "table.md").write_text(f"{table}\n")
+    return Outcome(night, wrong, table)
+
+
+def _play(night: Night, models: dict[str, Path], number: int | None) -> None:
+    entries.create(night.folder.path, models)
+    for entry in night.planned:
+        entry.write(night.folder)
     night.prepare()
+    stand_ins = night.stand_ins is not None
     kinds = faults.playable(stand_ins)
     for kind, why in faults.unplayable(stand_ins).items():
         say(f"not played here: {kind}: {why}")
-    due = faults.drawn(len(kinds) if number is None else number, draw, kinds)
+    due = faults.drawn(len(kinds) if number is None else number, night.draw, kinds)
     faults.decide(night, due)
-    say(f"{count} entries: {result.names(planned)}")
-    began = time.monotonic()
+    say(f"{len(night.planned)} entries: {result.names(night.planned)}")
     try:
         night.play(due)
-        seconds = time.monotonic() - began
-        other = WorkingFolder(reference) if reference else night.make_reference()
-        wrong = result.wrong(night, other)
-        table = result.table(night, seconds, time.monotonic() - began - seconds, wrong)
     finally:
         night.unmount()
-    return Outcome(night, wrong, table)
 
 
 def main() -> int:
@@ -115,15 +122,18 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: the cluster ends with its program
     with ExitStack() as stack:
         place = asked.at or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="palio-night-")))
-        if place.exists() and any(place.iterdir()):
-            parser.error(f"--at: {place} is not empty")
+        if place.exists() and any(place.iterdir()) and not (place / RECORD).exists():
+            parser.error(f"--at: {place} is not empty, and no night that is over")
         slurm = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="palio-slurm-")))
         cluster = stack.enter_context(Cluster(slurm, NODES))
         number = None if asked.faults == "all" else int(asked.faults)
-        outcome = spend(
-            place.resolve(), cluster, asked.entries, number, asked.seed,
-            stand_ins=asked.stand_ins, reference=asked.reference,
-        )  # fmt: skip
+        try:
+            outcome = spend(
+                place.resolve(), cluster, asked.entries, number, asked.seed,
+                stand_ins=asked.stand_ins, reference=asked.reference,
+            )  # fmt: skip
+        except ValueError as fault:
+            parser.error(f"--at: {fault}")
     print(outcome.table)
     return 1 if outcome.wrong else 0
 

@@ -1,6 +1,8 @@
 """One night: a competition on the cluster, the faults that are played in it, and what it comes to.
 
-NIGHT/competition/     the working folder; its starts' logs in starts/
+NIGHT/competition/     the working folder
+NIGHT/starts/          the log of each start
+NIGHT/night.json       what was seen, once the night is over
 NIGHT/reference/       the same competition as it is in the end, run without SLURM and without a fault
 NIGHT/bin/             SLURM's commands and `palio`, counted, and slowed down or misled by a fault
 NIGHT/hook/            a sitecustomize.py: Python processes leave their CPU seconds, and can be made to crash
@@ -11,18 +13,21 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import psutil
 from benchmarks.night.entries import Planned
+from pydantic import TypeAdapter
 from tests.slurm.cluster import Cluster
 from tests.slurm.competition import controller, output
 from tests.support.folder import WorkingFolder
@@ -58,6 +63,9 @@ SLOW_SECONDS = 12
 STARTS = 6
 """Of the command, and two for each fault, after which the night is over in any case."""
 TICK = 1.0
+RECORD = "night.json"
+SEEN = ("asked", "events", "starts", "ended", "not_played", "left", "seconds", "reference_seconds")
+"""What the record holds, attributes of the night."""
 
 
 @dataclass
@@ -112,6 +120,8 @@ class Night:
     cluster: Cluster
     planned: list[Planned]
     draw: random.Random
+    asked: dict[str, Any]
+    """What decides the night: entries, faults, seed, stand-ins."""
     stand_ins: dict[str, str] | None = None
     """Environment in which `palio` only writes records; None: real steps."""
     events: list[Event] = field(default_factory=list)
@@ -123,6 +133,10 @@ class Night:
     """slurmctld does not answer."""
     mounted: list[Path] = field(default_factory=list)
     not_played: list[str] = field(default_factory=list)
+    left: list[Job] = field(default_factory=list)
+    """Jobs that were still in the queue at the end."""
+    seconds: float = 0.0
+    reference_seconds: float = 0.0
 
     # --- preparations
 
@@ -218,7 +232,9 @@ class Night:
     # --- the night
 
     def play(self, faults: Sequence[Any]) -> None:
-        """Start the same command until nothing is due, `faults` in between: (share of the steps, fault)."""
+        """Start the same command until nothing is due, `faults` in between: (share of the steps, fault). Leave
+        a record of what was seen."""
+        begun = time.monotonic()
         waiting = list(faults)
         expected = sum(len(steps_before_the_end(entry)) for entry in self.planned)
         due: list[str] | None = None
@@ -234,6 +250,22 @@ class Night:
                 break  # nothing that another start would do, or another fault could hit
         self.not_played = [fault.kind for _, fault in waiting]
         self._start([], expected)
+        self.left = self.jobs("PENDING", "RUNNING")
+        self.seconds = time.monotonic() - begun
+        self._save()
+
+    def _save(self) -> None:
+        (self.place / RECORD).write_bytes(
+            TypeAdapter(dict[str, Any]).dump_json({name: getattr(self, name) for name in SEEN})
+        )
+
+    def load(self) -> None:
+        """Take up a night that is over. Raises ValueError if another one was asked for."""
+        kinds, seen = get_type_hints(Night), json.loads((self.place / RECORD).read_bytes())
+        if seen["asked"] != self.asked:
+            raise ValueError(f"{self.place} holds the night of {seen['asked']}, not of {self.asked}")
+        for name in SEEN:
+            setattr(self, name, TypeAdapter(kinds[name]).validate_python(seen[name]))
 
     def _start(self, waiting: list[Any], expected: int) -> None:
         under = ("unshare", "--mount", "--propagation", "slave") if os.geteuid() == 0 else ()
@@ -297,20 +329,29 @@ class Night:
     # --- the reference
 
     def make_reference(self) -> WorkingFolder:
-        """The competition as it is now, alone, without SLURM and without a fault."""
-        path = self.place / "reference"
-        made = ("results", "private", "public", "logs", ".snakemake", "base_models", "stages", "starts")
-        shutil.copytree(
-            self.folder.path, path, symlinks=True, ignore=shutil.ignore_patterns(*made, "*.jsonl.lock")
-        )
-        for line in ("ran.jsonl", "done.jsonl", "published.jsonl"):
-            (path / line).unlink(missing_ok=True)
+        """The competition as it is now, alone, without SLURM and without a fault. One that was interrupted
+        goes on."""
+        path, copying = self.place / "reference", self.place / "reference.copying"
+        if not path.exists():
+            made = ("results", "private", "public", "logs", ".snakemake", "base_models", "stages", "starts")
+            shutil.rmtree(copying, ignore_errors=True)
+            shutil.copytree(
+                self.folder.path, copying, symlinks=True, ignore=shutil.ignore_patterns(*made, "*.jsonl.lock")
+            )
+            for line in ("ran.jsonl", "done.jsonl", "published.jsonl"):
+                (copying / line).unlink(missing_ok=True)
+            copying.rename(path)
         command = [str(Path(sys.executable).with_name("snakemake")), "--profile", "local"]
         environment = {
             name: value for name, value in (self.stand_ins or os.environ).items() if name != "PALIO_SLOW"
         }
-        with (self.place / "reference.log").open("w") as log:
-            done = subprocess.run(command, cwd=path, env=environment, stdout=log, stderr=log, check=False)
+        begun = time.monotonic()
+        try:
+            with (self.place / "reference.log").open("a") as log:
+                done = subprocess.run(command, cwd=path, env=environment, stdout=log, stderr=log, check=False)
+        finally:
+            self.reference_seconds += time.monotonic() - begun
+            self._save()
         if done.returncode != 0:
             say(f"the reference has failed, see {self.place}/reference.log")
         return WorkingFolder(path)
@@ -348,5 +389,22 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def usage(night: Night) -> list[dict[str, Any]]:
-    return list(read_json_lines(night.place / "usage.jsonl"))
+def cpu_seconds(
+    usage: Iterable[dict[str, Any]],
+) -> tuple[dict[str, list[tuple[float, float]]], list[float]]:
+    """Return what the lines of HOOK tell: of each run of a step or another command of Palio, by its name, the
+    CPU seconds of its own process and of what it started; of each SLURM job, those beside Palio."""
+    runs: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+    of_job: Counter[str] = Counter()
+    of_palio: Counter[str] = Counter()
+    for line in usage:
+        program, *words = line["argv"] or [""]
+        seconds = line["own"] + line["children"]
+        if Path(program).name == "palio" and words:
+            runs[words[1] if words[0] == "step" else f"palio {words[0]}"].append(
+                (line["own"], line["children"])
+            )
+            of_palio[line["job"]] += seconds
+        elif line["job"] and re.search("snakemake", program):
+            of_job[line["job"]] += seconds
+    return runs, [of_job[job] - of_palio[job] for job in of_job]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -13,11 +12,12 @@ from statistics import mean
 from benchmarks.chain import shared_gpus
 from benchmarks.night.entries import Planned
 from benchmarks.night.faults import FAULTS, Fault
-from benchmarks.night.night import Night, usage
+from benchmarks.night.night import Night, cpu_seconds
 from tests.slurm.competition import TRACKS
 from tests.support.folder import WorkingFolder
 
 from palio.errors import State
+from palio.files import read_json_lines
 from palio.operating.attempt import Attempt
 from palio.pipeline import STEPS
 from palio.provenance import canonical_json
@@ -108,8 +108,8 @@ def _work(night: Night, reference: WorkingFolder) -> Iterator[str]:
     attempts = [one for _, one in night.attempts()]
     for node, gpu in shared_gpus([one for one in attempts if not _moved(night, one)]):
         yield f"two steps at once on GPU {gpu} of {node}"
-    if left := night.jobs("PENDING", "RUNNING"):
-        yield f"jobs left in the queue: {left}"
+    if night.left:
+        yield f"jobs left in the queue: {night.left}"
 
 
 def _published(night: Night) -> Iterator[str]:
@@ -171,7 +171,7 @@ def survived(night: Night, defects: list[str]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def table(night: Night, seconds: float, reference_seconds: float, defects: list[str]) -> str:
+def table(night: Night, defects: list[str]) -> str:
     """One table of what the night took, and what in it was a stand-in."""
     other = lost(night)
     kinds = survived(night, defects)
@@ -180,7 +180,7 @@ def table(night: Night, seconds: float, reference_seconds: float, defects: list[
     rows = [
         ("entries", f"{len(night.planned)}, {broken} of them with a defect"),
         ("starts of the command", str(len(night.starts))),
-        ("wall time", f"{duration(seconds)}, and {duration(reference_seconds)} of the reference"),
+        ("wall time", f"{duration(night.seconds)}, and {duration(night.reference_seconds)} of the reference"),
         (
             "SLURM jobs",
             str(sum(start.log.count("has been submitted with SLURM jobid") for start in night.starts)),
@@ -197,7 +197,7 @@ def table(night: Night, seconds: float, reference_seconds: float, defects: list[
         ),
         ("work done again, not by a fault above", f"{other:.0f} s"),
         ("controller", _controller(night)),
-        ("queries to slurmctld, a minute", _queries(night, seconds)),
+        ("queries to slurmctld, a minute", _queries(night)),
         ("on disk, a scored entry", _disk(night)),
         *((f"CPU s, {what}", line) for what, line in _cpu(night)),
         (
@@ -221,9 +221,9 @@ def _controller(night: Night) -> str:
     return f"{cpu:.0f} CPU s with its checks of entries, peak {memory / 1e6:.0f} MB"
 
 
-def _queries(night: Night, seconds: float) -> str:
+def _queries(night: Night) -> str:
     counts = Counter(line.split()[1] for line in night.queries.read_text().splitlines())
-    minutes = seconds / 60
+    minutes = night.seconds / 60
     each = ", ".join(f"{name} {count / minutes:.1f}" for name, count in counts.most_common())
     return f"{counts.total() / minutes:.1f}: {each}"
 
@@ -241,27 +241,12 @@ def _disk(night: Night) -> str:
 
 
 def _cpu(night: Night) -> Iterator[tuple[str, str]]:
-    """By step, CPU seconds of its own process and what it started; and of the Snakemakes of a job."""
-    own: defaultdict[str, list[float]] = defaultdict(list)
-    of_job: Counter[str] = Counter()
-    of_step: Counter[str] = Counter()
-    for line in usage(night):
-        argv, job, seconds = line["argv"], line["job"], line["own"] + line["children"]
-        program = Path(argv[0]).name if argv else ""
-        if program == "palio" and argv[1:2] == ["step"]:
-            own[argv[2]].append(seconds)
-        elif program == "palio" and len(argv) > 1:
-            own[f"palio {argv[1]}"].append(seconds)
-        if job and program == "palio":
-            of_step[job] += seconds
-        if job and re.search("snakemake", argv[0] if argv else ""):
-            of_job[job] += seconds
+    """By step, CPU seconds of its own process and what it started; and of a job beside its step."""
+    runs, beside = cpu_seconds(read_json_lines(night.place / "usage.jsonl"))
     order = [step.name for step in STEPS]
-    for what in sorted(
-        own, key=lambda name: (name not in order, order.index(name) if name in order else 0, name)
-    ):
-        yield what, f"{mean(own[what]):.1f} ({len(own[what])} times)"
-    if beside := [of_job[job] - of_step[job] for job in of_job]:
+    for what in sorted(runs, key=lambda name: (order.index(name) if name in order else len(order), name)):
+        yield what, f"{mean(map(sum, runs[what])):.1f} ({len(runs[what])} times)"
+    if beside:
         yield "a SLURM job beside its step", f"{mean(beside):.1f} ({len(beside)} jobs)"
 
 

@@ -38,7 +38,7 @@ RAN, DONE, PUBLISHED = Path("ran.jsonl"), Path("done.jsonl"), Path("published.js
 
 def program(folder: Path) -> dict[str, str]:
     """Install it in `folder`; return the environment in which Snakemake finds it."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     path = folder / "palio"
     root = Path(__file__).parents[2]
     path.write_text(
