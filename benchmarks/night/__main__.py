@@ -1,14 +1,15 @@
 """A whole night of a competition on a SLURM cluster of one host, with faults from a seed, and what it took.
 
     python -m benchmarks.night --entries 20 --faults 8 --seed 1
-    python -m benchmarks.night --entries 200 --faults all --seed 1 --at night200     # again: its reference goes on
+    python -m benchmarks.night --entries 200 --faults all --seed 1 --at night200
     python -m benchmarks.night --entries 200 --faults 18 --seed 1 --reference night200/reference
 
 Entries of every kind, half of them broken, run through the real executor with real steps on tiny models;
 faults are played in between; the same `snakemake --profile slurm` is typed until nothing is due, and broken
 entries are withdrawn once they have ended. Then every entry must be where it belongs, and the leaderboards
 must be, byte for byte, those of the same competition run without SLURM and without a fault. Prints one
-table; exit code 1 if anything is wrong.
+table; exit code 1 if anything is wrong. A night that is over in --at is not played again: its reference goes
+on where it was interrupted.
 
 Wants SLURM and munge (envs/debian.txt). As root it can also fill a disk and show files late; libfaketime
 moves clocks. `--stand-ins` replaces the steps by ones that only write records, as

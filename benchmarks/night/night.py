@@ -32,7 +32,6 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.competition import controller, output
 from tests.support.folder import WorkingFolder
 
-from palio.files import read_json_lines
 from palio.layout import EntryFolder
 from palio.operating.attempt import Attempt, read_attempts
 
@@ -232,8 +231,8 @@ class Night:
     # --- the night
 
     def play(self, faults: Sequence[Any]) -> None:
-        """Start the same command until nothing is due, `faults` in between: (share of the steps, fault). Leave
-        a record of what was seen."""
+        """Start the same command until nothing is due, `faults` in between: (share of the steps, fault).
+        Leave a record of what was seen."""
         begun = time.monotonic()
         waiting = list(faults)
         expected = sum(len(steps_before_the_end(entry)) for entry in self.planned)
