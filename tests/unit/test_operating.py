@@ -492,12 +492,13 @@ def job_with(**resources: int) -> SimpleNamespace:
 
 
 def test_a_job_starts_one_snakemake_in_its_step() -> None:
-    snakemake = f"{sys.executable} -m snakemake --target-jobs 'finetune:entry=a b' --mode remote"
-    step = f"{sys.executable} -m palio.operating.jobstep --cpus-per-task=2 --gpus=1 --nodes=1"
-    assert hooks.as_one_step(snakemake, job_with(gpu=1)) == f"{step} {snakemake}"
-    assert "--gpus" not in hooks.as_one_step(snakemake, job_with())
+    snakemake = "python3 -m snakemake --target-jobs 'finetune:entry=a b' --mode remote"
+    step = "python3 -m palio.operating.jobstep --cpus-per-task=2 --gpus=1 --nodes=1"
+    made = hooks.as_one_step(f"cd there && {snakemake}", "python3", job_with(gpu=1))
+    assert made == f"cd there && {step} {snakemake}"
+    assert "--gpus" not in hooks.as_one_step(snakemake, "python3", job_with())
     with pytest.raises(WorkflowError, match="starts no Snakemake"):
-        hooks.as_one_step("sh job.sh", job_with())
+        hooks.as_one_step("sh job.sh", "python3", job_with())
 
 
 def test_the_step_is_given_what_it_asks_for_and_not_what_the_job_has(

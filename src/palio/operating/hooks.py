@@ -13,7 +13,6 @@ job arrays, whose tasks the first of the two tells apart.
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from typing import Any
 
@@ -77,18 +76,20 @@ def install(workflow: Workflow, run: str) -> None:
     SlurmExecutor.sleep = until_a_job_ends
     SlurmExecutor.additional_general_args = lambda self: arguments(self) if self.array_jobs else ""
     SlurmExecutor.format_job_exec = lambda self, job: (
-        command(self, job) if self.array_jobs else as_one_step(command(self, job), job)
+        command(self, job)
+        if self.array_jobs
+        else as_one_step(command(self, job), self.get_python_executable(), job)
     )
 
 
-def as_one_step(command: str, job: Any) -> str:
-    """Return the command of a job, with its Snakemake in the job's step."""
-    before, snakemake, arguments = command.partition(f"{sys.executable} -m snakemake ")
+def as_one_step(command: str, python: str, job: Any) -> str:
+    """Return a job's command, which starts a Snakemake with `python`, with this one in the job's step."""
+    before, snakemake, arguments = command.partition(f"{python} -m snakemake ")
     if not snakemake:
-        raise WorkflowError(f"{job}: its command starts no Snakemake of {sys.executable}: {command}")
+        raise WorkflowError(f"{job}: its command starts no Snakemake of {python}: {command}")
     gpu = bool(job.resources.get("gpu"))
     options = (get_cpu_setting(job, gpu), get_gpu_setting(job), get_node_setting(job))
-    step = (sys.executable, "-m", jobstep.__name__, *filter(None, options))
+    step = (python, "-m", jobstep.__name__, *filter(None, options))
     return f"{before}{' '.join(step)} {snakemake}{arguments}"
 
 
