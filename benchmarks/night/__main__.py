@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.night import entries, faults, result
-from benchmarks.night.night import RECORD, Night, say
+from benchmarks.night.night import RECORD, AnotherNightError, Night, say
 from tests.slurm.cluster import Cluster, Node, missing_programs
 from tests.support import quick
 from tests.support.folder import WorkingFolder
@@ -61,7 +61,7 @@ def spend(
     reference: Path | None = None,
 ) -> Outcome:
     """One night of `count` entries and `number` faults (None: each kind once) in the folder `place`, and what
-    it came to. One that is over there is not played again; ValueError if it is another one."""
+    it came to. One that is over there is not played again; AnotherNightError if it is not this one."""
     place.mkdir(parents=True, exist_ok=True)
     over = (place / RECORD).exists()
     models = entries.model_folders(place)
@@ -124,7 +124,7 @@ def main() -> int:
     with ExitStack() as stack:
         place = asked.at or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="palio-night-")))
         if place.exists() and any(place.iterdir()) and not (place / RECORD).exists():
-            parser.error(f"--at: {place} is not empty, and no night that is over")
+            parser.error(f"--at: {place} is not empty, and holds no finished night")
         slurm = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="palio-slurm-")))
         cluster = stack.enter_context(Cluster(slurm, NODES))
         number = None if asked.faults == "all" else int(asked.faults)
@@ -133,7 +133,7 @@ def main() -> int:
                 place.resolve(), cluster, asked.entries, number, asked.seed,
                 stand_ins=asked.stand_ins, reference=asked.reference,
             )  # fmt: skip
-        except ValueError as fault:
+        except AnotherNightError as fault:
             parser.error(f"--at: {fault}")
     print(outcome.table)
     return 1 if outcome.wrong else 0

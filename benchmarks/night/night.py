@@ -67,6 +67,10 @@ SEEN = ("asked", "events", "starts", "ended", "not_played", "left", "seconds", "
 """What the record holds, attributes of the night."""
 
 
+class AnotherNightError(Exception):
+    """The folder holds a night of other entries, faults or another seed."""
+
+
 @dataclass
 class Job:
     """A job in SLURM's queue."""
@@ -259,10 +263,10 @@ class Night:
         )
 
     def load(self) -> None:
-        """Take up a night that is over. Raises ValueError if another one was asked for."""
+        """Take up a night that is over. Raises AnotherNightError if another one was asked for."""
         kinds, seen = get_type_hints(Night), json.loads((self.place / RECORD).read_bytes())
         if seen["asked"] != self.asked:
-            raise ValueError(f"{self.place} holds the night of {seen['asked']}, not of {self.asked}")
+            raise AnotherNightError(f"{self.place} holds the night of {seen['asked']}, not of {self.asked}")
         for name in SEEN:
             setattr(self, name, TypeAdapter(kinds[name]).validate_python(seen[name]))
 

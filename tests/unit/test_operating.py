@@ -501,9 +501,7 @@ def test_a_job_starts_one_snakemake_in_its_step() -> None:
         hooks.as_one_step("sh job.sh", "python3", job_with())
 
 
-def test_the_step_is_given_what_it_asks_for_and_not_what_the_job_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_step_is_given_what_it_asks_for_and_not_what_the_job_has(tmp_path: Path) -> None:
     srun = tmp_path / "srun"
     srun.write_text('#!/bin/sh\nprintf "%s " "$@"; env')
     srun.chmod(0o755)

@@ -3,8 +3,8 @@
     python -m palio.operating.jobstep --nodes=1 --cpus-per-task=2 --gpus=1 python -m snakemake …
 
 Snakemake's SLURM executor starts a Snakemake in the job for this, which starts a second one in the step. It
-costs a job as much CPU time and memory as the one that does the work. Options and environment are those that
-it would give to srun.
+costs a job as much CPU time and memory as the one that does the work. srun gets the options and the
+environment that the executor would give it, and SLURM_CONF, which the executor drops.
 """
 
 from __future__ import annotations
