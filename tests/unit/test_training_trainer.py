@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from palio.config import FinetuneRecipe
 from palio.errors import BadInput
+from palio.training import loss
 from palio.training.attention import NAME, kernel_dtype, row_bounds
 from palio.training.model import adapt
 from palio.training.rows import Row, flat_batch
@@ -106,6 +107,29 @@ def test_padded_rows_train_like_rows_end_to_end() -> None:
     ours = [flat.train_step().loss for _ in range(5)]
     assert ours == pytest.approx([padded.train_step().loss for _ in range(5)], rel=1e-4)
     assert flat.validation_loss(rows_of(9)) == pytest.approx(padded.validation_loss(rows_of(9)), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_loss_and_its_gradient_are_torchs_cross_entropy(dtype: torch.dtype) -> None:
+    """Of more rows than are taken at a time, with answers that are almost sure and almost excluded."""
+    positions, scale = 2 * loss.ROWS + 7, 2.0**16
+    logits = (8 * torch.randn(positions, 50, generator=torch.Generator().manual_seed(0))).to(dtype)
+    targets = torch.arange(positions) % 50
+    found = []
+    for function in (
+        loss.summed_cross_entropy,
+        lambda values, wanted: torch.nn.functional.cross_entropy(values.float(), wanted, reduction="sum"),
+    ):
+        values = logits.clone().requires_grad_()
+        total = function(values, targets)
+        (total / positions * scale).backward()
+        found.append((total.detach(), values.grad))
+    (total, gradient), (expected, its_gradient) = found
+    assert gradient.dtype == its_gradient.dtype == dtype
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(gradient, its_gradient)
+    with torch.no_grad():
+        assert loss.summed_cross_entropy(logits, targets) == total
 
 
 def test_validation_changes_nothing() -> None:

@@ -5,5 +5,6 @@ finetune     Palio's own trainer                         command      a team's o
 trainer      optimizer steps, their state                rows         tokens, and which rows a step sees
 attention    rows end to end, kept apart                 model        base model with adapter
 batching     end to end or padded: checked at the start
+loss         cross-entropy over a large vocabulary
 checkpoint   complete or absent                          device       the one GPU: capped, named, metered
 """

@@ -22,6 +22,7 @@ import torch
 
 from palio.quantization import evaluation_mode
 from palio.training.attention import NAME, row_bounds, row_lengths
+from palio.training.loss import summed_cross_entropy
 from palio.training.model import compute_dtype
 from palio.training.rows import Batch, Row, flat_batch, padded_batch, planned_steps, step_rows
 
@@ -154,7 +155,7 @@ class Trainer:
         with row_bounds(batch.bounds, self.device):
             with self._autocast:
                 logits = self._logits(batch)
-            yield torch.nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
+            yield summed_cross_entropy(logits, batch.targets)
 
     def _logits(self, batch: Batch) -> torch.Tensor:
         """Return the (K, vocabulary) logits at the positions the loss is taken on.
@@ -165,7 +166,7 @@ class Trainer:
             picked: torch.Tensor = self.model(
                 **batch.inputs, logits_to_keep=batch.predict, use_cache=False
             ).logits
-            return picked[0]
+            return picked.squeeze(0)  # an index's gradient would be a copy
         logits: torch.Tensor = self.model(**batch.inputs, use_cache=False).logits
         return logits.flatten(0, 1)[batch.predict]
 
