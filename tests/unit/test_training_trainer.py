@@ -115,14 +115,14 @@ def test_the_loss_and_its_gradient_are_torchs_cross_entropy(dtype: torch.dtype) 
     positions, scale = 2 * loss.ROWS + 7, 2.0**16
     logits = (8 * torch.randn(positions, 50, generator=torch.Generator().manual_seed(0))).to(dtype)
     targets = torch.arange(positions) % 50
-    found = []
+    found: list[tuple[torch.Tensor, Any]] = []
     for function in (
         loss.summed_cross_entropy,
         lambda values, wanted: torch.nn.functional.cross_entropy(values.float(), wanted, reduction="sum"),
     ):
         values = logits.clone().requires_grad_()
         total = function(values, targets)
-        (total / positions * scale).backward()
+        torch.autograd.backward(total / positions * scale)
         found.append((total.detach(), values.grad))
     (total, gradient), (expected, its_gradient) = found
     assert gradient.dtype == its_gradient.dtype == dtype
