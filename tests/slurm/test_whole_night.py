@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.night.__main__ import NODES, Outcome, spend
+from benchmarks.night.night import AnotherNightError
 from benchmarks.night.result import wrong
 
 from tests.slurm.cluster import Cluster, missing_programs
@@ -53,3 +54,26 @@ def test_a_night_that_scored_an_entry_wrong_would_not_pass(night: Outcome, tmp_p
     board = other / "results/leaderboard/a100.json"
     board.write_text(board.read_text() + " ")
     assert wrong(night.night, WorkingFolder(other)) == ["the leaderboard of a100 is not the reference's"]
+
+
+def test_a_night_that_is_over_is_not_played_again_and_its_interrupted_reference_goes_on(
+    night: Outcome,
+) -> None:
+    seen = night.night
+    entry = next(one for one in seen.planned if not one.broken and not one.role)
+    interrupted = seen.place / "reference/results" / entry.track / entry.name
+    shutil.rmtree(interrupted)
+    again = spend(seen.place, seen.cluster, ENTRIES, FAULTS, SEED, stand_ins=True)
+    assert again.wrong == []
+    assert interrupted.exists()
+    assert again.night.starts == seen.starts
+    assert _without_wall_time(again.table) == _without_wall_time(night.table)
+
+
+def test_a_folder_that_holds_another_night_is_refused(night: Outcome) -> None:
+    with pytest.raises(AnotherNightError, match="holds the night of"):
+        spend(night.night.place, night.night.cluster, ENTRIES, FAULTS, SEED + 1, stand_ins=True)
+
+
+def _without_wall_time(table: str) -> list[str]:
+    return [line for line in table.splitlines() if not line.startswith("| wall time")]

@@ -155,7 +155,9 @@ class Trainer:
         with row_bounds(batch.bounds, self.device):
             with self._autocast:
                 logits = self._logits(batch)
-            yield summed_cross_entropy(logits, batch.targets)
+            loss = summed_cross_entropy(logits, batch.targets)
+            del logits  # their gradient, as large, takes their place
+            yield loss
 
     def _logits(self, batch: Batch) -> torch.Tensor:
         """Return the (K, vocabulary) logits at the positions the loss is taken on.
