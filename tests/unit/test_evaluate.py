@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,11 @@ from palio.evaluation.stage import StagePlan, prepare_stage
 from palio.heartbeat import HeartbeatWriter, read_heartbeat
 from palio.layout import EntryFolder, HelmFolder
 from palio.records import AskedQuestions, PackageManifest, ProbeReport, StageRecord, read_record
+from palio.serving.process import ServerProcess
 from palio.settings import StageRuns
+from tests.support.breaking import ANSWERED, break_in_mid_stage
 from tests.support.entry import packaged_entry, run_stage, scenario
+from tests.support.serving import one_core
 from tests.support.toy import Toy
 
 pytestmark = pytest.mark.timeout(900)
@@ -275,6 +280,48 @@ def test_seconds_with_a_dead_server_are_not_the_entrys(stage: StageRuns, tmp_pat
     toy.dead = True
     assert not watch(1.9)
     assert watch.alive_seconds == 1.0
+
+
+AGING = """
+import pathlib
+from palio.cli import main
+from palio.serving.model import TreeModel
+
+forward = TreeModel.forward
+
+def forward_until_broken(model, chunks):
+    if pathlib.Path({broken!r}).exists():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    return forward(model, chunks)
+
+TreeModel.forward = forward_until_broken
+main()
+"""
+"""`palio serve` on a device that breaks as soon as a file is there."""
+
+
+@pytest.mark.parametrize("how", ["killed", "its device is broken"])
+def test_a_real_server_that_breaks_ends_the_stage_in_seconds_and_the_next_start_asks_only_the_rest(
+    how: str, stage: StageRuns, package: Path, helm_seconds: float, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+
+    def start(log: Path) -> ServerProcess:
+        server = one_core(package)(log)
+        server._command[1:3] = ["-c", AGING.format(broken=str(broken))]
+        broken.unlink(missing_ok=True)
+        return server
+
+    def break_it(server: ServerProcess) -> None:
+        broken.touch()
+        if how == "killed":
+            os.kill(server.pid, signal.SIGKILL)
+
+    seen = break_in_mid_stage(stage, Path("stage.json"), packaged_entry(tmp_path), start, break_it)
+    assert seen.over_after < 15 + 2 * helm_seconds
+    assert 0 < seen.used <= seen.alive + 2, "seconds with a dead server are not the entry's"
+    assert 0 < seen.asked_again <= SMALL + LARGE - ANSWERED
+    assert (seen.whole.state, [one.answered for one in seen.whole.runs]) == (State.FINISHED, [SMALL, LARGE])
 
 
 def test_the_log_tells_the_error_of_the_run_that_is_asked_for(tmp_path: Path) -> None:

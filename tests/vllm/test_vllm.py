@@ -35,6 +35,7 @@ from palio.serving.transformers_engine import TransformersEngine
 from palio.serving.vllm_engine import MAX_REQUESTS
 from palio.settings import StageRuns
 from palio.vllm import vllm_version
+from tests.support.breaking import ANSWERED, break_in_mid_stage
 from tests.support.entry import packaged_entry, scenario, serve_stage
 from tests.support.serving import QUESTIONS, VLLM, engine_of, metric
 from tests.support.training import tiny_base_model
@@ -272,16 +273,21 @@ def test_the_probe_passes_every_check(server: ServerProcess, package: Path) -> N
     assert {check.name: check.state for check in report.checks if check.state != "pass"} == {}
 
 
-def test_every_question_of_a_stage_is_answered(
-    server: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageRuns:
     monkeypatch.chdir(tmp_path)
     scenarios = {
-        mode: scenario(tmp_path / f"{mode}.conf", f"synthetic_reasoning:mode={mode}", instances=10)
+        mode: scenario(tmp_path / f"{mode}.conf", f"synthetic_reasoning:mode={mode}", instances=20)
         for mode in ("pattern_match", "variable_substitution")
     }
     stage = StageRuns(competition="test", stage="open", closed_store="closed", scenarios=scenarios)
     prepare_stage(stage, tmp_path / "stage.json")
+    return stage
+
+
+def test_every_question_of_a_stage_is_answered(
+    server: ServerProcess, stage: StageRuns, tmp_path: Path
+) -> None:
     engine = f"vllm {vllm_version()}"
     record = serve_stage(
         stage,
@@ -291,7 +297,27 @@ def test_every_question_of_a_stage_is_answered(
         engine=engine,
     )
     assert (record.state, record.engine) == (State.FINISHED, engine)
-    assert [(run.answered, run.instances) for run in record.runs] == [(10, 10), (10, 10)]
+    assert [(run.answered, run.instances) for run in record.runs] == [(20, 20), (20, 20)]
+
+
+def test_a_vllm_that_dies_ends_the_stage_in_seconds_and_the_next_start_asks_only_the_rest(
+    package: Path, stage: StageRuns, tmp_path: Path
+) -> None:
+    def kill_its_core(server: ServerProcess) -> None:
+        tree = psutil.Process(server.pid).children(recursive=True)
+        next(child for child in tree if "EngineCore" in child.name()).kill()
+
+    seen = break_in_mid_stage(
+        stage,
+        tmp_path / "stage.json",
+        packaged_entry(tmp_path),
+        lambda log: start(package, log),
+        kill_its_core,
+    )
+    assert seen.over_after < 15
+    assert 0 < seen.used <= seen.alive + 2, "seconds with a dead server are not the entry's"
+    assert 0 < seen.asked_again <= 40 - ANSWERED
+    assert [(run.answered, run.instances) for run in seen.whole.runs] == [(20, 20), (20, 20)]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
