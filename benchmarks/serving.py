@@ -20,6 +20,7 @@ Printed, with the goal where there is one:
 
 `--overhead` alone counts what the engine costs beside the arithmetic (benchmarks/serving_overhead.py).
 
+`--cpu-dtype bfloat16` runs all of them in bfloat16; answers differ where two tokens are nearly as likely.
 With --gpu-memory-gb all servers are on the GPU, in the package's dtype.
 """
 
@@ -186,7 +187,8 @@ def ask_vllm(suite: Suite, given: argparse.Namespace) -> Other:
 def ask_baseline(kind: str, suite: Suite, given: argparse.Namespace) -> Other:
     """Ask a server of serving_baselines.py."""
     arguments = [kind, str(given.package), "--threads", str(given.threads), "--port", str(given.port)]
-    arguments += ["--cache-gb", str(given.cache_gb), *(["--gpu"] if given.gpu_memory_gb else [])]
+    dtype = "auto" if given.gpu_memory_gb else given.cpu_dtype
+    arguments += ["--cache-gb", str(given.cache_gb), "--dtype", dtype]
     environment = os.environ | {"OMP_NUM_THREADS": str(given.threads)}
     program = Path(__file__).with_name("serving_baselines.py")
     server = subprocess.Popen([sys.executable, str(program), *arguments], env=environment)
@@ -227,14 +229,14 @@ def compare(suite: Suite, given: argparse.Namespace, ours: Spent, expected: Sequ
 # --- the limit ---------------------------------------------------------------------------------------
 
 
-def seconds_of_multiplications(package: Path, threads: int, tokens: int, rows: int) -> float:
+def seconds_of_multiplications(package: Path, threads: int, tokens: int, rows: int, cpu_dtype: str) -> float:
     """For `tokens` through the layers' matrices and `rows` through the head, at the measured rate of a
     product of the model's own widest matrix with 512 rows."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(package, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(package, dtype=cpu_dtype)
     head = model.get_output_embeddings().weight.numel()
     layers = (
         sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear)) - head
@@ -247,7 +249,7 @@ def seconds_of_multiplications(package: Path, threads: int, tokens: int, rows: i
         ),
         key=lambda module: module.weight.numel(),
     )
-    many = torch.randn(512, widest.in_features)
+    many = torch.randn(512, widest.in_features, dtype=widest.weight.dtype)
     best = float("inf")
     with torch.inference_mode():
         for _ in range(50):
@@ -260,7 +262,8 @@ def seconds_of_multiplications(package: Path, threads: int, tokens: int, rows: i
 
 
 def server_settings(given: argparse.Namespace) -> dict[str, Any]:
-    return {"threads": given.threads, "cache_gb": given.cache_gb, "gpu_memory_gb": given.gpu_memory_gb}
+    names = ("threads", "cache_gb", "gpu_memory_gb", "cpu_dtype")
+    return {name: getattr(given, name) for name in names}
 
 
 def ask_ours(suite: Suite, given: argparse.Namespace) -> tuple[Spent, list[dict[str, Any]]]:
@@ -289,7 +292,7 @@ def ask_ours(suite: Suite, given: argparse.Namespace) -> tuple[Spent, list[dict[
     print(f"ours            {ours.wall:.1f} s, {counts['step_seconds_total']:.1f} s of it in steps")
     if not given.gpu_memory_gb:
         size = (int(computed + written), int(written))
-        limit = seconds_of_multiplications(given.package, given.threads, *size)
+        limit = seconds_of_multiplications(given.package, given.threads, *size, given.cpu_dtype)
         print(f"                {ours.cpu:.1f} CPU s, {ours.cpu / limit:.1f} × the products' {limit:.1f} s")
     return ours, replies
 
@@ -303,6 +306,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cache-gb", type=float, default=1.0, help="of memory for keys and values")
     parser.add_argument("--gpu-memory-gb", type=float, help="all servers on the GPU, ours capped at this")
+    parser.add_argument("--cpu-dtype", choices=("float32", "bfloat16"), default="float32", help="on a CPU")
     parser.add_argument("--port", type=int, default=18765, help="of transformers' servers")
     parser.add_argument("--ours-only", action="store_true")
     given = parser.parse_args()

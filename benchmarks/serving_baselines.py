@@ -41,8 +41,8 @@ def cut(text: str, stops: Sequence[str]) -> str:
 class Server:
     """A model and its tokenizer."""
 
-    def __init__(self, package: Path, on_gpu: bool) -> None:
-        device, dtype = ("cuda", "auto") if on_gpu else ("cpu", torch.float32)
+    def __init__(self, package: Path, dtype: str) -> None:
+        device = "cuda" if dtype == "auto" else "cpu"
         self.model = AutoModelForCausalLM.from_pretrained(package, dtype=dtype).eval().to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(package)
 
@@ -53,8 +53,8 @@ class Server:
 
 
 class OneAtATime(Server):
-    def __init__(self, package: Path, on_gpu: bool) -> None:
-        super().__init__(package, on_gpu)
+    def __init__(self, package: Path, dtype: str) -> None:
+        super().__init__(package, dtype)
         self._lock = threading.Lock()
 
     def process(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -77,8 +77,8 @@ class OneAtATime(Server):
 
 
 class Continuous(Server):
-    def __init__(self, package: Path, on_gpu: bool, cache_gb: float) -> None:
-        super().__init__(package, on_gpu)
+    def __init__(self, package: Path, dtype: str, cache_gb: float) -> None:
+        super().__init__(package, dtype)
         config = self.model.config
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         token_bytes = (
@@ -123,14 +123,14 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--cache-gb", type=float, default=1.0)
-    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--dtype", default="float32", help="on a CPU; auto: the package's own, on a GPU")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     server: OneAtATime | Continuous
     if given.kind == "continuous":
-        server = Continuous(given.package, given.gpu, given.cache_gb)
+        server = Continuous(given.package, given.dtype, given.cache_gb)
     else:
-        server = OneAtATime(given.package, given.gpu)
+        server = OneAtATime(given.package, given.dtype)
     app = FastAPI()
     app.post("/process")(server.process)
     app.get("/health")(lambda: None)

@@ -32,6 +32,7 @@ from palio.config import (
     parse,
 )
 from palio.config import Stage as StageConfig
+from palio.cpu import CpuDtype
 from palio.entries import AnyEntry
 from palio.errors import BadInput
 from palio.layout import STAGES, ClosedStore, Resources, Stage, StageStore, replicate_name, stage_named
@@ -398,6 +399,7 @@ class StageLimits(Strict):
     """Seconds."""
     threads: PositiveInt
     engine: Literal["transformers", "vllm"] = "transformers"
+    cpu_dtype: CpuDtype = "float32"
     unanswered: Literal["missing", "wrong"] = "missing"
     cut_at_stop_sequences: bool = True
 

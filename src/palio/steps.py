@@ -185,7 +185,7 @@ def evaluate(folder: EntryFolder, settings: EvaluateSettings, options: RunOption
     handed_in = read_record(PackageManifest, folder.package_manifest)
     engine, tokenizer = "", folder.package
     if handed_in.kind == "model":
-        engine = _engine(settings.limits.engine)
+        engine = _engine(settings)
         if handed_in.code and settings.limits.engine != DEFAULT_ENGINE:
             why, fix = "runs no model with code of its own", f"use {DEFAULT_ENGINE}"
             key, value = f"{settings.runs.stage}.engine", settings.limits.engine
@@ -221,6 +221,7 @@ def _server(
             gpu_memory_gb=settings.track.gpu_memory_gb,
             max_context=CONTEXT_TOKENS,
             engine=settings.limits.engine,
+            cpu_dtype=settings.limits.cpu_dtype,
         )
     isolation, exact = settings.isolation or Isolation(), settings.runs.stage == "open"
     limits = Limits.of(settings.track, isolation, options.threads)
@@ -233,7 +234,7 @@ def _server(
             log=log,
             reply_seconds=DEADLINE_SECONDS,
             exact=exact,
-            settings={"max_context": CONTEXT_TOKENS},
+            settings={"max_context": CONTEXT_TOKENS, "cpu_dtype": settings.limits.cpu_dtype},
         )
     if settings.base_model_id is None:
         raise RuleViolation(f"{folder.package} is a server, which the entry is not; run its package again")
@@ -248,10 +249,17 @@ def _server(
     )
 
 
-def _engine(name: str) -> str:
-    """Return the name and version of an engine. Raises BadInput if it cannot be used here."""
+def _engine(settings: EvaluateSettings) -> str:
+    """Return the name and version of what serves models, and its dtype if it is not the usual one. Raises
+    BadInput if it cannot be used here."""
     from importlib.metadata import version
 
+    from palio.cpu import check_cpu_dtype
     from palio.vllm import PROGRAM, vllm_version
 
-    return f"{name} {vllm_version() if name == PROGRAM else version(name)}"
+    name, dtype = settings.limits.engine, settings.limits.cpu_dtype
+    known = f"{name} {vllm_version() if name == PROGRAM else version(name)}"
+    if settings.track.gpu_memory_gb or dtype == "float32":
+        return known
+    check_cpu_dtype(dtype, "config", f"{settings.runs.stage}.cpu_dtype")
+    return f"{known} in {dtype}"

@@ -122,7 +122,7 @@ def test_a_second_list_of_steps_is_found() -> None:
 
 LEVELS = (
     {"errors", "layout", "markup"},
-    {"credentials", "provenance", "incoming", "files", "guard", "limits", "network", "text"},
+    {"cpu", "credentials", "provenance", "incoming", "files", "guard", "limits", "network", "text"},
     {"config"},
     {"records", "entries"},
     {"settings"},

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -152,6 +153,17 @@ def test_answers_have_the_form_of_the_default_engines(engine: VllmEngine) -> Non
 def test_where_there_is_no_gpu_it_runs_on_the_cpu(engine: VllmEngine) -> None:
     command = psutil.Process(engine._process.pid).cmdline()
     assert ("--kv-cache-memory-bytes" in command) is not torch.cuda.is_available()
+
+
+def test_it_computes_on_a_cpu_in_the_dtype_that_is_asked_for(
+    package: Path, path: pytest.MonkeyPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("flags : avx512_bf16\n")
+    monkeypatch.setattr("palio.cpu.CPU_INFO", info)
+    with closing(VllmEngine(package, device="cpu", threads=1, cpu_dtype="bfloat16")) as engine:
+        command = psutil.Process(engine._process.pid).cmdline()
+    assert command[command.index("--dtype") + 1] == "bfloat16"
 
 
 def test_an_echoed_prompt_stands_before_the_completion(engine: VllmEngine) -> None:

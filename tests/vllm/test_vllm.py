@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from palio.cpu import multiplies_bf16
 from palio.errors import State
 from palio.evaluation.probe import Asked, probe
 from palio.evaluation.stage import prepare_stage
@@ -69,8 +70,8 @@ def package(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
     return package
 
 
-def start(package: Path, log: Path) -> ServerProcess:
-    return ServerProcess(package, log=log, engine="vllm", threads=1, cache_gb=0.1)
+def start(package: Path, log: Path, **settings: Any) -> ServerProcess:
+    return ServerProcess(package, log=log, engine="vllm", threads=1, cache_gb=0.1, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +263,17 @@ def test_prompts_share_their_examples(server: ServerProcess) -> None:
     asked, computed, new = (metric(server, name) - old for name, old in zip(names, before, strict=True))
     assert new == 2 * len(QUESTIONS)
     assert computed < 0.5 * asked
+
+
+@pytest.mark.skipif(not multiplies_bf16(), reason="this CPU has neither AVX512-BF16 nor AMX")
+def test_in_bfloat16_it_gives_the_default_engines_answers_in_bfloat16(package: Path, tmp_path: Path) -> None:
+    request = Request(QUESTIONS[0], max_new_tokens=0, echo_prompt=True)
+    with engine_of(package, cpu_dtype="bfloat16") as engine:
+        (expected,) = engine.submit(request).result(60)
+    with start(package, tmp_path / "server.log", cpu_dtype="bfloat16") as server:
+        (answer,) = completions(server, request)
+    for token, of_default in zip(answer["tokens"], expected.tokens, strict=True):
+        assert token["logprob"] == pytest.approx(of_default.logprob, abs=0.1)
 
 
 def test_the_probe_passes_every_check(server: ServerProcess, package: Path) -> None:

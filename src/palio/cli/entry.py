@@ -428,6 +428,13 @@ def probe(url: str, competition: str, stage: Stage, base_model: Path | None, as_
 @click.option(
     "--engine", type=click.Choice(["transformers", "vllm"]), default="transformers", show_default=True
 )
+@click.option(
+    "--cpu-dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="On a CPU; bfloat16 needs AVX512-BF16 or AMX.",
+)
 def serve(package: Path, **settings: Any) -> None:
     """Serve a package behind HELM's HTTP contract: /process, /tokenize, /decode, /health."""
     from palio.serving.app import serve as run

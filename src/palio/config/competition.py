@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from palio.config.common import Seconds, Strict, Weight, expand, seconds
+from palio.cpu import CpuDtype
 from palio.errors import InvalidValue
 from palio.layout import STAGES, ClosedStore
 
@@ -106,6 +107,8 @@ class Stage(Strict):
     """Concurrent requests; raise it if the server takes more."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What serves the packages. `vllm`, for large models on a GPU, must be on PATH: see docs/serving.md."""
+    cpu_dtype: CpuDtype = "float32"
+    """What models compute in on a track without a GPU. `bfloat16` needs a CPU with AVX512-BF16 or AMX."""
     scenarios: dict[str, Scenario] = Field(min_length=1)
     """Scenarios by id."""
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from palio import __version__
 from palio.config import Competition, Track, expand, read_yaml
+from palio.cpu import multiplies_bf16
 from palio.errors import BadInput, PalioError
 from palio.layout import STAGES
 from palio.operating import slurm
@@ -234,12 +235,16 @@ def uses_vllm(competition: Competition) -> bool:
 
 
 def engine_findings(competition: Competition) -> Iterator[Finding]:
-    """Check that vllm, if a stage serves with it, can be used on this machine."""
+    """Check that vllm, if a stage serves with it, can be used on this machine, and a CPU's dtype."""
     if uses_vllm(competition):
         try:
             yield Finding(True, f"vllm {vllm_version()}")
         except BadInput as error:
             yield Finding(False, "vllm serves the packages", str(error))
+    on_cpu = any(not track.gpu_memory_gb for track in competition.tracks.values())
+    if on_cpu and any(competition.stage(stage).cpu_dtype == "bfloat16" for stage in STAGES):
+        what = "this machine's CPU multiplies in bfloat16, in which a stage serves models"
+        yield Finding(multiplies_bf16(), what, "only nodes whose CPUs have AVX512-BF16 or AMX can run it")
 
 
 def _gpus(need: Need) -> str:

@@ -144,7 +144,8 @@ class StageRecord(EntryRecord):
     helm_version: str
     """Version of HELM."""
     engine: str = ""
-    """Name and version of what served the model, e.g. `vllm 0.33.0`; empty for a team's own server."""
+    """Name and version of what served the model, e.g. `vllm 0.33.0`, and its dtype where a stage chose it;
+    empty for a team's own server."""
     code: str = ""
     """Fingerprint of the model's own code, which ran in the sandbox; empty if there was none."""
     state: State

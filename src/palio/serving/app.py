@@ -212,7 +212,8 @@ class _Server(uvicorn.Server):
 def serve(package: Path, *, host: str, port: int, engine: str = "transformers", **settings: Any) -> None:
     """Load the package and serve it until SIGINT or SIGTERM. Port 0 takes any free port.
 
-    `settings` are those of both engines: device, threads, gpu_memory_gb, cache_gb, max_context.
+    `settings` are those of both engines: device, threads, gpu_memory_gb, cache_gb, max_context,
+    cpu_dtype.
 
     Raises:
         BadInput: no such package or device, the port is taken, or vllm is not installed.

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from palio.cpu import CpuDtype, check_cpu_dtype
 from palio.errors import BadInput, OutOfMemory
 from palio.serving import attention, pooled
 from palio.serving.attention import Chunk, Plan
@@ -66,11 +67,13 @@ class Model(Protocol):
         ...
 
 
-def load_model(package: Path, device: str, gpu_memory_gb: float | None) -> Model:
-    """Load a package: in fp32 on a CPU, in its own dtype on a GPU.
+def load_model(
+    package: Path, device: str, gpu_memory_gb: float | None, cpu_dtype: CpuDtype = "float32"
+) -> Model:
+    """Load a package: in `cpu_dtype` on a CPU, in its own dtype on a GPU.
 
     Raises:
-        BadInput: no such device.
+        BadInput: no such device, or a dtype that the CPU has no instructions for.
         OutOfMemory: the model does not fit.
     """
     if device not in ("auto", "cpu", "cuda"):
@@ -80,9 +83,11 @@ def load_model(package: Path, device: str, gpu_memory_gb: float | None) -> Model
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu and gpu_memory_gb is not None:
         cap_gpu_memory(gpu_memory_gb)
+    if not on_gpu:
+        check_cpu_dtype(cpu_dtype)
     disable_progress_bar()
     try:
-        dtype = "auto" if on_gpu else torch.float32
+        dtype = "auto" if on_gpu else getattr(torch, cpu_dtype)
         loaded = load_causal_model(package, dtype=dtype)
         loaded.eval().to("cuda" if on_gpu else "cpu")
         return choose_model(loaded)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from palio.cpu import CpuDtype
 from palio.errors import Crashed, OutOfMemory
 from palio.guard import end_with_parent
 from palio.text import last_lines
@@ -48,12 +49,14 @@ class ServerProcess:
         cache_gb: float | None = None,
         max_context: int | None = None,
         engine: str = "transformers",
+        cpu_dtype: CpuDtype = "float32",
     ) -> None:
         self._log = log
         self._command = [
             *(sys.executable, "-m", "palio.cli", "serve", str(package), "--port", "0", "--engine", engine),
             *(["--threads", str(threads)] if threads else []),
             *("--device", "cuda" if gpu_memory_gb else "cpu"),
+            *("--cpu-dtype", cpu_dtype),
             *(["--gpu-memory-gb", str(gpu_memory_gb)] if gpu_memory_gb else []),
             *(["--cache-gb", str(cache_gb)] if cache_gb else []),
             *(["--max-context", str(max_context)] if max_context else []),

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from palio.cpu import CpuDtype
 from palio.serving.attention import Chunk
 from palio.serving.job import Generation, Job
 from palio.serving.model import Model, cache_tokens, check_model, load_model
@@ -90,11 +91,12 @@ class TransformersEngine:
         gpu_memory_gb: float | None = None,
         cache_gb: float | None = None,
         max_context: int | None = None,
+        cpu_dtype: CpuDtype = "float32",
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self.vocabulary = Vocabulary.load(package)
-        self._model: Model = load_model(package, device, gpu_memory_gb)
+        self._model: Model = load_model(package, device, gpu_memory_gb, cpu_dtype)
         self._model.context = min(self._model.context, max_context or self._model.context)
         self._tree = self._model.tree(cache_tokens(self._model, cache_gb, gpu_memory_gb))
         self._waiting: deque[Job] = deque()

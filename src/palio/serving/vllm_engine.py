@@ -23,6 +23,7 @@ import httpx
 import torch
 from transformers import AutoConfig
 
+from palio.cpu import CpuDtype, check_cpu_dtype
 from palio.errors import Crashed
 from palio.guard import guarded
 from palio.network import free_port
@@ -100,6 +101,7 @@ class VllmEngine:
         gpu_memory_gb: float | None = None,
         cache_gb: float | None = None,
         max_context: int | None = None,
+        cpu_dtype: CpuDtype = "float32",
     ) -> None:
         self.vocabulary = Vocabulary.load(package)
         vllm_version()
@@ -110,9 +112,11 @@ class VllmEngine:
         self._counting = threading.Lock()  # threads of the HTTP API add, the loop's thread takes away
         port = free_port()
         on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+        if on_cpu:
+            check_cpu_dtype(cpu_dtype)
         options = {
             "port": port,
-            "dtype": "float32" if on_cpu else str(config.dtype or "auto").removeprefix("torch."),
+            "dtype": cpu_dtype if on_cpu else str(config.dtype or "auto").removeprefix("torch."),
             "max-model-len": self._context,
             **_memory_options(on_cpu, gpu_memory_gb, cache_gb),
         }
