@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from palio import cpu
 from palio.config import Track
 from palio.config.reading import load_competition
 from palio.errors import BadInput
@@ -17,17 +16,6 @@ from palio.settings import EvaluateSettings, StageLimits, StageRuns
 from palio.steps import _engine
 from tests.support.folder import ROOT
 from tests.support.serving import QUESTIONS, complete, engine_of
-
-KNOWN = "flags\t\t: fpu avx512f"
-
-
-@pytest.fixture
-def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the kernel tells of a CPU that multiplies in bfloat16. One that does not only takes longer."""
-    path = tmp_path / "cpuinfo"
-    path.write_text(f"{KNOWN} avx512_bf16\n")
-    monkeypatch.setattr(cpu, "CPU_INFO", path)
-    return path
 
 
 def settings(stage_runs: dict[str, Any], **track: Any) -> EvaluateSettings:
@@ -39,7 +27,7 @@ def settings(stage_runs: dict[str, Any], **track: Any) -> EvaluateSettings:
     )
 
 
-def test_answers_are_those_of_float32_but_for_rounding(package: Path, flags: Path) -> None:
+def test_answers_are_those_of_float32_but_for_rounding(package: Path, bf16_cpu: Path) -> None:
     asked = {"max_new_tokens": 4, "echo_prompt": True}
     with engine_of(package) as usual, engine_of(package, cpu_dtype="bfloat16") as engine:
         assert engine._model.token_bytes * 2 == usual._model.token_bytes
@@ -51,28 +39,28 @@ def test_answers_are_those_of_float32_but_for_rounding(package: Path, flags: Pat
             assert rounded != exact
 
 
-def test_the_dtype_is_on_record_beside_the_engine(flags: Path) -> None:
+def test_the_dtype_is_on_record_beside_the_engine(bf16_cpu: Path) -> None:
     assert _engine(settings({})).endswith(" in bfloat16")
     on_gpu = _engine(settings({}, gpu_memory_gb=24, gpu_model="rtx4090"))
     assert "bfloat16" not in on_gpu, "there the package's own dtype decides"
 
 
 def test_a_cpu_without_the_instructions_is_refused_before_the_stage_begins(
-    package: Path, flags: Path
+    package: Path, bf16_cpu: Path
 ) -> None:
-    flags.write_text(KNOWN)
+    bf16_cpu.write_text("flags : fpu avx512f\n")
     with pytest.raises(BadInput, match=r"open\.cpu_dtype is 'bfloat16': .* neither AVX512-BF16 nor AMX"):
         _engine(settings({}))
     with pytest.raises(BadInput, match="--cpu-dtype"), engine_of(package, cpu_dtype="bfloat16"):
         pass
 
 
-def test_doctor_tells_whether_this_machine_can(flags: Path) -> None:
+def test_doctor_tells_whether_this_machine_can(bf16_cpu: Path) -> None:
     competition = load_competition(ROOT / CONFIG)
     assert list(engine_findings(competition)) == []
     stages = competition.stages
     chosen = stages.open.model_copy(update={"cpu_dtype": "bfloat16"})
     competition = competition.model_copy(update={"stages": stages.model_copy(update={"open": chosen})})
     assert [finding.ok for finding in engine_findings(competition)] == [True]
-    flags.write_text(KNOWN)
+    bf16_cpu.write_text("flags : fpu avx512f\n")
     assert [finding.ok for finding in engine_findings(competition)] == [False]

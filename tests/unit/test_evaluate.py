@@ -313,9 +313,10 @@ def test_a_real_server_that_breaks_ends_the_stage_in_seconds_and_the_next_start_
         return server
 
     def break_it(server: ServerProcess) -> None:
-        broken.touch()
         if how == "killed":
             os.kill(server.pid, signal.SIGKILL)
+        else:
+            broken.touch()
 
     seen = break_in_mid_stage(stage, Path("stage.json"), packaged_entry(tmp_path), start, break_it)
     assert seen.over_after < 15 + 2 * helm_seconds

@@ -156,11 +156,8 @@ def test_where_there_is_no_gpu_it_runs_on_the_cpu(engine: VllmEngine) -> None:
 
 
 def test_it_computes_on_a_cpu_in_the_dtype_that_is_asked_for(
-    package: Path, path: pytest.MonkeyPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: Path, path: pytest.MonkeyPatch, bf16_cpu: Path
 ) -> None:
-    info = tmp_path / "cpuinfo"
-    info.write_text("flags : avx512_bf16\n")
-    monkeypatch.setattr("palio.cpu.CPU_INFO", info)
     with closing(VllmEngine(package, device="cpu", threads=1, cpu_dtype="bfloat16")) as engine:
         command = psutil.Process(engine._process.pid).cmdline()
     assert command[command.index("--dtype") + 1] == "bfloat16"

@@ -6,7 +6,7 @@ import json
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -19,6 +19,7 @@ from palio.cli.group import (
     results_of,
     results_option,
 )
+from palio.cpu import CpuDtype
 from palio.errors import BadInput, RuleViolation
 from palio.layout import (
     CONFIG,
@@ -430,7 +431,7 @@ def probe(url: str, competition: str, stage: Stage, base_model: Path | None, as_
 )
 @click.option(
     "--cpu-dtype",
-    type=click.Choice(["float32", "bfloat16"]),
+    type=click.Choice(get_args(CpuDtype)),
     default="float32",
     show_default=True,
     help="On a CPU; bfloat16 needs AVX512-BF16 or AMX.",

@@ -108,7 +108,7 @@ class Stage(Strict):
     engine: Literal["transformers", "vllm"] = "transformers"
     """What serves the packages. `vllm`, for large models on a GPU, must be on PATH: see docs/serving.md."""
     cpu_dtype: CpuDtype = "float32"
-    """What models compute in on a track without a GPU. `bfloat16` needs a CPU with AVX512-BF16 or AMX."""
+    """The dtype models are served in on a track without a GPU. `bfloat16` needs AVX512-BF16 or AMX."""
     scenarios: dict[str, Scenario] = Field(min_length=1)
     """Scenarios by id."""
 

@@ -235,7 +235,7 @@ def uses_vllm(competition: Competition) -> bool:
 
 
 def engine_findings(competition: Competition) -> Iterator[Finding]:
-    """Check that vllm, if a stage serves with it, can be used on this machine, and a CPU's dtype."""
+    """Check that this machine can serve as the stages ask: with the vllm on PATH, in bfloat16 on its CPU."""
     if uses_vllm(competition):
         try:
             yield Finding(True, f"vllm {vllm_version()}")
@@ -243,8 +243,8 @@ def engine_findings(competition: Competition) -> Iterator[Finding]:
             yield Finding(False, "vllm serves the packages", str(error))
     on_cpu = any(not track.gpu_memory_gb for track in competition.tracks.values())
     if on_cpu and any(competition.stage(stage).cpu_dtype == "bfloat16" for stage in STAGES):
-        what = "this machine's CPU multiplies in bfloat16, in which a stage serves models"
-        yield Finding(multiplies_bf16(), what, "only nodes whose CPUs have AVX512-BF16 or AMX can run it")
+        what = "bfloat16, in which a stage serves models on CPUs"
+        yield Finding(multiplies_bf16(), what, "this CPU has neither AVX512-BF16 nor AMX; use float32")
 
 
 def _gpus(need: Need) -> str:
