@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import palio
+from palio.packaging.container import CODE
 from palio.pipeline import STEPS
 
 PACKAGE = Path(palio.__file__).parent
@@ -165,6 +166,19 @@ def test_imports_point_down_only() -> None:
             if level(name) > level(own) or (level(name) == level(own) and not same_level):
                 wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno} imports palio.{name}")
     assert wrong == [], "\n".join(wrong)
+
+
+def test_the_container_that_serves_has_all_that_its_code_imports() -> None:
+    """Of the CLI only what `palio serve` imports, which starting it in the container's folder shows."""
+    shipped = {name.removesuffix(".py") for name in CODE}
+    missing = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno} imports palio.{name}; add it to palio.packaging.container"
+        for path in MODULES
+        if path.relative_to(PACKAGE).parts[0].removesuffix(".py") in shipped - {"cli"}
+        for node, name in imported(parsed(path))
+        if name not in shipped | {"__version__"}
+    ]
+    assert missing == [], "\n".join(missing)
 
 
 # --- functions -------------------------------------------------------------------------------------------

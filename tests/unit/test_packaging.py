@@ -396,7 +396,13 @@ def test_the_container_pins_image_and_packages_and_its_code_serves_the_package(
     ) as server:
         try:
             assert server.stderr is not None
-            line = next(line for line in server.stderr if line.startswith("palio serves on "))
+            log = ""
+            for line in server.stderr:
+                log += line
+                if line.startswith("palio serves on "):
+                    break
+            else:
+                pytest.fail(log)
             reply = requests.post(
                 f"{line.split()[-1]}/process", json={"prompt": "Say red 5:", "max_new_tokens": 2}, timeout=60
             )

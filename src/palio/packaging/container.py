@@ -26,7 +26,7 @@ IMAGE = (
 PINNED = re.compile(r"^FROM \S+@sha256:[0-9a-f]{64}$", re.M)
 SERVES = ("torch", "transformers", "fastapi", "uvicorn", "pydantic", "click", "pyyaml", "psutil")
 """Packages that `palio serve` imports."""
-_SHARED = ("guard", "layout", "network", "provenance", "tensors", "text", "tokens", "vllm")
+_SHARED = ("cpu", "guard", "layout", "network", "provenance", "tensors", "text", "tokens", "vllm")
 MODULES = ("__init__", "errors", *_SHARED)
 CODE = ("cli", "config", "serving", *(f"{module}.py" for module in MODULES))
 """Parts of Palio that `palio serve` imports."""
