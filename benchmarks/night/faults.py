@@ -24,6 +24,8 @@ from tests.slurm.competition import TRACKS, output
 from palio.operating.attempt import Attempt
 
 Running = tuple[Planned, Attempt, Job]
+FIRST = 4_294_901_760
+"""The priority of a job that comes before all others: above it SLURM gives none."""
 
 
 class Fault:
@@ -189,6 +191,8 @@ class DiskFull(Fault):
         used = (usage.f_blocks - usage.f_bfree) * usage.f_frsize
         _run("mount", "-o", f"remount,size={used}", str(self.disk))
         night.cluster.run("scontrol", "release", job.id)
+        # SLURM puts a released job behind all that wait: with many entries no other fault would come meanwhile
+        night.cluster.run("scontrol", "update", f"JobId={job.id}", f"Priority={FIRST}", check=True)
         self.job = job
         return Event(self.kind, time.time(), f"{entry.name}, {job.rule}", entry.name, {job.id})
 
