@@ -191,7 +191,7 @@ class DiskFull(Fault):
         used = (usage.f_blocks - usage.f_bfree) * usage.f_frsize
         _run("mount", "-o", f"remount,size={used}", str(self.disk))
         night.cluster.run("scontrol", "release", job.id)
-        # SLURM puts a released job behind all that wait: with many entries no other fault would come meanwhile
+        # SLURM puts a released job behind all that wait, and no other fault would come until its turn
         night.cluster.run("scontrol", "update", f"JobId={job.id}", f"Priority={FIRST}", check=True)
         self.job = job
         return Event(self.kind, time.time(), f"{entry.name}, {job.rule}", entry.name, {job.id})
