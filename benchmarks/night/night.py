@@ -36,13 +36,19 @@ from palio.layout import EntryFolder
 from palio.operating.attempt import Attempt, read_attempts
 
 HOOK = """\
-import atexit, json, os, resource, signal, sys, threading
+import atexit, json, os, resource, select, signal, sys, threading, time
 
 def crash(signum, frame):
     raise RuntimeError("a bug in Snakemake")
 
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGUSR2, crash)
+
+def sleep(seconds):
+    select.select([], [], [], seconds)
+
+if os.environ.get("FAKETIME"):
+    time.sleep = sleep  # libfaketime's own fails where the monotonic clock is left alone
 
 def leave_usage(process=os.getpid()):
     if os.getpid() != process:
