@@ -195,6 +195,7 @@ def table(night: Night, defects: list[str]) -> str:
             if kind.kind in kinds
         ),
         ("work done again, not by a fault above", f"{other:.0f} s"),
+        ("GPUs idle", _idle(night)),
         ("controller", _controller(night)),
         ("queries to slurmctld, a minute", _queries(night)),
         ("on disk, a scored entry", _disk(night)),
@@ -207,6 +208,19 @@ def table(night: Night, defects: list[str]) -> str:
         ("wrong", "; ".join(defects) or "nothing"),
     ]
     return markdown_table(("of the night", "measured"), rows)
+
+
+def _idle(night: Night) -> str:
+    """Of the time from the first step on a GPU to the end of the last; a step that died left no end, and its
+    GPU counts as idle."""
+    on_gpus = [one for _, one in night.attempts() if one.gpu is not None]
+    true = [one for one in on_gpus if not _moved(night, one)]
+    if not true:
+        return "no step used one"
+    span = max(one.ended or 0.0 for one in true) - min(one.started for one in true)
+    gpus = {(one.node, one.gpu) for one in on_gpus}
+    busy = sum(one.ended - one.started for one in on_gpus if one.ended is not None)
+    return f"{1 - busy / (span * len(gpus)):.0%} of {len(gpus)} for {duration(span)}"
 
 
 def _fault(night: Night, kind: type[Fault], played: int, well: int) -> str:
