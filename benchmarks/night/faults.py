@@ -24,8 +24,8 @@ from tests.slurm.competition import TRACKS, output
 from palio.operating.attempt import Attempt
 
 Running = tuple[Planned, Attempt, Job]
-FIRST = 4_294_901_760
-"""The priority of a job that comes before all others: above it SLURM gives none."""
+HIGHEST_PRIORITY = 4_294_901_760
+"""What SLURM's basic priorities start at: the first job has it, each later one a lower one."""
 
 
 class Fault:
@@ -191,8 +191,8 @@ class DiskFull(Fault):
         used = (usage.f_blocks - usage.f_bfree) * usage.f_frsize
         _run("mount", "-o", f"remount,size={used}", str(self.disk))
         night.cluster.run("scontrol", "release", job.id)
-        # SLURM puts a released job behind all that wait, and no other fault would come until its turn
-        night.cluster.run("scontrol", "update", f"JobId={job.id}", f"Priority={FIRST}", check=True)
+        # a released job goes to the end of the queue, and no other fault is played until it has run
+        night.cluster.run("scontrol", "update", f"JobId={job.id}", f"Priority={HIGHEST_PRIORITY}", check=True)
         self.job = job
         return Event(self.kind, time.time(), f"{entry.name}, {job.rule}", entry.name, {job.id})
 

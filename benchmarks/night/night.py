@@ -48,7 +48,7 @@ def sleep(seconds):
     select.select([], [], [], seconds)
 
 if os.environ.get("FAKETIME"):
-    time.sleep = sleep  # libfaketime's own fails where the monotonic clock is left alone
+    time.sleep = sleep  # under libfaketime 0.9.10 and FAKE_CLOCK Python's own raises OSError
 
 def leave_usage(process=os.getpid()):
     if os.getpid() != process:
@@ -62,6 +62,8 @@ def leave_usage(process=os.getpid()):
 
 atexit.register(leave_usage)
 """
+FAKE_CLOCK = "NO_FAKE_STAT=1 FAKETIME_DONT_FAKE_MONOTONIC=1"
+"""libfaketime: files keep the true time, and so does the clock that waits are measured with."""
 COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sinfo", "srun")
 SLOW_SECONDS = 12
 """Of an answer of squeue, while it is slow."""
@@ -162,7 +164,7 @@ class Night:
         clock = self.clock("$SLURMD_NODENAME")
         moved = (
             f'[ -n "$SLURMD_NODENAME" ] && [ -s "{clock}" ] && export LD_PRELOAD={faketime() or ""} '
-            f'FAKETIME="$(cat "{clock}")" NO_FAKE_STAT=1 FAKETIME_DONT_FAKE_MONOTONIC=1\n'
+            f'FAKETIME="$(cat "{clock}")" {FAKE_CLOCK}\n'
         )
         self._install("palio", f'#!/bin/sh\n{moved}exec {palio} "$@"\n')
 

@@ -211,16 +211,16 @@ def table(night: Night, defects: list[str]) -> str:
 
 
 def _idle(night: Night) -> str:
-    """Of the time from the first step on a GPU to the end of the last; a step that died left no end, and its
-    GPU counts as idle."""
-    on_gpus = [one for _, one in night.attempts() if one.gpu is not None]
-    true = [one for one in on_gpus if not _moved(night, one)]
-    if not true:
+    """Share of the GPUs' time, from the start of the first step on one to the end of the last. A step that
+    died left no end: its GPU counts as idle."""
+    steps = [one for _, one in night.attempts() if one.gpu is not None]
+    timed = [one for one in steps if not _moved(night, one)]
+    if not timed:
         return "no step used one"
-    span = max(one.ended or 0.0 for one in true) - min(one.started for one in true)
-    gpus = {(one.node, one.gpu) for one in on_gpus}
-    busy = sum(one.ended - one.started for one in on_gpus if one.ended is not None)
-    return f"{1 - busy / (span * len(gpus)):.0%} of {len(gpus)} for {duration(span)}"
+    seconds = max(one.ended or 0.0 for one in timed) - min(one.started for one in timed)
+    gpus = len({(one.node, one.gpu) for one in steps})
+    busy = sum(one.ended - one.started for one in steps if one.ended is not None)
+    return f"{1 - busy / (seconds * gpus):.0%} of the time of {gpus} GPUs, over {duration(seconds)}"
 
 
 def _fault(night: Night, kind: type[Fault], played: int, well: int) -> str:

@@ -8,13 +8,17 @@ organizer types and the faults are real.
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from benchmarks.night.__main__ import NODES, Outcome, spend
-from benchmarks.night.night import AnotherNightError
+from benchmarks.night.night import FAKE_CLOCK, HOOK, AnotherNightError, faketime
 from benchmarks.night.result import wrong
 
 from tests.slurm.cluster import Cluster, missing_programs
@@ -77,3 +81,26 @@ def test_a_folder_that_holds_another_night_is_refused(night: Outcome) -> None:
 
 def _without_wall_time(table: str) -> list[str]:
     return [line for line in table.splitlines() if not line.startswith("| wall time")]
+
+
+def test_under_a_clock_that_was_moved_python_still_sleeps(tmp_path: Path) -> None:
+    library = faketime()
+    if library is None:
+        pytest.skip("apt-get install libfaketime")
+    (tmp_path / "sitecustomize.py").write_text(HOOK)
+    code = (
+        "import time\nbegun = time.monotonic()\ntime.sleep(0.2)\nprint(time.time(), time.monotonic() - begun)"
+    )
+    moved = dict(setting.split("=") for setting in FAKE_CLOCK.split())
+    environment = os.environ | moved | {
+        "LD_PRELOAD": str(library), "FAKETIME": "+3600", "PYTHONPATH": str(tmp_path),
+        "NIGHT_USAGE": str(tmp_path / "usage.jsonl"),
+    }  # fmt: skip
+    before = time.time()
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    told, slept = map(float, done.stdout.split())
+    assert told - before > 3500
+    assert slept >= 0.2

@@ -169,7 +169,7 @@ def test_imports_point_down_only() -> None:
 
 
 def test_the_container_that_serves_has_all_that_its_code_imports() -> None:
-    """Of the CLI only what `palio serve` imports, which starting it in the container's folder shows."""
+    """The CLI is left out: it imports each command's own code only when asked for it."""
     shipped = {name.removesuffix(".py") for name in CODE}
     missing = [
         f"{path.relative_to(PACKAGE)}:{node.lineno} imports palio.{name}; add it to palio.packaging.container"
