@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import ClassVar
 
 from benchmarks.night.entries import SCRIPTED_SERVER, SERVE, TEAMS, Planned
-from benchmarks.night.night import Event, Job, Night, faketime
+from benchmarks.night.night import CLOCK_SECONDS, Event, Job, Night, faketime
 from tests.slurm.competition import TRACKS, output
 
 from palio.operating.attempt import Attempt
@@ -254,28 +254,29 @@ class ProcessKilled(Fault):
 class ClockMoved(Fault):
     kind = "clock moved"
     how = "libfaketime: steps that start on one node are an hour slow or fast; files keep the true time"
-    seconds = 90.0
 
     def begin(self, night: Night) -> Event | None:
         if not (running := night.running()):
             return None
-        self.node = night.draw.choice(running)[2].node
-        by = night.draw.choice(("-3600", "+3600"))
-        night.clock(self.node).write_text(by)
-        return self.hit(f"{self.node}, {by} s")
+        node, by = night.draw.choice(running)[2].node, night.draw.choice(("-3600", "+3600"))
+        event = self.hit(f"{node}, {by} s")
+        event.node, event.by = node, float(by)
+        night.clock(node).write_text(by)
+        return event
 
     def over(self, night: Night) -> bool:
-        off = [
-            one
-            for _, one in night.attempts()
-            if one.node == self.node and abs(one.started - time.time()) > 1800
-        ]
-        ended = [one for one in off if one.state is not None]
-        self.event.what = f"{self.event.what.partition(':')[0]}: {len(off)} steps started with it"
-        return bool(ended) or time.time() - self.event.at > 240
+        began = self._began_with_it(night)
+        return any(one.state is not None for one in began) or time.time() - self.event.at > CLOCK_SECONDS
 
     def end(self, night: Night) -> None:
-        night.clock(self.node).unlink()
+        night.clock(self.event.node).unlink()
+        began = self._began_with_it(night)
+        self.event.jobs = {one.job for one in began if one.job}
+        self.event.what += f": {len(began)} steps started with it"
+        self.event.failure = "" if began else "no step started with it"
+
+    def _began_with_it(self, night: Night) -> list[Attempt]:
+        return [one for _, one in night.attempts() if self.event.moved_clock_of(one)]
 
 
 class FilesLate(Fault):

@@ -67,6 +67,8 @@ FAKE_CLOCK = "NO_FAKE_STAT=1 FAKETIME_DONT_FAKE_MONOTONIC=1"
 COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sinfo", "srun")
 SLOW_SECONDS = 12
 """Of an answer of squeue, while it is slow."""
+CLOCK_SECONDS = 240
+"""How long a clock stays moved at most, if no step that started with it ends before."""
 STARTS = 6
 """Of the command, and two for each fault, after which the night is over in any case."""
 TICK = 1.0
@@ -102,11 +104,18 @@ class Event:
     """The entry that it hit alone."""
     jobs: set[str] = field(default_factory=set)
     """SLURM jobs that it hit."""
+    node: str = ""
+    by: float = 0.0
+    """Seconds by which it moved the clock of `node`."""
     until: float | None = None
     failure: str = ""
     """Why it does not count as survived, where that is known at once."""
     lost: float = 0.0
     """Seconds of work that had to be done again."""
+
+    def moved_clock_of(self, attempt: Attempt) -> bool:
+        """Whether the attempt began under the clock that this fault moved, so has times by that clock."""
+        return attempt.node == self.node and -5 < attempt.started - self.at - self.by < CLOCK_SECONDS + 60
 
 
 @dataclass

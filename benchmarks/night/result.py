@@ -104,8 +104,7 @@ def _work(night: Night, reference: WorkingFolder) -> Iterator[str]:
         mine, other = (record.get("files", record) for record in records)
         if mine != other:
             yield f"{entry.name}: its adapter is not the reference's"
-    attempts = [one for _, one in night.attempts()]
-    for node, gpu in shared_gpus([one for one in attempts if not _moved(night, one)]):
+    for node, gpu in shared_gpus(_timed(night)):
         yield f"two steps at once on GPU {gpu} of {node}"
     if night.left:
         yield f"jobs left in the queue: {night.left}"
@@ -121,11 +120,13 @@ def _published(night: Night) -> Iterator[str]:
         yield f"no feedback for {', '.join(sorted(missing))}: {sent.stderr[-300:]}"
 
 
-def _moved(night: Night, attempt: Attempt) -> bool:
-    """A clock that was moved tells nothing of what was at once; nor does a step that reported no end."""
-    return attempt.ended is None or any(
-        event.kind == "clock moved" and attempt.node == event.what.split(",")[0] for event in night.events
-    )
+def _timed(night: Night) -> list[Attempt]:
+    """Attempts whose times can be compared: not by a moved clock, and with an end."""
+    return [
+        one
+        for _, one in night.attempts()
+        if one.ended is not None and not any(event.moved_clock_of(one) for event in night.events)
+    ]
 
 
 # --- what it took --------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ def _idle(night: Night) -> str:
     """Share of the GPUs' time, from the start of the first step on one to the end of the last. A step that
     died left no end: its GPU counts as idle."""
     steps = [one for _, one in night.attempts() if one.gpu is not None]
-    timed = [one for one in steps if not _moved(night, one)]
+    timed = [one for one in _timed(night) if one.gpu is not None]
     if not timed:
         return "no step used one"
     seconds = max(one.ended or 0.0 for one in timed) - min(one.started for one in timed)
