@@ -66,9 +66,7 @@ onstart:
         )
     if any(job.rule.name != "standings" for job in workflow.dag.needrun_jobs()):
         try:
-            controller.begin(
-                W, controller.take_over(on_slurm=not workflow.local_exec)
-            )
+            controller.begin(W, on_slurm=not workflow.local_exec)
         except PalioError as fault:
             raise WorkflowError(str(fault)) from None
 

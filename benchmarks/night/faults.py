@@ -22,6 +22,7 @@ from benchmarks.night.night import CLOCK_SECONDS, Event, Job, Night, faketime
 from tests.slurm.competition import TRACKS, output
 
 from palio.operating.attempt import Attempt
+from palio.operating.slurm import LAUNCH_FAILED
 
 Running = tuple[Planned, Attempt, Job]
 HIGHEST_PRIORITY = 4_294_901_760
@@ -75,10 +76,37 @@ class NodeLost(Fault):
         night.cluster.start_node(self.node)
 
 
+class NodeStartsNoJob(Fault):
+    kind = "node that starts no job"
+    how = (
+        "slurmd's spool folder replaced by a file, until SLURM holds a job that it could not start, at most "
+        "a minute"
+    )
+
+    def begin(self, night: Night) -> Event | None:
+        if not (running := night.running()):
+            return None
+        node = night.draw.choice(running)[2].node
+        self.broken = night.cluster.unable_to_start_jobs(node)
+        self.broken.__enter__()
+        return self.hit(node)
+
+    def over(self, night: Night) -> bool:
+        return bool(held(night)) or time.time() - self.event.at > 60
+
+    def end(self, night: Night) -> None:
+        self.broken.__exit__(None, None, None)
+        self.event.failure = "" if held(night) else "no job was to start there"
+
+
 class SlurmctldKilled(Fault):
     kind = "slurmctld killed and restarted"
-    how = "SIGKILL, started again after 8 s"
-    seconds = 8.0
+    how = (
+        "SIGKILL, started again after 8 s; nodes that it drained then, for jobs that it did not know to "
+        "run, are resumed as by an administrator"
+    )
+    away = 8.0
+    seconds = 28.0
 
     def begin(self, night: Night) -> Event | None:
         if not night.running():
@@ -87,7 +115,20 @@ class SlurmctldKilled(Fault):
         night.cluster.stop_controller()
         return self.hit("slurmctld")
 
+    def over(self, night: Night) -> bool:
+        if night.blind and time.time() - self.event.at > self.away:
+            self._start(night)
+        return super().over(night)
+
     def end(self, night: Night) -> None:
+        if night.blind:
+            self._start(night)
+        drained = [node for node, state in night.cluster.node_states().items() if "drain" in state]
+        for node in drained:
+            night.cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=True)
+        self.event.what += f"; it drained {', '.join(drained)}" if drained else ""
+
+    def _start(self, night: Night) -> None:
         night.cluster.start_controller()
         night.blind = False
 
@@ -433,8 +474,9 @@ class Mended(Decision):
 
 DECISIONS: tuple[type[Decision], ...] = (Edited, Late, Poisoned, WithdrawnEntry, Mended)
 FAULTS: tuple[type[Fault], ...] = (
-    NodeLost, SlurmctldKilled, ControllerKilled, ControllerCrashed, SbatchRefused, SlowSqueue, DiskFull,
-    OverTime, OverMemory, ProcessKilled, ClockMoved, FilesLate, TwoControllers, Cancelled, *DECISIONS,
+    NodeLost, NodeStartsNoJob, SlurmctldKilled, ControllerKilled, ControllerCrashed, SbatchRefused,
+    SlowSqueue, DiskFull, OverTime, OverMemory, ProcessKilled, ClockMoved, FilesLate, TwoControllers,
+    Cancelled, *DECISIONS,
 )  # fmt: skip
 
 
@@ -471,6 +513,11 @@ def decide(night: Night, faults: list[tuple[float, Fault]]) -> None:
         kind.before(night)
         if kind not in among:
             kind().decide(night)
+
+
+def held(night: Night) -> list[str]:
+    """Jobs that SLURM holds because a node could not start them."""
+    return [line for line in night.cluster.jobs("%i %R") if LAUNCH_FAILED in line]
 
 
 def _run(*command: str) -> None:

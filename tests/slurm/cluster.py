@@ -20,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -123,6 +123,19 @@ class Cluster:
         for process in (*keepers, *processes):  # keepers first, or they would report how their jobs ended
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+
+    @contextmanager
+    def unable_to_start_jobs(self, name: str) -> Iterator[None]:
+        """What a node with a broken disk does: it takes jobs and cannot start them."""
+        spool = self.folder / "spool" / name
+        away = spool.with_suffix(".away")
+        spool.rename(away)
+        spool.touch()
+        try:
+            yield
+        finally:
+            spool.unlink()
+            away.rename(spool)
 
     def _runs_on(self, process: psutil.Process, node: str) -> bool:
         with suppress(psutil.Error):

@@ -29,7 +29,7 @@ from palio.heartbeat import HeartbeatWriter, read_heartbeat
 from palio.layout import CONFIG, ENDED, EntryFolder
 from palio.operating import controller, hooks, slurm
 from palio.operating.attempt import RUN_VARIABLE, Attempt, attempt, read_attempts, refusal, set_aside
-from palio.operating.controller import Watch
+from palio.operating.controller import Releases, Watch
 from palio.operating.cost import cost_table, costs
 from palio.operating.doctor import engine_findings
 from palio.operating.status import EntryStatus, Selection, Status, StepStatus, competition_status
@@ -200,6 +200,31 @@ def test_a_job_that_will_not_start_by_itself_is_told_once() -> None:
     entries = [EntryStatus("a100", "x", "team", [queued])]
     assert watch.look(entries, now=60) == [("stall", f"x: finetune: {obstacle}")]
     assert watch.look(entries, now=120) == []
+
+
+def test_only_our_own_jobs_that_a_node_could_not_start_are_released_each_four_times_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    released: list[str] = []
+    monkeypatch.setattr(slurm, "release", released.append)
+    failed = slurm.Job("1", "palio_run", "PENDING", Path(), slurm.LAUNCH_FAILED, "rule_finetune", "a100")
+    jobs = [
+        failed,
+        replace(failed, id="2", reason="JobHeldUser"),
+        replace(failed, id="3", reason="JobHeldAdmin"),
+        replace(failed, id="4", name="of another program"),
+        replace(failed, id="5", state="RUNNING"),
+    ]
+    releases = Releases()
+    at = [minute for minute in range(60) if _releases(releases, jobs, minute * 60.0, released)]
+    assert set(released) == {"1"}
+    assert at == [0, 1, 3, 7], "SLURM's own limit of five (MaxBatchRequeue) is not reached"
+
+
+def _releases(releases: Releases, jobs: list[slurm.Job], now: float, released: list[str]) -> bool:
+    before = len(released)
+    releases.look(jobs, now)
+    return len(released) > before
 
 
 def test_the_organizers_command_gets_event_and_message(

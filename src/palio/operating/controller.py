@@ -18,6 +18,8 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -36,6 +38,10 @@ RUN_NAME = "palio_"
 """How names of our SLURM jobs begin: the profile's slurm-jobname-prefix."""
 WATCH_SECONDS = 60.0
 NOTIFY_SECONDS = 60.0
+RELEASES = 4
+"""Of one job: SLURM by itself lets no job be requeued more often than five times (MaxBatchRequeue)."""
+RELEASE_SECONDS = 60.0
+"""From the first release of a job to its second at least; twice that to the third, and so on."""
 
 DEFAULT_LIMIT = 100, 1.0
 """Snakemake's default --max-jobs-per-timespan: jobs, seconds."""
@@ -84,17 +90,19 @@ def mark_end() -> None:
         ENDED.touch()
 
 
-def begin(workflow: Workflow, run: str) -> None:
-    """Keep what is about to be made again, write the plan down for the jobs, and watch how the run goes."""
+def begin(workflow: Workflow, *, on_slurm: bool) -> None:
+    """Become the controller, keep what is about to be made again, write the plan down for the jobs, and watch
+    how the run goes. Raises `PalioError` if another controller is alive."""
     from palio.operating import hooks  # imports Snakemake
 
+    run = take_over(on_slurm=on_slurm)
     put_back_all(workflow)  # what the orphans' Snakemakes have deleted as they were cancelled
     for folder, step in workflow.due_steps():
         with suppress(OSError):  # a folder that cannot be written has nothing to lose
             keep(step, folder)
     workflow.save(run)
     hooks.install(workflow, run)
-    watch(workflow)
+    watch(workflow, on_slurm=on_slurm)
     atexit.register(crash, workflow)
 
 
@@ -244,17 +252,49 @@ class Watch:
         return news
 
 
-def watch(workflow: Workflow) -> None:
-    """Watch a running workflow in a thread, if the organizer has set `notify`. Ends with the process."""
+class Releases:
+    """Jobs that a node could not start. SLURM 22.05 requeues such a job and holds it for good, though another
+    node could have it, or the same one once it is mended."""
+
+    def __init__(self) -> None:
+        self._times: Counter[str] = Counter()
+        self._next: dict[str, float] = {}
+
+    def look(self, jobs: Iterable[slurm.Job], now: float) -> None:
+        """Release those that are due for it at `now`, in seconds since 1970. A job that is held more than
+        `RELEASES` times is the organizer's. Raises `PalioError` if SLURM refuses."""
+        for job in jobs:
+            if (
+                job.launch_failed
+                and job.name.startswith(RUN_NAME)
+                and self._times[job.id] < RELEASES
+                and now >= self._next.get(job.id, now)
+            ):
+                self._next[job.id] = now + RELEASE_SECONDS * 2 ** self._times[job.id]
+                self._times[job.id] += 1
+                slurm.release(job.id)
+                print(f"released job {job.id} ({job.comment}): a node could not start it", file=sys.stderr)
+
+
+def watch(workflow: Workflow, *, on_slurm: bool) -> None:
+    """Watch a running workflow in a thread: release jobs that SLURM holds because a node could not start
+    them, and tell the organizer, if `notify` is set, what has failed or stalled. Ends with the process."""
     competition = workflow.competition
-    if competition.notify is None:
+    told = competition.notify is not None
+    if not (told or on_slurm):
         return
-    watching = Watch(competition.stalled_after)
-    watching.look(competition_status(workflow).entries, time.time())  # earlier failures are not news
+    watching, releases = Watch(competition.stalled_after), Releases()
+    if told:
+        watching.look(competition_status(workflow).entries, time.time())  # earlier failures are not news
 
     def loop() -> None:
         while True:
             time.sleep(WATCH_SECONDS)
+            if on_slurm:
+                with suppress(PalioError):  # SLURM does not answer, or refuses: the stall is told
+                    releases.look(slurm.jobs(Path.cwd()), time.time())
+            if not told:
+                continue
             try:
                 news = watching.look(competition_status(workflow).entries, time.time())
             except (PalioError, OSError) as error:

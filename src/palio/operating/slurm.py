@@ -18,6 +18,8 @@ NO_JOBS = ("down", "drain", "fail", "maint", "inval", "unknown")
 """How states of nodes begin that start no job."""
 COMMAND_SECONDS = 30.0
 """A restarting slurmctld answers late."""
+LAUNCH_FAILED = "launch failed requeued held"
+"""SLURM's reason of a job that a node could not start: it stays held when the node is mended, too."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Job:
     comment: str
     """The rule and its wildcards, as the executor writes them."""
     partition: str = ""
+
+    @property
+    def launch_failed(self) -> bool:
+        return self.state == "PENDING" and self.reason.replace("_", " ") == LAUNCH_FAILED
 
     def obstacle(self, closed: Collection[str]) -> str:
         """Return why a pending job will not start by itself, and what to do; `closed` are partitions that
@@ -116,6 +122,11 @@ def cancel(ids: Iterable[str], seconds: float = 180) -> None:
             return
         time.sleep(1)
     raise PalioError(f"jobs {', '.join(left)} do not end; see scontrol show job {left[0]}")
+
+
+def release(job: str) -> None:
+    """Let a held job wait for a node again. Raises `PalioError` if SLURM refuses."""
+    ask("scontrol", "release", job)
 
 
 def state(job: str) -> str:
