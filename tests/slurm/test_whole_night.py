@@ -24,7 +24,7 @@ from benchmarks.night.result import wrong
 from tests.slurm.cluster import Cluster, missing_programs
 from tests.support.folder import WorkingFolder
 
-ENTRIES, FAULTS, SEED = 20, 8, 12
+ENTRIES, FAULTS, SEED = 20, 8, 4
 
 
 @pytest.fixture(scope="module")
