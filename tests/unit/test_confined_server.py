@@ -17,6 +17,7 @@ from palio.layout import BaseModelFolder, EntryFolder
 from palio.packaging.server import package_server
 from palio.provenance import folder_sha256
 from palio.records import Contained, PackageManifest, read_record
+from palio.sandbox.process import Confined
 from palio.sandbox.room import Limits
 from palio.sandbox.server import ConfinedServer, team_server
 from palio.settings import PackageSettings
@@ -84,6 +85,22 @@ def test_a_servers_package_records_the_hash_of_every_file(tiny: Path, tmp_path: 
     assert read_record(PackageManifest, tmp_path / "e" / "package.json") == manifest
     again = package(ServerProgram(run="python other.py", files=program.files), tiny, tmp_path / "e")
     assert again.fingerprint != manifest.fingerprint
+
+
+def test_a_server_that_ends_before_anything_else_happens_is_its_own_fault(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Confined.__enter__
+
+    def start_and_wait(confined: Confined) -> Confined:
+        start(confined)
+        assert confined.wait(60) is not None
+        return confined
+
+    monkeypatch.setattr(Confined, "__enter__", start_and_wait)
+    ended = "the server ended with code 3 before it answered, its last lines: I am off"
+    with pytest.raises(Crashed, match=ended), serve("print('I am off'); raise SystemExit(3)"):
+        pass
 
 
 def test_a_server_is_reached_by_the_gateway_and_by_nothing_else(serve: Serve) -> None:

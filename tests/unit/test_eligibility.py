@@ -256,6 +256,11 @@ def test_files_dated_in_the_future_are_refused(tmp_path: Path, monkeypatch: pyte
     assert (source.key, program.key) == ("dataset.sources.0.path", "server.files")
     assert "is dated in the future" in source.why
     assert program.fix == "run touch resources/teams/acme/server/main.py"
+    os.utime(folder / "a.jsonl")
+    os.utime(folder / "server/main.py")
+    true = time.time
+    monkeypatch.setattr("time.time", lambda: true() - 3600)  # this machine's clock is slow, not the files'
+    assert found() == []
 
 
 def test_a_check_opens_data_of_entries_that_train_alike_only() -> None:

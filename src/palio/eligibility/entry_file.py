@@ -9,6 +9,8 @@ import difflib
 import functools
 import hashlib
 import os
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -39,6 +41,8 @@ from palio.records import BaseModelManifest, Check, Violation, read_record
 from palio.settings import CheckedAgainst, EntryFolders
 
 RESOURCES = Resources()
+CLOCKS_APART = 60
+"""Seconds that a file may be dated in the future: the clocks of two machines differ."""
 HEAD = 1 << 16
 """Bytes of a source that, with its size, tell it from others."""
 
@@ -270,20 +274,32 @@ def _dockerfile(entry: Entry, rules: RuleSet) -> tuple[list[Violation], list[Vio
 
 
 def _refused(source: str, folders: tuple[str, ...]) -> RuleViolation | None:
-    """Return why a step would refuse to open a team's file or folder; None if it would not, or it is
-    absent."""
+    """Return why a step would refuse to open a team's file or folder, or Snakemake could not go by its date;
+    None if neither, or it is absent."""
     try:
         given = Incoming.locate(Path(source), [Path(folder) for folder in folders])
-        if given.is_folder():
-            for file in (*given.files(), *saved_tables(given)):
-                file.size()
-        else:
-            given.size()
+        folder = given.is_folder()
+        latest = _file_system_now() + CLOCKS_APART
+        for file in given.files() if folder else (given,):
+            if (modified := file.modified()) > latest:  # every result would be older, and be removed
+                when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(modified))
+                return RuleViolation(f"{file} is dated in the future ({when} UTC)", f"run touch {file}")
+        for table in saved_tables(given) if folder else ():
+            table.size()
     except RuleViolation as refused:
         return refused
     except (OSError, ValueError):  # absent or broken: curation names it
         pass
     return None
+
+
+def _file_system_now() -> float:
+    """By the clock that dates files here: this machine's own may be wrong."""
+    try:
+        with tempfile.TemporaryFile(dir=Path.cwd()) as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:  # nothing can be written here
+        return time.time()
 
 
 def _inside(path: str, folders: tuple[str, ...]) -> bool:

@@ -62,14 +62,10 @@ class Door:
         return made
 
 
-def allow_low_ports(pid: int) -> None:
-    """Let programs in the network of process `pid` listen on ports below 1024. Raises OSError."""
-    network = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        line = [sys.executable, "-I", "-S", __file__, "-", str(network)]
-        done = subprocess.run(line, env={}, stdin=subprocess.DEVNULL, pass_fds=[network], check=False)
-    finally:
-        os.close(network)
+def allow_low_ports(network: int) -> None:
+    """Let programs in this network namespace listen on ports below 1024. Raises OSError."""
+    line = [sys.executable, "-I", "-S", __file__, "-", str(network)]
+    done = subprocess.run(line, env={}, stdin=subprocess.DEVNULL, pass_fds=[network], check=False)
     if done.returncode != 0:
         raise OSError("ports below 1024 cannot be opened to the server")
 

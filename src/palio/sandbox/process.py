@@ -60,19 +60,20 @@ class Confined:
         """The limit it broke, if it was ended for that."""
         self.contained: Counter[str] = Counter()
         """What was held back, and how often; goes to the `Contained` record beside the log."""
+        self.network = -1
+        """A descriptor of the room's network namespace; it outlives the program."""
         self._ended = threading.Event()
 
     def __enter__(self) -> Confined:
         if self.unconfined and self.room.image is not None:
             raise cannot_confine("an image runs confined only")
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self.log.open("ab")
         self._gpu_before = self._gpu_used()  # the driver's own
-        try:
+        with contextlib.ExitStack() as opened:
+            self._stream = opened.enter_context(self.log.open("ab"))
+            self._opened = opened
             self._start_unconfined() if self.unconfined else self._start_confined()
-        except BaseException:
-            self._stream.close()
-            raise
+            self._opened = opened.pop_all()
         threads = (self._keep_log, self._watch)
         self._threads = [threading.Thread(target=run, daemon=True) for run in threads]
         for thread in self._threads:
@@ -86,7 +87,7 @@ class Confined:
         self._ended.set()
         for thread in self._threads:
             thread.join(START_SECONDS)  # what outlives an unconfined run may hold the log open
-        self._stream.close()
+        self._opened.close()
         if self.broken is not None:
             self.contained[f"ended: {self.broken}"] += 1
         before = Counter(Contained.beside(self.log).counts)
@@ -131,10 +132,6 @@ class Confined:
         """Wait until what a program that has ended wrote last is in its log."""
         self._threads[0].join(1.0 if self._process.poll() is None else START_SECONDS)
 
-    def network(self) -> int:
-        """A descriptor of the program's network namespace."""
-        return os.open(f"/proc/{self._first.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-
     # --- starting
 
     def _start_confined(self) -> None:
@@ -175,6 +172,8 @@ class Confined:
             pid = self._told(stream)
             try:
                 self._first = psutil.Process(pid)
+                self.network = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+                self._opened.callback(os.close, self.network)
                 self._before_start(pid)
             except (psutil.NoSuchProcess, FileNotFoundError):
                 raise self._not_built() from None
@@ -183,7 +182,7 @@ class Confined:
     def _before_start(self, pid: int) -> None:
         """What is done from outside before the program starts."""
         if self.room.low_ports:
-            allow_low_ports(pid)
+            allow_low_ports(self.network)
 
     def _told(self, stream: BinaryIO) -> int:
         """Return the id of the sandbox's first process, which bubblewrap reports when it is built."""

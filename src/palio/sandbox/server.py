@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import os
 import socket
 import sys
 import time
@@ -99,9 +98,7 @@ class ConfinedServer:
         """What opens a connection to the server, wherever it listens."""
         if self._confined.unconfined:
             return lambda: socket.create_connection(("127.0.0.1", self._port), CONNECT_SECONDS)
-        network = self._confined.network()
-        opened.callback(os.close, network)
-        door = opened.enter_context(Door(network))
+        door = opened.enter_context(Door(self._confined.network))
         return lambda: door.connect(self._port, CONNECT_SECONDS)
 
     def alive(self) -> bool:
