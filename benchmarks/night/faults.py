@@ -37,6 +37,8 @@ class Fault:
     seconds: ClassVar[float] = 0.0
     """How long it lasts, where nothing else ends it."""
     event: Event
+    missed: str = ""
+    """Why it hit nothing, as its `end` found; then it was not played, and will be."""
 
     def begin(self, night: Night) -> Event | None:
         raise NotImplementedError
@@ -96,7 +98,7 @@ class NodeStartsNoJob(Fault):
 
     def end(self, night: Night) -> None:
         self.broken.__exit__(None, None, None)
-        self.event.failure = "" if held(night) else "no job was to start there"
+        self.missed = "" if held(night) else "no job was to start there"
 
 
 class SlurmctldKilled(Fault):
@@ -170,12 +172,13 @@ class SbatchRefused(Fault):
         return self.hit(f"partition {self.partition}")
 
     def over(self, night: Night) -> bool:
-        refused = self.refused(night) - self.before
-        self.event.what = f"partition {self.partition}, {refused} submissions refused"
-        return refused > 0 or time.time() - self.event.at > 90
+        return self.refused(night) > self.before or time.time() - self.event.at > 90
 
     def end(self, night: Night) -> None:
         self.set(night, "UP")
+        refused = self.refused(night) - self.before
+        self.event.what += f", {refused} submissions refused"
+        self.missed = "" if refused else "nothing was submitted to it"
 
     def set(self, night: Night, state: str) -> None:
         night.cluster.run(
@@ -311,10 +314,11 @@ class ClockMoved(Fault):
 
     def end(self, night: Night) -> None:
         night.clock(self.event.node).unlink()
+        time.sleep(3)  # until a step that still saw it has told that it began
         began = self._began_with_it(night)
         self.event.jobs = {one.job for one in began if one.job}
         self.event.what += f": {len(began)} steps started with it"
-        self.event.failure = "" if began else "no step started with it"
+        self.missed = "" if began else "no step started with it"
 
     def _began_with_it(self, night: Night) -> list[Attempt]:
         return [one for _, one in night.attempts() if self.event.moved_clock_of(one)]

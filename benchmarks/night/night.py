@@ -297,13 +297,13 @@ class Night:
                     process = psutil.Process(snakemake.pid)
                     cpu, memory = sum(process.cpu_times()[:4]), max(memory, process.memory_info().rss)
                 if active is not None and active.over(self):
-                    self._end(active)
+                    self._end(active, waiting)
                     active = None
                 if active is None:
                     active = self._begin(waiting, expected)
                 time.sleep(TICK)
         if active is not None:
-            self._end(active)
+            self._end(active, waiting)
         log = output(self.folder)
         (self.folder.path / "snakemake.log").rename(self.place / "starts" / f"{len(self.starts)}.log")
         seconds = time.monotonic() - begun
@@ -323,9 +323,13 @@ class Night:
                 return fault
         return None
 
-    def _end(self, fault: Any) -> None:
+    def _end(self, fault: Any, waiting: list[Any]) -> None:
         fault.end(self)
         fault.event.until = time.time()
+        if fault.missed:
+            say(f"{fault.kind}: {fault.missed}, so it will be played again")
+            self.events.remove(fault.event)
+            waiting.append((0.0, fault))
 
     def _withdraw_the_broken(self) -> None:
         """The organizer has read what stopped them."""
